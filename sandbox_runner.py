@@ -1,0 +1,2981 @@
+"""Runs Python in locked-down containers, through the `docker` command line (or Podman's, or nerdctl's).
+
+The story, from the caller to the code and back:
+
+    caller ─ Runner ─ Sandbox ══ `docker run -i` ══ Supervisor (process 1) ─ Worker (forked, runs the code)
+                      one pipe each way, for the container's whole life
+
+A `Runner` (see `open_runner`) knows the engine, the image and the open sessions. A `Sandbox` is one container: an attached
+`docker run -i --rm …` process whose standard input and output carry JSON lines to a small program inside, the *guest*.
+Once a sandbox is there, a call costs no engine command, just one request and the frames that answer it.
+
+The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1, holds
+the channel and never runs the user's code; and a worker, forked from it, which does. So whatever the code does to its own
+process, the supervisor lives to say what happened: the status of a `Result` and whether a session's variables were kept
+follow from what that process did, not from what it printed.
+
+A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in by one
+`docker exec` (see `plug`). A session that nobody comes back to ends by itself, from inside, after `session.idle_timeout`.
+
+    async with open_runner() as runner:
+        result = await runner.execute("6 * 7")
+        print(result.status, result.value)
+
+As a program it runs a script, a piece of code, or what is on standard input: `python sandbox_runner.py --help`.
+"""
+
+from __future__ import annotations
+import __future__
+
+import argparse
+import ast
+import atexit
+import base64
+import builtins
+import codecs
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import linecache
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+import time
+import traceback
+import types
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import anyio
+import anyio.abc
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+__version__ = "0.1.0"
+__all__ = [
+    "open_runner",
+    "Runner",
+    "Result",
+    "ExceptionInfo",
+    "Text",
+    "Rich",
+    "Omitted",
+    "Config",
+    "DockerConfig",
+    "SessionConfig",
+    "load_config",
+    "SandboxError",
+    "ConfigError",
+    "EngineError",
+    "ImageError",
+    "SessionError",
+    "RequestError",
+    "main",
+]
+
+log = logging.getLogger("python_docker_mcp")
+
+# Deadlines, in seconds. Each bounds a wait for somebody else's program.
+ENGINE_TIMEOUT = 30  # an engine command that only asks or removes
+PULL_TIMEOUT = 900  # pulling or making an image
+START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
+ATTACH_TIMEOUT = 15  # from `docker exec` to the same
+SLACK = 10  # how much later than the supervisor the host gives a call up
+FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
+
+LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
+CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME whatever JSON makes of it
+ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
+
+
+# ── errors ──
+
+
+class SandboxError(Exception):
+    """What a caller may catch. The message is one sentence or two for a person: the fact and the next step."""
+
+
+class ConfigError(SandboxError):
+    """A setting is unknown, or has a value that can't be."""
+
+
+class EngineError(SandboxError):
+    """The container engine is missing, not running, not permitted, too old or not answering, or it refused."""
+
+
+class ImageError(SandboxError):
+    """The image is not there, and can't be had."""
+
+
+class SessionError(SandboxError):
+    """The session can't be used: another program has it, or there is none of that name."""
+
+
+class RequestError(SandboxError):
+    """An argument of the call can't be accepted."""
+
+
+# ── configuration ──
+
+
+@dataclass(frozen=True)
+class DockerConfig:
+    """How the containers are. Sizes are text as Docker takes it: a number and b, k, m or g."""
+
+    command: str | None = None
+    image: str = "python:3.12.2-slim"
+    working_dir: str = "/app"
+    memory_limit: str = "256m"
+    cpu_limit: float = 0.5
+    pids_limit: int = 256
+    disk_limit: str = "64m"
+    output_limit: str = "8m"
+    timeout: float = 30.0
+    network_disabled: bool = True
+    read_only: bool = True
+    runtime: str | None = None
+    mounts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no container could be made from."""
+        for name, least in (("memory_limit", "32m"), ("disk_limit", "1m"), ("output_limit", "1k")):
+            value = getattr(self, name)
+            try:
+                enough = size_in_bytes(value) >= size_in_bytes(least)
+            except ValueError as error:
+                raise ValueError(f"docker.{name}: {error}") from None
+            if not enough:
+                raise ValueError(f"docker.{name}: {value!r} is too little; the least is {least}")
+        for name in ("cpu_limit", "pids_limit", "timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"docker.{name}: {getattr(self, name)!r} is not a number above zero")
+        if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.working_dir) or ".." in self.working_dir:
+            raise ValueError(f"docker.working_dir: {self.working_dir!r} is not an absolute path such as /app")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", self.image):
+            raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
+        if self.runtime is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
+            raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
+        for mount in self.mounts:
+            mount_argument(mount)
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """How long sessions are kept."""
+
+    idle_timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        """Refuse a time that is none."""
+        if not 0 < self.idle_timeout < math.inf:
+            raise ValueError(f"session.idle_timeout: {self.idle_timeout!r} is not a number of seconds above zero")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, and the only place of its default. `config.yaml` says what each one means."""
+
+    docker: DockerConfig = field(default_factory=DockerConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    allowed_modules: tuple[str, ...] = ()
+    blocked_modules: tuple[str, ...] = ()
+
+
+CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
+ENVIRONMENT = {  # variable: the setting that it wins over
+    "PYTHON_DOCKER_MCP_MEMORY_LIMIT": "docker.memory_limit",
+    "PYTHON_DOCKER_MCP_CPU_LIMIT": "docker.cpu_limit",
+}
+
+
+def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration: defaults, then the file, then the environment.
+
+    The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml; only the last may be missing.
+
+    Raises:
+        ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
+
+    """
+    named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
+    file = Path(named or CONFIG_PATH).expanduser()
+    settings: Any = {}
+    if named or file.exists():
+        import yaml
+
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"The configuration {file} can't be read: {error.strerror}.") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            place = getattr(error, "problem_mark", None)
+            where = f" (line {place.line + 1})" if place else ""
+            raise ConfigError(
+                f"The configuration {file} is not YAML{where}: see config.yaml for an example."
+            ) from error
+        settings = {} if settings is None else settings
+    origin = {key: variable for variable, key in ENVIRONMENT.items() if variable in environ}
+    if isinstance(settings, dict):
+        for key, variable in origin.items():
+            section, _, name = key.partition(".")
+            if isinstance(settings.setdefault(section, {}) or {}, dict):
+                settings[section] = {**(settings[section] or {}), name: environ[variable]}
+    return _validated(settings, file, origin) if settings else Config()
+
+
+def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
+    """A Config made of plain data, with pydantic's checks of types and ours of values, in one sentence if it can't be."""
+    import pydantic
+
+    for cls in (Config, DockerConfig, SessionConfig):
+        setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # no attribute to mypy
+    settings = (
+        {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
+    )
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(settings)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        where = origin.get(key) or f"{key} in {file}"
+        if problem["type"] == "unexpected_keyword_argument":
+            known = [item.name for item in dataclasses.fields(Config)]
+            known += [f"docker.{item.name}" for item in dataclasses.fields(DockerConfig)]
+            known += [f"session.{item.name}" for item in dataclasses.fields(SessionConfig)]
+            alike = difflib.get_close_matches(key, known, 1)
+            advice = f"did you mean {alike[0]}?" if alike else f"the settings are {', '.join(known)}."
+            raise ConfigError(f"There is no setting {key} ({file}): {advice}") from None
+        if problem["type"] == "value_error":
+            key, _, reason = str(problem["ctx"]["error"]).partition(": ")
+            raise ConfigError(f"{origin.get(key) or f'{key} in {file}'}: {reason}.") from None
+        shown = textwrap.shorten(repr(problem["input"]), 80)
+        raise ConfigError(
+            f"{where or file}: {shown} is not accepted: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+        ) from None
+
+
+def size_in_bytes(size: str) -> int:
+    """Bytes that a size such as `256m` stands for. Raises ValueError for other text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmg]?)(?:i?b)?", size.strip().lower())
+    if not match:
+        raise ValueError(f"{size!r} is not a size such as 256m or 1g")
+    return int(float(match[1]) * {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[match[2]])
+
+
+def mount_argument(mount: str) -> str:
+    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows. Raises ValueError."""
+    match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
+    if not match:
+        raise ValueError(
+            f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw behind it to let code write"
+        )
+    source = Path(match[1]).expanduser().absolute()
+    if not source.exists():
+        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
+    if "," in str(source):
+        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
+    return f"type=bind,source={source},target={match[2]}" + ("" if match[3] == ":rw" else ",readonly")
+
+
+# ── what a call returns ──
+
+Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Output that the code, or what it started, wrote."""
+
+    stream: Literal["stdout", "stderr"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Rich:
+    """A value shown in more than one form: MIME type to text, or to base64 for binary types."""
+
+    forms: Mapping[str, str]
+    is_value: bool = False  # whether it is the value of the last expression
+
+
+@dataclass(frozen=True)
+class Omitted:
+    """Output that was left out here, between head and tail, because there was more than the limit."""
+
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExceptionInfo:
+    """What the code raised."""
+
+    type: str
+    message: str
+    line: int | None  # of this call's code
+    traceback: str  # the frames of the user's own code only
+    missing: str | None = None  # the module that was not found, if that is what happened
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that one call tells. A failure of the code is a status, not an exception."""
+
+    status: Status
+    output: tuple[Text | Rich | Omitted, ...] = ()  # in the order in which it appeared
+    value: str | None = None  # repr of the last expression; None if the code does not end in one, or it is None
+    value_omitted: int = 0  # characters left out of the value
+    exception: ExceptionInfo | None = None
+    exit_code: int | None = None  # of SystemExit or a process that ended; minus the signal if one killed it
+    message: str | None = None  # what happened, in a sentence, where the code did not simply end
+    hint: str | None = None  # what the caller could do about it
+    session: str | None = None
+    state: Literal["preserved", "lost"] | None = None  # what became of the session's variables
+    lost_before: str | None = None  # why they were lost between the previous call and this one, if they were
+    earlier: str = ""  # what work left running by earlier calls wrote since the last one
+    unread: Result | None = None  # the end of a call whose host left before it came
+    variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables JSON can hold
+    variables_left_out: Mapping[str, str] = field(default_factory=dict)  # those it can't hold: name to reason
+    wall: float = 0.0  # seconds
+    cpu: float = 0.0  # seconds
+    memory: int | None = None  # most bytes resident in the code's process
+    oom_kills: int = 0  # processes killed for want of memory, the code's children included
+
+    @property
+    def stdout(self) -> str:
+        """What was written to standard output."""
+        return "".join(item.text for item in self.output if isinstance(item, Text) and item.stream == "stdout")
+
+    @property
+    def stderr(self) -> str:
+        """What was written to standard error."""
+        return "".join(item.text for item in self.output if isinstance(item, Text) and item.stream == "stderr")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with `stdout` and `stderr`."""
+        return {**dataclasses.asdict(self), "stdout": self.stdout, "stderr": self.stderr}
+
+
+# ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
+
+PROTOCOL = 1  # of the frames and of the plug; raised when an older sandbox could no longer be talked to
+MAX_FRAME = 1 << 20  # bytes; keeps what a hostile line can cost its reader in bounds
+PART = 1 << 16  # characters of data in one frame; at worst JSON needs twelve bytes for one
+HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
+GRACE = 2.0  # seconds between an interruption and the kill
+EARLIER_LIMIT = 1 << 16  # bytes of output kept that appear while no call is running
+BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while none is attached
+VALUE_LIMIT = 32_000  # characters of a value's repr
+TRACEBACK_LIMIT = 16_000
+MESSAGE_LIMIT = 4_000
+RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
+STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
+STATE_DEPTH = 64
+PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
+PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
+
+
+class Channel:
+    """JSON objects, one a line, over a descriptor to read from and one to write to.
+
+    Blocks exactly where its descriptors do: the supervisor makes them non-blocking and so never waits in here; the
+    worker leaves them blocking and so needs no loop of its own.
+    """
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.outbox = bytearray()
+        self._inbox = bytearray()
+        self._searched = 0
+
+    def receive(self) -> Iterator[dict[str, Any]]:
+        """Read once, and yield the frames that are complete.
+
+        Raises:
+            EOFError: nobody holds the other end any more.
+            ValueError: what came is not a frame, or is larger than MAX_FRAME.
+
+        """
+        try:
+            data = os.read(self.reader, 65536)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise EOFError("the channel was closed")
+        self._inbox += data
+        while True:
+            end = self._inbox.find(b"\n", self._searched)
+            if end < 0:
+                self._searched = len(self._inbox)
+                if self._searched > MAX_FRAME:
+                    raise ValueError(f"a frame is larger than {MAX_FRAME} bytes")
+                return
+            line = bytes(self._inbox[:end])
+            del self._inbox[: end + 1]
+            self._searched = 0
+            try:
+                frame = json.loads(line)
+            except RecursionError:
+                raise ValueError("a frame is nested too deeply") from None
+            if not isinstance(frame, dict):
+                raise ValueError("a frame is not an object")
+            yield frame
+
+    def send(self, frame: dict[str, Any], data: str | None = None) -> None:
+        """Queue a frame and write what the descriptor takes; all but the last piece of long `data` goes ahead in parts."""
+        if data is not None:
+            last = max(0, len(data) - 1) // PART * PART
+            for start in range(0, last, PART):
+                self._queue({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
+            frame = {**frame, "data": data[last:]}
+        self._queue(frame)
+        self.flush()
+
+    def _queue(self, frame: dict[str, Any]) -> None:
+        self.outbox += json.dumps(frame, separators=(",", ":")).encode() + b"\n"
+
+    def flush(self) -> None:
+        """Write what is queued until nothing is, or the descriptor would block."""
+        try:
+            while self.outbox:
+                written = os.write(self.writer, bytes(self.outbox[:65536]))
+                del self.outbox[:written]
+        except BlockingIOError:
+            pass
+        except (BrokenPipeError, ConnectionResetError):
+            self.outbox.clear()  # whoever reads the other direction meets the end of file, and decides
+
+    def set_blocking(self, blocking: bool) -> None:
+        """Make both descriptors blocking or non-blocking."""
+        for fd in {self.reader, self.writer}:
+            os.set_blocking(fd, blocking)
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        for fd in {self.reader, self.writer}:
+            os.close(fd)
+
+
+class Call:
+    """What the supervisor keeps about the call that is running."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.id: str = request["id"]
+        self.started = time.monotonic()
+        self.deadline: float = self.started + request["timeout"]
+        self.nudge = self.kill_at = math.inf  # when to interrupt once more, and when to give up
+        self.stopped_for: str | None = None  # "timeout" or "cancelled", once it was interrupted
+        limit: int | None = request["output_limit"]
+        self.head_left = math.inf if limit is None else limit * 3 // 4  # bytes that still pass at once
+        self.tail_left = 0 if limit is None else limit - limit * 3 // 4
+        self.tail: deque[tuple[str, str]] = deque()  # of (stream, text): the end of the output, kept to the end
+        self.omitted = 0  # bytes between head and tail
+
+    def interrupt(self, reason: str) -> bool:
+        """Start the clock of the interruption; False if it is ticking already."""
+        if self.stopped_for:
+            return False
+        now = time.monotonic()
+        self.stopped_for, self.deadline = reason, math.inf
+        self.nudge, self.kill_at = now + GRACE / 2, now + GRACE
+        return True
+
+    def next_due(self) -> float:
+        """When something has to be done about this call if it does not end before."""
+        return min(self.deadline, self.nudge, self.kill_at)
+
+    def admit(self, stream: str, text: str) -> bool:
+        """Whether this output passes at once. If not it goes to the tail, and pushes older output out of that."""
+        size = len(text.encode())
+        if size <= self.head_left and not self.tail:
+            self.head_left -= size
+            return True
+        self.tail.append((stream, text))
+        self.tail_left -= size
+        while self.tail and self.tail_left < 0:
+            stream, text = self.tail.popleft()
+            raw = text.encode()
+            kept = raw[-self.tail_left :].decode("utf-8", "ignore")
+            dropped = len(raw) - len(kept.encode())
+            self.omitted += dropped
+            self.tail_left += dropped
+            if kept:
+                self.tail.appendleft((stream, kept))
+        return False
+
+
+class Supervisor:
+    """Process 1 of the sandbox: holds the channel to the host, and forks, watches and replaces the worker.
+
+    It runs no user's code, has one thread and waits only in select, so it answers whether the worker is busy, stopped,
+    crashed or gone. With a session it outlives its host: it is then detached, and can be plugged into again.
+    """
+
+    def __init__(self, channel: Channel, settings: dict[str, Any]) -> None:
+        self.channel: Channel | None = channel
+        self.settings = settings
+        self.owner: str = settings["owner"]
+        self.idle_timeout: float = settings["idle_timeout"]
+        self.session: str | None = None
+        self.call: Call | None = None
+        self.unread: str | None = None  # id of the last call, until its end has been told to a host
+        self.backlog: deque[dict[str, Any]] = deque()
+        self.backlog_left = BACKLOG_LIMIT
+        self.plug: socket.socket | None = None
+        self.worker = 0  # process id
+        self.worker_used = False
+        self.worker_cpu = 0.0  # seconds, up to its last report
+        self.lost: str | None = None  # why the session's variables went while no call was running
+        self.earlier = bytearray()  # output from between the calls
+        self.started = self.active = time.monotonic()
+        self.oom_kills = count_oom_kills()
+        self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor can be read
+
+    def run(self) -> None:
+        """Serve until the sandbox has no more reason to exist."""
+        assert self.channel is not None
+        allow_inspection(False)
+        self._catch_children()
+        self._listen()
+        self._fork()
+        self._attach(self.channel)
+        while True:
+            channels = [channel for channel in (self.channel, self.control) if channel]
+            congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
+            readers = [fd for fd in self.sources if not (congested and fd in self.worker_fds)]
+            writers = [channel.writer for channel in channels if channel.outbox]
+            readable, writable, _ = select.select(readers, writers, [], self._patience())
+            for channel in channels:
+                if channel.writer in writable:
+                    channel.flush()
+            for fd in readable:
+                if fd in self.sources:
+                    self.sources[fd]()
+            self._keep_time()
+
+    def _catch_children(self) -> None:
+        """Have the select call wake up when a child dies. A process inside can forge that signal: it costs a look."""
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+        def wake_up() -> None:
+            os.read(reader, 4096)
+            self._reap()
+
+        self.sources[reader] = wake_up
+
+    # ── the host ──
+
+    def _attach(self, channel: Channel) -> None:
+        self.channel = channel
+        channel.set_blocking(False)
+        self.sources[channel.reader] = self._from_host
+        version = ".".join(map(str, sys.version_info[:3]))
+        channel.send({"id": "", "kind": "ready", "protocol": PROTOCOL, "python": version, **self._status()})
+        while self.backlog:
+            self._tell(self.backlog.popleft())
+        self.backlog_left = BACKLOG_LIMIT
+
+    def _status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        return {
+            "session": self.session,
+            "attached": self.channel is not None,
+            "owner": self.owner,
+            "unread": self.unread,
+            "busy": self.call is not None,
+            "age": round(now - self.started, 1),
+            "idle": 0.0 if self.call else round(now - self.active, 1),
+            "memory": memory_in_use(),
+        }
+
+    def _tell(self, frame: dict[str, Any]) -> None:
+        """Send a frame to the host, or keep it for the next one."""
+        if self.channel:
+            self.channel.send(frame)
+            if frame["kind"] == "done":
+                self.unread = None
+        else:
+            self.backlog_left -= len(frame.get("text") or frame.get("data") or "")
+            if self.backlog_left > 0 or frame["kind"] == "done":
+                self.backlog.append(frame)
+
+    def _from_host(self) -> None:
+        assert self.channel is not None
+        try:
+            for frame in self.channel.receive():
+                if frame["op"] == "run":
+                    self._start(frame)
+                elif frame["op"] == "part":
+                    self.control.send(frame)
+                elif frame["op"] == "interrupt":
+                    self._interrupt("cancelled", frame["id"])
+                elif frame["op"] == "farewell":
+                    self.channel.send({"id": "", "kind": "farewell"})
+                    self._detach()
+                    break
+                elif frame["op"] == "end":
+                    os._exit(0)
+        except EOFError:
+            self._detach()
+
+    def _detach(self) -> None:
+        if self.session is None:
+            os._exit(0)
+        assert self.channel is not None
+        del self.sources[self.channel.reader]
+        self.channel.close()
+        self.channel = None
+        if self.plug:
+            self.plug.close()
+            self.plug = None
+
+    def _listen(self) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(PLUG_ADDRESS)
+        listener.listen()
+        self.sources[listener.fileno()] = lambda: self._admit(listener)
+
+    def _admit(self, listener: socket.socket) -> None:
+        """Answer a plug: tell our state, or take its standard input and output over as the channel."""
+        connection = listener.accept()[0]
+        connection.settimeout(1)
+        try:
+            uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            if uid != PLUG_UID:
+                return
+            message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(8))
+            request = json.loads(message)
+            reader, writer = struct.unpack("2i", ancillary[0][2])
+            if self.channel or self.session is None or request["session"] != self.session:
+                os.write(writer, json.dumps({"id": "", "kind": "status", **self._status()}).encode() + b"\n")
+                os.close(reader)
+                os.close(writer)
+                return
+            self.plug, self.owner = connection, request["owner"]
+            self._attach(Channel(reader, writer))
+        except (OSError, ValueError, LookupError, struct.error):
+            pass  # a plug that went away, or that talks nonsense: it sees its connection close
+        finally:
+            if self.plug is not connection:
+                connection.close()
+
+    # ── the worker ──
+
+    def _fork(self) -> None:
+        """Start a worker with its own session, /dev/null, a pipe for each output and a socket to us; nothing else."""
+        out, err = os.pipe(), os.pipe()
+        ours, theirs = socket.socketpair()
+        self.worker = os.fork()
+        if self.worker == 0:
+            try:
+                become_worker((os.open(os.devnull, os.O_RDWR), out[1], err[1], theirs.fileno()))
+                Worker(Channel(3, 3), self.settings).serve()
+            finally:
+                os._exit(70)
+        theirs.close()
+        os.close(out[1])
+        os.close(err[1])
+        self.worker_used, self.worker_cpu = False, 0.0
+        fd = ours.detach()
+        self.control = Channel(fd, fd)
+        self.control.set_blocking(False)
+        self.pipes = {"stdout": out[0], "stderr": err[0]}
+        self.decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self.pipes}
+        self.worker_fds = {fd, *self.pipes.values()}
+        self.sources[fd] = self._from_worker
+        for stream, pipe in self.pipes.items():
+            os.set_blocking(pipe, False)
+            self.sources[pipe] = functools.partial(self._read_output, stream)
+
+    def _start(self, request: dict[str, Any]) -> None:
+        self.session = request["session"]
+        self._read_all_output()
+        if self.earlier:
+            self._tell({"id": request["id"], "kind": "earlier", "text": self.earlier.decode("utf-8", "replace")})
+            self.earlier.clear()
+        self.call = Call(request)
+        self.unread = self.call.id
+        self.worker_used = True
+        self.control.send(request)
+
+    def _from_worker(self) -> None:
+        try:
+            for frame in self.control.receive():
+                if self.call is None or frame.get("id") != self.call.id:
+                    continue  # left over from an earlier call
+                kind = frame.get("kind")
+                if kind not in ("part", "display", "state", "done"):
+                    raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
+                self._read_all_output()  # what was written before comes before
+                if kind == "done":
+                    self._conclude(frame)
+                else:
+                    self._tell(frame)
+                if kind == "display":
+                    self.control.send({"op": "displayed"})
+        except EOFError:
+            del self.sources[self.control.reader]  # it is dying; or it closed its end, and then time will tell
+        except ValueError as error:
+            self._abandon(f"the code broke the protocol between worker and supervisor: {error}")
+
+    def _read_all_output(self) -> None:
+        for stream in self.pipes:
+            for _ in range(32):  # bounded: a child of the code's may write for ever
+                if not self._read_output(stream):
+                    break
+
+    def _read_output(self, stream: str) -> bool:
+        pipe = self.pipes[stream]
+        try:
+            data = os.read(pipe, 65536)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.sources.pop(pipe, None)
+        elif self.call:
+            self._pass_on(stream, self.decoders[stream].decode(data))
+        else:
+            self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
+        return bool(data)
+
+    def _pass_on(self, stream: str, text: str) -> None:
+        if self.call and text and self.call.admit(stream, text):
+            self._tell({"id": self.call.id, "kind": stream, "text": text})
+
+    def _conclude(self, report: dict[str, Any], lost: bool = False) -> None:
+        """End the call with the worker's account of it or, if the worker is gone (`lost`), with ours."""
+        call = self.call
+        assert call is not None
+        for stream, decoder in self.decoders.items():
+            self._pass_on(stream, decoder.decode(b"", True))
+        if call.omitted:
+            self._tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
+        for stream, text in call.tail:
+            self._tell({"id": call.id, "kind": stream, "text": text})
+        oom_kills, self.oom_kills = self.oom_kills, count_oom_kills()
+        oom_kills = self.oom_kills - oom_kills
+        if not lost and isinstance(report.get("cpu"), float):
+            self.worker_cpu += report["cpu"]
+        report = {
+            **report,
+            "id": call.id,
+            "kind": "done",
+            "wall": time.monotonic() - call.started,
+            "oom_kills": oom_kills,
+            "lost": lost,
+            "lost_before": self.lost,
+        }
+        if call.stopped_for:
+            report["status"] = call.stopped_for
+        elif lost:
+            report["status"] = "out_of_memory" if oom_kills else "died"
+        self.call = self.lost = None
+        self.active = time.monotonic()
+        self._tell(report)
+
+    # ── time, interruption and death ──
+
+    def _patience(self) -> float | None:
+        """Seconds until something is due."""
+        if self.call:
+            return max(0.0, self.call.next_due() - time.monotonic())
+        return None if self.session is None else max(0.0, self.active + self.idle_timeout - time.monotonic())
+
+    def _keep_time(self) -> None:
+        now = time.monotonic()
+        if self.call is None:
+            if self.session is not None and now >= self.active + self.idle_timeout:
+                os._exit(0)
+        elif now >= self.call.kill_at:
+            self._abandon(None)
+        elif now >= self.call.nudge:
+            self.call.nudge = math.inf
+            self._signal_worker()  # code in os.system() ignored the first one, only the command obeyed
+        elif now >= self.call.deadline:
+            self._interrupt("timeout", self.call.id)
+
+    def _interrupt(self, reason: str, call_id: str) -> None:
+        if self.call and self.call.id == call_id and self.call.interrupt(reason):
+            self._signal_worker()
+
+    def _signal_worker(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.worker, signal.SIGCONT)
+            os.killpg(self.worker, signal.SIGINT)
+
+    def _abandon(self, message: str | None) -> None:
+        """Give the worker up, with everything it started."""
+        os.kill(self.worker, signal.SIGKILL)
+        _, status, usage = os.wait4(self.worker, 0)
+        self._replace_worker(status, usage, message)
+
+    def _reap(self) -> None:
+        """Collect dead children, as process 1 has to; if the worker is one of them, replace it."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                if pid == self.worker:
+                    self._replace_worker(status, usage, None)
+
+    def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
+        """Bury a dead worker: nothing that it started survives it, its call is concluded, and a new one is there."""
+        kill_all_others()
+        self._read_all_output()
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        if self.call:
+            cpu = max(0.0, usage.ru_utime + usage.ru_stime - self.worker_cpu)
+            memory = usage.ru_maxrss * 1024
+            self._conclude({"exit_code": code, "message": message, "cpu": cpu, "memory": memory}, lost=True)
+        elif not self.worker_used:
+            os._exit(71)  # a worker that dies before it got a call would do so for ever
+        else:
+            self.lost = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        for fd in self.worker_fds:
+            self.sources.pop(fd, None)
+            os.close(fd)
+        self._fork()
+
+
+def kill_all_others() -> None:
+    """Kill and reap every process that we may kill: all but process 1 and the plug."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1, signal.SIGKILL)
+    end = time.monotonic() + GRACE
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < end:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.001)
+
+
+def become_worker(descriptors: tuple[int, int, int, int]) -> None:
+    """Cut a freshly forked process off from the supervisor's session, signals, privacy and descriptors."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for target, fd in enumerate(descriptors):  # 0 to 2 are never among them, so nothing is overwritten before its turn
+        os.dup2(fd, target, inheritable=target < 3)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 3:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    allow_inspection(True)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # the first victim when memory runs out, so that the supervisor lives to tell
+
+
+def allow_inspection(allowed: bool) -> None:
+    """Set whether other processes of the same user may see this one's memory and descriptors (PR_SET_DUMPABLE)."""
+    if ctypes.CDLL(None, use_errno=True).prctl(4, int(allowed), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+
+
+def count_oom_kills() -> int:
+    """How many processes the kernel has killed in this container for want of memory; 0 where it does not say."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(path) as file:
+            for line in file:
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
+def memory_in_use() -> int | None:
+    """Bytes charged to the container."""
+    for path in ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            return int(file.read())
+    return None
+
+
+def clip(text: str, limit: int) -> str:
+    """`text` within about `limit` characters: head and tail, and between them how much was left out."""
+    if len(text) <= limit:
+        return text
+    head = limit * 2 // 3
+    return f"{text[:head]}\n[… {len(text) - limit} characters left out …]\n{text[len(text) - (limit - head) :]}"
+
+
+class Worker:
+    """The process that runs the code: a read-eval-print loop around a real `__main__` module."""
+
+    def __init__(self, control: Channel, settings: dict[str, Any]) -> None:
+        self.control = control
+        self.frames = self._receive()
+        self.home: str = settings["working_dir"]
+        self.call: str | None = None
+        self.calls = 0
+        self.filename = ""
+        self.filenames: set[str] = set()
+        self.flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # and what the code imports from __future__
+        self.loop: Any = None  # of asyncio, once the code awaits something
+        self.rich_left = RICH_LIMIT
+        self.lock = threading.RLock()  # around the control channel
+        self.interruptible = self.shielded = self.interrupted = False
+        self.main = types.ModuleType("__main__")
+        sys.modules["__main__"] = self.main
+        self.names = vars(self.main)
+        self.names["__builtins__"] = builtins
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        with contextlib.suppress(OSError):
+            os.chdir(self.home)
+        sys.path.insert(0, self.home)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)
+        self._open_streams()
+        builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
+        builtins.input = refuse_input
+        os.environ["MPLBACKEND"] = "module://sandbox_backend"
+        sys.modules["sandbox_backend"] = self._matplotlib_backend()
+        self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
+        self.policy.install()
+
+    def serve(self) -> None:
+        """Run one request after the other until the supervisor is gone."""
+        state: list[str] = []
+        state_of = None
+        for frame in self.frames:
+            if frame["op"] in ("part", "run") and frame["id"] != state_of:
+                state, state_of = [], frame["id"]
+            if frame["op"] == "part":
+                state.append(frame["data"])
+            elif frame["op"] == "run":
+                self._serve_call(frame, "".join([*state, frame["data"]]))
+
+    def _receive(self) -> Iterator[dict[str, Any]]:
+        with contextlib.suppress(EOFError):
+            while True:
+                yield from self.control.receive()
+
+    def _open_streams(self) -> None:
+        """Give the code text streams over descriptors 1 and 2 that survive even a close()."""
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+    # ── one call ──
+
+    def _serve_call(self, request: dict[str, Any], state: str) -> None:
+        process = os.getpid()
+        self.calls += 1
+        self.call = request["id"]
+        self.rich_left = RICH_LIMIT
+        if sys.stdout.closed or sys.stderr.closed:
+            self._open_streams()
+        reset_peak_memory()
+        started = cpu_seconds()
+        report: dict[str, Any] = {"status": "ok"}
+        try:
+            try:
+                self.interruptible = True
+                self._run(request, state, report)
+            finally:
+                self.interruptible = False
+        except BaseException as error:
+            report.update(self._describe(error))
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+        if os.getpid() != process:
+            os._exit(0)  # the code forked: this is the child at the end of its script
+        with self.lock:
+            call, self.call = self.call, None
+            report["cpu"] = cpu_seconds() - started
+            report["memory"] = peak_memory()
+            self.control.send({"id": call, "kind": "done", **report})
+
+    def _run(self, request: dict[str, Any], state: str, report: dict[str, Any]) -> None:
+        name = request["filename"] or f"<call {self.calls}>"
+        sys.argv = [name, *request["argv"]]
+        if request["filename"]:
+            self.names["__file__"] = os.path.join(self.home, name)
+        if state:
+            self.names.update(json.loads(state))
+        try:
+            value = self._evaluate(request["code"], name)
+            if value is not None:
+                builtins._ = value  # type: ignore[attr-defined]  # as the interactive interpreter does
+                text = repr(value)
+                report["value"], report["value_length"] = clip(text, VALUE_LIMIT), len(text)
+                bundle = rich_forms(value)
+                if bundle:
+                    self._publish(bundle, True)
+        finally:
+            if request["final"]:
+                threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a script: waits for threads
+            self._show_figures()
+            if state:
+                text, left_out = collect_state(self.names)
+                self._send("state", text, left_out=left_out)
+            if request["final"]:
+                atexit._run_exitfuncs()
+
+    def _evaluate(self, code: str, filename: str) -> Any:
+        """Run the code; return the value of the expression that it ends with, None if it ends otherwise."""
+        self.filename = filename
+        self.filenames.add(filename)
+        linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
+        flags = self.flags
+        tree = compile(code, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
+        self.policy.check(tree, filename)
+        last = None
+        if tree.body and isinstance(tree.body[-1], ast.Expr) and not code.rstrip().endswith(";"):
+            last = ast.Expression(tree.body.pop().value)
+        body = compile(tree, filename, "exec", flags, dont_inherit=True)
+        for feature in __future__.all_feature_names:
+            self.flags |= body.co_flags & getattr(__future__, feature).compiler_flag
+        self._execute(body)
+        return self._execute(compile(last, filename, "eval", self.flags, dont_inherit=True)) if last else None
+
+    def _execute(self, code: types.CodeType) -> Any:
+        result = eval(code, self.names)
+        if not code.co_flags & 0x80:  # inspect.CO_COROUTINE: there is an await at top level
+            return result
+        import asyncio
+
+        if self.loop is None or self.loop.is_closed():
+            self.loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        task = self.loop.create_task(result)
+        try:
+            return self.loop.run_until_complete(task)
+        except KeyboardInterrupt:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                self.loop.run_until_complete(task)
+            raise
+
+    def _on_interrupt(self, *_: Any) -> None:
+        """Raise KeyboardInterrupt in the code, once a call, and never in our own bookkeeping."""
+        if self.shielded:
+            self.interrupted = True
+        elif self.interruptible:
+            self.interruptible = False
+            raise KeyboardInterrupt
+
+    # ── failures ──
+
+    def _describe(self, error: BaseException) -> dict[str, Any]:
+        if isinstance(error, SystemExit):
+            if error.code is not None and not isinstance(error.code, int):
+                print(error.code, file=sys.stderr)
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if code == 0:
+                return {"exit_code": 0}
+            described: dict[str, Any] = {"status": "error", "exit_code": code}
+        else:
+            described = {"status": "error"}
+        try:
+            trace = traceback.walk_tb(error.__traceback__)
+            lines = [number for frame, number in trace if frame.f_code.co_filename == self.filename]
+            message = str(error)
+            if isinstance(error, SyntaxError):
+                message = str(error.msg)
+                lines += [error.lineno or 1] if error.filename == self.filename else []
+            summary = traceback.TracebackException.from_exception(error)
+            self._keep_user_frames(summary)
+            text = "".join(summary.format() if summary.stack else summary.format_exception_only())
+        except Exception as broken:  # the code's own __str__, __repr__ or __cause__ may raise
+            lines, message = [], f"(its text could not be had: {type(broken).__name__})"
+            text = f"{type(error).__name__}: {message}\n"
+        described["exception"] = {
+            "type": clip(type(error).__name__, 200),
+            "message": clip(message, MESSAGE_LIMIT),
+            "line": lines[-1] if lines else None,
+            "traceback": clip(text, TRACEBACK_LIMIT),
+            "missing": error.name if isinstance(error, ModuleNotFoundError) else None,
+        }
+        return described
+
+    def _keep_user_frames(self, summary: Any) -> None:
+        """Cut a traceback, and those of its causes, to the frames of the user's own code."""
+        kept = [frame for frame in summary.stack or () if self._is_user_file(frame.filename)]
+        summary.stack = traceback.StackSummary.from_list(kept)
+        related = [summary.__cause__, summary.__context__, *(getattr(summary, "exceptions", None) or ())]
+        for other in filter(None, related):
+            self._keep_user_frames(other)
+
+    def _is_user_file(self, filename: str) -> bool:
+        return filename in self.filenames or filename.startswith(self.home + "/")
+
+    # ── rich output ──
+
+    def display(self, *values: Any) -> None:
+        """Show values in the result at this point: images, HTML and the like where they have such a form, else their repr."""
+        for value in values:
+            self._publish({"text/plain": clip(repr(value), VALUE_LIMIT), **rich_forms(value)})
+
+    def _publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
+        data = json.dumps(bundle)
+        if len(data) > self.rich_left:
+            note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
+            data = json.dumps({"text/plain": note})
+        self.rich_left -= len(data)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._send("display", data, is_value=is_value)
+
+    def _send(self, kind: str, data: str, **fields: Any) -> None:
+        """Send a frame that belongs to the running call, whole even if an interruption comes in between."""
+        with self.lock:
+            if self.call is None:
+                return  # a thread of an earlier call: there is no result that this could go into
+            self.shielded = threading.current_thread() is threading.main_thread()
+            try:
+                self.control.send({"id": self.call, "kind": kind, **fields}, data)
+                if kind == "display":
+                    while next(self.frames)["op"] != "displayed":
+                        pass  # what the code writes from here on comes after
+            finally:
+                self.shielded = False
+            if self.interrupted:
+                self.interrupted = False
+                self._on_interrupt()
+
+    def _matplotlib_backend(self) -> types.ModuleType:
+        """A Matplotlib backend whose `show()` puts the open figures into the result; imports Matplotlib when used."""
+        backend = types.ModuleType("sandbox_backend")
+
+        def find(name: str) -> Any:
+            if name != "FigureCanvas":
+                raise AttributeError(name)
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+            vars(backend).update(FigureCanvas=FigureCanvasAgg, show=lambda *_, **__: self._show_figures())
+            return FigureCanvasAgg
+
+        backend.__getattr__ = find  # type: ignore[method-assign]  # a module's own, PEP 562
+        return backend
+
+    def _show_figures(self) -> None:
+        """Put every open Matplotlib figure into the result, and close it."""
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        for number in pyplot.get_fignums() if pyplot else ():
+            figure = pyplot.figure(number)  # type: ignore[union-attr]  # there are numbers only if there is pyplot
+            self._publish({"text/plain": repr(figure), **rich_forms(figure)})
+
+
+def refuse_input(prompt: object = "") -> str:
+    """Stands in for input(): nobody is there to answer."""
+    raise EOFError("input() can't be answered in the sandbox; put the value into the code instead")
+
+
+def rich_forms(value: Any) -> dict[str, str]:
+    """The forms of a value other than plain text by MIME type, binary ones in base64, as IPython's protocol offers them."""
+    if isinstance(value, type):
+        return {}
+    if type(value).__module__ == "matplotlib.figure" and hasattr(value, "savefig"):
+        return {"image/png": draw(value)}
+    forms: dict[str, Any] = {}
+    for mime, method in (
+        ("image/png", "_repr_png_"),
+        ("image/jpeg", "_repr_jpeg_"),
+        ("image/svg+xml", "_repr_svg_"),
+        ("text/html", "_repr_html_"),
+        ("text/markdown", "_repr_markdown_"),
+        ("text/latex", "_repr_latex_"),
+    ):
+        make = getattr(value, method, None)
+        with contextlib.suppress(Exception):  # a form that can't be made is a form that is not there
+            forms[mime] = make() if callable(make) else None
+    with contextlib.suppress(Exception):
+        bundle = value._repr_mimebundle_()
+        forms.update(bundle[0] if isinstance(bundle, tuple) else bundle)
+    rich: dict[str, str] = {}
+    for mime, form in forms.items():
+        if isinstance(form, tuple):
+            form = form[0]  # some give (data, metadata)
+        if isinstance(form, bytes):
+            form = base64.b64encode(form).decode("ascii")
+        if isinstance(form, str) and isinstance(mime, str) and mime != "text/plain":
+            rich[mime] = form
+    return rich
+
+
+def draw(figure: Any) -> str:
+    """A Matplotlib figure as PNG in base64; it is closed, so that it does not come again at the end of the call."""
+    image = io.BytesIO()
+    try:
+        figure.savefig(image, format="png", bbox_inches="tight")
+    finally:
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close(figure)
+    return base64.b64encode(image.getvalue()).decode("ascii")
+
+
+def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The variables that JSON can hold, as its text; and of those it can't, the name and the reason (at most 100)."""
+    kept: list[str] = []
+    left_out: dict[str, str] = {}
+    size = 2
+    for name, value in list(names.items()):
+        if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
+            continue
+        try:
+            text = f"{json.dumps(name)}:{json.dumps(plain(value, 0, set()))}"
+            text.encode()
+            size += len(text) + 1
+            if size > STATE_LIMIT:
+                size -= len(text) + 1
+                raise ValueError(f"too large: {len(text)} characters of JSON")
+            kept.append(text)
+        except (ValueError, RecursionError) as error:
+            left_out[clip(name, 100)] = clip(str(error), 200)
+    return "{" + ",".join(kept) + "}", dict(list(left_out.items())[:100])
+
+
+def plain(value: Any, depth: int, parents: set[int]) -> Any:
+    """`value` if JSON can hold it unchanged (a tuple becomes a list, a NumPy number a Python one); ValueError if not."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError("text with lone surrogates") from None
+        return value
+    if isinstance(value, int):
+        if value.bit_length() > 4096:
+            raise ValueError(f"an integer of {value.bit_length()} bits")
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value!r} is not JSON")
+        return value
+    if not isinstance(value, (list, tuple, dict)):
+        raise ValueError(f"{type(value).__name__} is not JSON")
+    if depth == STATE_DEPTH:
+        raise ValueError(f"nested more than {STATE_DEPTH} deep")
+    if id(value) in parents:
+        raise ValueError("contains itself")
+    parents.add(id(value))
+    try:
+        if not isinstance(value, dict):
+            return [plain(item, depth + 1, parents) for item in value]
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"a key is {type(key).__name__}, not text")
+        return {plain(key, 0, set()): plain(item, depth + 1, parents) for key, item in value.items()}
+    finally:
+        parents.discard(id(value))
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its finished children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def reset_peak_memory() -> None:
+    """Let the kernel start this process's high-water mark anew."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak_memory() -> int | None:
+    """Most bytes this process had resident since reset_peak_memory(); None where the kernel does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class ImportPolicy:
+    """Which modules the user's own code may import. A guard rail against habit, not a wall: see SECURITY in the README.
+
+    Libraries import what they need: an import counts as the user's if the module that asks is not one that was itself
+    imported from outside the working directory.
+    """
+
+    def __init__(self, allowed: list[str], blocked: list[str], home: str) -> None:
+        self.allowed = set(allowed)
+        self.blocked = set(blocked)
+        self.home = home
+
+    def check(self, tree: Any, filename: str) -> None:
+        """Refuse code whose imports can be seen to break the policy, before any of it runs."""
+        if not (self.allowed or self.blocked):
+            return
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                function = getattr(node.func, "id", getattr(node.func, "attr", None))
+                if function in ("__import__", "import_module") and isinstance(node.args[0].value, str):
+                    names = [node.args[0].value]
+            for name in names:
+                refusal = self._refusal(name)
+                if refusal:
+                    # Raised by a statement at the import's own place, so that line and traceback are as for any error.
+                    statement = ast.parse("raise refusal").body[0]
+                    for part in ast.walk(statement):
+                        ast.copy_location(part, node)
+                    code = compile(ast.Module([statement], []), filename, "exec", dont_inherit=True)
+                    exec(code, {"refusal": refusal})
+
+    def _refusal(self, name: str) -> ImportError | None:
+        top = name.partition(".")[0]
+        if top == "__future__":
+            return None
+        if top in self.blocked:
+            return ImportError(f"module {top!r} may not be imported: the setting blocked_modules names it", name=top)
+        if self.allowed and top not in self.allowed:
+            return ImportError(
+                f"module {top!r} may not be imported: the setting allowed_modules permits only "
+                + ", ".join(sorted(self.allowed)),
+                name=top,
+            )
+        return None
+
+    def install(self) -> None:
+        """Check at run time what could not be seen before."""
+        if not (self.allowed or self.blocked):
+            return
+        real_import, real_import_module = builtins.__import__, importlib.import_module
+
+        def guarded_import(
+            name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+        ) -> Any:  # noqa: A002
+            caller = sys._getframe(1)
+            # Extension modules import with a list, in the name of whoever called them: strptime() needs _strptime.
+            from_extension = isinstance(fromlist, list) and "__import__" not in caller.f_code.co_names
+            if not from_extension:
+                self._require(name, caller.f_globals if globals is None else globals, level)
+            return real_import(name, globals, locals, fromlist, level)
+
+        def guarded_import_module(name: str, package: str | None = None) -> Any:
+            self._require(name, sys._getframe(1).f_globals, int(name.startswith(".")))
+            return real_import_module(name, package)
+
+        builtins.__import__ = guarded_import
+        importlib.__import__ = guarded_import  # type: ignore[assignment]
+        importlib.import_module = guarded_import_module
+
+    def _require(self, name: str, asking: dict[str, Any], level: int) -> None:
+        if level == 0 and isinstance(name, str) and self._is_users(asking):
+            refusal = self._refusal(name)
+            if refusal:
+                raise refusal
+
+    def _is_users(self, asking: dict[str, Any]) -> bool:
+        if asking is globals():
+            return False  # this very program
+        name = asking.get("__name__")
+        module = sys.modules.get(name) if isinstance(name, str) else None
+        if module is None or name == "__main__" or vars(module) is not asking:
+            return True
+        return str(asking.get("__file__") or "").startswith(self.home + "/")
+
+
+def plug() -> None:
+    """Runs in `docker exec`: hands its own standard input and output to the supervisor, and stays while they are used."""
+    import array
+    import os
+    import socket
+
+    request = b""
+    while not request.endswith(b"\n"):  # one byte at a time: what follows is the supervisor's
+        byte = os.read(0, 1)
+        if not byte:
+            return
+        request += byte
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("\0python-docker-mcp")
+        connection.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1]))])
+        connection.recv(1)  # returns when the supervisor lets go
+
+
+def supervise(settings: str) -> None:
+    """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of everything that uses them by habit."""
+    channel = Channel(os.dup(0), os.dup(1))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    Supervisor(channel, json.loads(settings)).run()
+
+
+# ════════ end of guest ════════
+
+GUEST_MODULES = [
+    "__future__",
+    "ast",
+    "atexit",
+    "base64",
+    "builtins",
+    "codecs",
+    "contextlib",
+    "ctypes",
+    "functools",
+    "importlib",
+    "io",
+    "json",
+    "linecache",
+    "math",
+    "os",
+    "select",
+    "signal",
+    "socket",
+    "struct",
+    "sys",
+    "threading",
+    "time",
+    "traceback",
+    "types",
+]
+
+
+def _guest_source() -> str:
+    """The guest as a program of its own: its imports, then the part of this file between the marks, at its own lines."""
+    before, mark, rest = inspect.getsource(sys.modules[__name__]).partition("# ════════ guest: ")
+    guest = (mark + rest).partition("# ════════ end of guest")[0]
+    imports = f"from __future__ import annotations; import {', '.join(GUEST_MODULES)}; from collections import deque"
+    return imports + "\n" * before.count("\n") + guest
+
+
+GUEST_SOURCE = _guest_source()  # now, so that a file replaced under a running server can't give half of each
+BOOTSTRAP = """
+import os
+def take(count):
+    data = b""
+    while len(data) < count:
+        piece = os.read(0, count - len(data))
+        if not piece: os._exit(0)
+        data += piece
+    return data.decode()
+source, settings = (take(int(take(8), 16)) for _ in range(2))
+names = {"__name__": "sandbox_guest"}
+exec(compile(source, "sandbox_runner.py", "exec"), names)
+names["supervise"](settings)
+"""
+
+
+# ── engine ──
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A container engine's command line. Keeps nothing: what exists is asked of the engine, by label."""
+
+    command: str  # path of the executable
+    kind: Literal["docker", "podman", "nerdctl"]
+    version: str
+
+    async def run(self, *arguments: str, timeout: float = ENGINE_TIMEOUT, stdin: Any = subprocess.DEVNULL) -> str:
+        """Run a command to its end and return what it printed.
+
+        Raises:
+            EngineError: it failed, in its own words, or took longer than `timeout` seconds.
+
+        """
+        code, output, errors = await run_command([self.command, *arguments], timeout, stdin)
+        if code:
+            raise EngineError(f"`{self.kind} {arguments[0]}` failed: {last_line(errors) or f'exit status {code}'}")
+        return output
+
+    async def spawn(self, *arguments: str) -> anyio.abc.Process:
+        """Start a command with pipes for its standard streams."""
+        return await open_command([self.command, *arguments], subprocess.PIPE)
+
+    def sandbox_arguments(self, name: str, image: str, config: Config, owner: str) -> list[str]:
+        """The command that starts a sandbox: the reasons for each flag are in SECURITY of the README."""
+        docker = config.docker
+        no_proxies = [
+            f"--env={variable}="
+            for proxy in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+            for variable in (proxy, proxy.upper())
+        ]
+        environment = {"HOME": "/tmp", "TMPDIR": "/tmp", "MPLCONFIGDIR": "/tmp/.matplotlib", "LANG": "C.UTF-8"}
+        for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
+            environment[f"{library}_NUM_THREADS"] = "1"  # a fork must find no threads, and half a core feeds no more
+        tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
+        return [
+            "run",
+            "--interactive",
+            "--rm",
+            "--pull=never",
+            f"--name={name}",
+            f"--label={LABEL}={PROTOCOL}",
+            f"--label={LABEL}.owner={owner}",
+            "--hostname=sandbox",
+            *(["--network=none"] if docker.network_disabled else []),
+            *(["--read-only"] if docker.read_only else []),
+            # Podman would add writable directories without a limit of their own to a read-only root.
+            *(["--read-only-tmpfs=false", "--http-proxy=false"] if self.kind == "podman" else []),
+            *(
+                f"--tmpfs={path}:{tmpfs}{',exec' * (path != '/tmp')}"
+                for path in dict.fromkeys(("/tmp", docker.working_dir))
+            ),
+            f"--workdir={docker.working_dir}",
+            f"--memory={size_in_bytes(docker.memory_limit)}",
+            f"--memory-swap={size_in_bytes(docker.memory_limit)}",  # of both together: so no swap
+            f"--cpus={docker.cpu_limit}",
+            f"--pids-limit={docker.pids_limit}",
+            "--cap-drop=ALL",
+            "--security-opt=no-new-privileges",
+            "--user=65534:65534",
+            "--ipc=private",
+            f"--shm-size={size_in_bytes(docker.disk_limit)}",
+            "--ulimit=nofile=1024:1024",
+            "--ulimit=nproc=4096:4096",  # limits nothing, but Podman drops its own default once any ulimit is given
+            "--ulimit=core=0:0",
+            "--log-driver=none",
+            "--stop-timeout=1",
+            "--oom-score-adj=500",
+            *(f"--mount={mount_argument(mount)}" for mount in docker.mounts),
+            *(f"--env={key}={value}" for key, value in environment.items()),
+            *no_proxies,
+            *([f"--runtime={docker.runtime}"] if docker.runtime else []),
+            "--entrypoint=python3",
+            "--",
+            image,
+            "-I",
+            "-c",
+            BOOTSTRAP,
+        ]
+
+    def plug_arguments(self, name: str) -> list[str]:
+        """The command that runs `plug` in the sandbox `name`."""
+        program = f"{inspect.getsource(plug)}\nplug()"
+        return ["exec", "--interactive", f"--user={PLUG_UID}:{PLUG_UID}", name, "python3", "-I", "-S", "-c", program]
+
+    async def sandboxes(self) -> list[str]:
+        """The names of all containers that carry our label, whoever started them."""
+        return (await self.run("ps", f"--filter=label={LABEL}", "--format={{.Names}}")).split()
+
+    async def remove(self, name: str) -> None:
+        """Kill and remove a container; that it is gone already is fine."""
+        with contextlib.suppress(EngineError):
+            await self.run("kill", name)  # Podman's `rm --force` alone waits ten seconds for process 1
+        with contextlib.suppress(EngineError):
+            await self.run("rm", "--force", name)
+
+
+# What the engine's command line needs to find its engine, and nothing else of ours: the variables of this process may
+# hold secrets, and both Docker and Podman copy proxy settings, passwords included, into containers.
+ENGINE_ENVIRONMENT = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+    "DOCKER_HOST",
+    "DOCKER_CONTEXT",
+    "DOCKER_CONFIG",
+    "DOCKER_CERT_PATH",
+    "DOCKER_TLS_VERIFY",
+    "DOCKER_API_VERSION",
+    "CONTAINER_HOST",
+    "CONTAINER_SSHKEY",
+    "CONTAINERS_CONF",
+    "CONTAINERS_STORAGE_CONF",
+    "CONTAINERS_REGISTRIES_CONF",
+    "CONTAINERD_ADDRESS",
+    "CONTAINERD_NAMESPACE",
+    "XDG_RUNTIME_DIR",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "DBUS_SESSION_BUS_ADDRESS",
+    "SSH_AUTH_SOCK",
+    "SYSTEMROOT",
+    "SYSTEMDRIVE",
+    "USERPROFILE",
+    "APPDATA",
+    "LOCALAPPDATA",
+    "PROGRAMDATA",
+    "PROGRAMFILES",
+    "COMSPEC",
+    "PATHEXT",
+]
+# Programs started by a desktop get a short PATH.
+USUAL_PLACES = [
+    "/usr/local/bin",
+    "/usr/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/opt/podman/bin",
+    "/snap/bin",
+    "~/.docker/bin",
+    "~/.orbstack/bin",
+    "~/.rd/bin",
+    "/Applications/Docker.app/Contents/Resources/bin",
+]
+
+
+async def find_engine(command: str | None = None) -> Engine:
+    """The engine to use: `command` if given, else the first of docker, podman and nerdctl that answers.
+
+    Raises:
+        EngineError: none can be used; the message is about the one that came nearest.
+
+    """
+    places = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(os.path.expanduser, USUAL_PLACES)])
+    if os.name == "nt":
+        places += os.pathsep + r"C:\Program Files\Docker\Docker\resources\bin"
+    problem: EngineError | None = None
+    for name in (command,) if command else ("docker", "podman", "nerdctl"):
+        path = shutil.which(os.path.expanduser(name), path=places)
+        if path is None:
+            continue
+        try:
+            return await _probe(path)
+        except EngineError as error:
+            problem = problem or error
+    if problem:
+        raise problem
+    if command:
+        raise EngineError(
+            f"docker.command is {command!r}, but there is no such program: correct or remove that setting."
+        )
+    raise EngineError(
+        "No container engine was found: install Docker (https://docs.docker.com/get-docker) or Podman "
+        "(https://podman.io), or set docker.command to the path of its command line."
+    )
+
+
+async def _probe(path: str) -> Engine:
+    """Ask what kind of engine answers behind a command line, and whether it does."""
+    try:
+        code, output, errors = await run_command([path, "version", "--format={{json .}}"], ENGINE_TIMEOUT)
+    except EngineError as error:
+        raise EngineError(f"{path} hangs: {error} Restart the engine it belongs to.") from None
+    try:
+        answer = json.loads(output)
+        client, server = answer["Client"], answer.get("Server")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        client, server = {}, None
+    kind: Literal["docker", "podman", "nerdctl"] = (
+        "podman" if "APIVersion" in client else "docker" if "ApiVersion" in client else "nerdctl"
+    )
+    version = str((server or client).get("Version", "")).lstrip("v")
+    if code or not version or (kind == "docker" and not server):
+        said = last_line(errors) or f"exit status {code}"
+        if "permission denied" in errors:
+            raise EngineError(
+                f"{path} may not be used by this user: add the user to the group docker (`sudo usermod -aG docker $USER`, "
+                f"then log in anew), or use rootless Docker or Podman. It said: {said}"
+            )
+        raise EngineError(
+            f"{path} is installed, but its engine does not answer: start Docker Desktop, or `sudo systemctl start docker`, "
+            f"or see that DOCKER_HOST and `docker context` point to one that runs. It said: {said}"
+        )
+    oldest = {"docker": 20, "podman": 4, "nerdctl": 1}[kind]
+    major = re.match(r"\d+", version)
+    if major and int(major[0]) < oldest:
+        raise EngineError(f"{path} is {kind} {version}, which is too old: version {oldest} or later is needed.")
+    return Engine(path, kind, version)
+
+
+async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
+    """Start an engine command: in a session of its own, so that a signal to our group leaves it to us."""
+    environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
+    if command[1] == "pull":  # the one command that may need a proxy itself
+        environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    try:
+        return await anyio.open_process(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise EngineError(f"{command[0]} can't be run: {error.strerror}.") from error
+
+
+async def run_command(
+    command: Sequence[str],
+    timeout: float,
+    stdin: Any = subprocess.DEVNULL,
+    on_line: Callable[[str], None] | None = None,
+) -> tuple[int, str, str]:
+    """Run an engine command to its end; its exit status, output (at most MAX_FRAME bytes) and errors. Raises EngineError."""
+    process = await open_command(command, stdin)
+    output, errors = bytearray(), bytearray()
+
+    async def collect(stream: anyio.abc.ByteReceiveStream, into: bytearray) -> None:
+        async for data in stream:
+            into += data
+            del into[:-MAX_FRAME]
+            if on_line:
+                on_line(last_line(into.decode("utf-8", "replace")))
+
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        with anyio.fail_after(timeout):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(collect, process.stdout, output)
+                tasks.start_soon(collect, process.stderr, errors)
+            code = await process.wait()
+    except TimeoutError:
+        raise EngineError(f"`{Path(command[0]).name} {command[1]}` did not end within {timeout:g} seconds.") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        with anyio.CancelScope(shield=True):
+            await process.aclose()
+    return code, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
+
+
+def last_line(text: str) -> str:
+    """The last line with something in it, printable and short: engines say the reason last."""
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    said = lines[-1] if lines else ""
+    return textwrap.shorten("".join(char if char.isprintable() else " " for char in said), 300, placeholder=" …")
+
+
+# ── image ──
+
+
+@dataclass(frozen=True)
+class Image:
+    """The image that sandboxes are made from."""
+
+    name: str
+    id: str
+    origin: Literal["present", "pulled", "made from this host's Python"]
+
+
+async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str], None]) -> Image:
+    """The configured image: present, else pulled, else, if it is the default one, made from this host's own Python.
+
+    `report` is told, a line at a time, what takes long.
+
+    Raises:
+        ImageError: it can't be had.
+
+    """
+    if docker.image == "host":
+        return await _host_image(engine, report)
+    if identity := await _image_id(engine, docker.image):
+        return Image(docker.image, identity, "present")
+    may_be_made = docker.image == DockerConfig.image and sys.platform == "linux"
+    if may_be_made and (identity := await _image_id(engine, host_image_name())):
+        log.warning(
+            "%s is not here: using %s, made from this host's Python (`%s pull %s` changes that)",
+            docker.image, host_image_name(), engine.kind, docker.image,
+        )  # fmt: skip
+        return Image(host_image_name(), identity, "made from this host's Python")
+    report(f"pulling {docker.image}")
+    try:
+        code, _, errors = await run_command(
+            [engine.command, "pull", docker.image],
+            PULL_TIMEOUT,
+            on_line=lambda line: report(f"pulling {docker.image}: {line}"),
+        )
+        said = last_line(errors) if code else ""
+    except EngineError as error:
+        said = str(error)
+    if not said and (identity := await _image_id(engine, docker.image)):
+        log.info("pulled %s", docker.image)
+        return Image(docker.image, identity, "pulled")
+    if not may_be_made:
+        raise ImageError(
+            f"The image {docker.image} is not here and can't be pulled: {said or 'the engine does not say why'} "
+            f"Pull or load it by hand, set docker.image to one that is here, or to `host` to use this host's own Python."
+        )
+    log.warning("%s can't be pulled (%s): making an image from this host's own Python", docker.image, said)
+    return await _host_image(engine, report)
+
+
+async def _image_id(engine: Engine, name: str) -> str | None:
+    try:
+        return (await engine.run("image", "inspect", "--format={{.Id}}", name)).strip() or None
+    except EngineError:
+        return None
+
+
+def host_image_name() -> str:
+    """Where the image made from this Python is kept: one for each interpreter, in its version and place."""
+    place = base64.b32encode(str(_interpreter()).encode()).decode().strip("=").lower()[-24:]
+    return f"python-docker-mcp-host:{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{place}"
+
+
+def _interpreter() -> Path:
+    return Path(getattr(sys, "_base_executable", None) or sys.executable).resolve()
+
+
+async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
+    """An image of this host's interpreter, standard library, and the shared libraries that they and common wheels need."""
+    name = host_image_name()
+    if sys.platform != "linux":
+        raise ImageError(
+            "docker.image is `host`, which works on Linux only: set it to an image such as python:3.12.2-slim."
+        )
+    if not (identity := await _image_id(engine, name)):
+        report("making an image from this host's Python")
+        reader, writer = os.pipe()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, _write_host_files, writer)
+            try:
+                await engine.run(
+                    "import",
+                    "--change=ENV PATH=/usr/local/bin:/usr/bin:/bin",
+                    "-",
+                    name,
+                    timeout=PULL_TIMEOUT,
+                    stdin=reader,
+                )
+                failure = None
+            except EngineError as error:
+                failure = error
+            finally:
+                os.close(reader)  # if the import failed, the writer must see that nobody listens
+        if failure:
+            raise ImageError(f"An image can't be made from this host's Python: {failure}") from failure
+        identity = await _image_id(engine, name)
+        log.warning("made the image %s from this host's Python %s", name, sys.version.split()[0])
+    return Image(name, identity or "", "made from this host's Python")
+
+
+# The libraries that manylinux wheels may expect (PEP 599 and later), and the stubs of older glibc's parts.
+BASELINE_LIBRARIES = [
+    "libpthread.so.0",
+    "libdl.so.2",
+    "librt.so.1",
+    "libutil.so.1",
+    "libresolv.so.2",
+    "libm.so.6",
+    "libnss_files.so.2",
+    "libnss_dns.so.2",
+    "libstdc++.so.6",
+    "libgcc_s.so.1",
+    "libz.so.1",
+    "libexpat.so.1",
+]
+
+
+def _write_host_files(descriptor: int) -> None:
+    """Write the tar of a minimal root file system around this interpreter, and close the descriptor."""
+    executable, library = _interpreter(), Path(os.__file__).parent
+    shell = Path("/bin/sh").resolve()
+    extensions = [str(path) for path in library.glob("lib-dynload/*.so")]
+    ldd = subprocess.run(
+        ["ldd", str(executable), str(shell), *extensions],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    shared = {Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", ldd, re.MULTILINE)}
+    for folder in {path.parent for path in shared}:
+        shared |= {folder / name for name in BASELINE_LIBRARIES if (folder / name).exists()}
+
+    def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        parts = Path(entry.name).parts
+        if {"test", "tests", "site-packages", "dist-packages", "idlelib", "turtledemo", "ensurepip"} & set(parts):
+            return None
+        if entry.name.endswith((".opt-1.pyc", ".opt-2.pyc")) or (entry.name.startswith("usr/share/zoneinfo/right")):
+            return None
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = "root"
+        return entry if entry.isfile() or entry.isdir() or entry.issym() else None
+
+    def add_folder(tar: tarfile.TarFile, name: str, mode: int) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.mode = tarfile.DIRTYPE, mode
+        tar.addfile(entry)
+
+    def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+
+    def add_link(tar: tarfile.TarFile, name: str, target: Path) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname = tarfile.SYMTYPE, str(target)
+        tar.addfile(entry)
+
+    with (
+        contextlib.suppress(BrokenPipeError),
+        open(descriptor, "wb") as pipe,
+        tarfile.open(fileobj=pipe, mode="w|") as tar,
+    ):
+        tar.dereference = True  # a library's usual name is a link; what counts is that the name is there
+        for path in sorted({*shared, executable, Path("/etc/ld.so.cache")}):
+            if path.exists():
+                tar.add(path, str(path).lstrip("/"), filter=wanted)
+        tar.dereference = False
+        for folder in (library, Path("/usr/share/zoneinfo")):
+            if folder.exists():
+                tar.add(folder, str(folder).lstrip("/"), filter=wanted)
+        tar.dereference = True
+        tar.add(shell, "bin/sh", filter=wanted)
+        for name in ("python3", "python"):
+            add_link(tar, f"usr/local/bin/{name}", executable)
+        add_file(tar, "etc/passwd", b"root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/tmp:/bin/sh\n")
+        add_file(tar, "etc/group", b"root:x:0:\nnogroup:x:65534:\n")
+        for name, mode in (("tmp", 0o1777), ("proc", 0o755), ("sys", 0o755), ("dev", 0o755), ("var/tmp", 0o1777)):
+            add_folder(tar, name, mode)
+
+
+# ── sandbox ──
+
+OnOutput = Callable[[Text | Rich | Omitted], Awaitable[None]]
+
+
+class ProtocolError(Exception):
+    """What came from the sandbox is nothing that our supervisor says: none of it is to be trusted any more."""
+
+
+class Frame:
+    """One frame from a sandbox. Nothing in it is believed: each field is asked for with the types it may have."""
+
+    def __init__(self, fields: Any) -> None:
+        if not isinstance(fields, dict):
+            raise ProtocolError("where an object should be there is none")
+        self._fields = fields
+
+    @classmethod
+    def parse(cls, line: bytes) -> Frame:
+        """The frame in a line. Raises ProtocolError."""
+        try:
+            return cls(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"a frame is not JSON ({error})") from None
+
+    def get(self, name: str, *types: type) -> Any:
+        """A field; raises ProtocolError if it is of none of these types. An absent field is None."""
+        value = self._fields.get(name)
+        if type(value) not in types:
+            raise ProtocolError(f"the field {name} is of type {type(value).__name__}")
+        return value
+
+    def seconds(self, name: str) -> float:
+        """A duration."""
+        value = float(self.get(name, float, int))
+        if not 0 <= value < math.inf:
+            raise ProtocolError(f"the field {name} is not a duration")
+        return value
+
+
+NONE = type(None)
+
+
+def parse_within(text: str, nodes: int = 1_000_000) -> Any:
+    """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
+    if sum(map(text.count, "[{,")) > nodes:
+        raise ProtocolError("JSON with too many parts")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"data is not JSON ({error})") from None
+
+
+def texts(value: Any) -> dict[str, str]:
+    """`value` if it is an object of texts. Raises ProtocolError."""
+    if not isinstance(value, dict) or not all(type(item) is str for item in value.values()):
+        raise ProtocolError("where an object of texts should be there is none")
+    return value
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, as it goes to the worker."""
+
+    code: str
+    session: str | None = None
+    state: Mapping[str, Any] | None = None
+    timeout: float = 30.0
+    filename: str | None = None
+    arguments: Sequence[str] = ()
+    output_limit: int | None = None  # bytes; None for all of it, which then is streamed and not kept
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be run, before anything is started for it."""
+        try:
+            size = len(self.code.encode())
+        except UnicodeEncodeError:
+            raise RequestError("The code has lone surrogates, which no Python source can have.") from None
+        if size > CODE_LIMIT:
+            raise RequestError(
+                f"The code is {size} bytes long; the limit is {CODE_LIMIT}. Pass data in files or state."
+            )
+        if self.session is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", self.session):
+            raise RequestError(
+                f"{textwrap.shorten(repr(self.session), 60)} can't be a session's id: "
+                "use 1 to 128 letters, digits, dots, dashes and underscores."
+            )
+        if not 0 < self.timeout < math.inf:
+            raise RequestError(f"A timeout of {self.timeout!r} seconds can't be: give a number above zero.")
+        for name, value in (self.state or {}).items():
+            if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
+                raise RequestError(f"state: {textwrap.shorten(repr(name), 60)} can't be the name of a variable.")
+            try:
+                plain(value, 0, set())
+            except ValueError as error:
+                raise RequestError(f"state: the variable {name} can't be passed: {error}.") from None
+
+    def frames(self, call_id: str) -> Iterator[dict[str, Any]]:
+        """The frames to send: the state ahead in parts, then the request."""
+        state = "" if self.state is None else json.dumps(self.state)
+        if len(state) > STATE_LIMIT:
+            raise RequestError(f"state comes to {len(state)} characters of JSON; the limit is {STATE_LIMIT}.")
+        pieces = [state[start : start + PART] for start in range(0, len(state), PART)] or [""]
+        for piece in pieces[:-1]:
+            yield {"op": "part", "id": call_id, "data": piece}
+        yield {
+            "op": "run",
+            "id": call_id,
+            "data": pieces[-1],
+            "code": self.code,
+            "session": self.session,
+            "final": self.session is None,
+            "timeout": self.timeout,
+            "filename": self.filename,
+            "argv": list(self.arguments),
+            "output_limit": self.output_limit,
+        }
+
+
+@dataclass(frozen=True)
+class SandboxInfo:
+    """What a sandbox says of itself."""
+
+    name: str  # of its container
+    session: str | None
+    attached: bool  # whether some program is using it
+    owner: str  # that program's id, or the last one's
+    busy: bool
+    age: float  # seconds
+    idle: float  # seconds since its last call
+    memory: int | None  # bytes in use
+
+
+class Answer:
+    """The frames of one call, on their way from the reader of the pipe to whoever made the call."""
+
+    def __init__(self, call_id: str) -> None:
+        self.id = call_id
+        self.put, self.frames = anyio.create_memory_object_stream[Frame](16)
+
+    def close(self) -> None:
+        """Nobody will read or write any more."""
+        self.put.close()
+        self.frames.close()
+
+
+class Sandbox:
+    """One container, and the pipe to its supervisor. Runs one call at a time; whoever leases it sees to that."""
+
+    def __init__(self, engine: Engine, name: str, process: anyio.abc.Process) -> None:
+        self.engine = engine
+        self.name = name
+        self.gone = anyio.Event()
+        self._process = process
+        self._errors = bytearray()
+        self._greeting: Frame | None = None
+        self._greeted = anyio.Event()
+        self._call: Answer | None = None
+        self._fault: str | None = None  # what was wrong with what the sandbox sent
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
+
+    @classmethod
+    async def start(
+        cls, engine: Engine, image: Image, config: Config, owner: str, tasks: anyio.abc.TaskGroup
+    ) -> Sandbox:
+        """Start a container and wait until its supervisor is ready.
+
+        Raises:
+            EngineError: the engine did not start it, or it did not come up.
+
+        """
+        settings = json.dumps({
+            "owner": owner,
+            "working_dir": config.docker.working_dir,
+            "idle_timeout": config.session.idle_timeout,
+            "allowed_modules": config.allowed_modules,
+            "blocked_modules": config.blocked_modules,
+        })  # fmt: skip
+        name = f"python-docker-mcp-{secrets.token_hex(8)}"
+        process = await engine.spawn(*engine.sandbox_arguments(name, image.name, config, owner))
+        sandbox = cls(engine, name, process)
+        tasks.start_soon(sandbox._serve)
+        try:
+            with anyio.fail_after(START_TIMEOUT):
+                for text in (GUEST_SOURCE, settings):
+                    await sandbox._write(f"{len(text.encode()):08x}{text}".encode())
+                await sandbox._greeted.wait()
+            if sandbox._greeting is None:
+                raise EngineError(f"A sandbox could not be started: {sandbox._last_words()}")
+        except TimeoutError:
+            await sandbox.remove()
+            raise EngineError(
+                f"A sandbox did not come up within {START_TIMEOUT} seconds: is the host overloaded?"
+            ) from None
+        except BaseException:
+            await sandbox.remove()
+            raise
+        return sandbox
+
+    @classmethod
+    async def plug_in(
+        cls, engine: Engine, name: str, session: str | None, owner: str, tasks: anyio.abc.TaskGroup
+    ) -> Sandbox | SandboxInfo | None:
+        """Take the sandbox over if it holds `session` and nobody has it; else tell what it says of itself, None if nothing."""
+        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)))
+        tasks.start_soon(sandbox._serve)
+        with anyio.move_on_after(ATTACH_TIMEOUT):
+            await sandbox._write(json.dumps({"session": session, "owner": owner}).encode() + b"\n")
+            await sandbox._greeted.wait()
+        greeting = sandbox._greeting
+        if greeting and greeting.get("kind", str) == "ready":
+            return sandbox
+        sandbox._kill_client()
+        return sandbox.info(greeting) if greeting else None
+
+    def info(self, greeting: Frame | None = None) -> SandboxInfo:
+        """What the sandbox said of itself when it was started or plugged into."""
+        said = greeting or self._greeting
+        assert said is not None
+        return SandboxInfo(
+            name=self.name,
+            session=said.get("session", str, NONE),
+            attached=said.get("attached", bool),
+            owner=said.get("owner", str),
+            busy=said.get("busy", bool),
+            age=said.seconds("age"),
+            idle=said.seconds("idle"),
+            memory=said.get("memory", int, NONE),
+        )
+
+    # ── the pipe ──
+
+    async def _serve(self) -> None:
+        """Read what the container and its command line say until they are gone."""
+        assert self._process.stderr is not None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._read_errors, self._process.stderr)
+                await self._read_frames()
+                with anyio.move_on_after(FAREWELL_TIMEOUT):
+                    await self._process.wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            self._kill_client()
+            with anyio.CancelScope(shield=True):
+                await self._process.aclose()
+            self.gone.set()
+            self._greeted.set()
+            if self._call:
+                self._call.put.close()
+
+    async def _read_errors(self, stream: anyio.abc.ByteReceiveStream) -> None:
+        async for data in stream:
+            self._errors += data
+            del self._errors[:-ERRORS_KEPT]
+
+    async def _read_frames(self) -> None:
+        assert self._process.stdout is not None
+        lines = BufferedByteReceiveStream(self._process.stdout)
+        strays = 0
+        try:
+            while True:
+                frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
+                kind = frame.get("kind", str)
+                if kind in ("ready", "status"):
+                    self._greeting = frame
+                    unread = frame.get("unread", str, NONE)
+                    self._call = Answer(unread) if unread else None
+                    self._greeted.set()
+                elif kind == "farewell":
+                    self._kill_client()
+                    return
+                elif self._call and frame.get("id", str) == self._call.id:
+                    with contextlib.suppress(
+                        anyio.BrokenResourceError, anyio.ClosedResourceError
+                    ):  # given up meanwhile
+                        await self._call.put.send(frame)
+                else:
+                    strays += 1
+                    if strays > 100_000:
+                        raise ProtocolError("too many frames that belong to no call")
+        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.ClosedResourceError, anyio.BrokenResourceError):
+            pass
+        except (ProtocolError, anyio.DelimiterNotFound) as error:
+            self._fault = str(error)
+            log.error(
+                "the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, last_line(str(error))
+            )
+
+    async def _write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # the reader sees it end
+            await self._process.stdin.send(data)
+
+    async def _send(self, frame: dict[str, Any]) -> None:
+        await self._write(json.dumps(frame).encode() + b"\n")
+
+    def _kill_client(self) -> None:
+        """End the engine's command line. The container does not depend on it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _last_words(self) -> str:
+        said = last_line(self._errors.decode("utf-8", "replace"))
+        return said or f"its process ended with exit status {self._process.returncode}"
+
+    # ── a call ──
+
+    async def call(
+        self, request: Request, on_output: OnOutput | None = None, interrupt: anyio.Event | None = None
+    ) -> Result:
+        """Run code, and tell what came of it. Setting `interrupt` stops the code; so does cancelling, which is passed on."""
+        answer = self._call = Answer(secrets.token_hex(8))
+        stop = {"op": "interrupt", "id": answer.id}
+
+        async def interrupt_when_set(event: anyio.Event) -> None:
+            await event.wait()
+            await self._send(stop)
+
+        try:
+            with anyio.move_on_after(request.timeout + GRACE + SLACK):
+                async with contextlib.AsyncExitStack() as stack:
+                    if interrupt is not None:
+                        tasks = await stack.enter_async_context(open_tasks())
+                        tasks.start_soon(interrupt_when_set, interrupt)
+                    for frame in request.frames(answer.id):
+                        await self._send(frame)
+                    return await self._collect(answer, request.session, on_output, request.output_limit)
+        except BaseException:  # the caller does not wait any more: then the code must not go on either
+            with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(GRACE + SLACK / 4):
+                    await self._send(stop)
+                    await self._collect(answer, request.session, None, None)
+                    raise
+                await self.remove()
+            raise
+        finally:
+            self._call = None
+            answer.close()
+        await self.remove()
+        message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
+        return Result("timeout", message=message, session=request.session, state="lost" if request.session else None)
+
+    async def read_unread(self) -> Result | None:
+        """The end of the call that was running when its host left, as far as it was kept. Waits for it."""
+        if not self._call:
+            return None
+        result = await self._collect(self._call, self.info().session, None, BACKLOG_LIMIT)
+        self._call = None
+        return result
+
+    async def _collect(
+        self, answer: Answer, session: str | None, on_output: OnOutput | None, keep: int | None
+    ) -> Result:
+        """Put the frames of the running call together into its result."""
+        output: list[Text | Rich | Omitted] = []
+        parts: list[str] = []
+        earlier = ""
+        variables: dict[str, Any] | None = None
+        left_out: dict[str, str] = {}
+        room = (keep or 0) + MAX_FRAME
+        rich_room = RICH_LIMIT + STATE_LIMIT + MAX_FRAME
+        try:
+            async for frame in answer.frames:
+                kind = frame.get("kind", str)
+                if kind in ("stdout", "stderr"):
+                    item = Text(kind, frame.get("text", str))
+                    if keep is not None:
+                        room -= len(item.text)
+                        output.append(item)
+                    if on_output:
+                        await on_output(item)
+                elif kind in ("part", "display", "state"):
+                    parts.append(frame.get("data", str))
+                    rich_room -= len(parts[-1])
+                    if kind != "part":
+                        data, parts = "".join(parts), []
+                        if kind == "display":
+                            shown = Rich(texts(parse_within(data)), frame.get("is_value", bool))
+                            output.append(shown)
+                            if on_output:
+                                await on_output(shown)
+                        else:
+                            variables, left_out = parse_within(data), texts(frame.get("left_out", dict))
+                            if not isinstance(variables, dict):
+                                raise ProtocolError("the state is not an object")
+                elif kind == "omitted":
+                    gap = Omitted(frame.get("bytes", int))
+                    output.append(gap)
+                    if on_output:
+                        await on_output(gap)
+                elif kind == "earlier":
+                    earlier = frame.get("text", str)
+                elif kind == "done":
+                    return self._conclude(frame, session, merge(output), earlier, variables, left_out)
+                else:
+                    raise ProtocolError(f"a frame of kind {kind!r}")
+                if room < 0 or rich_room < 0:
+                    raise ProtocolError("more output than the limit lets through")
+        except ProtocolError as error:
+            self._fault = str(error)
+            self._kill_client()
+            await self.remove()
+        with anyio.move_on_after(ATTACH_TIMEOUT):
+            await self.gone.wait()
+        reason = f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words()
+        return Result(
+            "died",
+            output=merge(output),
+            message=f"the container ended during the call ({last_line(reason)})",
+            session=session,
+            state="lost" if session else None,
+        )
+
+    def _conclude(
+        self,
+        frame: Frame,
+        session: str | None,
+        output: tuple[Text | Rich | Omitted, ...],
+        earlier: str,
+        variables: dict[str, Any] | None,
+        left_out: dict[str, str],
+    ) -> Result:
+        status = frame.get("status", str)
+        if status not in get_args(Status):
+            raise ProtocolError(f"the status {status!r}")
+        lost = frame.get("lost", bool)
+        value = frame.get("value", str, NONE)
+        exit_code = frame.get("exit_code", int, NONE)
+        return Result(
+            status=status,
+            output=output,
+            value=value,
+            value_omitted=max(0, frame.get("value_length", int) - len(value)) if value else 0,
+            exception=exception_info(frame),
+            exit_code=exit_code,
+            message=frame.get("message", str, NONE) or (how_it_ended(exit_code) if lost and status == "died" else None),
+            session=session,
+            state=("lost" if lost else "preserved") if session else None,
+            lost_before=frame.get("lost_before", str, NONE),
+            earlier=earlier,
+            variables=variables,
+            variables_left_out=left_out,
+            wall=frame.seconds("wall"),
+            cpu=frame.seconds("cpu"),
+            memory=frame.get("memory", int, NONE),
+            oom_kills=frame.get("oom_kills", int),
+        )
+
+    # ── the end ──
+
+    async def leave(self) -> None:
+        """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
+        await self._part_with("farewell")
+
+    async def end(self) -> None:
+        """End the container, in the quickest way that works."""
+        await self._part_with("end")
+        with anyio.move_on_after(ATTACH_TIMEOUT):
+            await self.gone.wait()
+            return
+        await self.remove()
+
+    async def _part_with(self, word: str) -> None:
+        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
+            await self._send({"op": word})
+            await self.gone.wait()
+
+    async def remove(self) -> None:
+        """Have the engine kill and remove the container, whatever state it is in."""
+        with anyio.CancelScope(shield=True):
+            await self.engine.remove(self.name)
+            self._kill_client()
+
+
+def exception_info(frame: Frame) -> ExceptionInfo | None:
+    """The exception that a frame tells of."""
+    if (fields := frame.get("exception", dict, NONE)) is None:
+        return None
+    said = Frame(fields)
+    return ExceptionInfo(
+        type=said.get("type", str),
+        message=said.get("message", str),
+        line=said.get("line", int, NONE),
+        traceback=said.get("traceback", str),
+        missing=said.get("missing", str, NONE),
+    )
+
+
+def how_it_ended(code: int | None) -> str:
+    """What became of a process, in words."""
+    if code is None:
+        return "the process that ran the code ended"
+    if code >= 0:
+        return f"the code ended its own process with exit status {code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        crash = name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
+        return f"the process that ran the code was killed by {name}" + (", a crash in native code" if crash else "")
+    return f"the process that ran the code was killed by signal {-code}"
+
+
+def merge(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitted, ...]:
+    """Join neighbouring pieces of one stream."""
+    merged: list[Text | Rich | Omitted] = []
+    for stream, items in itertools.groupby(output, lambda item: item.stream if isinstance(item, Text) else None):
+        pieces = list(items)
+        if stream:
+            merged.append(Text(stream, "".join(item.text for item in pieces if isinstance(item, Text))))
+        else:
+            merged += pieces
+    return tuple(merged)
+
+
+# ── runner ──
+
+# Import names whose distribution is called otherwise, among those that people ask for.
+DISTRIBUTIONS = {
+    "attr": "attrs", "bs4": "beautifulsoup4", "Bio": "biopython", "Crypto": "pycryptodome", "cv2": "opencv-python-headless",
+    "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv", "fitz": "PyMuPDF", "git": "GitPython",
+    "google.protobuf": "protobuf", "jwt": "PyJWT", "magic": "python-magic", "MySQLdb": "mysqlclient", "nacl": "PyNaCl",
+    "OpenSSL": "pyOpenSSL", "PIL": "Pillow", "pptx": "python-pptx", "psycopg2": "psycopg2-binary", "serial": "pyserial",
+    "skimage": "scikit-image", "sklearn": "scikit-learn", "slugify": "python-slugify", "usb": "pyusb", "yaml": "PyYAML",
+    "zmq": "pyzmq",
+}  # fmt: skip
+
+
+def advise(exception: ExceptionInfo | None, code: str) -> str | None:
+    """What to do about a failure that has a usual cause."""
+    if exception is None:
+        return None
+    if exception.missing:
+        top = exception.missing.partition(".")[0]
+        if top in sys.stdlib_module_names:
+            return f"{top} belongs to Python's standard library, but this image was built without it."
+        package = DISTRIBUTIONS.get(exception.missing) or DISTRIBUTIONS.get(top)
+        called = f": the package is called {package}" if package else ""
+        return f"{top} is not installed. Install it with install-package{called}."
+    lines = code.splitlines()
+    if exception.type == "SyntaxError" and exception.line and exception.line <= len(lines):
+        line = lines[exception.line - 1].strip()
+        if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):
+            return "Packages are not installed from code here: use install-package, then import them."
+        if re.match(r"!\s*\w", line):
+            return "Shell commands are not part of Python: use subprocess.run([...])."
+        if re.match(r"%%?[a-z]", line):
+            return "IPython's magic commands are not available here: only Python itself is."
+    return None
+
+
+@dataclass
+class Session:
+    """A named sandbox that keeps its variables, and the queue of those who want to use it."""
+
+    lock: anyio.Lock = field(default_factory=anyio.Lock)
+    sandbox: Sandbox | None = None
+    lost: str | None = None  # why the last sandbox is gone, for the next call to tell
+
+
+class Runner:
+    """Runs code in sandboxes, with or without a session. Made by `open_runner`; safe for many tasks at once."""
+
+    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup) -> None:
+        self.config = config
+        self.owner = secrets.token_hex(8)
+        self.status = ""  # what a call that waits is waiting for
+        self.engine: Engine | None = None
+        self.image: Image | None = None
+        self.running = 0  # calls under way
+        self._tasks = tasks
+        self._preparing = anyio.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._transient: set[Sandbox] = set()
+
+    async def execute(
+        self,
+        code: str,
+        *,
+        session: str | None = None,
+        state: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        on_output: OnOutput | None = None,
+        keep_output: bool = True,
+        interrupt: anyio.Event | None = None,
+        filename: str | None = None,
+        arguments: Sequence[str] = (),
+    ) -> Result:
+        """Run code: in a fresh sandbox of its own, or in the session's.
+
+        Args:
+            code: Python source; the value of an expression at its end is returned too.
+            session: keeps variables, imports and files under this name from call to call; made if there is none yet.
+                Calls on one session queue; cancelling the awaiting task cancels the code.
+            state: variables to start with; with it (even if empty) the result tells the variables at the end.
+            timeout: seconds the code may take; by default `docker.timeout`.
+            on_output: awaited with each piece of output as it comes.
+            keep_output: whether the result holds the output, up to `docker.output_limit`. If not, all of it is streamed.
+            interrupt: when set, the code is interrupted, and the result is told with the status `cancelled`.
+            filename: the name the code goes by in tracebacks; it also becomes `__file__`, in the working directory.
+            arguments: for `sys.argv[1:]`.
+
+        Raises:
+            RequestError: an argument can't be accepted.
+            EngineError, ImageError: there is nothing to run the code in.
+            SessionError: another program is using the session.
+
+        """
+        limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
+        timeout = self.config.docker.timeout if timeout is None else timeout
+        request = Request(code, session, state, timeout, filename, tuple(arguments), limit)
+        if session is None:
+            result = await self._execute_transient(request, on_output, interrupt)
+        else:
+            result = await self._execute_in_session(
+                self._sessions.setdefault(session, Session()), request, on_output, interrupt
+            )
+        if result.status == "out_of_memory":
+            message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
+            hint = "Work on less data at a time, or have the operator raise docker.memory_limit."
+            return dataclasses.replace(result, message=message, hint=hint)
+        if result.status == "timeout" and not result.message:
+            result = dataclasses.replace(result, message=f"the code did not end within {timeout:g} seconds")
+        return dataclasses.replace(result, hint=advise(result.exception, code))
+
+    async def _execute_transient(
+        self, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
+    ) -> Result:
+        sandbox = await self._new_sandbox()
+        self._transient.add(sandbox)
+        try:
+            with self._counted():
+                return await sandbox.call(request, on_output, interrupt)
+        finally:
+            self._tasks.start_soon(self._discard, sandbox)
+
+    async def _discard(self, sandbox: Sandbox) -> None:
+        await sandbox.end()
+        self._transient.discard(sandbox)
+
+    async def _execute_in_session(
+        self, session: Session, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
+    ) -> Result:
+        assert request.session is not None
+        async with session.lock:
+            sandbox = await self._sandbox_of(session, request.session)
+            with self._counted():
+                unread = await sandbox.read_unread()
+                result = await sandbox.call(request, on_output, interrupt)
+            lost, session.lost = session.lost, None
+            return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    async def _sandbox_of(self, session: Session, name: str) -> Sandbox:
+        """The session's sandbox: the one we have, one that an earlier host left, or a new one."""
+        if session.sandbox and session.sandbox.gone.is_set():
+            session.sandbox, session.lost = None, "its container ended"
+        if not session.sandbox and not session.lost:
+            session.sandbox = await self._find_session(name)
+        if not session.sandbox:
+            session.sandbox = await self._new_sandbox()
+        return session.sandbox
+
+    async def _find_session(self, name: str) -> Sandbox | None:
+        """Plug into a session that an earlier host left. Raises SessionError if another host has it."""
+        found: Sandbox | None = None
+        for answer in await self._ask_all(name):
+            if isinstance(answer, Sandbox):
+                found = answer
+            elif answer.session == name and answer.attached:
+                raise SessionError(
+                    f"The session {name!r} is being used by another program on this host: wait until that has ended, "
+                    "or use another session."
+                )
+        return found
+
+    async def _ask_all(self, session: str | None) -> list[Sandbox | SandboxInfo]:
+        engine = await self._find_engine()
+        answers: list[Sandbox | SandboxInfo] = []
+
+        async def ask(name: str) -> None:
+            answer = await Sandbox.plug_in(engine, name, session, self.owner, self._tasks)
+            if answer:
+                answers.append(answer)
+
+        async with anyio.create_task_group() as tasks:
+            for name in await engine.sandboxes():
+                tasks.start_soon(ask, name)
+        return answers
+
+    async def _find_engine(self) -> Engine:
+        if self.engine is None:
+            self.engine = await find_engine(self.config.docker.command)
+            log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
+        return self.engine
+
+    async def _new_sandbox(self) -> Sandbox:
+        async with self._preparing:
+            engine = await self._find_engine()
+            try:
+                self.image = self.image or await find_image(engine, self.config.docker, self._report)
+            finally:
+                self._report("")
+        try:
+            return await Sandbox.start(engine, self.image, self.config, self.owner, self._tasks)
+        except EngineError:
+            self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
+            raise
+
+    def _report(self, status: str) -> None:
+        if status and status != self.status:
+            log.info("%s", status)
+        self.status = status
+
+    async def list_sandboxes(self) -> list[SandboxInfo]:
+        """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
+        answers = await self._ask_all(None)
+        return sorted((answer for answer in answers if isinstance(answer, SandboxInfo)), key=lambda info: -info.age)
+
+    async def close_session(self, name: str) -> bool:
+        """End a session and all that was kept for it; False if there is none of that name.
+
+        Raises:
+            SessionError: another program is using it.
+
+        """
+        session = self._sessions.setdefault(name, Session())
+        async with session.lock:
+            sandbox = session.sandbox or await self._find_session(name)
+            self._sessions.pop(name, None)
+            if sandbox is None:
+                return False
+            alive = not sandbox.gone.is_set()
+            await sandbox.end()
+            return alive
+
+    async def _leave(self) -> None:
+        """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
+        sandboxes = [*self._transient, *(session.sandbox for session in self._sessions.values() if session.sandbox)]
+        async with anyio.create_task_group() as tasks:
+            for sandbox in sandboxes:
+                tasks.start_soon(sandbox.leave)
+
+
+@asynccontextmanager
+async def open_runner(config: Config | None = None) -> AsyncIterator[Runner]:
+    """A Runner for the time of an `async with`. Starts nothing by itself: the first call does.
+
+    At the end sessions are left detached: their containers wait `session.idle_timeout` for somebody to come back.
+    """
+    async with open_tasks() as tasks:
+        runner = Runner(config or Config(), tasks)
+        try:
+            yield runner
+        finally:
+            with anyio.CancelScope(shield=True):
+                await runner._leave()
+
+
+@asynccontextmanager
+async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
+    """A task group whose tasks end with the block, and that lets the block's own error out as it is, not in a group."""
+    error: BaseException | None = None
+    async with anyio.create_task_group() as tasks:
+        try:
+            yield tasks
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as raised:
+            error = raised
+        tasks.cancel_scope.cancel()
+    if error:
+        raise error
+
+
+# ── command line ──
+
+USAGE = """\
+examples:
+  python sandbox_runner.py script.py one two       run a script, with arguments
+  python sandbox_runner.py -c 'print(6 * 7)'       run a piece of code
+  … | python sandbox_runner.py -                   run what comes on standard input
+  python sandbox_runner.py --session work -c 'x = 1'
+  python sandbox_runner.py --session work -c 'x + 1'   the session kept x
+  python sandbox_runner.py ps                      the sandboxes there are
+  python sandbox_runner.py rm work                 end a session
+
+The exit status is the code's own; 124 after a time-out, 137 out of memory, 130 interrupted, 128 + N killed by signal N,
+125 if there is nothing to run it in, 2 if a setting or an argument is wrong."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; ends the process with the exit status that `--help` describes."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        command = {"ps": _list_command, "rm": _remove_command}.get(arguments[0] if arguments else "")
+        try:
+            code = anyio.run(command, arguments[1:]) if command else anyio.run(_run_command, arguments)
+        except SandboxError as error:
+            print(f"sandbox_runner: {error}", file=sys.stderr)
+            code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has gone; the exit must not write again
+        code = 141
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sandbox_runner.py",
+        description="Run Python in a locked-down container: no network, read-only, limited memory, CPU and time.",
+        epilog=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", dest="code", metavar="CODE", help="run this code instead of a file")
+    parser.add_argument("--session", metavar="NAME", help="keep variables, imports and files under this name")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long the code may take")
+    parser.add_argument(
+        "--state", metavar="FILE", help="JSON object of variables to start with; written anew at the end"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object that holds everything")
+    parser.add_argument("--image", help="the image to use; `host` for one made from this host's Python")
+    parser.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="HOST:CONTAINER[:rw]",
+        help="make a folder or file visible inside",
+    )
+    parser.add_argument("--config", metavar="FILE", help="configuration; by default ~/.python-docker-mcp/config.yaml")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a script, or - for standard input")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="the script's arguments")
+    return parser
+
+
+async def _run_command(argv: Sequence[str]) -> int:
+    """Run code; return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    arguments = options.arguments
+    if options.code is not None:
+        code, name = options.code, "<string>"
+        arguments = [*([options.file] if options.file else []), *arguments]
+    elif options.file is None:
+        parser.error("a FILE, - for standard input, or -c CODE is needed")
+    else:
+        code, name = _read_source(options.file)
+    config = load_config(options.config)
+    docker = config.docker
+    try:
+        docker = dataclasses.replace(
+            docker, image=options.image or docker.image, mounts=(*docker.mounts, *options.mount)
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    state = _read_state(Path(options.state)) if options.state else None
+    interrupt = anyio.Event()
+    result = None
+    async with open_runner(dataclasses.replace(config, docker=docker)) as runner, open_tasks() as tasks:
+        received: list[int] = []
+        tasks.start_soon(_watch_signals, runner, interrupt, tasks.cancel_scope, received)
+        result = await runner.execute(
+            code,
+            session=options.session,
+            state=state,
+            timeout=options.timeout,
+            on_output=None if options.json else _print_output,
+            keep_output=options.json,
+            interrupt=interrupt,
+            filename=name,
+            arguments=arguments,
+        )
+    if result is None:
+        return 128 + received[-1]
+    if options.json:
+        assert runner.engine is not None
+        assert runner.image is not None
+        about = {"engine": f"{runner.engine.kind} {runner.engine.version}", "image": dataclasses.asdict(runner.image)}
+        print(json.dumps({**result.as_dict(), **about}, indent=2))
+    else:
+        _print_end(result)
+    if options.state and result.variables is not None:
+        _write_state(Path(options.state), result)
+    return exit_status(result)
+
+
+async def _watch_signals(runner: Runner, interrupt: anyio.Event, scope: anyio.CancelScope, received: list[int]) -> None:
+    """The first Ctrl-C interrupts the code, so that it can say where it was; the second, or any other signal, leaves."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            received.append(number)
+            if number == signal.SIGINT and runner.running and not interrupt.is_set():
+                interrupt.set()
+            else:
+                scope.cancel()
+
+
+def _read_source(file: str) -> tuple[str, str]:
+    """The source in a file, or on standard input, and the name it goes by."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return importlib.util.decode_source(data), "<stdin>" if file == "-" else Path(file).name
+    except OSError as error:
+        raise RequestError(f"{file} can't be read: {error.strerror}.") from error
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} is not Python source: {error}.") from error
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{file} can't be read as JSON: {error}.") from error
+    if not isinstance(state, dict):
+        raise RequestError(f"{file} holds no JSON object: write {{}} into it to start with no variables.")
+    return state
+
+
+def _write_state(file: Path, result: Result) -> None:
+    for name, reason in result.variables_left_out.items():
+        print(f"sandbox_runner: the variable {name} is not in {file}: {reason}", file=sys.stderr)
+    written = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        written.write_text(json.dumps(result.variables, indent=2) + "\n", encoding="utf-8")
+        written.replace(file)
+    except OSError as error:
+        raise RequestError(f"{file} can't be written: {error.strerror}.") from error
+
+
+async def _print_output(item: Text | Rich | Omitted) -> None:
+    stream = sys.stderr if isinstance(item, Text) and item.stream == "stderr" else sys.stdout
+    await anyio.to_thread.run_sync(_print_now, stream, plain_text(item))
+
+
+def _print_now(stream: Any, text: str) -> None:
+    stream.write(text)
+    stream.flush()
+
+
+def plain_text(item: Text | Rich | Omitted) -> str:
+    """A piece of output as text; of a picture, that there is one."""
+    if isinstance(item, Text):
+        return item.text
+    if isinstance(item, Omitted):
+        return f"\n[… {item.bytes} bytes left out …]\n"
+    pictures = [mime for mime in item.forms if mime.startswith("image/")]
+    about = f"  [{pictures[0]}: --json has it]" if pictures else ""
+    return "" if item.is_value else f"{item.forms.get('text/plain', '')}{about}\n"
+
+
+def _print_end(result: Result) -> None:
+    """What is to be said after the output: value, traceback, and what happened to code and session."""
+    if result.value is not None:
+        print(result.value)
+    sys.stdout.flush()
+    if result.exception and result.exception.type != "SystemExit":
+        print(result.exception.traceback, end="", file=sys.stderr)
+    notes = [result.message, result.hint]
+    if result.state == "lost":
+        notes.append(f"the variables of the session {result.session} are lost; its next call starts afresh")
+    if result.lost_before:
+        notes.append(f"the session's variables had been lost before this call ({result.lost_before})")
+    for note in filter(None, notes):
+        print(f"sandbox_runner: {note}", file=sys.stderr)
+
+
+def exit_status(result: Result) -> int:
+    """The exit status for a result, as a shell would have it."""
+    fixed = {"timeout": 124, "out_of_memory": 137, "cancelled": 130}
+    if result.status in fixed:
+        return fixed[result.status]
+    if result.exit_code is None:
+        return {"ok": 0, "error": 1}.get(result.status, 137)
+    return result.exit_code & 0xFF if result.exit_code >= 0 else 128 - result.exit_code
+
+
+async def _list_command(argv: Sequence[str]) -> int:
+    """`ps`: a table of the sandboxes on this engine."""
+    parser = argparse.ArgumentParser(prog="sandbox_runner.py ps", description="List the sandboxes on this host.")
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    parser.add_argument("--config", metavar="FILE")
+    options = parser.parse_args(argv)
+    async with open_runner(load_config(options.config)) as runner:
+        sandboxes = await runner.list_sandboxes()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
+        return 0
+    rows = [("SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER")]
+    for info in sandboxes:
+        state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
+        memory = f"{info.memory / 1048576:.0f} MB" if info.memory else "?"
+        rows.append((info.session or "-", state, f"{info.age:.0f} s", f"{info.idle:.0f} s", memory, info.name))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+async def _remove_command(argv: Sequence[str]) -> int:
+    """`rm`: end sessions; exit status 1 if one of them was not there."""
+    parser = argparse.ArgumentParser(prog="sandbox_runner.py rm", description="End sessions, with all that they keep.")
+    parser.add_argument("sessions", nargs="+", metavar="NAME")
+    parser.add_argument("--config", metavar="FILE")
+    options = parser.parse_args(argv)
+    missing = 0
+    async with open_runner(load_config(options.config)) as runner:
+        for name in options.sessions:
+            if not await runner.close_session(name):
+                print(f"sandbox_runner: there is no session {name!r}: `ps` lists those there are", file=sys.stderr)
+                missing = 1
+    return missing
+
+
+if __name__ == "__main__":
+    main()
