@@ -31,14 +31,19 @@ import argparse
 import ast
 import atexit
 import base64
+import binascii
 import builtins
 import codecs
 import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
+import gc
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -48,21 +53,29 @@ import linecache
 import logging
 import math
 import os
+import platform
 import re
 import secrets
 import select
 import shutil
 import signal
 import socket
+import ssl
+import stat
 import struct
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import textwrap
 import threading
 import time
 import traceback
 import types
+import urllib.parse
+import urllib.request
+import warnings
+import zipfile
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -86,6 +99,10 @@ __all__ = [
     "Config",
     "DockerConfig",
     "SessionConfig",
+    "PackageConfig",
+    "PoolConfig",
+    "FileInfo",
+    "Installation",
     "load_config",
     "SandboxError",
     "ConfigError",
@@ -101,13 +118,16 @@ log = logging.getLogger("python_docker_mcp")
 # Deadlines, in seconds. Each bounds a wait for somebody else's program.
 ENGINE_TIMEOUT = 30  # an engine command that only asks or removes
 PULL_TIMEOUT = 900  # pulling or making an image
+INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
 ATTACH_TIMEOUT = 15  # from `docker exec` to the same
 SLACK = 10  # how much later than the supervisor the host gives a call up
+RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME whatever JSON makes of it
+VOLUME = "python-docker-mcp-packages"  # holds what was installed, for all sandboxes of this engine
 ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
 
 
@@ -154,6 +174,7 @@ class DockerConfig:
     disk_limit: str = "64m"
     output_limit: str = "8m"
     timeout: float = 30.0
+    max_timeout: float = 300.0
     network_disabled: bool = True
     read_only: bool = True
     runtime: str | None = None
@@ -169,7 +190,7 @@ class DockerConfig:
                 raise ValueError(f"docker.{name}: {error}") from None
             if not enough:
                 raise ValueError(f"docker.{name}: {value!r} is too little; the least is {least}")
-        for name in ("cpu_limit", "pids_limit", "timeout"):
+        for name in ("cpu_limit", "pids_limit", "timeout", "max_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"docker.{name}: {getattr(self, name)!r} is not a number above zero")
         if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.working_dir) or ".." in self.working_dir:
@@ -195,17 +216,73 @@ class SessionConfig:
 
 
 @dataclass(frozen=True)
+class PackageConfig:
+    """What is installed, from where, and with what."""
+
+    installer: Literal["uv", "pip"] = "uv"
+    index_url: str | None = None
+    trusted_hosts: tuple[str, ...] = ()
+    preinstalled: tuple[str, ...] = ("numpy", "pandas", "scipy", "matplotlib", "scikit-learn", "sympy")
+    wheels_only: bool = True
+    ca_bundle: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no installer could be given."""
+        for requirement in self.preinstalled:
+            try:
+                parse_requirement(requirement)
+            except RequestError as error:
+                raise ValueError(f"package.preinstalled: {str(error).rstrip('.')}") from None
+        if self.index_url is not None and not re.fullmatch(r"https?://[^\s]+", self.index_url):
+            raise ValueError(f"package.index_url: {self.index_url!r} is not the address of an index (http or https)")
+        for host in self.trusted_hosts:
+            if not re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?", host):
+                raise ValueError(f"package.trusted_hosts: {host!r} is not a host's name, with or without a port")
+        if self.ca_bundle is not None and not Path(self.ca_bundle).expanduser().is_file():
+            raise ValueError(f"package.ca_bundle: {self.ca_bundle!r} is not a file on this host")
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Sandboxes kept ready, so that a call finds one started and with the usual modules imported."""
+
+    enabled: bool = True
+    size: int = 32
+    max_age: float = 300.0
+    max_concurrent_creations: int = 5
+    warm: int = 2
+    preload: tuple[str, ...] = ("numpy", "pandas")
+
+    def __post_init__(self) -> None:
+        """Refuse what no pool could work with."""
+        for name in ("size", "max_age", "max_concurrent_creations"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"pool.{name}: {getattr(self, name)!r} is not a number above zero")
+        if not 0 <= self.warm <= self.size:
+            raise ValueError(f"pool.warm: {self.warm!r} is not a number from 0 to pool.size ({self.size})")
+        for module in self.preload:
+            if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module):
+                raise ValueError(f"pool.preload: {module!r} is not the name of a module")
+
+
+@dataclass(frozen=True)
 class Config:
     """Every setting, and the only place of its default. `config.yaml` says what each one means."""
 
     docker: DockerConfig = field(default_factory=DockerConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
+    package: PackageConfig = field(default_factory=PackageConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     allowed_modules: tuple[str, ...] = ()
     blocked_modules: tuple[str, ...] = ()
 
 
 CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
 ENVIRONMENT = {  # variable: the setting that it wins over
+    "PYTHON_DOCKER_MCP_POOL_ENABLED": "pool.enabled",
+    "PYTHON_DOCKER_MCP_POOL_SIZE": "pool.size",
+    "PYTHON_DOCKER_MCP_POOL_MAX_AGE": "pool.max_age",
+    "PYTHON_DOCKER_MCP_MAX_CONCURRENT_CREATIONS": "pool.max_concurrent_creations",
     "PYTHON_DOCKER_MCP_MEMORY_LIMIT": "docker.memory_limit",
     "PYTHON_DOCKER_MCP_CPU_LIMIT": "docker.cpu_limit",
 }
@@ -218,7 +295,6 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
 
     Raises:
         ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
-
     """
     named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
     file = Path(named or CONFIG_PATH).expanduser()
@@ -250,7 +326,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
     """A Config made of plain data, with pydantic's checks of types and ours of values, in one sentence if it can't be."""
     import pydantic
 
-    for cls in (Config, DockerConfig, SessionConfig):
+    for cls in (Config, DockerConfig, SessionConfig, PackageConfig, PoolConfig):
         setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # no attribute to mypy
     settings = (
         {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
@@ -265,6 +341,8 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
             known = [item.name for item in dataclasses.fields(Config)]
             known += [f"docker.{item.name}" for item in dataclasses.fields(DockerConfig)]
             known += [f"session.{item.name}" for item in dataclasses.fields(SessionConfig)]
+            known += [f"package.{item.name}" for item in dataclasses.fields(PackageConfig)]
+            known += [f"pool.{item.name}" for item in dataclasses.fields(PoolConfig)]
             alike = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {alike[0]}?" if alike else f"the settings are {', '.join(known)}."
             raise ConfigError(f"There is no setting {key} ({file}): {advice}") from None
@@ -275,6 +353,30 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
         raise ConfigError(
             f"{where or file}: {shown} is not accepted: {problem['msg'][0].lower()}{problem['msg'][1:]}."
         ) from None
+
+
+def parse_requirement(text: str) -> tuple[str, str]:
+    """The normalised name of a distribution and the whole requirement, without spaces (PEP 508, PEP 503).
+
+    Only a name, extras and version specifiers: nothing that an installer could take for an option, a path or an address.
+
+    Raises:
+        RequestError: it is anything else.
+    """
+    name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+    version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
+    match = re.fullmatch(
+        rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", text[:300]
+    )
+    if not match:
+        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", text.strip())
+        advice = (
+            "ask for one package a call" if several else "give a name such as requests, pandas[excel] or pandas>=2,<3"
+        )
+        raise RequestError(
+            f"{textwrap.shorten(repr(text), 80)} is not a package's name with extras and versions: {advice}."
+        )
+    return re.sub(r"[-_.]+", "-", match[1]).lower(), match[0].replace(" ", "")
 
 
 def size_in_bytes(size: str) -> int:
@@ -297,7 +399,7 @@ def mount_argument(mount: str) -> str:
         raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
     if "," in str(source):
         raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
-    return f"type=bind,source={source},target={match[2]}" + ("" if match[3] == ":rw" else ",readonly")
+    return f"type=bind,source={source},target={match[2]}" + ("" if match[3] == ":rw" else ",ro")
 
 
 # ── what a call returns ──
@@ -340,6 +442,14 @@ class ExceptionInfo:
 
 
 @dataclass(frozen=True)
+class FileInfo:
+    """A file in the working directory."""
+
+    path: str  # relative to the working directory, with slashes
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
 class Result:
     """All that one call tells. A failure of the code is a status, not an exception."""
 
@@ -358,6 +468,9 @@ class Result:
     unread: Result | None = None  # the end of a call whose host left before it came
     variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables JSON can hold
     variables_left_out: Mapping[str, str] = field(default_factory=dict)  # those it can't hold: name to reason
+    files: tuple[FileInfo, ...] = ()  # that the call made or changed in the working directory, at most 100
+    contents: Mapping[str, bytes] = field(default_factory=dict)  # of small ones, if the sandbox ends with the call
+    stale: tuple[str, ...] = ()  # modules imported before, of which another version was installed since
     wall: float = 0.0  # seconds
     cpu: float = 0.0  # seconds
     memory: int | None = None  # most bytes resident in the code's process
@@ -375,7 +488,20 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with `stdout` and `stderr`."""
-        return {**dataclasses.asdict(self), "stdout": self.stdout, "stderr": self.stderr}
+        contents = {path: base64.b64encode(data).decode() for path, data in self.contents.items()}
+        return {**dataclasses.asdict(self), "contents": contents, "stdout": self.stdout, "stderr": self.stderr}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What came of installing a package."""
+
+    ok: bool
+    message: str  # in a sentence
+    installed: tuple[tuple[str, str], ...] = ()  # name and version of what is new
+    output: str = ""  # what matters of the installer's own words
+    hint: str | None = None
+    seconds: float = 0.0
 
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
@@ -393,6 +519,12 @@ MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
 STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
 STATE_DEPTH = 64
+FILES_LISTED = 100  # of those that a call made or changed
+FILES_SEEN = 5000  # more in the working directory are not looked at
+FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
+FILES_LIMIT = 256 << 10  # bytes of all of them
+READ_LIMIT = 1 << 20  # bytes of a file read at a time
+SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
 PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
 
@@ -417,7 +549,6 @@ class Channel:
         Raises:
             EOFError: nobody holds the other end any more.
             ValueError: what came is not a frame, or is larger than MAX_FRAME.
-
         """
         try:
             data = os.read(self.reader, 65536)
@@ -547,13 +678,19 @@ class Supervisor:
         self.backlog: deque[dict[str, Any]] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
-        self.worker = 0  # process id
+        self.worker = 0  # process id; a worker is forked for the first call, so that it has all that was preloaded
+        self.control: Channel | None = None
+        self.worker_fds: set[int] = set()
+        self.pipes: dict[str, int] = {}
+        self.decoders: dict[str, codecs.IncrementalDecoder] = {}
         self.worker_used = False
         self.worker_cpu = 0.0  # seconds, up to its last report
         self.lost: str | None = None  # why the session's variables went while no call was running
         self.earlier = bytearray()  # output from between the calls
         self.started = self.active = time.monotonic()
         self.oom_kills = count_oom_kills()
+        self.preload: list[str] = list(settings["preload"])
+        self.packages: str | None = None  # the folder with what was installed for the session
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor can be read
 
     def run(self) -> None:
@@ -562,9 +699,10 @@ class Supervisor:
         allow_inspection(False)
         self._catch_children()
         self._listen()
-        self._fork()
         self._attach(self.channel)
         while True:
+            if self.preload and not self.worker:
+                self._import_next()
             channels = [channel for channel in (self.channel, self.control) if channel]
             congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
             readers = [fd for fd in self.sources if not (congested and fd in self.worker_fds)]
@@ -577,6 +715,22 @@ class Supervisor:
                 if fd in self.sources:
                     self.sources[fd]()
             self._keep_time()
+
+    def _import_next(self) -> None:
+        """Import one of the modules to preload; whoever is forked later has it at no cost."""
+        name = self.preload.pop(0)
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            threads = len(os.listdir("/proc/self/task"))
+            problem = f"it leaves {threads - 1} threads running, which a fork does not copy" if threads > 1 else ""
+        if problem:
+            self._tell({"id": "", "kind": "note", "text": clip(f"preloading {name}: {problem}", 300)})
+        if not self.preload:
+            gc.collect()
+            gc.freeze()  # a later collection must not touch, and so copy, the pages that workers share
 
     def _catch_children(self) -> None:
         """Have the select call wake up when a child dies. A process inside can forge that signal: it costs a look."""
@@ -612,6 +766,7 @@ class Supervisor:
             "attached": self.channel is not None,
             "owner": self.owner,
             "unread": self.unread,
+            "packages": self.packages,
             "busy": self.call is not None,
             "age": round(now - self.started, 1),
             "idle": 0.0 if self.call else round(now - self.active, 1),
@@ -636,7 +791,9 @@ class Supervisor:
                 if frame["op"] == "run":
                     self._start(frame)
                 elif frame["op"] == "part":
-                    self.control.send(frame)
+                    self._to_worker(frame)
+                elif frame["op"] == "read":
+                    self._read_file(frame)
                 elif frame["op"] == "interrupt":
                     self._interrupt("cancelled", frame["id"])
                 elif frame["op"] == "farewell":
@@ -717,24 +874,48 @@ class Supervisor:
             os.set_blocking(pipe, False)
             self.sources[pipe] = functools.partial(self._read_output, stream)
 
+    def _to_worker(self, frame: dict[str, Any]) -> None:
+        if self.control is None:
+            self._fork()
+        assert self.control is not None
+        self.control.send(frame)
+
     def _start(self, request: dict[str, Any]) -> None:
         self.session = request["session"]
+        self.packages = request["packages"] = request["packages"] or self.packages
         self._read_all_output()
         if self.earlier:
             self._tell({"id": request["id"], "kind": "earlier", "text": self.earlier.decode("utf-8", "replace")})
             self.earlier.clear()
         self.call = Call(request)
         self.unread = self.call.id
+        self._to_worker(request)
         self.worker_used = True
-        self.control.send(request)
+
+    def _read_file(self, request: dict[str, Any]) -> None:
+        """Send a piece of a file in the working directory."""
+        answer: dict[str, Any] = {"id": request["id"], "kind": "file", "size": 0, "problem": None}
+        data = b""
+        try:
+            fd = open_inside(self.settings["working_dir"], request["path"])
+            try:
+                answer["size"] = os.fstat(fd).st_size
+                data = os.pread(fd, READ_LIMIT, request["offset"])
+            finally:
+                os.close(fd)
+        except OSError as error:
+            answer["problem"] = os.strerror(error.errno) if error.errno else str(error)
+        if self.channel:
+            self.channel.send(answer, base64.b64encode(data).decode("ascii"))
 
     def _from_worker(self) -> None:
+        assert self.control is not None
         try:
             for frame in self.control.receive():
                 if self.call is None or frame.get("id") != self.call.id:
                     continue  # left over from an earlier call
                 kind = frame.get("kind")
-                if kind not in ("part", "display", "state", "done"):
+                if kind not in ("part", "display", "state", "content", "done"):
                     raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
                 self._read_all_output()  # what was written before comes before
                 if kind == "done":
@@ -742,7 +923,7 @@ class Supervisor:
                 else:
                     self._tell(frame)
                 if kind == "display":
-                    self.control.send({"op": "displayed"})
+                    self._to_worker({"op": "displayed"})
         except EOFError:
             del self.sources[self.control.reader]  # it is dying; or it closed its end, and then time will tell
         except ValueError as error:
@@ -858,14 +1039,32 @@ class Supervisor:
             cpu = max(0.0, usage.ru_utime + usage.ru_stime - self.worker_cpu)
             memory = usage.ru_maxrss * 1024
             self._conclude({"exit_code": code, "message": message, "cpu": cpu, "memory": memory}, lost=True)
-        elif not self.worker_used:
-            os._exit(71)  # a worker that dies before it got a call would do so for ever
         else:
             self.lost = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         for fd in self.worker_fds:
             self.sources.pop(fd, None)
             os.close(fd)
-        self._fork()
+        self.worker, self.control, self.worker_fds, self.pipes = 0, None, set(), {}
+
+
+def open_inside(folder: str, path: str) -> int:
+    """A descriptor of a regular file below `folder`, reached without following a link or leaving it. Raises OSError."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise OSError(errno.EINVAL, "not a path inside the working directory")
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    for part in parts:
+        last = part is parts[-1]
+        kind = os.O_NONBLOCK if last else os.O_DIRECTORY  # a pipe by that name must not make us wait
+        try:
+            inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
 
 
 def kill_all_others() -> None:
@@ -955,8 +1154,15 @@ class Worker:
         self._open_streams()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
-        os.environ["MPLBACKEND"] = "module://sandbox_backend"
         sys.modules["sandbox_backend"] = self._matplotlib_backend()
+        sys.meta_path.insert(0, MatplotlibHook)
+        MatplotlibHook.find_spec("matplotlib.pyplot")
+        warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed()  # else every worker forked from here would draw the same numbers
+        self.packages_root: str = settings["packages"]
+        self.packages: list[str] = []
+        self.files = self._list_files()
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
 
@@ -1018,6 +1224,7 @@ class Worker:
     def _run(self, request: dict[str, Any], state: str, report: dict[str, Any]) -> None:
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
+        report["stale"] = self._use_packages(request["packages"])
         if request["filename"]:
             self.names["__file__"] = os.path.join(self.home, name)
         if state:
@@ -1040,6 +1247,59 @@ class Worker:
                 self._send("state", text, left_out=left_out)
             if request["final"]:
                 atexit._run_exitfuncs()
+            self._report_files(report, request["final"])
+
+    def _use_packages(self, folder: str | None) -> list[str]:
+        """Have what is installed for the session, and for all, importable; names imported already in another version."""
+        shared = os.path.realpath(f"{self.packages_root}/shared")
+        folders = [path for path in (folder, shared) if path and os.path.isdir(path)]
+        added = [path for path in folders if path not in self.packages]
+        if folders != self.packages:
+            others = [entry for entry in sys.path if entry not in self.packages]
+            site = [index for index, entry in enumerate(others) if entry.endswith("-packages")]
+            at = site[0] if site else len(others)  # before the image's packages, after the standard library
+            sys.path[:] = [*others[:at], *folders, *others[at:]]
+            self.packages = folders
+            importlib.invalidate_caches()
+        stale = []
+        for path in added:
+            for entry in os.listdir(path):
+                name = entry.partition(".")[0]
+                origin = getattr(sys.modules.get(name), "__file__", None)
+                if origin and not origin.startswith(path + "/"):
+                    stale.append(name)
+        return sorted(set(stale))[:20]
+
+    def _list_files(self) -> dict[str, tuple[int, int]]:
+        """Path, time of change and size of the files in the working directory; hidden ones and bytecode are not shown."""
+        found: dict[str, tuple[int, int]] = {}
+        folders = [""]
+        while folders and len(found) < FILES_SEEN:
+            folder = folders.pop()
+            with contextlib.suppress(OSError), os.scandir(f"{self.home}/{folder}") as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name == "__pycache__":
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{folder}{entry.name}/")
+                    elif entry.is_file(follow_symlinks=False):
+                        state = entry.stat(follow_symlinks=False)
+                        found[folder + entry.name] = (state.st_mtime_ns, state.st_size)
+        return found
+
+    def _report_files(self, report: dict[str, Any], final: bool) -> None:
+        """Tell which files are new or changed; with the sandbox about to end, send the small ones."""
+        before, self.files = self.files, self._list_files()
+        changed = [path for path in sorted(self.files) if self.files[path] != before.get(path) and len(path) <= 200]
+        changed = [path for path in changed if path.isprintable()][:FILES_LISTED]
+        report["files"] = [[path, self.files[path][1]] for path in changed]
+        left = FILES_LIMIT
+        for path in changed if final else ():
+            if self.files[path][1] <= min(left, FILE_LIMIT):
+                left -= self.files[path][1]
+                with contextlib.suppress(OSError), open(f"{self.home}/{path}", "rb") as file:
+                    content = file.read(FILE_LIMIT)
+                    self._send("content", base64.b64encode(content).decode("ascii"), path=path)
 
     def _evaluate(self, code: str, filename: str) -> Any:
         """Run the code; return the value of the expression that it ends with, None if it ends otherwise."""
@@ -1184,6 +1444,16 @@ class Worker:
         for number in pyplot.get_fignums() if pyplot else ():
             figure = pyplot.figure(number)  # type: ignore[union-attr]  # there are numbers only if there is pyplot
             self._publish({"text/plain": repr(figure), **rich_forms(figure)})
+
+
+class MatplotlibHook:
+    """Has pyplot, when it is imported, draw for us. Not by MPLBACKEND, which the code's children would inherit."""
+
+    @staticmethod
+    def find_spec(name: str, *_: Any) -> None:
+        """Find nothing, but notice that pyplot is being looked for."""
+        if name == "matplotlib.pyplot" and "matplotlib" in sys.modules:
+            sys.modules["matplotlib"].rcParams["backend"] = "module://sandbox_backend"
 
 
 def refuse_input(prompt: object = "") -> str:
@@ -1373,7 +1643,7 @@ class ImportPolicy:
 
         def guarded_import(
             name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
-        ) -> Any:  # noqa: A002
+        ) -> Any:
             caller = sys._getframe(1)
             # Extension modules import with a list, in the name of whoever called them: strptime() needs _strptime.
             from_extension = isinstance(fromlist, list) and "__import__" not in caller.f_code.co_names
@@ -1386,7 +1656,7 @@ class ImportPolicy:
             return real_import_module(name, package)
 
         builtins.__import__ = guarded_import
-        importlib.__import__ = guarded_import  # type: ignore[assignment]
+        importlib.__import__ = guarded_import
         importlib.import_module = guarded_import_module
 
     def _require(self, name: str, asking: dict[str, Any], level: int) -> None:
@@ -1425,6 +1695,10 @@ def plug() -> None:
 
 def supervise(settings: str) -> None:
     """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of everything that uses them by habit."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
+        for name in os.listdir(SHIPPED_CACHE):  # the list of fonts, which takes Matplotlib seconds to make
+            os.symlink(f"{SHIPPED_CACHE}/{name}", f"{os.environ['MPLCONFIGDIR']}/{name}")
     channel = Channel(os.dup(0), os.dup(1))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -1435,43 +1709,289 @@ def supervise(settings: str) -> None:
 
 # ════════ end of guest ════════
 
-GUEST_MODULES = [
-    "__future__",
-    "ast",
-    "atexit",
-    "base64",
-    "builtins",
-    "codecs",
-    "contextlib",
-    "ctypes",
-    "functools",
-    "importlib",
-    "io",
-    "json",
-    "linecache",
-    "math",
-    "os",
-    "select",
-    "signal",
-    "socket",
-    "struct",
-    "sys",
-    "threading",
-    "time",
-    "traceback",
-    "types",
-]
+# ════════ installer: from here to the closing line, shipped into helper containers that have the network ════════
+
+TOOLS = "/opt/python-docker-mcp"  # in the derived image: the installer itself, and Matplotlib's font cache
+PACKAGES = "/packages"  # where the volume with installed packages is mounted, in sandboxes read-only
+CERTIFICATES = "/dev/shm/certificates.pem"  # in memory: nothing of the host's stays in an image
+UNUSED_AFTER = 30 * 86400  # seconds after its last installation until a set of packages is pruned
 
 
-def _guest_source() -> str:
-    """The guest as a program of its own: its imports, then the part of this file between the marks, at its own lines."""
-    before, mark, rest = inspect.getsource(sys.modules[__name__]).partition("# ════════ guest: ")
-    guest = (mark + rest).partition("# ════════ end of guest")[0]
-    imports = f"from __future__ import annotations; import {', '.join(GUEST_MODULES)}; from collections import deque"
-    return imports + "\n" * before.count("\n") + guest
+class InstallError(Exception):
+    """The installer, or getting hold of it, failed. The text is its own."""
 
 
-GUEST_SOURCE = _guest_source()  # now, so that a file replaced under a running server can't give half of each
+def run_installer(settings: str) -> None:
+    """Entry of the helper: build the image's content or install packages, and tell the outcome in a frame `done`.
+
+    No user's code runs here. What is told apart from `done` is progress. The end of standard input means that the host
+    has gone: then nothing is left to work for, and nothing half-made may stay.
+    """
+    task = json.loads(settings)
+    threading.Thread(target=exit_with_host, daemon=True).start()
+    os.environ.update(task["environment"], HOME="/tmp", PIP_ROOT_USER_ACTION="ignore")
+    os.environ.update(UV_SYSTEM_PYTHON="1", UV_BREAK_SYSTEM_PACKAGES="1", PIP_BREAK_SYSTEM_PACKAGES="1")
+    os.environ.update(UV_CACHE_DIR=f"{PACKAGES}/.cache", PIP_CACHE_DIR=f"{PACKAGES}/.cache", UV_NO_PROGRESS="1")
+    work = build_content if task["task"] == "build" else add_packages
+    if task["certificates"] and task["certificates_asked_for"]:
+        trust(task["certificates"])
+    try:
+        try:
+            outcome = work(task)
+        except InstallError as error:
+            if not task["certificates"] or "certificate" not in str(error).lower() or os.path.exists(CERTIFICATES):
+                raise
+            tell("progress", text="the index's certificate is not trusted: trying again with the host's certificates")
+            trust(task["certificates"])
+            outcome = work(task)
+        tell("done", ok=True, **outcome)
+    except (InstallError, OSError) as error:
+        tell("done", ok=False, output=str(error)[-8000:])
+    threading.Event().wait()  # the host commits or reads on, then closes our input
+
+
+def exit_with_host() -> None:
+    """End this process when standard input ends."""
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+def tell(kind: str, **fields: Any) -> None:
+    """Send a frame to the host."""
+    os.write(1, json.dumps({"id": "", "kind": kind, **fields}).encode() + b"\n")
+
+
+def trust(certificates: str) -> None:
+    """Have everything that is started from here on trust the host's certificates."""
+    with open(CERTIFICATES, "w") as file:
+        file.write(certificates)
+    for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT"):
+        os.environ[variable] = CERTIFICATES
+
+
+def build_content(task: dict[str, Any]) -> dict[str, Any]:
+    """Turn the container into what the derived image is made of; the host commits it then."""
+    command = installer_command(task, TOOLS)
+    if task["requirements"]:
+        run_tool([*command, "install", *task["options"], *task["requirements"]])
+    tell("progress", text="compiling bytecode")
+    folders = {path for path in sys.path if os.path.isdir(path)} | {
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    }
+    subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", "-x", "[/]tests?[/]", *sorted(folders)])
+    if importlib.util.find_spec("matplotlib"):
+        tell("progress", text="listing fonts for Matplotlib")
+        environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
+        subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
+    found = importlib.metadata.distributions(path=[*folders])
+    return {"installed": sorted([item.metadata["Name"], item.version] for item in found)}
+
+
+def add_packages(task: dict[str, Any]) -> dict[str, Any]:
+    """Make the set that is a given one plus one requirement, unless it exists; tell its folder and what is new in it.
+
+    A set is a folder that never changes once it has its name; `shared` is a link to the one that is there for all.
+    """
+    root = f"{PACKAGES}/{task['image']}"
+    shared = f"{root}/shared"
+    before = {**read_set(shared), **read_set(task["base"])}
+    wanted = {**before, task["name"]: task["requirement"]}
+    text = "\n".join(sorted(wanted.values()))
+    folder = f"{root}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    had = read_manifest(task["base"] or shared)["installed"]
+    if not os.path.exists(folder):
+        os.makedirs(root, exist_ok=True)
+        make_set(folder, wanted, installer_command(task, f"{PACKAGES}/.tools"), task)
+    installed = read_manifest(folder)["installed"]
+    os.utime(folder)
+    if task["shared"]:
+        link = f"{root}/.new-{os.urandom(8).hex()}"
+        os.symlink(folder, link)
+        os.replace(link, shared)
+    prune_sets(root)
+    try:
+        present = importlib.metadata.version(task["name"])
+    except importlib.metadata.PackageNotFoundError:
+        present = None
+    return {
+        "folder": folder,
+        "installed": [item for item in installed if item not in had],
+        "all": installed,
+        "present": present,
+    }
+
+
+def read_manifest(folder: str | None) -> dict[str, Any]:
+    """What a set was asked to hold (name to requirement) and what it holds (pairs of name and version)."""
+    try:
+        with open(f"{folder}/.manifest.json") as file:
+            manifest: dict[str, Any] = json.load(file)
+            return manifest
+    except OSError:
+        return {"requirements": {}, "installed": []}
+
+
+def read_set(folder: str | None) -> dict[str, str]:
+    """The requirements of a set."""
+    requirements: dict[str, str] = read_manifest(folder)["requirements"]
+    return requirements
+
+
+def make_set(folder: str, wanted: dict[str, str], command: list[str], task: dict[str, Any]) -> None:
+    """Install what the image lacks of `wanted` aside, and give the folder its name when it is complete."""
+    aside = f"{os.path.dirname(folder)}/.new-{os.urandom(8).hex()}"
+    os.mkdir(aside)
+    try:
+        missing = resolve(command, [*task["options"], *wanted.values()])
+        if missing:
+            pinned = [f"{name}=={version}" for name, version in missing]
+            run_tool([*command, "install", *task["options"], "--no-deps", "--target", aside, *pinned])
+            tell("progress", text="compiling bytecode")
+            subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", aside])
+        with open(f"{aside}/.manifest.json", "w") as file:
+            json.dump({"requirements": wanted, "installed": missing}, file)
+        os.chmod(aside, 0o755)
+        try:
+            os.rename(aside, folder)
+        except OSError:  # another helper was quicker: its set is the same
+            if not os.path.exists(folder):
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def resolve(command: list[str], arguments: list[str]) -> list[list[str]]:
+    """Name and version of what would have to be installed beside what the image already has."""
+    if "uv" in command[0]:
+        output = run_tool([*command, "install", "--dry-run", *arguments])
+        return [list(match) for match in re.findall(r"^ \+ (\S+)==(\S+)", output, re.MULTILINE)]
+    report = f"/tmp/report-{os.getpid()}.json"
+    run_tool([*command, "install", "--dry-run", "--report", report, *arguments])
+    with open(report) as file:
+        found = [item["metadata"] for item in json.load(file)["install"]]
+    return [[item["name"], item["version"]] for item in found]
+
+
+def prune_sets(root: str) -> None:
+    """Remove the sets nobody has asked for in a long time, and what dead helpers left half-made."""
+    now = time.time()
+    kept = os.path.realpath(f"{root}/shared")
+    for place in [
+        root,
+        *(entry.path for entry in os.scandir(PACKAGES) if entry.is_dir() and not entry.name.startswith(".")),
+    ]:
+        for entry in os.scandir(place):
+            age = now - entry.stat(follow_symlinks=False).st_mtime
+            if entry.path != kept and entry.is_dir(follow_symlinks=False) and age > UNUSED_AFTER:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def run_tool(command: list[str]) -> str:
+    """Run the installer, telling its lines as progress; return them. Raises InstallError."""
+    lines = []
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            tell("progress", text=line.strip()[:300])
+    output = "".join(lines)
+    if process.returncode:
+        raise InstallError(output.strip() or f"{command[0]} ended with exit status {process.returncode}")
+    return output
+
+
+def installer_command(task: dict[str, Any], place: str) -> list[str]:
+    """The command line of uv or pip, fetched into `place` unless the image has it already."""
+    for folder in (TOOLS, place):
+        if task["installer"] == "uv" and os.path.exists(f"{folder}/uv"):
+            return [f"{folder}/uv", "pip"]
+        if task["installer"] == "pip" and os.path.exists(f"{folder}/pip.whl"):
+            return [sys.executable, f"{folder}/pip.whl/pip"]
+    if task["installer"] == "pip" and importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    tell("progress", text=f"fetching {task['installer']}")
+    wheel = fetch_wheel(task["installer"], task)
+    os.makedirs(place, exist_ok=True)
+    aside = f"{place}/.new-{os.urandom(8).hex()}"
+    if task["installer"] == "uv":
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".data/scripts/uv"))
+            wheel = archive.read(name)
+    with open(aside, "wb") as file:
+        file.write(wheel)
+    os.chmod(aside, 0o755)
+    os.rename(aside, f"{place}/{'uv' if task['installer'] == 'uv' else 'pip.whl'}")
+    return installer_command(task, place)
+
+
+def fetch_wheel(name: str, task: dict[str, Any]) -> bytes:
+    """The newest wheel of a project for this machine, from the index (PEP 503). Needs nothing but the standard library."""
+    page = f"{(task['index_url'] or 'https://pypi.org/simple').rstrip('/')}/{name}/"
+    links = re.findall(
+        r'<a\s([^>]*?)href="([^"#]+)[^>]*>\s*([^<\s]+)\s*<', fetch(page, task).decode("utf-8", "replace")
+    )
+    libc, libc_version = platform.libc_ver()
+    best: tuple[list[int], str] = ([], "")
+    for before, link, file in links:
+        match = re.fullmatch(rf"{name}-(\d+(?:\.\d+)*)-[\w.]+-none-([\w.]+)\.whl", file)
+        if not match or "data-yanked" in before:
+            continue
+        for tag in match[2].split("."):
+            flavour = re.fullmatch(rf"(many|musl)linux_\d+_(\d+)_{platform.machine()}", tag)
+            fits = tag == "any" or (
+                flavour is not None
+                and (flavour[1] == "many") == (libc == "glibc")
+                and (flavour[1] == "musl" or int(flavour[2]) <= int(libc_version.split(".")[1]))
+            )
+            version = [int(part) for part in match[1].split(".")]
+            if fits and version > best[0]:
+                best = (version, urllib.parse.urljoin(page, link))
+    if not best[1]:
+        raise InstallError(f"{page} offers no wheel of {name} for {platform.machine()} with {libc or 'this libc'}")
+    return fetch(best[1], task)
+
+
+def fetch(url: str, task: dict[str, Any]) -> bytes:
+    """The content at an address. Raises InstallError."""
+    context = ssl.create_default_context()
+    if urllib.parse.urlsplit(url).hostname in [host.partition(":")[0] for host in task["trusted_hosts"]]:
+        context = ssl._create_unverified_context()
+    try:
+        with urllib.request.urlopen(url, timeout=60, context=context) as answer:
+            content: bytes = answer.read()
+            return content
+    except OSError as error:
+        raise InstallError(f"{url} can't be fetched: {getattr(error, 'reason', error)}") from error
+
+
+# ════════ end of installer ════════
+
+
+GUEST_MODULES = (
+    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib io json linecache math os "
+    "select signal socket stat struct sys threading time traceback types warnings"
+).split()
+INSTALLER_MODULES = (
+    "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading time "
+    "urllib.parse urllib.request zipfile"
+).split()
+
+
+def _shipped(part: str, modules: Sequence[str]) -> str:
+    """A marked part of this file as a program of its own: its imports, then the part at its own lines."""
+    before, mark, rest = inspect.getsource(sys.modules[__name__]).partition(f"# ════════ {part}: ")
+    source = (mark + rest).partition(f"# ════════ end of {part}")[0]
+    imports = f"from __future__ import annotations; import {', '.join(modules)}; from collections import deque"
+    return imports + "\n" * before.count("\n") + source
+
+
+# Now, so that a file replaced under a running server can't give half of each.
+GUEST_SOURCE = _shipped("guest", GUEST_MODULES)
+INSTALLER_SOURCE = _shipped("installer", INSTALLER_MODULES)
 BOOTSTRAP = """
 import os
 def take(count):
@@ -1481,11 +2001,16 @@ def take(count):
         if not piece: os._exit(0)
         data += piece
     return data.decode()
-source, settings = (take(int(take(8), 16)) for _ in range(2))
+source, entry, settings = (take(int(take(8), 16)) for _ in range(3))
 names = {"__name__": "sandbox_guest"}
 exec(compile(source, "sandbox_runner.py", "exec"), names)
-names["supervise"](settings)
+names[entry](settings)
 """
+
+
+def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
+    """What BOOTSTRAP takes from its standard input: the source, the function to call, and its argument."""
+    return b"".join(b"%08x%s" % (len(part), part) for part in map(str.encode, (source, entry, json.dumps(settings))))
 
 
 # ── engine ──
@@ -1504,7 +2029,6 @@ class Engine:
 
         Raises:
             EngineError: it failed, in its own words, or took longer than `timeout` seconds.
-
         """
         code, output, errors = await run_command([self.command, *arguments], timeout, stdin)
         if code:
@@ -1515,18 +2039,21 @@ class Engine:
         """Start a command with pipes for its standard streams."""
         return await open_command([self.command, *arguments], subprocess.PIPE)
 
-    def sandbox_arguments(self, name: str, image: str, config: Config, owner: str) -> list[str]:
+    def sandbox_arguments(self, name: str, image: Image, config: Config, owner: str) -> list[str]:
         """The command that starts a sandbox: the reasons for each flag are in SECURITY of the README."""
         docker = config.docker
-        no_proxies = [
-            f"--env={variable}="
-            for proxy in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
-            for variable in (proxy, proxy.upper())
-        ]
-        environment = {"HOME": "/tmp", "TMPDIR": "/tmp", "MPLCONFIGDIR": "/tmp/.matplotlib", "LANG": "C.UTF-8"}
+        environment = {
+            "MPLBACKEND": "agg",
+            "HOME": "/tmp",
+            "TMPDIR": "/tmp",
+            "MPLCONFIGDIR": "/tmp/.matplotlib",
+            "LANG": "C.UTF-8",
+        }
         for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
             environment[f"{library}_NUM_THREADS"] = "1"  # a fork must find no threads, and half a core feeds no more
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
+        if self.kind == "docker":  # runc before 1.2 lets the mode of the directory below win: then the owner has to do
+            tmpfs += ",uid=65534,gid=65534"  # (Podman does not know these two, and does not need them)
         return [
             "run",
             "--interactive",
@@ -1541,7 +2068,7 @@ class Engine:
             # Podman would add writable directories without a limit of their own to a read-only root.
             *(["--read-only-tmpfs=false", "--http-proxy=false"] if self.kind == "podman" else []),
             *(
-                f"--tmpfs={path}:{tmpfs}{',exec' * (path != '/tmp')}"
+                f"--tmpfs={path}:{tmpfs},{'noexec' if path == '/tmp' else 'exec'}"
                 for path in dict.fromkeys(("/tmp", docker.working_dir))
             ),
             f"--workdir={docker.working_dir}",
@@ -1560,10 +2087,35 @@ class Engine:
             "--log-driver=none",
             "--stop-timeout=1",
             "--oom-score-adj=500",
+            f"--mount=type=volume,source={VOLUME},target={PACKAGES},ro",
             *(f"--mount={mount_argument(mount)}" for mount in docker.mounts),
             *(f"--env={key}={value}" for key, value in environment.items()),
-            *no_proxies,
+            *NO_PROXIES,
             *([f"--runtime={docker.runtime}"] if docker.runtime else []),
+            "--entrypoint=python3",
+            "--",
+            image.name,
+            "-I",
+            "-c",
+            BOOTSTRAP,
+        ]
+
+    def installer_arguments(self, name: str, image: str) -> list[str]:
+        """The command that starts a helper container: with the network, as root, and without any code of the user's."""
+        return [
+            "run",
+            "--interactive",
+            "--rm",
+            "--pull=never",
+            f"--name={name}",
+            f"--label={LABEL.replace('sandbox', 'installer')}",
+            *(["--http-proxy=false"] if self.kind == "podman" else []),
+            f"--mount=type=volume,source={VOLUME},target={PACKAGES}",
+            "--user=0:0",
+            "--ulimit=nofile=4096:4096",
+            "--ulimit=nproc=4096:4096",
+            "--log-driver=none",
+            *NO_PROXIES,
             "--entrypoint=python3",
             "--",
             image,
@@ -1577,6 +2129,13 @@ class Engine:
         program = f"{inspect.getsource(plug)}\nplug()"
         return ["exec", "--interactive", f"--user={PLUG_UID}:{PLUG_UID}", name, "python3", "-I", "-S", "-c", program]
 
+    async def inspect(self, kind: str, name: str, template: str) -> str | None:
+        """One fact about an image or container; None if there is none of that name."""
+        try:
+            return (await self.run(kind, "inspect", f"--format={template}", name)).strip() or None
+        except EngineError:
+            return None
+
     async def sandboxes(self) -> list[str]:
         """The names of all containers that carry our label, whoever started them."""
         return (await self.run("ps", f"--filter=label={LABEL}", "--format={{.Names}}")).split()
@@ -1589,58 +2148,26 @@ class Engine:
             await self.run("rm", "--force", name)
 
 
+# Both Docker and Podman copy proxy settings of theirs, passwords included, into containers: unless they are set there.
+NO_PROXIES = [
+    f"--env={variable}="
+    for proxy in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+    for variable in (proxy, proxy.upper())
+]
 # What the engine's command line needs to find its engine, and nothing else of ours: the variables of this process may
 # hold secrets, and both Docker and Podman copy proxy settings, passwords included, into containers.
-ENGINE_ENVIRONMENT = [
-    "PATH",
-    "HOME",
-    "USER",
-    "LOGNAME",
-    "LANG",
-    "TMPDIR",
-    "TEMP",
-    "TMP",
-    "DOCKER_HOST",
-    "DOCKER_CONTEXT",
-    "DOCKER_CONFIG",
-    "DOCKER_CERT_PATH",
-    "DOCKER_TLS_VERIFY",
-    "DOCKER_API_VERSION",
-    "CONTAINER_HOST",
-    "CONTAINER_SSHKEY",
-    "CONTAINERS_CONF",
-    "CONTAINERS_STORAGE_CONF",
-    "CONTAINERS_REGISTRIES_CONF",
-    "CONTAINERD_ADDRESS",
-    "CONTAINERD_NAMESPACE",
-    "XDG_RUNTIME_DIR",
-    "XDG_CONFIG_HOME",
-    "XDG_DATA_HOME",
-    "DBUS_SESSION_BUS_ADDRESS",
-    "SSH_AUTH_SOCK",
-    "SYSTEMROOT",
-    "SYSTEMDRIVE",
-    "USERPROFILE",
-    "APPDATA",
-    "LOCALAPPDATA",
-    "PROGRAMDATA",
-    "PROGRAMFILES",
-    "COMSPEC",
-    "PATHEXT",
-]
+ENGINE_ENVIRONMENT = (
+    "PATH HOME USER LOGNAME LANG TMPDIR TEMP TMP DOCKER_HOST DOCKER_CONTEXT DOCKER_CONFIG DOCKER_CERT_PATH "
+    "DOCKER_TLS_VERIFY DOCKER_API_VERSION CONTAINER_HOST CONTAINER_SSHKEY CONTAINERS_CONF CONTAINERS_STORAGE_CONF "
+    "CONTAINERS_REGISTRIES_CONF CONTAINERD_ADDRESS CONTAINERD_NAMESPACE XDG_RUNTIME_DIR XDG_CONFIG_HOME XDG_DATA_HOME "
+    "DBUS_SESSION_BUS_ADDRESS SSH_AUTH_SOCK SYSTEMROOT SYSTEMDRIVE USERPROFILE APPDATA LOCALAPPDATA PROGRAMDATA "
+    "PROGRAMFILES COMSPEC PATHEXT"
+).split()
 # Programs started by a desktop get a short PATH.
-USUAL_PLACES = [
-    "/usr/local/bin",
-    "/usr/bin",
-    "/opt/homebrew/bin",
-    "/opt/local/bin",
-    "/opt/podman/bin",
-    "/snap/bin",
-    "~/.docker/bin",
-    "~/.orbstack/bin",
-    "~/.rd/bin",
-    "/Applications/Docker.app/Contents/Resources/bin",
-]
+USUAL_PLACES = (
+    "/usr/local/bin /usr/bin /opt/homebrew/bin /opt/local/bin /opt/podman/bin /snap/bin ~/.docker/bin ~/.orbstack/bin "
+    "~/.rd/bin /Applications/Docker.app/Contents/Resources/bin"
+).split()
 
 
 async def find_engine(command: str | None = None) -> Engine:
@@ -1648,7 +2175,6 @@ async def find_engine(command: str | None = None) -> Engine:
 
     Raises:
         EngineError: none can be used; the message is about the one that came nearest.
-
     """
     places = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(os.path.expanduser, USUAL_PLACES)])
     if os.name == "nt":
@@ -1776,7 +2302,13 @@ class Image:
 
     name: str
     id: str
-    origin: Literal["present", "pulled", "made from this host's Python"]
+    origin: str  # how it came to be here
+    problem: str | None = None  # why it lacks the packages that should be preinstalled
+
+    @property
+    def packages(self) -> str:
+        """The folder in the volume for what is installed on top of this image."""
+        return f"{PACKAGES}/{self.id.rpartition(':')[2][:12]}"
 
 
 async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str], None]) -> Image:
@@ -1786,7 +2318,6 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
 
     Raises:
         ImageError: it can't be had.
-
     """
     if docker.image == "host":
         return await _host_image(engine, report)
@@ -1822,10 +2353,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
 
 
 async def _image_id(engine: Engine, name: str) -> str | None:
-    try:
-        return (await engine.run("image", "inspect", "--format={{.Id}}", name)).strip() or None
-    except EngineError:
-        return None
+    return await engine.inspect("image", name, "{{.Id}}")
 
 
 def host_image_name() -> str:
@@ -1872,20 +2400,10 @@ async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
 
 
 # The libraries that manylinux wheels may expect (PEP 599 and later), and the stubs of older glibc's parts.
-BASELINE_LIBRARIES = [
-    "libpthread.so.0",
-    "libdl.so.2",
-    "librt.so.1",
-    "libutil.so.1",
-    "libresolv.so.2",
-    "libm.so.6",
-    "libnss_files.so.2",
-    "libnss_dns.so.2",
-    "libstdc++.so.6",
-    "libgcc_s.so.1",
-    "libz.so.1",
-    "libexpat.so.1",
-]
+BASELINE_LIBRARIES = (
+    "libpthread.so.0 libdl.so.2 librt.so.1 libutil.so.1 libresolv.so.2 libm.so.6 libnss_files.so.2 libnss_dns.so.2 "
+    "libstdc++.so.6 libgcc_s.so.1 libz.so.1 libexpat.so.1"
+).split()
 
 
 def _write_host_files(descriptor: int) -> None:
@@ -1950,6 +2468,229 @@ def _write_host_files(descriptor: int) -> None:
         add_file(tar, "etc/group", b"root:x:0:\nnogroup:x:65534:\n")
         for name, mode in (("tmp", 0o1777), ("proc", 0o755), ("sys", 0o755), ("dev", 0o755), ("var/tmp", 0o1777)):
             add_folder(tar, name, mode)
+
+
+async def derive_image(engine: Engine, config: Config, report: Callable[[str], None]) -> Image:
+    """The image for sandboxes: the base image plus the preinstalled packages, their bytecode and a list of fonts.
+
+    Made by committing a helper container, which any engine can do, once for a base image and list of packages: whoever
+    comes second while it is being made waits for it. If the packages can't be had, it is the base image, with `problem`.
+
+    Raises:
+        ImageError: not even the base image can be had.
+    """
+    docker, package = config.docker, config.package
+    if not package.preinstalled:
+        return await find_image(engine, docker, report)
+    recipe = "\n".join((str(RECIPE), docker.image, host_image_name(), package.installer, *package.preinstalled))
+    name = f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    made = await _image_id(engine, name)
+    base_id = await _image_id(engine, docker.image) if made else None
+    if made and (
+        not base_id or base_id == await engine.inspect("image", name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
+    ):
+        return Image(name, made, "derived")  # from what is the base image now, or from one that is not here any more
+    base = await find_image(engine, docker, report)
+    try:
+        with anyio.fail_after(INSTALL_TIMEOUT):
+            identity = await _build(engine, base, name, config, report)
+    except (EngineError, TimeoutError) as error:
+        problem = f"{', '.join(package.preinstalled)} could not be preinstalled: {str(error) or 'it took too long'}"
+        log.warning("%s", problem)
+        return dataclasses.replace(base, problem=problem)
+    return Image(name, identity, f"derived from {base.name} ({base.origin})")
+
+
+RECIPE = 1  # raised when the same packages would make another image
+BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of the image that it was made from
+BASE_NAME_LABEL = "python-docker-mcp.base-name"
+
+
+async def _build(engine: Engine, base: Image, name: str, config: Config, report: Callable[[str], None]) -> str:
+    """Build the derived image and return its id; if somebody else is at it, wait for theirs."""
+    helper = f"python-docker-mcp-build-{name.rpartition(':')[2]}"
+    while True:
+        try:
+            return await _build_now(engine, base, name, helper, config, report)
+        except EngineError:
+            if not await engine.inspect("container", helper, "{{.State.Status}}"):
+                raise
+        report(f"waiting for another program that is preparing the image with {', '.join(config.package.preinstalled)}")
+        while state := await engine.inspect("container", helper, "{{.State.Status}}"):
+            await anyio.sleep(1)
+            if state != "running" and state == await engine.inspect("container", helper, "{{.State.Status}}"):
+                await engine.remove(helper)  # started by somebody who died before it ran
+        if made := await _image_id(engine, name):
+            return made
+
+
+async def _build_now(
+    engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
+) -> str:
+    packages = ", ".join(config.package.preinstalled)
+    report(f"preparing the image with {packages} (once; a minute or so)")
+    task = {"task": "build", "requirements": config.package.preinstalled}
+    async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
+        outcome.require_success(f"{packages} could not be installed")
+        report("saving the image")
+        await engine.run(
+            "commit",
+            f"--change=LABEL {BASE_LABEL}={base.id}",
+            f"--change=LABEL {BASE_NAME_LABEL}={config.docker.image}",
+            helper,
+            name,
+            timeout=PULL_TIMEOUT,
+        )
+    log.info("made the image %s with %s", name, ", ".join(" ".join(item) for item in outcome.installed))
+    await _remove_older_images(engine, name, config.docker.image)
+    return await _image_id(engine, name) or name
+
+
+async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
+    """Remove what was derived from the same base image before, unless something uses it."""
+    with contextlib.suppress(EngineError):
+        current = await _image_id(engine, name)
+        listed = await engine.run("images", "--no-trunc", "--quiet", f"--filter=label={BASE_NAME_LABEL}={base_name}")
+        for identity in set(listed.split()):
+            if current and current.rpartition(":")[2] not in identity:
+                with contextlib.suppress(EngineError):
+                    await engine.run("rmi", identity)
+
+
+# ── packages ──
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a helper container tells at its end."""
+
+    ok: bool
+    output: str = ""
+    folder: str | None = None
+    installed: tuple[tuple[str, str], ...] = ()
+    present: str | None = None  # the version of the package that was asked for, if the image has it
+
+    @classmethod
+    def of(cls, frame: Frame) -> Outcome:
+        """Read a frame `done`. Raises ProtocolError."""
+        pairs = frame.get("installed", list, NONE) or []
+        if not all(type(pair) is list and [type(part) for part in pair] == [str, str] for pair in pairs):
+            raise ProtocolError("installed is not a list of names and versions")
+        return cls(
+            frame.get("ok", bool),
+            frame.get("output", str, NONE) or "",
+            frame.get("folder", str, NONE),
+            tuple((name, version) for name, version in pairs),
+            frame.get("present", str, NONE),
+        )
+
+    def require_success(self, what: str) -> None:
+        """Raise EngineError, with what matters of the installer's words, if it failed."""
+        if not self.ok:
+            raise EngineError(f"{what}: {shorten_installer_output(self.output)}")
+
+
+def shorten_installer_output(output: str) -> str:
+    """The lines of an installer's output that say why it failed, or its last ones if none looks like that."""
+    lines = list(dict.fromkeys(line.strip() for line in output.splitlines() if line.strip()))
+    telling = [
+        line
+        for line in lines
+        if re.match(r"(?i)error|hint:|cause:|caused by:|.*(was not found|has no |no matching)", line)
+    ]
+    return "\n".join(telling[-8:] or lines[-8:])[:2000]
+
+
+@asynccontextmanager
+async def helper_container(
+    engine: Engine, name: str, image: str, package: PackageConfig, task: dict[str, Any], report: Callable[[str], None]
+) -> AsyncIterator[Outcome]:
+    """Have an installer run in a container; the container waits, finished, for the time of the `async with`.
+
+    Raises:
+        EngineError: it could not be started, or ended without an outcome.
+    """
+    process = await engine.spawn(*engine.installer_arguments(name, image))
+    errors = bytearray()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+
+    async def read_errors(stream: anyio.abc.ByteReceiveStream) -> None:
+        async for data in stream:
+            errors.extend(data)
+            del errors[:-ERRORS_KEPT]
+
+    try:
+        async with open_tasks() as tasks:
+            tasks.start_soon(read_errors, process.stderr)
+            try:
+                await process.stdin.send(program(INSTALLER_SOURCE, "run_installer", installer_task(package, task)))
+                lines = BufferedByteReceiveStream(process.stdout)
+                while True:
+                    frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
+                    if frame.get("kind", str) == "done":
+                        outcome = Outcome.of(frame)
+                        break
+                    report(last_line(frame.get("text", str)))
+            except (
+                anyio.EndOfStream,
+                anyio.IncompleteRead,
+                anyio.BrokenResourceError,
+                anyio.DelimiterNotFound,
+            ) as error:
+                with anyio.move_on_after(FAREWELL_TIMEOUT):
+                    await process.wait()
+                said = last_line(errors.decode("utf-8", "replace")) or f"exit status {process.returncode}"
+                raise EngineError(f"The installer's container ended too soon: {said}") from error
+            except ProtocolError as error:
+                raise EngineError(f"The installer's container said what no installer of ours says: {error}") from error
+            yield outcome
+    finally:
+        with anyio.CancelScope(shield=True):
+            await process.stdin.aclose()  # at that its process exits, and the engine removes it
+            with anyio.move_on_after(ATTACH_TIMEOUT):
+                await process.wait()
+            if process.returncode is None:
+                await engine.remove(name)
+                process.kill()
+            await process.aclose()
+
+
+def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, Any]:
+    """What the installer needs to know beside its task; on the helper's standard input, so that no image keeps any of it."""
+    certificates, asked_for = host_certificates(package)
+    environment = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    if package.index_url:
+        environment |= {"UV_DEFAULT_INDEX": package.index_url, "PIP_INDEX_URL": package.index_url}
+    flag = "--allow-insecure-host" if package.installer == "uv" else "--trusted-host"
+    return {
+        **task,
+        "installer": package.installer,
+        "index_url": package.index_url,
+        "trusted_hosts": package.trusted_hosts,
+        "options": [
+            *(["--only-binary=:all:"] if package.wheels_only else []),
+            *(f"{flag}={host}" for host in package.trusted_hosts),
+        ],
+        "environment": environment,
+        "certificates": certificates,
+        "certificates_asked_for": asked_for,
+    }
+
+
+def host_certificates(package: PackageConfig) -> tuple[str, bool]:
+    """The host's bundle of trusted certificates, and whether a setting says that it must be used."""
+    named = package.ca_bundle or os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    usual = (
+        ssl.get_default_verify_paths().cafile,
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/tls/certs/ca-bundle.crt",
+    )
+    for path in filter(None, (named, *usual)):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            return Path(path).expanduser().read_text(encoding="utf-8"), bool(named)
+    return "", False
 
 
 # ── sandbox ──
@@ -2023,6 +2764,7 @@ class Request:
     filename: str | None = None
     arguments: Sequence[str] = ()
     output_limit: int | None = None  # bytes; None for all of it, which then is streamed and not kept
+    packages: str | None = None  # the folder with what is installed for the session, if it is to change
 
     def __post_init__(self) -> None:
         """Refuse what can't be run, before anything is started for it."""
@@ -2068,6 +2810,7 @@ class Request:
             "filename": self.filename,
             "argv": list(self.arguments),
             "output_limit": self.output_limit,
+            "packages": self.packages,
         }
 
 
@@ -2105,11 +2848,14 @@ class Sandbox:
         self.engine = engine
         self.name = name
         self.gone = anyio.Event()
+        self.created = time.monotonic()
         self._process = process
         self._errors = bytearray()
         self._greeting: Frame | None = None
         self._greeted = anyio.Event()
-        self._call: Answer | None = None
+        self.packages: str | None = None  # the folder with what was installed for its session
+        self._answers: dict[str, Answer] = {}
+        self._unread: Answer | None = None
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -2117,29 +2863,35 @@ class Sandbox:
 
     @classmethod
     async def start(
-        cls, engine: Engine, image: Image, config: Config, owner: str, tasks: anyio.abc.TaskGroup
+        cls,
+        engine: Engine,
+        image: Image,
+        config: Config,
+        owner: str,
+        tasks: anyio.abc.TaskGroup,
+        preload: Sequence[str] = (),
     ) -> Sandbox:
-        """Start a container and wait until its supervisor is ready.
+        """Start a container and wait until its supervisor is ready. What is to be preloaded it imports after that.
 
         Raises:
             EngineError: the engine did not start it, or it did not come up.
-
         """
-        settings = json.dumps({
+        settings = {
             "owner": owner,
             "working_dir": config.docker.working_dir,
             "idle_timeout": config.session.idle_timeout,
             "allowed_modules": config.allowed_modules,
             "blocked_modules": config.blocked_modules,
-        })  # fmt: skip
+            "preload": preload,
+            "packages": image.packages,
+        }
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
-        process = await engine.spawn(*engine.sandbox_arguments(name, image.name, config, owner))
+        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, owner))
         sandbox = cls(engine, name, process)
         tasks.start_soon(sandbox._serve)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                for text in (GUEST_SOURCE, settings):
-                    await sandbox._write(f"{len(text.encode()):08x}{text}".encode())
+                await sandbox._write(program(GUEST_SOURCE, "supervise", settings))
                 await sandbox._greeted.wait()
             if sandbox._greeting is None:
                 raise EngineError(f"A sandbox could not be started: {sandbox._last_words()}")
@@ -2202,8 +2954,8 @@ class Sandbox:
                 await self._process.aclose()
             self.gone.set()
             self._greeted.set()
-            if self._call:
-                self._call.put.close()
+            for answer in self._answers.values():
+                answer.put.close()
 
     async def _read_errors(self, stream: anyio.abc.ByteReceiveStream) -> None:
         async for data in stream:
@@ -2221,16 +2973,19 @@ class Sandbox:
                 if kind in ("ready", "status"):
                     self._greeting = frame
                     unread = frame.get("unread", str, NONE)
-                    self._call = Answer(unread) if unread else None
+                    self._unread = self._expect(unread) if unread else None
+                    self.packages = frame.get("packages", str, NONE)
                     self._greeted.set()
                 elif kind == "farewell":
                     self._kill_client()
                     return
-                elif self._call and frame.get("id", str) == self._call.id:
+                elif kind == "note":
+                    log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
+                elif answer := self._answers.get(frame.get("id", str)):
                     with contextlib.suppress(
                         anyio.BrokenResourceError, anyio.ClosedResourceError
                     ):  # given up meanwhile
-                        await self._call.put.send(frame)
+                        await answer.put.send(frame)
                 else:
                     strays += 1
                     if strays > 100_000:
@@ -2266,7 +3021,7 @@ class Sandbox:
         self, request: Request, on_output: OnOutput | None = None, interrupt: anyio.Event | None = None
     ) -> Result:
         """Run code, and tell what came of it. Setting `interrupt` stops the code; so does cancelling, which is passed on."""
-        answer = self._call = Answer(secrets.token_hex(8))
+        answer = self._expect(secrets.token_hex(8))
         stop = {"op": "interrupt", "id": answer.id}
 
         async def interrupt_when_set(event: anyio.Event) -> None:
@@ -2291,19 +3046,56 @@ class Sandbox:
                 await self.remove()
             raise
         finally:
-            self._call = None
-            answer.close()
+            self._forget(answer)
         await self.remove()
         message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
         return Result("timeout", message=message, session=request.session, state="lost" if request.session else None)
 
     async def read_unread(self) -> Result | None:
         """The end of the call that was running when its host left, as far as it was kept. Waits for it."""
-        if not self._call:
+        if not self._unread:
             return None
-        result = await self._collect(self._call, self.info().session, None, BACKLOG_LIMIT)
-        self._call = None
+        result = await self._collect(self._unread, self.info().session, None, BACKLOG_LIMIT)
+        self._forget(self._unread)
+        self._unread = None
         return result
+
+    def _expect(self, call_id: str) -> Answer:
+        answer = self._answers[call_id] = Answer(call_id)
+        if self.gone.is_set():
+            answer.put.close()
+        return answer
+
+    def _forget(self, answer: Answer) -> None:
+        self._answers.pop(answer.id, None)
+        answer.close()
+
+    async def read_file(self, path: str, offset: int, length: int | None) -> bytes:
+        """A part of a file in the working directory, also while code runs. Raises RequestError, SessionError."""
+        content = bytearray()
+        while length is None or len(content) < length:
+            answer = self._expect(secrets.token_hex(8))
+            try:
+                await self._send({"op": "read", "id": answer.id, "path": path, "offset": offset + len(content)})
+                data = ""
+                with anyio.fail_after(ATTACH_TIMEOUT):
+                    async for frame in answer.frames:
+                        data += frame.get("data", str)
+                        if frame.get("kind", str) == "file":
+                            break
+                    else:
+                        raise SessionError("The session's container ended.")
+                if problem := frame.get("problem", str, NONE):
+                    raise RequestError(f"The file {last_line(path)!r} can't be read: {problem}.")
+                piece = base64.b64decode(data, validate=True)
+            except (ProtocolError, ValueError, TimeoutError) as error:
+                raise SessionError(f"The session's container did not answer as it should: {error}.") from error
+            finally:
+                self._forget(answer)
+            content += piece
+            if len(piece) < READ_LIMIT:
+                break
+        return bytes(content[:length])
 
     async def _collect(
         self, answer: Answer, session: str | None, on_output: OnOutput | None, keep: int | None
@@ -2314,6 +3106,7 @@ class Sandbox:
         earlier = ""
         variables: dict[str, Any] | None = None
         left_out: dict[str, str] = {}
+        contents: dict[str, bytes] = {}
         room = (keep or 0) + MAX_FRAME
         rich_room = RICH_LIMIT + STATE_LIMIT + MAX_FRAME
         try:
@@ -2326,12 +3119,14 @@ class Sandbox:
                         output.append(item)
                     if on_output:
                         await on_output(item)
-                elif kind in ("part", "display", "state"):
+                elif kind in ("part", "display", "state", "content"):
                     parts.append(frame.get("data", str))
                     rich_room -= len(parts[-1])
                     if kind != "part":
                         data, parts = "".join(parts), []
-                        if kind == "display":
+                        if kind == "content":
+                            contents[frame.get("path", str)] = base64.b64decode(data, validate=True)
+                        elif kind == "display":
                             shown = Rich(texts(parse_within(data)), frame.get("is_value", bool))
                             output.append(shown)
                             if on_output:
@@ -2348,12 +3143,15 @@ class Sandbox:
                 elif kind == "earlier":
                     earlier = frame.get("text", str)
                 elif kind == "done":
-                    return self._conclude(frame, session, merge(output), earlier, variables, left_out)
+                    result = self._conclude(frame, session, merge(output), earlier)
+                    return dataclasses.replace(
+                        result, variables=variables, variables_left_out=left_out, contents=contents
+                    )
                 else:
                     raise ProtocolError(f"a frame of kind {kind!r}")
                 if room < 0 or rich_room < 0:
                     raise ProtocolError("more output than the limit lets through")
-        except ProtocolError as error:
+        except (ProtocolError, binascii.Error) as error:
             self._fault = str(error)
             self._kill_client()
             await self.remove()
@@ -2374,8 +3172,6 @@ class Sandbox:
         session: str | None,
         output: tuple[Text | Rich | Omitted, ...],
         earlier: str,
-        variables: dict[str, Any] | None,
-        left_out: dict[str, str],
     ) -> Result:
         status = frame.get("status", str)
         if status not in get_args(Status):
@@ -2395,8 +3191,8 @@ class Sandbox:
             state=("lost" if lost else "preserved") if session else None,
             lost_before=frame.get("lost_before", str, NONE),
             earlier=earlier,
-            variables=variables,
-            variables_left_out=left_out,
+            files=tuple(file_info(item) for item in frame.get("files", list, NONE) or ()),
+            stale=tuple(str(name) for name in frame.get("stale", list, NONE) or ()),
             wall=frame.seconds("wall"),
             cpu=frame.seconds("cpu"),
             memory=frame.get("memory", int, NONE),
@@ -2441,6 +3237,13 @@ def exception_info(frame: Frame) -> ExceptionInfo | None:
         traceback=said.get("traceback", str),
         missing=said.get("missing", str, NONE),
     )
+
+
+def file_info(item: Any) -> FileInfo:
+    """A file in a frame: path and size. Raises ProtocolError."""
+    if type(item) is not list or [type(part) for part in item] != [str, int]:
+        raise ProtocolError("a file is not a path and a size")
+    return FileInfo(*item)
 
 
 def how_it_ended(code: int | None) -> str:
@@ -2513,11 +3316,90 @@ class Session:
     lost: str | None = None  # why the last sandbox is gone, for the next call to tell
 
 
+def describe_installation(
+    name: str, outcome: Outcome, session: str | None, stale: Sequence[str], seconds: float
+) -> Installation:
+    """What to tell of an installation."""
+    if not outcome.ok:
+        package = DISTRIBUTIONS.get(name) or DISTRIBUTIONS.get(name.replace("-", "_"))
+        package = package or next((value for key, value in DISTRIBUTIONS.items() if key.lower() == name), None)
+        hint = f"{name} is the name of an import; the package is called {package}." if package else None
+        if "--no-build" in outcome.output or "--only-binary" in outcome.output:
+            hint = "A package that it needs has no wheel for this Python. To build from source, set package.wheels_only: false."
+        return Installation(
+            False, f"{name} could not be installed", (), shorten_installer_output(outcome.output), hint, seconds
+        )
+    where = f"in the session {session}" if session else "in every later execution"
+    if outcome.installed:
+        message = f"Installed {', '.join(' '.join(item) for item in outcome.installed)}: can be imported {where}"
+    elif outcome.present:
+        message = f"{name} {outcome.present} is part of the image already: nothing had to be installed"
+    else:
+        message = f"{name} was installed already: can be imported {where}"
+    hint = None
+    if stale:
+        hint = (
+            f"{', '.join(stale)} had been imported before, in another version, which this session goes on using: "
+            "for the new one start a fresh session (cleanup-session ends this one)."
+        )
+    return Installation(True, message, outcome.installed, "", hint, seconds)
+
+
+class Pool:
+    """Sandboxes kept ready. A leased one is the caller's and never comes back: each serves one call or one session."""
+
+    def __init__(
+        self, create: Callable[[Sequence[str]], Awaitable[Sandbox]], config: PoolConfig, tasks: anyio.abc.TaskGroup
+    ) -> None:
+        self.ready: deque[Sandbox] = deque()  # oldest first
+        self._create = create
+        self._config = config
+        self._tasks = tasks
+        self._creations = anyio.CapacityLimiter(config.max_concurrent_creations)
+        self._coming = 0
+        self._filled = False
+
+    async def lease(self) -> Sandbox:
+        """A sandbox that nobody has used: a ready one, else a new one. Raises EngineError, ImageError."""
+        while self.ready:
+            sandbox = self.ready.popleft()
+            if sandbox.gone.is_set():
+                continue
+            if time.monotonic() - sandbox.created > self._config.max_age:
+                self._tasks.start_soon(sandbox.end)
+                continue
+            self.fill(again=True)
+            return sandbox
+        self.fill(again=True)
+        async with self._creations:
+            return await self._create(())  # whoever waits for it would have to wait for what is preloaded, too
+
+    def fill(self, again: bool = False) -> None:
+        """See in the background that enough are ready; `again`: only if that was asked for before."""
+        self._filled = self._filled or not again
+        if self._config.enabled and self._filled:
+            for _ in range(self._config.warm - len(self.ready) - self._coming):
+                self._coming += 1
+                self._tasks.start_soon(self._add)
+
+    async def _add(self) -> None:
+        try:
+            async with self._creations:
+                self.ready.append(await self._create(self._config.preload))
+        except SandboxError as error:
+            log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one tries again, and tells
+        finally:
+            self._coming -= 1
+
+
 class Runner:
     """Runs code in sandboxes, with or without a session. Made by `open_runner`; safe for many tasks at once."""
 
-    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(
+        self, config: Config, tasks: anyio.abc.TaskGroup, on_status: Callable[[str], None] | None = None
+    ) -> None:
         self.config = config
+        self.on_status = on_status
         self.owner = secrets.token_hex(8)
         self.status = ""  # what a call that waits is waiting for
         self.engine: Engine | None = None
@@ -2525,8 +3407,10 @@ class Runner:
         self.running = 0  # calls under way
         self._tasks = tasks
         self._preparing = anyio.Lock()
+        self._retry_at = 0.0  # when to try again what could not be preinstalled
         self._sessions: dict[str, Session] = {}
         self._transient: set[Sandbox] = set()
+        self._pool = Pool(self._new_sandbox, config.pool, tasks)
 
     async def execute(
         self,
@@ -2559,7 +3443,6 @@ class Runner:
             RequestError: an argument can't be accepted.
             EngineError, ImageError: there is nothing to run the code in.
             SessionError: another program is using the session.
-
         """
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
@@ -2576,12 +3459,15 @@ class Runner:
             return dataclasses.replace(result, message=message, hint=hint)
         if result.status == "timeout" and not result.message:
             result = dataclasses.replace(result, message=f"the code did not end within {timeout:g} seconds")
-        return dataclasses.replace(result, hint=advise(result.exception, code))
+        advice = advise(result.exception, code)
+        if advice and self.image and self.image.problem and result.exception and result.exception.missing:
+            advice += f" ({self.image.problem})"
+        return dataclasses.replace(result, hint=advice)
 
     async def _execute_transient(
         self, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
     ) -> Result:
-        sandbox = await self._new_sandbox()
+        sandbox = await self._pool.lease()
         self._transient.add(sandbox)
         try:
             with self._counted():
@@ -2620,7 +3506,7 @@ class Runner:
         if not session.sandbox and not session.lost:
             session.sandbox = await self._find_session(name)
         if not session.sandbox:
-            session.sandbox = await self._new_sandbox()
+            session.sandbox = await self._pool.lease()
         return session.sandbox
 
     async def _find_session(self, name: str) -> Sandbox | None:
@@ -2656,23 +3542,104 @@ class Runner:
             log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
         return self.engine
 
-    async def _new_sandbox(self) -> Sandbox:
-        async with self._preparing:
-            engine = await self._find_engine()
-            try:
-                self.image = self.image or await find_image(engine, self.config.docker, self._report)
-            finally:
-                self._report("")
+    async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
+        await self._prepare()
+        assert self.engine is not None
+        assert self.image is not None
         try:
-            return await Sandbox.start(engine, self.image, self.config, self.owner, self._tasks)
+            return await Sandbox.start(self.engine, self.image, self.config, self.owner, self._tasks, preload)
         except EngineError:
             self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
             raise
 
+    async def _prepare(self) -> None:
+        """See that there are an engine and an image."""
+        async with self._preparing:
+            engine = await self._find_engine()
+            try:
+                if not self.image or (self.image.problem and time.monotonic() > self._retry_at):
+                    self._retry_at = time.monotonic() + RETRY_AFTER
+                    self.image = await derive_image(engine, self.config, self._report)
+            finally:
+                self._report("")
+
     def _report(self, status: str) -> None:
         if status and status != self.status:
-            log.info("%s", status)
+            (self.on_status or log.info)(status)
         self.status = status
+
+    async def install(self, requirement: str, *, session: str | None = None) -> Installation:
+        """Install a package: for one session (made if there is none), or for every later execution.
+
+        What is installed can be imported at once, in running sandboxes too, with their variables kept. The executed code
+        gets no network by this: a container of its own does the work.
+
+        Args:
+            requirement: a name, with extras and version specifiers if need be (PEP 508).
+            session: whose; None for all.
+
+        Raises:
+            RequestError: it is not such a requirement, or the session's id can't be one.
+            EngineError, ImageError, SessionError: as for `execute`.
+        """
+        started = time.monotonic()
+        name, text = parse_requirement(requirement)
+        Request("", session)
+        stale: tuple[str, ...] = ()
+        if session is None:
+            await self._prepare()
+            outcome = await self._install(name, text, None)
+        else:
+            entry = self._sessions.setdefault(session, Session())
+            async with entry.lock:
+                sandbox = await self._sandbox_of(entry, session)
+                outcome = await self._install(name, text, sandbox)
+                if outcome.ok and outcome.folder:
+                    sandbox.packages = outcome.folder
+                    request = Request("", session, timeout=self.config.docker.timeout, packages=outcome.folder)
+                    stale = (await sandbox.call(request)).stale
+        return describe_installation(name, outcome, session, stale, time.monotonic() - started)
+
+    async def _install(self, name: str, requirement: str, sandbox: Sandbox | None) -> Outcome:
+        """Have a helper container install it, on top of what the sandbox's session has, or for all."""
+        assert self.engine is not None
+        assert self.image is not None
+        task = {
+            "task": "install",
+            "name": name,
+            "requirement": requirement,
+            "base": sandbox.packages if sandbox else None,
+            "shared": sandbox is None,
+            "image": self.image.packages.rpartition("/")[2],
+        }
+        helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
+        try:
+            with anyio.fail_after(INSTALL_TIMEOUT):
+                async with helper_container(
+                    self.engine, helper, self.image.name, self.config.package, task, self._report
+                ) as outcome:
+                    return outcome
+        except TimeoutError:
+            raise EngineError(f"Installing {name} did not end within {INSTALL_TIMEOUT} seconds; try again.") from None
+        finally:
+            self._report("")
+
+    async def read_file(self, session: str, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """A file in a session's working directory, or a part of it; also while code runs there.
+
+        Raises:
+            RequestError: there is no such file, or the path leaves the directory.
+            SessionError: there is no such session.
+        """
+        Request("", session)
+        entry = self._sessions.get(session)
+        if entry is None or entry.sandbox is None:
+            entry = self._sessions.setdefault(session, Session())
+            async with entry.lock:
+                entry.sandbox = entry.sandbox or await self._find_session(session)
+        if entry.sandbox is None or entry.sandbox.gone.is_set():
+            raise SessionError(f"There is no session {session!r}.")
+        return await entry.sandbox.read_file(path, offset, length)
 
     async def list_sandboxes(self) -> list[SandboxInfo]:
         """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
@@ -2684,7 +3651,6 @@ class Runner:
 
         Raises:
             SessionError: another program is using it.
-
         """
         session = self._sessions.setdefault(name, Session())
         async with session.lock:
@@ -2698,20 +3664,31 @@ class Runner:
 
     async def _leave(self) -> None:
         """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
-        sandboxes = [*self._transient, *(session.sandbox for session in self._sessions.values() if session.sandbox)]
+        sandboxes = [
+            *self._transient,
+            *self._pool.ready,
+            *(session.sandbox for session in self._sessions.values() if session.sandbox),
+        ]
         async with anyio.create_task_group() as tasks:
             for sandbox in sandboxes:
                 tasks.start_soon(sandbox.leave)
 
 
 @asynccontextmanager
-async def open_runner(config: Config | None = None) -> AsyncIterator[Runner]:
-    """A Runner for the time of an `async with`. Starts nothing by itself: the first call does.
+async def open_runner(
+    config: Config | None = None, *, warm: bool = False, on_status: Callable[[str], None] | None = None
+) -> AsyncIterator[Runner]:
+    """A Runner for the time of an `async with`.
+
+    It starts nothing by itself, the first call does; unless it is to be `warm`: then it prepares the image and a pool of
+    sandboxes in the background, while calls can come already. `on_status` is told, a line at a time, what takes long.
 
     At the end sessions are left detached: their containers wait `session.idle_timeout` for somebody to come back.
     """
     async with open_tasks() as tasks:
-        runner = Runner(config or Config(), tasks)
+        runner = Runner(config or Config(), tasks, on_status)
+        if warm:
+            runner._pool.fill()
         try:
             yield runner
         finally:
@@ -2746,6 +3723,8 @@ examples:
   python sandbox_runner.py --session work -c 'x + 1'   the session kept x
   python sandbox_runner.py ps                      the sandboxes there are
   python sandbox_runner.py rm work                 end a session
+  python sandbox_runner.py install requests        make a package importable in every sandbox
+  python sandbox_runner.py build                   prepare the image ahead of the first call
 
 The exit status is the code's own; 124 after a time-out, 137 out of memory, 130 interrupted, 128 + N killed by signal N,
 125 if there is nothing to run it in, 2 if a setting or an argument is wrong."""
@@ -2756,7 +3735,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        command = {"ps": _list_command, "rm": _remove_command}.get(arguments[0] if arguments else "")
+        command = {
+            "ps": _list_command,
+            "rm": _remove_command,
+            "build": _build_command,
+            "install": _install_command,
+        }.get(arguments[0] if arguments else "")
         try:
             code = anyio.run(command, arguments[1:]) if command else anyio.run(_run_command, arguments)
         except SandboxError as error:
@@ -2822,7 +3806,8 @@ async def _run_command(argv: Sequence[str]) -> int:
     state = _read_state(Path(options.state)) if options.state else None
     interrupt = anyio.Event()
     result = None
-    async with open_runner(dataclasses.replace(config, docker=docker)) as runner, open_tasks() as tasks:
+    config = dataclasses.replace(config, docker=docker)
+    async with open_runner(config, on_status=_show_status) as runner, open_tasks() as tasks:
         received: list[int] = []
         tasks.start_soon(_watch_signals, runner, interrupt, tasks.cancel_scope, received)
         result = await runner.execute(
@@ -2938,6 +3923,54 @@ def exit_status(result: Result) -> int:
     if result.exit_code is None:
         return {"ok": 0, "error": 1}.get(result.status, 137)
     return result.exit_code & 0xFF if result.exit_code >= 0 else 128 - result.exit_code
+
+
+async def _build_command(argv: Sequence[str]) -> int:
+    """`build`: prepare the image ahead of time, or move it to or from a file."""
+    parser = argparse.ArgumentParser(prog="sandbox_runner.py build", description="Prepare the image for sandboxes.")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--export", metavar="FILE", help="also write the image to a file, for a host without network")
+    which.add_argument("--import", dest="load", metavar="FILE", help="take the image from such a file instead")
+    parser.add_argument("--config", metavar="FILE")
+    options = parser.parse_args(argv)
+    config = load_config(options.config)
+    engine = await find_engine(config.docker.command)
+    if options.load:
+        print((await engine.run("load", "--input", options.load, timeout=PULL_TIMEOUT)).strip())
+    image = await derive_image(engine, config, _show_status)
+    _show_status("")
+    if image.problem:
+        raise ImageError(f"{image.problem}.")
+    if options.export:
+        await engine.run("save", "--output", options.export, image.name, timeout=PULL_TIMEOUT)
+    print(f"{image.name} is ready ({image.origin})" + (f", and in {options.export}" if options.export else ""))
+    return 0
+
+
+async def _install_command(argv: Sequence[str]) -> int:
+    """`install`: a package for a session, or for every later execution."""
+    parser = argparse.ArgumentParser(
+        prog="sandbox_runner.py install", description="Install a package for the sandboxes."
+    )
+    parser.add_argument("requirement", metavar="PACKAGE", help="such as requests or 'pandas[excel]>=2,<3'")
+    parser.add_argument("--session", metavar="NAME", help="only for this session")
+    parser.add_argument("--config", metavar="FILE")
+    options = parser.parse_args(argv)
+    async with open_runner(load_config(options.config), on_status=_show_status) as runner:
+        installation = await runner.install(options.requirement, session=options.session)
+    _show_status("")
+    stream = sys.stdout if installation.ok else sys.stderr
+    for text in filter(None, (installation.message, installation.output, installation.hint)):
+        print(text, file=stream)
+    return 0 if installation.ok else 1
+
+
+def _show_status(status: str) -> None:
+    """Show what is being waited for: on a terminal in one line that is written over, else in lines of its own."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{status[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+    elif status:
+        print(status, file=sys.stderr)
 
 
 async def _list_command(argv: Sequence[str]) -> int:

@@ -17,9 +17,13 @@ mkdir -p .engines || exit 1
 say() { echo "engines: $*" >&2; }
 die() { say "$@"; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
-last_line() { grep . "$1" 2>/dev/null | tail -n 1; }
+last_line() { line=$(grep . "$1" 2>/dev/null | tail -n 1); echo "${line:-no message}"; }
 
-has timeout || timeout() { shift; "$@"; } # macOS has none
+# within SECONDS COMMAND...: without the limit where there is no timeout, on macOS.
+within() {
+    seconds=$1; shift
+    if has timeout; then timeout "$seconds" "$@"; else "$@"; fi
+}
 
 # --- installing
 
@@ -42,7 +46,7 @@ install() {
 docker_works() {
     has docker || { echo "there is no docker command" >.engines/docker.log; return 1; }
     # With a time limit, because dockerd accepts connections long before it answers them.
-    timeout 10 docker version >.engines/docker.log 2>&1
+    within 10 docker version >.engines/docker.log 2>&1
 }
 
 # runs NAME PIDFILE: the process in the pid file is that program, and alive (a zombie has a name, but no executable).
@@ -65,19 +69,21 @@ start_docker() {
     fi
     log=/var/log/dockerd.log
     started=
-    if ! runs dockerd /var/run/docker.pid; then
-        # A killed daemon leaves its pid file behind, and the next one takes any process with that number for a live daemon.
-        rm -f /var/run/docker.pid
-        runs containerd /var/run/docker/containerd/containerd.pid || rm -f /var/run/docker/containerd/containerd.pid
-        (cd / && exec setsid nohup dockerd >"$log" 2>&1 </dev/null) &
-        started=$!
-    fi
     deadline=$(($(date +%s) + 60))
     until docker_works; do
         [ "$(date +%s)" -lt "$deadline" ] ||
             die "dockerd did not answer within 60 s ($(last_line .engines/docker.log)), its log $log ends: $(last_line "$log")"
-        [ -z "$started" ] || kill -0 "$started" 2>/dev/null || runs dockerd /var/run/docker.pid ||
+        if runs dockerd /var/run/docker.pid; then
+            : # ours or somebody else's: it is starting, or stopping
+        elif [ -z "$started" ]; then
+            # A killed daemon leaves its pid file, and the next one takes any process with that number for a live daemon.
+            rm -f /var/run/docker.pid
+            runs containerd /var/run/docker/containerd/containerd.pid || rm -f /var/run/docker/containerd/containerd.pid
+            (cd / && exec setsid nohup dockerd >"$log" 2>&1 </dev/null) &
+            started=$!
+        elif ! kill -0 "$started" 2>/dev/null; then
             die "dockerd does not start, its log $log ends: $(last_line "$log")"
+        fi
         sleep 1
     done
 }
@@ -94,7 +100,7 @@ podman_runs() {
     # shellcheck disable=SC2046 # one word for each library
     tar -chf - /bin/true $(ldd /bin/true | grep -o '/[^ ]*') 2>/dev/null |
         podman import -q - "$image" >/dev/null 2>.engines/podman.log &&
-        timeout 60 podman run --rm "$image" /bin/true 2>.engines/podman.log
+        within 60 podman run --rm "$image" /bin/true 2>.engines/podman.log
     status=$?
     podman rmi -f "$image" >/dev/null 2>&1
     return $status
@@ -122,10 +128,9 @@ demo)
     docker_works || podman_works || get_docker
     ;;
 test)
-    case $(docker --version 2>/dev/null) in
-    *podman*) die "docker is Podman in disguise here: for the tests remove podman-docker and install Docker" ;;
-    esac
     docker_works || get_docker
+    ! grep -q 'Podman Engine' .engines/docker.log ||
+        die "docker is Podman in disguise here: for the tests remove podman-docker and install Docker"
     has podman || install "no podman" podman runc
     podman_works || { ! has runc && install "no working Podman" runc && podman_works; } ||
         die "podman cannot run a container, with its own settings nor with tests/containers.conf: $(last_line .engines/podman.log)"

@@ -1,0 +1,1110 @@
+"""The MCP server: four tools with which an agent runs Python in locked-down containers, over standard input and output.
+
+The story, from the top: the tools, each a model of its arguments that makes one call of the Runner; what becomes of the
+answer, content that a model reads; the server that listens, reports progress and remembers what results pointed at; and
+the program around it. What happens to the code itself is told in `sandbox_runner`.
+
+What clients do shapes what they are sent. Some show the model `structuredContent` instead of the content, and so lose
+images, or the text's order: so each of the two says everything, and `structuredContent` is left out as soon as a result
+holds anything binary. Results near a megabyte are refused, images of more than 2000 pixels too, and long ones crowd out
+the conversation: so text is cut in the middle, with a word on where the rest is, and what does not fit is named.
+
+The handshake waits for nothing: the engine is looked for, and the image made, while the client goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import difflib
+import itertools
+import json
+import logging
+import mimetypes
+import os
+import re
+import secrets
+import signal
+import struct
+import sys
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import anyio
+import mcp_types as types
+import pydantic
+from mcp.server import Server, ServerRequestContext
+from mcp.server.session import ServerSession
+from mcp.server.stdio import stdio_server
+from mcp.shared.exceptions import MCPError
+from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
+
+from sandbox_runner import (
+    Config,
+    ConfigError,
+    FileInfo,
+    Installation,
+    Omitted,
+    RequestError,
+    Result,
+    Rich,
+    Runner,
+    SandboxError,
+    Text,
+    __version__,
+    clip,
+    load_config,
+    open_runner,
+    open_tasks,
+    plain_text,
+)
+
+__all__ = ["make_server", "main"]
+
+# What a result may come to. Claude Code warns at 10 000 tokens, Claude Desktop refuses results near a megabyte, and the
+# model's API refuses images of more than 2000 pixels a side, and more than a hundred of them in a conversation.
+OUTPUT_BUDGET = 30_000  # characters of what the code wrote and displayed
+VALUE_BUDGET = 10_000  # characters of the last expression's value, of a traceback, of an installer's words
+STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the caller passed some
+STATE_UNASKED = 4_000  # the same if not
+RESULT_LIMIT = 900_000  # bytes of the whole result as JSON
+IMAGE_LIMIT = 20  # images
+IMAGE_SIDE = 2000  # pixels
+FILE_LIMIT = 30  # files named in a result
+
+# What is kept, and handed out, for results that could not say it all.
+OUTPUT_KEPT = 16 << 20  # characters of output for one session
+OUTPUT_KEPT_ALL = 64 << 20  # characters of output for all of them
+READ_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double them
+
+PROGRESS_INTERVAL = 0.1  # seconds between two notifications of progress
+STATUS_INTERVAL = 0.5  # seconds between two looks at what a call without output waits for
+KEEP_ALIVE = 5.0  # seconds without news after which there is one nevertheless: clients give silent calls up
+
+SESSION_ID = r"^[A-Za-z0-9._-]{1,128}$"
+LINKS_SINCE = "2025-06-18"  # the protocol's version; older clients refuse a result that holds a resource_link
+
+
+# ── tools ──
+
+PICTURE = """
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" fill="none" stroke-linecap="round" stroke-linejoin="round">
+<rect x="2" y="7" width="28" height="22" rx="3" fill="#1d63ed"/>
+<path d="M2 13h28M11 7v6M21 7v6" stroke="#fff" stroke-width="1.5"/>
+<path d="m8 18 4 3.5L8 25m7 0h8" stroke="#ffd43b" stroke-width="2.5"/>
+</svg>
+"""
+ICON = types.Icon(
+    src=f"data:image/svg+xml;base64,{base64.b64encode(PICTURE.encode()).decode()}",
+    mime_type="image/svg+xml",
+    sizes=["any"],
+)
+
+
+def without_default(schema: dict[str, Any]) -> None:
+    """Leave `"default": null` out of a parameter's schema, which does not permit null (though the server does)."""
+    del schema["default"]
+
+
+class Tool(pydantic.BaseModel):
+    """The arguments of one call. A subclass is a tool: its fields are the parameters that clients see."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    description: ClassVar[str]
+    runs_code: ClassVar[bool] = False
+    destructive: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = False
+
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
+        """Do what the tool does. Raises SandboxError."""
+        raise NotImplementedError
+
+
+class ExecuteTransient(Tool):
+    """Code in a container of its own."""
+
+    name = "execute-transient"
+    title = "Run Python once"
+    description = (
+        "Run Python code in a fresh container that is thrown away afterwards. Returns what the code printed, the value "
+        "of an expression at its end, and every Matplotlib figure as an image. Nothing is kept for later calls, except "
+        "what you pass on as `state`. For work in several steps use execute-persistent."
+    )
+    runs_code = True
+
+    code: str = pydantic.Field(
+        pattern=r"\S",
+        description="Python source code. print() what you want to see, or end with an expression; "
+        "top-level await works.",
+    )
+    state: dict[str, Any] | SkipJsonSchema[None] = pydantic.Field(
+        default=None,
+        json_schema_extra=without_default,
+        description='Variables the code starts with, as JSON values by name: {"x": 1, "rows": [[1, 2], [3, 4]]}. '
+        "The result has the state afterwards: the code's top-level variables, as far as JSON can hold them.",
+    )
+    timeout: float | SkipJsonSchema[None] = pydantic.Field(
+        default=None, gt=0, json_schema_extra=without_default, description="Seconds the code may take."
+    )
+
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
+        """Run the code, and give its small files with the result: there is no later."""
+        result = await service.runner.execute(
+            self.code,
+            state=self.state or {},
+            timeout=service.seconds(self.timeout),
+            on_output=progress.on_output,
+        )
+        return render(result, state_budget=STATE_UNASKED if self.state is None else STATE_BUDGET)
+
+
+class ExecutePersistent(Tool):
+    """Code in a session's container."""
+
+    name = "execute-persistent"
+    title = "Run Python in a session"
+    description = (
+        "Run Python code in a session, where variables, functions, imports and files stay for the next call. Leave "
+        "session_id out to start a session, then pass the session_id that the result names to go on in it. Returns "
+        "what the code printed, the value of an expression at its end, and every Matplotlib figure as an image. After "
+        "a time-out or a crash the result says whether the session's variables were kept."
+    )
+    runs_code = True
+
+    code: str = pydantic.Field(
+        pattern=r"\S",
+        description="Python source code. print() what you want to see, or end with an expression; "
+        "top-level await works.",
+    )
+    session_id: str | SkipJsonSchema[None] = pydantic.Field(
+        default=None,
+        pattern=SESSION_ID,
+        json_schema_extra=without_default,
+        description="The session to go on in, or a name of your own for a new one (letters, digits, dots, dashes, "
+        "underscores). Left out: a new session, whose id the result tells.",
+    )
+    timeout: float | SkipJsonSchema[None] = pydantic.Field(
+        default=None, gt=0, json_schema_extra=without_default, description="Seconds the code may take."
+    )
+
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
+        """Run the code, and keep for reading what the result only points at."""
+        session = self.session_id or new_session_id()
+        result = await service.runner.execute(
+            self.code,
+            session=session,
+            timeout=service.seconds(self.timeout),
+            on_output=progress.on_output,
+        )
+        return render(result, new_session=self.session_id is None, kept=service.shelf.add(result))
+
+
+class InstallPackage(Tool):
+    """A package for one session, or for all that follows."""
+
+    name = "install-package"
+    title = "Install a Python package"
+    description = (
+        "Install a package from the package index, so that code can import it: pip inside the code does not work. With "
+        "session_id it is there for that session at once (variables are kept; a session that does not exist yet is "
+        "created); without, for every execution from now on."
+    )
+    idempotent = True
+
+    package_name: str = pydantic.Field(
+        pattern=r"\S",
+        description="One requirement as pip takes it: a name as on PyPI, if need be with extras and versions, such as "
+        "polars, beautifulsoup4, httpx[http2] or networkx>=3.2,<4.",
+    )
+    session_id: str | SkipJsonSchema[None] = pydantic.Field(
+        default=None,
+        pattern=SESSION_ID,
+        json_schema_extra=without_default,
+        description="The session that needs the package. Left out: it is installed for every execution from now on.",
+    )
+
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # as for all
+        """Install, and tell what came of it."""
+        installation = await service.runner.install(self.package_name, session=self.session_id)
+        return render_installation(installation, self.session_id)
+
+
+class CleanupSession(Tool):
+    """The end of a session."""
+
+    name = "cleanup-session"
+    title = "End a session"
+    description = (
+        "End a session: its container is removed, with all its variables, files and packages. Use it when the work in "
+        "a session is done."
+    )
+    destructive = True
+    idempotent = True
+
+    session_id: str = pydantic.Field(pattern=SESSION_ID, description="The session to end.")
+
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # as for all
+        """End the session, and forget what was kept for reading."""
+        existed = await service.runner.close_session(self.session_id)
+        service.shelf.clear(self.session_id)
+        if not existed:
+            raise RequestError(
+                f"There is no session {self.session_id!r}, so there is nothing to clean up: "
+                "it has ended already, or never existed."
+            )
+        words = f"The session {self.session_id} has ended, and its container is removed."
+        return answer([words], {"status": "ok", "session_id": self.session_id, "message": words})
+
+
+TOOLS: dict[str, type[Tool]] = {
+    tool.name: tool for tool in (ExecuteTransient, ExecutePersistent, InstallPackage, CleanupSession)
+}
+
+
+class ParameterSchema(GenerateJsonSchema):
+    """A JSON schema without titles: they only repeat the parameters' names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  # pydantic's signature
+        """Never."""
+        return False
+
+
+def describe(tool: type[Tool], config: Config) -> types.Tool:
+    """A tool as `tools/list` has it."""
+    schema = tool.model_json_schema(schema_generator=ParameterSchema)
+    schema = {key: value for key, value in schema.items() if key not in ("title", "description")}
+    if tool.runs_code:
+        schema["properties"]["timeout"].update(default=config.docker.timeout, maximum=config.docker.max_timeout)
+    remark = limits(config) if tool.runs_code else preinstalled(config) if tool is InstallPackage else ""
+    return types.Tool(
+        name=tool.name,
+        title=tool.title,
+        description=f"{tool.description} {remark}".rstrip(),
+        input_schema=schema,
+        icons=[ICON],
+        annotations=types.ToolAnnotations(
+            title=tool.title,
+            read_only_hint=False,
+            destructive_hint=tool.destructive,
+            idempotent_hint=tool.idempotent,
+            open_world_hint=not config.docker.network_disabled if tool.runs_code else tool is InstallPackage,
+        ),
+        # Claude Code puts longer results into a file, and shows the model the file's name.
+        _meta={"anthropic/maxResultSizeChars": 2 * STATE_BUDGET} if tool.runs_code else None,
+    )
+
+
+def limits(config: Config) -> str:
+    """What code may do and use, in words."""
+    docker = config.docker
+    words = [
+        f"Limits: {docker.timeout:g} seconds (up to {docker.max_timeout:g} with `timeout`), {docker.memory_limit} of "
+        f"memory, {docker.cpu_limit:g} CPU cores, {docker.disk_limit} of files in {docker.working_dir}, "
+        + ("no network." if docker.network_disabled else "network allowed.")
+    ]
+    if config.allowed_modules:
+        words.append(f"Code may import only {', '.join(config.allowed_modules)}.")
+    if config.blocked_modules:
+        words.append(f"Code may not import {', '.join(config.blocked_modules)}.")
+    return " ".join(words)
+
+
+def preinstalled(config: Config) -> str:
+    """What need not be installed, in words."""
+    names = ", ".join(config.package.preinstalled)
+    return f"Installed already: {names}." if names else ""
+
+
+def instructions(config: Config) -> str:
+    """What a model should know before it uses the tools."""
+    return f"""\
+Runs Python in locked-down containers.
+- One piece of code that needs nothing from before: execute-transient.
+- Work in steps: execute-persistent. Leave session_id out in the first call, and pass the one that it returns in the \
+next: variables, functions, imports and files are still there. A session ends after \
+{config.session.idle_timeout / 60:g} minutes without a call; end it with cleanup-session when you are done.
+- {preinstalled(config)} Anything else: install-package first, then import it.
+- You see what the code prints, and the value of an expression at its end. Matplotlib figures come back as images \
+without savefig() or show(), and display(x) shows other images and rich values.
+- Files that a session writes into its working directory {config.docker.working_dir} are resources: \
+session://SESSION_ID/files/PATH.
+- {limits(config)}"""
+
+
+def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
+    """The call that a client asks for. Raises RequestError with a sentence on the first thing that is wrong."""
+    tool = TOOLS.get(name)
+    if tool is None:
+        raise MCPError(types.INVALID_PARAMS, f"There is no tool {clip(name, 100)!r}: the tools are {', '.join(TOOLS)}.")
+    try:
+        return tool.model_validate(arguments)
+    except pydantic.ValidationError as error:
+        # A parameter that does not exist comes first: a required one that is missing is often its right spelling.
+        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        raise RequestError(refusal(tool, str(problem["loc"][0]), problem["type"], problem["input"])) from None
+
+
+def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
+    """Why an argument is refused, and what to pass instead."""
+    known = list(tool.model_fields)
+    if problem == "extra_forbidden":
+        alike = difflib.get_close_matches(parameter, known, 1)
+        advice = f"did you mean {alike[0]}?" if alike else f"the parameters are {', '.join(known)}."
+        return f"{tool.name} has no parameter {clip(parameter, 100)!r}: {advice}"
+    if problem == "missing":
+        return f"{tool.name} needs the parameter {parameter}: {tool.model_fields[parameter].description}"
+    if problem == "string_pattern_mismatch" and parameter == "session_id":
+        return (
+            f"{clip(given, 60)!r} can't be a session_id: use 1 to 128 letters, digits, dots, dashes and underscores, "
+            "or leave it out."
+        )
+    if problem == "string_pattern_mismatch":
+        return f"{parameter} is empty: {tool.model_fields[parameter].description}"
+    if problem == "greater_than":
+        return f"{parameter} is {given!r}: it must be a number of seconds above 0."
+    wanted = {"state": 'an object such as {"x": 1}', "timeout": "a number"}.get(parameter, "text")
+    kind = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}.get(type(given))
+    return f"{parameter} must be {wanted}, not {kind or 'a number'}."
+
+
+def new_session_id() -> str:
+    """A random id that is easily copied: three short words that mean nothing, of 37 bits."""
+    word = ("bdfghklmnprstv", "aeiou") * 2
+    return "-".join("".join(map(secrets.choice, word)) for _ in range(3))
+
+
+# ── rendering ──
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something that the code wrote or displayed: text, or an image."""
+
+    kind: Literal["stdout", "stderr", "display"]
+    content: str | types.ImageContent
+
+
+Section = str | types.ImageContent | types.EmbeddedResource | types.ResourceLink
+
+
+def render(
+    result: Result, *, new_session: bool = False, kept: str | None = None, state_budget: int = STATE_BUDGET
+) -> types.CallToolResult:
+    """What a model gets to see of a result.
+
+    Args:
+        result: what the Runner says.
+        new_session: whether the session's id was made up for this call.
+        kept: address of the resource that has the whole output, if that is too long for a result.
+        state_budget: bytes of JSON for the variables.
+    """
+    pieces = within(output_pieces(result), OUTPUT_BUDGET)
+    variables, missing = state_within(result, state_budget)
+    background, notes = list(before(result)), list(notes_on(result, kept))
+    sections: list[Section] = [
+        *background,
+        *headline(result),
+        *(labelled(pieces) or silence(result)),
+        *value_section(result),
+        *traceback_section(result),
+        *files_section(result),
+        *([f"State: {compact(variables)}"] if variables is not None else []),
+        *([f"Not in the state: {missing}"] if missing else []),
+        *notes,
+        *session_section(result, new_session),
+    ]
+    structured = {
+        "status": result.status,
+        **{stream: text_of(pieces, stream) for stream in ("stdout", "stderr", "display")},
+        "value": shown_value(result),
+        "error": error_fields(result),
+        "message": result.message,
+        "state": variables,
+        "not_in_state": missing,
+        "files": [file_fields(result, file) for file in result.files[:FILE_LIMIT]],
+        "notes": background + notes,
+        "session_id": result.session,
+        "session_state": result.state,
+        "seconds": round(result.wall, 3),
+    }
+    return answer(sections, structured, is_error=result.status != "ok")
+
+
+def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error: bool = False) -> types.CallToolResult:
+    """A tool's result within what clients take: texts joined to blocks, and the same as data without what is empty."""
+    blocks = fit(join(sections))
+    words = compact({key: value for key, value in structured.items() if value not in (None, "", [])})
+    size = sum(len(block.model_dump_json()) for block in blocks) + len(words.encode("utf-8", "replace"))
+    plain = all(isinstance(block, (types.TextContent, types.ResourceLink)) for block in blocks)
+    return types.CallToolResult(
+        content=blocks,
+        structured_content=json.loads(encodable(words)) if plain and size <= RESULT_LIMIT else None,
+        is_error=is_error,
+    )
+
+
+def failure(message: str) -> types.CallToolResult:
+    """The result of a call that could not be made."""
+    return answer([message], {"status": "failed", "message": message}, is_error=True)
+
+
+# What was written, in order
+
+
+def output_pieces(result: Result) -> list[Piece]:
+    """All that the code wrote and displayed, in order."""
+    pieces = []
+    for item in result.output:
+        if isinstance(item, Text):
+            pieces.append(Piece(item.stream, as_shown(item.text)))
+        elif isinstance(item, Omitted):
+            pieces.append(Piece("stdout", f"\n[… {item.bytes} bytes left out …]\n"))
+        elif picture := image(item.forms):
+            pieces.append(Piece("display", picture))
+        elif not item.is_value:
+            pieces.append(Piece("display", f"{as_shown(telling_form(item.forms))}\n"))
+    return pieces
+
+
+def text_of(pieces: Sequence[Piece], kind: str) -> str:
+    """The text among the pieces that is of one kind."""
+    return "".join(piece.content for piece in pieces if piece.kind == kind and isinstance(piece.content, str))
+
+
+def as_shown(text: str) -> str:
+    """Text as a terminal would leave it: no colours, and of a progress bar's states the last."""
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\)|[@-Z\\^_])", "", text)
+    return re.sub(r"[^\r\n]*\r+(?=[^\r\n])", "", text).replace("\r\n", "\n")
+
+
+def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
+    """The form of a value that tells a reader most: its repr, unless that is of the sort `<… object at 0x…>`."""
+    plain = plain or forms.get("text/plain", "")
+    if plain and not (plain.startswith("<") and plain.endswith(">")):
+        return plain
+    mimes = ("text/markdown", "text/latex", "text/html", "image/svg+xml")
+    return next((forms[mime] for mime in mimes if mime in forms), plain)
+
+
+def within(pieces: Sequence[Piece], budget: int) -> list[Piece]:
+    """The pieces with at most so many characters of text: head and tail stay, and all images."""
+    total = sum(len(piece.content) for piece in pieces if isinstance(piece.content, str))
+    if total <= budget:
+        return list(pieces)
+    gap_start, gap_end = budget * 2 // 3, total - (budget - budget * 2 // 3)
+    gap = f"\n[… {gap_end - gap_start} characters left out …]\n"
+    kept: list[Piece] = []
+    start = 0
+    for piece in pieces:
+        if isinstance(piece.content, str):
+            end = start + len(piece.content)
+            head, tail = piece.content[: max(0, gap_start - start)], piece.content[max(0, gap_end - start) :]
+            mark = gap if start <= gap_start < end else ""
+            kept.append(Piece(piece.kind, f"{head}{mark}{tail}" if end > gap_start else piece.content))
+            start = end
+        else:
+            kept.append(piece)
+    return [piece for piece in kept if piece.content]
+
+
+def labelled(pieces: Sequence[Piece]) -> list[Section]:
+    """The output as sections, labelled where the stream changes; it starts as standard output."""
+    sections: list[Section] = []
+    text, stream = "", "stdout"
+    for piece in pieces:
+        if not isinstance(piece.content, str):
+            sections += [text.rstrip(), piece.content]
+            text = ""
+            continue
+        if piece.kind not in ("display", stream):
+            stream = piece.kind
+            text = f"{with_newline(text)}[{stream}]\n"
+        text = (with_newline(text) if piece.kind == "display" else text) + piece.content
+    return [section for section in (*sections, text.rstrip()) if section]
+
+
+def with_newline(text: str) -> str:
+    """The text, ended by a newline if there is any."""
+    return text if not text or text.endswith("\n") else f"{text}\n"
+
+
+def image(forms: Mapping[str, str]) -> types.ImageContent | str | None:
+    """The image among a value's forms, or a note on why it is left out; None if there is none."""
+    for mime in ("image/png", "image/jpeg", "image/gif", "image/webp"):
+        if mime in forms:
+            try:
+                kind, width, height = measure(base64.b64decode(forms[mime], validate=True))
+            except (binascii.Error, ValueError, struct.error, IndexError):
+                return f"[{mime} left out: its data are not an image]\n"
+            if max(width, height) > IMAGE_SIDE:
+                return f"[image of {width} x {height} pixels left out: at most {IMAGE_SIDE} a side can be shown]\n"
+            return types.ImageContent(data=forms[mime], mime_type=kind)
+    return None
+
+
+def measure(data: bytes) -> tuple[str, int, int]:
+    """An image's true MIME type, width and height. Raises ValueError and the like for what is none.
+
+    A client that is sent an image its model can't read may have to give up the whole conversation.
+    """
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png", *struct.unpack(">II", data[16:24])
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "image/gif", *struct.unpack("<HH", data[6:10])
+    if data[:2] == b"\xff\xd8":
+        return "image/jpeg", *measure_jpeg(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp", *measure_webp(data)
+    raise ValueError("not an image that clients can show")
+
+
+def measure_jpeg(data: bytes) -> tuple[int, int]:
+    """Width and height, which are in the frame header, after any number of other segments."""
+    place = 2
+    while True:
+        marker, length = struct.unpack(">HH", data[place : place + 4])
+        if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):
+            height, width = struct.unpack(">HH", data[place + 5 : place + 9])
+            return width, height
+        if not 0xFF01 < marker < 0xFFFF:
+            raise ValueError("not a JPEG")
+        place += 2 + length
+
+
+def measure_webp(data: bytes) -> tuple[int, int]:
+    """Width and height, which each of the three kinds has elsewhere."""
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack("<HH", data[26:30])
+    return width & 0x3FFF, height & 0x3FFF
+
+
+# The sections
+
+
+def before(result: Result) -> Iterator[str]:
+    """What happened between the session's previous call and this one."""
+    if result.lost_before:
+        yield (
+            f"Note: the session's variables had been lost before this call ({result.lost_before}), "
+            "so it started with none."
+        )
+    if result.unread:
+        blocks = render(result.unread).content
+        text = "\n\n".join(block.text for block in blocks if isinstance(block, types.TextContent))
+        yield f"The session's previous call, whose client had left, ended so:\n{clip(text, VALUE_BUDGET)}\n(end of that)"
+    if result.earlier:
+        text = clip(as_shown(result.earlier), VALUE_BUDGET).rstrip()
+        yield f"Written since the previous call, by what that left running:\n{text}\n(end of that)"
+
+
+def headline(result: Result) -> Iterator[str]:
+    """What went wrong, if anything did."""
+    error = result.exception
+    if result.status == "error" and error and error.type != "SystemExit":
+        where = f" on line {error.line}" if error.line else ""
+        said = clip(error.message.strip().partition("\n")[0], 300)
+        yield f"Failed{where}: {error.type}{f': {said}' if said else ''}"
+    elif result.status == "error":
+        yield f"Failed: the code exited with status {result.exit_code}."
+    elif result.status != "ok":
+        label = {"timeout": "Timed out", "out_of_memory": "Out of memory", "cancelled": "Cancelled"}.get(result.status)
+        yield f"{label or 'Crashed'}: {result.message or 'the code was stopped'}."
+
+
+def silence(result: Result) -> Iterator[str]:
+    """A word for a call that went well without anything to see: silence might be taken for a fault."""
+    if result.status == "ok" and shown_value(result) is None:
+        yield "(no output)"
+
+
+def shown_value(result: Result) -> str | None:
+    """The last expression's value as text; None if there is none, or it is shown as an image."""
+    if result.value is None:
+        return None
+    for item in result.output:
+        if isinstance(item, Rich) and item.is_value:
+            return None if isinstance(image(item.forms), types.ImageContent) else telling_form(item.forms, result.value)
+    return result.value
+
+
+def value_section(result: Result) -> Iterator[str]:
+    """The value of the last expression."""
+    if (value := shown_value(result)) is not None:
+        value = clip(as_shown(value), VALUE_BUDGET)
+        yield f"Value:\n{value}" if "\n" in value else f"Value: {value}"
+
+
+def traceback_section(result: Result) -> Iterator[str]:
+    """Where the exception came from, if that is more than the headline says."""
+    if result.exception and result.exception.type != "SystemExit":
+        yield clip(result.exception.traceback.rstrip(), VALUE_BUDGET)
+
+
+def error_fields(result: Result) -> dict[str, Any] | None:
+    """The exception for programs."""
+    if (error := result.exception) is None:
+        return None
+    return {
+        "type": error.type,
+        "message": error.message,
+        "line": error.line,
+        "traceback": clip(error.traceback, VALUE_BUDGET),
+    }
+
+
+def notes_on(result: Result, kept: str | None) -> Iterator[str]:
+    """What the caller should know or do."""
+    if kept:
+        yield f"All of the output is kept as the resource {kept}; add ?offset=20000&length=10000 to read a part of it."
+    if result.oom_kills and result.status != "out_of_memory":
+        yield "Note: a process that the code started was killed because memory ran out."
+    if result.hint:
+        yield f"Hint: {result.hint}"
+
+
+def session_section(result: Result, new_session: bool) -> Iterator[str]:
+    """Which session this was, and what became of its variables."""
+    if result.session is None:
+        return
+    words = f"Session: {result.session}"
+    if result.state == "lost":
+        words += " (its variables, functions and imports are lost: the next call starts without them)"
+    elif new_session:
+        words += f' (new; pass session_id "{result.session}" to go on in it)'
+    elif result.status not in ("ok", "error"):
+        words += " (its variables are kept)"
+    yield words
+
+
+def state_within(result: Result, budget: int) -> tuple[Mapping[str, Any] | None, str]:
+    """The variables to send back, the small ones if all are too many bytes; and in words, which are missing and why."""
+    if result.variables is None:
+        return None, ""
+    sizes = {name: len(compact({name: value}).encode("utf-8", "replace")) for name, value in result.variables.items()}
+    room, fitting = budget, set()
+    for name in sorted(sizes, key=sizes.__getitem__):
+        room -= sizes[name]
+        if room >= 0:
+            fitting.add(name)
+    missing = {name: f"{readable_size(size)} of JSON" for name, size in sizes.items() if name not in fitting}
+    if budget == STATE_BUDGET:
+        missing |= result.variables_left_out
+    kept = {name: value for name, value in result.variables.items() if name in fitting}
+    return kept, clip("; ".join(f"{name} ({reason})" for name, reason in missing.items()), 2000)
+
+
+def compact(value: Any) -> str:
+    """JSON in one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def readable_size(size: int) -> str:
+    """A number of bytes for a reader."""
+    for unit, limit in (("MB", 1_000_000), ("kB", 1000)):
+        if size >= limit:
+            return f"{size / limit:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def files_section(result: Result) -> Iterator[Section]:
+    """The files that the call wrote: links to those of a session; of a transient call the small ones themselves."""
+    if result.session and result.files:
+        yield f"Files written, readable as resources session://{result.session}/files/PATH: {listing(result.files)}"
+        for file in result.files[:FILE_LIMIT]:
+            yield link(result.session, file)
+    elif result.files:
+        gone = [file for file in result.files if file.path not in result.contents]
+        if gone:
+            yield (
+                f"Files written, too large to return, and gone with the container: {listing(gone)}. To keep files, use "
+                "execute-persistent."
+            )
+        if result.contents:
+            yield f"Files written: {listing([file for file in result.files if file not in gone])}"
+        for path, data in result.contents.items():
+            yield types.EmbeddedResource(resource=resource(f"sandbox:///{urllib.parse.quote(path)}", data))
+
+
+def listing(files: Sequence[FileInfo]) -> str:
+    """Names and sizes."""
+    words = [f"{file.path} ({readable_size(file.size)})" for file in files[:FILE_LIMIT]]
+    return ", ".join(words) + (f" and {len(files) - FILE_LIMIT} more" if len(files) > FILE_LIMIT else "")
+
+
+def file_fields(result: Result, file: FileInfo) -> dict[str, Any]:
+    """A file for programs."""
+    about: dict[str, Any] = {"path": file.path, "size": file.size, "type": media_type(file.path)}
+    return about | {"uri": session_uri(result.session, "files", file.path)} if result.session else about
+
+
+def link(session: str, file: FileInfo) -> types.ResourceLink:
+    """Where a session's file can be read."""
+    return types.ResourceLink(
+        name=file.path,
+        uri=session_uri(session, "files", file.path),
+        mime_type=media_type(file.path),
+        size=file.size,
+    )
+
+
+def media_type(path: str) -> str:
+    """The MIME type that a file's name suggests."""
+    return mimetypes.guess_type(path)[0] or "application/octet-stream"
+
+
+def session_uri(session: str, kind: Literal["files", "output"], rest: str) -> str:
+    """The address of something that is kept for a session."""
+    return f"session://{session}/{kind}/{urllib.parse.quote(rest)}"
+
+
+def resource(uri: str, data: bytes) -> types.TextResourceContents | types.BlobResourceContents:
+    """Bytes as text if they are text, else as they are."""
+    mime = mimetypes.guess_type(urllib.parse.urlsplit(uri).path)[0]
+    with contextlib.suppress(UnicodeDecodeError):
+        text = data.decode()
+        if not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text):
+            return types.TextResourceContents(uri=uri, mime_type=mime or "text/plain", text=text)
+    blob = base64.b64encode(data).decode()
+    return types.BlobResourceContents(uri=uri, mime_type=mime or "application/octet-stream", blob=blob)
+
+
+def render_installation(installation: Installation, session: str | None) -> types.CallToolResult:
+    """What a model gets to see of an installation."""
+    output = clip(as_shown(installation.output), VALUE_BUDGET).strip()
+    hint = f"Hint: {installation.hint}" if installation.hint else ""
+    structured = {
+        "status": "ok" if installation.ok else "error",
+        "message": installation.message,
+        "installed": [{"name": name, "version": version} for name, version in installation.installed],
+        "output": output,
+        "hint": installation.hint,
+        "session_id": session,
+        "seconds": round(installation.seconds, 3),
+    }
+    sections = [section for section in (f"{installation.message}.", output, hint) if section]
+    return answer(sections, structured, is_error=not installation.ok)
+
+
+# The whole
+
+
+def join(sections: Sequence[Section]) -> Iterator[types.ContentBlock]:
+    """Blocks: neighbouring texts become one."""
+    for is_text, group in itertools.groupby(sections, lambda section: isinstance(section, str)):
+        if is_text:
+            yield types.TextContent(text=encodable("\n\n".join(map(str, group))))
+        else:
+            yield from (section for section in group if not isinstance(section, str))
+
+
+def encodable(text: str) -> str:
+    """The text without lone surrogates, which the wire can't carry."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
+    """The blocks, with notes in the place of images and files for which there is no room."""
+    everything = list(blocks)
+    sizes = [len(block.model_dump_json()) for block in everything]
+    room = RESULT_LIMIT - sum(
+        size for block, size in zip(everything, sizes, strict=True) if isinstance(block, types.TextContent)
+    )
+    images = 0
+    fitting: list[types.ContentBlock] = []
+    for block, size in zip(everything, sizes, strict=True):
+        images += isinstance(block, types.ImageContent)
+        if isinstance(block, types.TextContent):
+            fitting.append(block)
+        elif size <= room and (images <= IMAGE_LIMIT or not isinstance(block, types.ImageContent)):
+            room -= size
+            fitting.append(block)
+        elif isinstance(block, types.ImageContent):
+            why = "a result has room for less" if images <= IMAGE_LIMIT else f"a result holds at most {IMAGE_LIMIT}"
+            fitting.append(types.TextContent(text=f"[image of {readable_size(size)} left out: {why}]"))
+        elif isinstance(block, types.EmbeddedResource):
+            fitting.append(types.TextContent(text=f"[{block.resource.uri} left out: a result has room for less]"))
+    return fitting
+
+
+# ── server ──
+
+
+class Shelf:
+    """What results have pointed at, to be read later: outputs that were too long, and where a session's files are."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, tuple[str, str]] = {}  # address: session, text; the oldest first
+        self.files: dict[str, dict[str, FileInfo]] = {}  # by session and path
+        self._numbers = itertools.count(1)
+
+    def add(self, result: Result) -> str | None:
+        """Remember a session's files and, if it is too long for a result, its output; the address of that."""
+        assert result.session is not None
+        self.files.setdefault(result.session, {}).update({file.path: file for file in result.files})
+        text = "".join(piece.content for piece in output_pieces(result) if isinstance(piece.content, str))
+        if len(text) <= OUTPUT_BUDGET:
+            return None
+        address = session_uri(result.session, "output", str(next(self._numbers)))
+        self.outputs[address] = (result.session, text[:OUTPUT_KEPT])
+        self._drop_oldest(result.session, OUTPUT_KEPT)
+        self._drop_oldest(None, OUTPUT_KEPT_ALL)
+        return address
+
+    def _drop_oldest(self, session: str | None, limit: int) -> None:
+        sizes = {key: len(text) for key, (owner, text) in self.outputs.items() if session in (None, owner)}
+        total = sum(sizes.values())
+        for address, size in sizes.items():
+            if total > limit:
+                del self.outputs[address]
+                total -= size
+
+    def clear(self, session: str) -> None:
+        """Forget a session."""
+        self.files.pop(session, None)
+        self.outputs = {key: value for key, value in self.outputs.items() if value[0] != session}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the server keeps while it serves."""
+
+    runner: Runner
+    shelf: Shelf = field(default_factory=Shelf)
+
+    def seconds(self, asked: float | None) -> float | None:
+        """The timeout of a call. Raises RequestError."""
+        most = self.runner.config.docker.max_timeout
+        if asked is not None and asked > most:
+            raise RequestError(
+                f"A timeout of {asked:g} seconds is more than the {most:g} allowed here: ask for less, and do long "
+                "work in steps, in a session."
+            )
+        return asked
+
+
+Context = ServerRequestContext[Service]
+
+
+def make_server(config: Config) -> Server[Service]:
+    """The server, ready to be given a connection."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Server[Service]) -> AsyncIterator[Service]:
+        async with open_runner(config, warm=True) as runner:
+            yield Service(runner)
+
+    return Server(
+        "python-docker-mcp",
+        version=__version__,
+        title="Python in Docker",
+        description="Runs Python in locked-down containers",
+        instructions=instructions(config),
+        icons=[ICON],
+        lifespan=lifespan,
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+        on_list_resources=list_resources,
+        on_list_resource_templates=list_resource_templates,
+        on_read_resource=read_resource,
+    )
+
+
+async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+    """The tools, always in the same order."""
+    config = context.lifespan_context.runner.config
+    return types.ListToolsResult(tools=[describe(tool, config) for tool in TOOLS.values()])
+
+
+async def call_tool(context: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
+    """Make a call; whatever can't be done is said in the result, where the model sees it."""
+    service = context.lifespan_context
+    try:
+        tool = parse(params.name, params.arguments or {})
+        async with open_tasks() as tasks:
+            progress = Progress(context.session, service.runner)
+            tasks.start_soon(progress.report)
+            result = await tool.call(service, progress)
+    except SandboxError as error:
+        return failure(str(error))
+    if context.protocol_version < LINKS_SINCE:
+        result.content = [block for block in result.content if not isinstance(block, types.ResourceLink)]
+    return result
+
+
+class Progress:
+    """Tells a client how its call is getting on: the latest output, what is being waited for, or just that it lives."""
+
+    def __init__(self, session: ServerSession, runner: Runner) -> None:
+        self._session = session
+        self._runner = runner
+        self._text = ""
+        self._news = anyio.Event()
+
+    async def on_output(self, item: Text | Rich | Omitted) -> None:
+        """Take note of a piece of output."""
+        self._text = f"{self._text}{plain_text(item)}"[-1000:]
+        self._news.set()
+
+    async def report(self) -> None:
+        """Send notifications until cancelled. A client that did not ask for them gets none."""
+        started = said_at = time.monotonic()
+        said = ""
+        for count in itertools.count(1):
+            await anyio.sleep(PROGRESS_INTERVAL)
+            with anyio.move_on_after(STATUS_INTERVAL):
+                await self._news.wait()
+            self._news = anyio.Event()
+            message, now = self._latest(), time.monotonic()
+            if message != said or now - said_at >= KEEP_ALIVE:
+                said, said_at = message, now
+                await self._session.report_progress(count, message=message or f"{now - started:.0f} seconds")
+
+    def _latest(self) -> str:
+        lines = as_shown(self._text).strip().splitlines()
+        return encodable(lines[-1][-200:]) if lines else self._runner.status
+
+
+async def list_resources(context: Context, _: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
+    """What results have pointed at, and is still there."""
+    shelf = context.lifespan_context.shelf
+    outputs = [
+        types.Resource(name=address, uri=address, mime_type="text/plain", description=f"Output in session {session}")
+        for address, (session, _) in shelf.outputs.items()
+    ]
+    links = [link(session, file) for session, files in shelf.files.items() for file in files.values()]
+    files = [types.Resource(name=item.name, uri=item.uri, mime_type=item.mime_type, size=item.size) for item in links]
+    return types.ListResourcesResult(resources=outputs + files)
+
+
+async def list_resource_templates(
+    _: Context, __: types.PaginatedRequestParams | None
+) -> types.ListResourceTemplatesResult:
+    """The addresses that can be read."""
+    files = types.ResourceTemplate(
+        name="session-file",
+        title="File of a session",
+        uri_template="session://{session_id}/files/{+path}{?offset,length}",
+        description="A file in a session's working directory; with offset and length (in bytes) a part of it.",
+    )
+    outputs = types.ResourceTemplate(
+        name="session-output",
+        title="Output of a session",
+        uri_template="session://{session_id}/output/{number}{?offset,length}",
+        description="All of an output that was too long for a result; with offset and length (in characters) a part.",
+        mime_type="text/plain",
+    )
+    return types.ListResourceTemplatesResult(resource_templates=[files, outputs])
+
+
+async def read_resource(context: Context, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
+    """Read a file of a session, or an output that is kept."""
+    service = context.lifespan_context
+    try:
+        address, session, kind, rest, offset, length = parse_address(params.uri)
+        if kind == "output":
+            if address not in service.shelf.outputs:
+                raise RequestError(f"{address} is not kept any more: run the code again, and print less.")
+            text = service.shelf.outputs[address][1]
+            part = cut(text[offset:], length, f"{address} has {len(text)} characters")
+            contents: Any = types.TextResourceContents(uri=params.uri, mime_type="text/plain", text=part)
+        else:
+            data = await service.runner.read_file(session, rest, offset, (length or READ_LIMIT) + 1)
+            contents = resource(params.uri, cut(data, length, f"{rest} is larger than {READ_LIMIT} bytes"))
+    except SandboxError as error:
+        raise MCPError(types.INVALID_PARAMS, str(error), {"uri": params.uri}) from error
+    return types.ReadResourceResult(contents=[contents])
+
+
+def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
+    """What an address says: itself without a range, session, kind, path, offset and length. Raises RequestError."""
+    parts = urllib.parse.urlsplit(uri)
+    match = re.fullmatch(r"/(files|output)/(.+)", parts.path, re.DOTALL)
+    if parts.scheme != "session" or not match:
+        raise RequestError(
+            "Only session://SESSION_ID/files/PATH and session://SESSION_ID/output/NUMBER can be read here."
+        )
+    given = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    if set(given) - {"offset", "length"} or not all(re.fullmatch(r"\d{1,15}", value) for value in given.values()):
+        raise RequestError("A range is ?offset=NUMBER&length=NUMBER, both from 0.")
+    length = int(given["length"]) if "length" in given else None
+    if length is not None and not 0 < length <= READ_LIMIT:
+        raise RequestError(f"A length of {length} can't be read at once: ask for 1 to {READ_LIMIT}.")
+    session, rest = urllib.parse.unquote(parts.netloc), urllib.parse.unquote(match[2])
+    address = session_uri(session, "output" if match[1] == "output" else "files", rest)
+    return address, session, match[1], rest, int(given.get("offset", 0)), length
+
+
+def cut(data: Any, length: int | None, size: str) -> Any:
+    """Data within the length asked for; if none was, all of it. Raises RequestError if that is too much."""
+    if length is None and len(data) > READ_LIMIT:
+        raise RequestError(f"{size}, too much for one answer: read parts of it with ?offset=0&length={READ_LIMIT}.")
+    return data if length is None else data[:length]
+
+
+# ── program ──
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve on standard input and output until the client closes them, or a signal comes."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(format="python-docker-mcp: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("python_docker_mcp").setLevel(logging.INFO)
+    try:
+        config = load_config(options.config)
+    except ConfigError as error:
+        print(f"python-docker-mcp: {error}", file=sys.stderr)
+        sys.exit(2)
+    anyio.run(_serve, config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python-docker-mcp",
+        description="An MCP server that runs Python in locked-down containers. It speaks MCP on standard input and "
+        "output: clients start it, people only to see whether it starts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="configuration; by default $PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"python-docker-mcp {__version__}")
+    return parser
+
+
+async def _serve(config: Config) -> None:
+    server = make_server(config)
+    received: list[int] = []
+    async with stdio_server() as (reader, writer):
+        async with open_tasks() as tasks:
+            if sys.platform != "win32":  # there, an end of file is the only farewell
+                tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
+            await server.run(reader, writer, server.create_initialization_options())
+        if received:
+            # The thread that reads standard input can't be cancelled, and would be waited for.
+            sys.stderr.flush()
+            os._exit(128 + received[0])
+
+
+async def _watch_signals(scope: anyio.CancelScope, received: list[int]) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            received.append(number)
+            scope.cancel()
+
+
+if __name__ == "__main__":
+    main()
