@@ -5,17 +5,18 @@ The story, from the caller to the code and back:
     caller ─ Runner ─ Sandbox ══ `docker run -i` ══ Supervisor (process 1) ─ Worker (forked, runs the code)
                       one pipe each way, for the container's whole life
 
-A `Runner` (see `open_runner`) knows the engine, the image and the open sessions. A `Sandbox` is one container: an attached
-`docker run -i --rm …` process whose standard input and output carry JSON lines to a small program inside, the *guest*.
-Once a sandbox is there, a call costs no engine command, just one request and the frames that answer it.
+A `Runner` (see `open_runner`) knows the engine, the image and the open sessions. A `Sandbox` is one container: an
+attached `docker run -i --rm …` process whose standard input and output carry JSON lines to a small program inside,
+the *guest*. Once a sandbox is there, a call costs no engine command, just one request and the frames that answer it.
 
-The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1, holds
-the channel and never runs the user's code; and a worker, forked from it, which does. So whatever the code does to its own
-process, the supervisor lives to say what happened: the status of a `Result` and whether a session's variables were kept
-follow from what that process did, not from what it printed.
+The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1,
+holds the channel and never runs the user's code; and a worker, forked from it, which does. So whatever the code does
+to its own process, the supervisor lives to say what happened: the status of a `Result` and whether a session's
+variables were kept follow from what that process did, not from what it printed.
 
-A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in by one
-`docker exec` (see `plug`). A session that nobody comes back to ends by itself, from inside, after `session.idle_timeout`.
+A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
+by one `docker exec` (see `plug`). A session that nobody comes back to ends by itself, from inside, after
+`session.idle_timeout`.
 
     async with open_runner() as runner:
         result = await runner.execute("6 * 7")
@@ -291,7 +292,7 @@ ENVIRONMENT = {  # variable: the setting that it wins over
 def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
     """The configuration: defaults, then the file, then the environment.
 
-    The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml; only the last may be missing.
+    The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml (which may be missing).
 
     Raises:
         ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
@@ -323,7 +324,7 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
 
 
 def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
-    """A Config made of plain data, with pydantic's checks of types and ours of values, in one sentence if it can't be."""
+    """A Config made of plain data, with pydantic's checks of types and ours of values. Raises ConfigError."""
     import pydantic
 
     for cls in (Config, DockerConfig, SessionConfig, PackageConfig, PoolConfig):
@@ -358,7 +359,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
 def parse_requirement(text: str) -> tuple[str, str]:
     """The normalised name of a distribution and the whole requirement, without spaces (PEP 508, PEP 503).
 
-    Only a name, extras and version specifiers: nothing that an installer could take for an option, a path or an address.
+    A name, extras and version specifiers: nothing that an installer could take for an option, a path or an address.
 
     Raises:
         RequestError: it is anything else.
@@ -517,6 +518,8 @@ VALUE_LIMIT = 32_000  # characters of a value's repr
 TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
+IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less than can be read
+IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
 STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
 STATE_DEPTH = 64
 FILES_LISTED = 100  # of those that a call made or changed
@@ -578,7 +581,7 @@ class Channel:
             yield frame
 
     def send(self, frame: dict[str, Any], data: str | None = None) -> None:
-        """Queue a frame and write what the descriptor takes; all but the last piece of long `data` goes ahead in parts."""
+        """Queue a frame, its `data` in parts if it is long, and write what the descriptor takes."""
         if data is not None:
             last = max(0, len(data) - 1) // PART * PART
             for start in range(0, last, PART):
@@ -622,9 +625,10 @@ class Call:
         self.nudge = self.kill_at = math.inf  # when to interrupt once more, and when to give up
         self.stopped_for: str | None = None  # "timeout" or "cancelled", once it was interrupted
         limit: int | None = request["output_limit"]
-        self.head_left = math.inf if limit is None else limit * 3 // 4  # bytes that still pass at once
-        self.tail_left = 0 if limit is None else limit - limit * 3 // 4
-        self.tail: deque[tuple[str, str]] = deque()  # of (stream, text): the end of the output, kept to the end
+        self.limited = limit is not None
+        self.head_left = (limit or 0) * 3 // 4  # bytes that still pass at once
+        self.tail_left = (limit or 0) - self.head_left
+        self.tail: deque[tuple[str, bytes]] = deque()  # of (stream, text): the end of the output, kept to the end
         self.omitted = 0  # bytes between head and tail
 
     def interrupt(self, reason: str) -> bool:
@@ -640,24 +644,25 @@ class Call:
         """When something has to be done about this call if it does not end before."""
         return min(self.deadline, self.nudge, self.kill_at)
 
-    def admit(self, stream: str, text: str) -> bool:
-        """Whether this output passes at once. If not it goes to the tail, and pushes older output out of that."""
-        size = len(text.encode())
-        if size <= self.head_left and not self.tail:
-            self.head_left -= size
-            return True
-        self.tail.append((stream, text))
-        self.tail_left -= size
-        while self.tail and self.tail_left < 0:
-            stream, text = self.tail.popleft()
-            raw = text.encode()
-            kept = raw[-self.tail_left :].decode("utf-8", "ignore")
-            dropped = len(raw) - len(kept.encode())
+    def admit(self, stream: str, text: str) -> str:
+        """What of this output passes at once. The rest goes to the tail, and pushes older output out of that."""
+        if not self.limited:
+            return text
+        data = text.encode()
+        passes = data[: self.head_left].decode("utf-8", "ignore")
+        rest = data[len(passes.encode()) :]
+        self.head_left = 0 if rest else self.head_left - len(data)
+        if rest:
+            self.tail.append((stream, rest))
+            self.tail_left -= len(rest)
+        while self.tail_left < 0:
+            stream, oldest = self.tail.popleft()
+            dropped = min(len(oldest), -self.tail_left)
             self.omitted += dropped
             self.tail_left += dropped
-            if kept:
-                self.tail.appendleft((stream, kept))
-        return False
+            if oldest[dropped:]:
+                self.tail.appendleft((stream, oldest[dropped:]))
+        return passes
 
 
 class Supervisor:
@@ -678,7 +683,7 @@ class Supervisor:
         self.backlog: deque[dict[str, Any]] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
-        self.worker = 0  # process id; a worker is forked for the first call, so that it has all that was preloaded
+        self.worker = 0  # process id; forked when all is preloaded or the first call comes, 0 until then
         self.control: Channel | None = None
         self.worker_fds: set[int] = set()
         self.pipes: dict[str, int] = {}
@@ -701,8 +706,10 @@ class Supervisor:
         self._listen()
         self._attach(self.channel)
         while True:
-            if self.preload and not self.worker:
+            if not self.worker and self.preload:
                 self._import_next()
+            elif not self.worker:
+                self._fork()
             channels = [channel for channel in (self.channel, self.control) if channel]
             congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
             readers = [fd for fd in self.sources if not (congested and fd in self.worker_fds)]
@@ -812,6 +819,7 @@ class Supervisor:
         del self.sources[self.channel.reader]
         self.channel.close()
         self.channel = None
+        self.active = time.monotonic()
         if self.plug:
             self.plug.close()
             self.plug = None
@@ -915,7 +923,8 @@ class Supervisor:
                 if self.call is None or frame.get("id") != self.call.id:
                     continue  # left over from an earlier call
                 kind = frame.get("kind")
-                if kind not in ("part", "display", "state", "content", "done"):
+                forged = kind == "done" and frame.get("status") not in ("ok", "error")
+                if forged or kind not in ("part", "display", "state", "content", "done"):
                     raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
                 self._read_all_output()  # what was written before comes before
                 if kind == "done":
@@ -950,7 +959,7 @@ class Supervisor:
         return bool(data)
 
     def _pass_on(self, stream: str, text: str) -> None:
-        if self.call and text and self.call.admit(stream, text):
+        if self.call and (text := self.call.admit(stream, text)):
             self._tell({"id": self.call.id, "kind": stream, "text": text})
 
     def _conclude(self, report: dict[str, Any], lost: bool = False) -> None:
@@ -961,8 +970,8 @@ class Supervisor:
             self._pass_on(stream, decoder.decode(b"", True))
         if call.omitted:
             self._tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
-        for stream, text in call.tail:
-            self._tell({"id": call.id, "kind": stream, "text": text})
+        for stream, data in call.tail:
+            self._tell({"id": call.id, "kind": stream, "text": data.decode("utf-8", "ignore")})
         oom_kills, self.oom_kills = self.oom_kills, count_oom_kills()
         oom_kills = self.oom_kills - oom_kills
         if not lost and isinstance(report.get("cpu"), float):
@@ -988,6 +997,8 @@ class Supervisor:
 
     def _patience(self) -> float | None:
         """Seconds until something is due."""
+        if not self.worker:
+            return 0.0
         if self.call:
             return max(0.0, self.call.next_due() - time.monotonic())
         return None if self.session is None else max(0.0, self.active + self.idle_timeout - time.monotonic())
@@ -1039,6 +1050,8 @@ class Supervisor:
             cpu = max(0.0, usage.ru_utime + usage.ru_stime - self.worker_cpu)
             memory = usage.ru_maxrss * 1024
             self._conclude({"exit_code": code, "message": message, "cpu": cpu, "memory": memory}, lost=True)
+        elif not self.worker_used:
+            os._exit(71)  # a worker that dies before it got a call would do so for ever
         else:
             self.lost = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         for fd in self.worker_fds:
@@ -1186,7 +1199,7 @@ class Worker:
     def _open_streams(self) -> None:
         """Give the code text streams over descriptors 1 and 2 that survive even a close()."""
         for fd, name in ((1, "stdout"), (2, "stderr")):
-            stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+            stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115  # for good
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 
@@ -1225,7 +1238,7 @@ class Worker:
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
         report["stale"] = self._use_packages(request["packages"])
-        if request["filename"]:
+        if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
         if state:
             self.names.update(json.loads(state))
@@ -1250,7 +1263,7 @@ class Worker:
             self._report_files(report, request["final"])
 
     def _use_packages(self, folder: str | None) -> list[str]:
-        """Have what is installed for the session, and for all, importable; names imported already in another version."""
+        """Make what is installed importable; the names of what had been imported in another version."""
         shared = os.path.realpath(f"{self.packages_root}/shared")
         folders = [path for path in (folder, shared) if path and os.path.isdir(path)]
         added = [path for path in folders if path not in self.packages]
@@ -1271,7 +1284,7 @@ class Worker:
         return sorted(set(stale))[:20]
 
     def _list_files(self) -> dict[str, tuple[int, int]]:
-        """Path, time of change and size of the files in the working directory; hidden ones and bytecode are not shown."""
+        """Path, time of change and size of the files in the working directory, but for hidden ones and bytecode."""
         found: dict[str, tuple[int, int]] = {}
         folders = [""]
         while folders and len(found) < FILES_SEEN:
@@ -1392,7 +1405,7 @@ class Worker:
     # ── rich output ──
 
     def display(self, *values: Any) -> None:
-        """Show values in the result at this point: images, HTML and the like where they have such a form, else their repr."""
+        """Show values in the result at this point: as images, HTML and the like if they have such a form."""
         for value in values:
             self._publish({"text/plain": clip(repr(value), VALUE_LIMIT), **rich_forms(value)})
 
@@ -1456,13 +1469,13 @@ class MatplotlibHook:
             sys.modules["matplotlib"].rcParams["backend"] = "module://sandbox_backend"
 
 
-def refuse_input(prompt: object = "") -> str:
+def refuse_input(_prompt: object = "", /) -> str:
     """Stands in for input(): nobody is there to answer."""
     raise EOFError("input() can't be answered in the sandbox; put the value into the code instead")
 
 
 def rich_forms(value: Any) -> dict[str, str]:
-    """The forms of a value other than plain text by MIME type, binary ones in base64, as IPython's protocol offers them."""
+    """A value's forms other than plain text, by MIME type, binary ones in base64 (IPython's protocol)."""
     if isinstance(value, type):
         return {}
     if type(value).__module__ == "matplotlib.figure" and hasattr(value, "savefig"):
@@ -1487,7 +1500,7 @@ def rich_forms(value: Any) -> dict[str, str]:
         if isinstance(form, tuple):
             form = form[0]  # some give (data, metadata)
         if isinstance(form, bytes):
-            form = base64.b64encode(form).decode("ascii")
+            form = base64.b64encode(fit_image(form)).decode("ascii")
         if isinstance(form, str) and isinstance(mime, str) and mime != "text/plain":
             rich[mime] = form
     return rich
@@ -1501,7 +1514,26 @@ def draw(figure: Any) -> str:
     finally:
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close(figure)
-    return base64.b64encode(image.getvalue()).decode("ascii")
+    return base64.b64encode(fit_image(image.getvalue())).decode("ascii")
+
+
+def fit_image(data: bytes) -> bytes:
+    """An image such as every client takes it, scaled down if need be; by Pillow, which Matplotlib brings with it."""
+    try:
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(data))
+        side = max(image.size)
+        while side > IMAGE_SIDE or len(data) > IMAGE_BYTES:
+            side = min(IMAGE_SIDE, side * 3 // 4)
+            smaller = image.copy()
+            smaller.thumbnail((side, side))
+            target = io.BytesIO()
+            smaller.save(target, image.format)
+            data = target.getvalue()
+    except (ImportError, OSError, ValueError):  # not there, or no image that it knows: then the host decides
+        pass
+    return data
 
 
 def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -1526,7 +1558,7 @@ def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def plain(value: Any, depth: int, parents: set[int]) -> Any:
-    """`value` if JSON can hold it unchanged (a tuple becomes a list, a NumPy number a Python one); ValueError if not."""
+    """`value` as JSON can hold it: a tuple as list, a NumPy number as Python's. Raises ValueError."""
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if value is None or isinstance(value, bool):
@@ -1676,7 +1708,7 @@ class ImportPolicy:
 
 
 def plug() -> None:
-    """Runs in `docker exec`: hands its own standard input and output to the supervisor, and stays while they are used."""
+    """Runs in `docker exec`: hands its standard input and output to the supervisor, and stays while they are used."""
     import array
     import os
     import socket
@@ -1694,7 +1726,7 @@ def plug() -> None:
 
 
 def supervise(settings: str) -> None:
-    """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of everything that uses them by habit."""
+    """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of what uses them by habit."""
     with contextlib.suppress(OSError):
         os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
         for name in os.listdir(SHIPPED_CACHE):  # the list of fonts, which takes Matplotlib seconds to make
@@ -1929,7 +1961,7 @@ def installer_command(task: dict[str, Any], place: str) -> list[str]:
 
 
 def fetch_wheel(name: str, task: dict[str, Any]) -> bytes:
-    """The newest wheel of a project for this machine, from the index (PEP 503). Needs nothing but the standard library."""
+    """The newest wheel of a project for this machine, from the index (PEP 503), with the standard library only."""
     page = f"{(task['index_url'] or 'https://pypi.org/simple').rstrip('/')}/{name}/"
     links = re.findall(
         r'<a\s([^>]*?)href="([^"#]+)[^>]*>\s*([^<\s]+)\s*<', fetch(page, task).decode("utf-8", "replace")
@@ -1972,12 +2004,12 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 
 
 GUEST_MODULES = (
-    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib io json linecache math os "
-    "select signal socket stat struct sys threading time traceback types warnings"
+    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib io json linecache "
+    "math os select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
-    "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading time "
-    "urllib.parse urllib.request zipfile"
+    "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
+    "time urllib.parse urllib.request zipfile"
 ).split()
 
 
@@ -2166,7 +2198,7 @@ ENGINE_ENVIRONMENT = (
 # Programs started by a desktop get a short PATH.
 USUAL_PLACES = (
     "/usr/local/bin /usr/bin /opt/homebrew/bin /opt/local/bin /opt/podman/bin /snap/bin ~/.docker/bin ~/.orbstack/bin "
-    "~/.rd/bin /Applications/Docker.app/Contents/Resources/bin"
+    "~/.rd/bin /Applications/Docker.app/Contents/Resources/bin C:/Progra~1/Docker/Docker/resources/bin"
 ).split()
 
 
@@ -2176,12 +2208,9 @@ async def find_engine(command: str | None = None) -> Engine:
     Raises:
         EngineError: none can be used; the message is about the one that came nearest.
     """
-    places = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(os.path.expanduser, USUAL_PLACES)])
-    if os.name == "nt":
-        places += os.pathsep + r"C:\Program Files\Docker\Docker\resources\bin"
     problem: EngineError | None = None
     for name in (command,) if command else ("docker", "podman", "nerdctl"):
-        path = shutil.which(os.path.expanduser(name), path=places)
+        path = find_program(name)
         if path is None:
             continue
         try:
@@ -2198,6 +2227,12 @@ async def find_engine(command: str | None = None) -> Engine:
         "No container engine was found: install Docker (https://docs.docker.com/get-docker) or Podman "
         "(https://podman.io), or set docker.command to the path of its command line."
     )
+
+
+def find_program(name: str) -> str | None:
+    """Where a program is: on PATH or in one of the usual places."""
+    places = [os.environ.get("PATH", os.defpath), *(str(Path(place).expanduser()) for place in USUAL_PLACES)]
+    return shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
 
 
 async def _probe(path: str) -> Engine:
@@ -2219,12 +2254,12 @@ async def _probe(path: str) -> Engine:
         said = last_line(errors) or f"exit status {code}"
         if "permission denied" in errors:
             raise EngineError(
-                f"{path} may not be used by this user: add the user to the group docker (`sudo usermod -aG docker $USER`, "
-                f"then log in anew), or use rootless Docker or Podman. It said: {said}"
+                f"{path} may not be used by this user: add the user to the group docker (`sudo usermod -aG docker "
+                f"$USER`, then log in anew), or use rootless Docker or Podman. It said: {said}"
             )
         raise EngineError(
-            f"{path} is installed, but its engine does not answer: start Docker Desktop, or `sudo systemctl start docker`, "
-            f"or see that DOCKER_HOST and `docker context` point to one that runs. It said: {said}"
+            f"{path} is installed, but its engine does not answer: start Docker Desktop, or `sudo systemctl start "
+            f"docker`, or see that DOCKER_HOST and `docker context` point to one that runs. It said: {said}"
         )
     oldest = {"docker": 20, "podman": 4, "nerdctl": 1}[kind]
     major = re.match(r"\d+", version)
@@ -2257,7 +2292,7 @@ async def run_command(
     stdin: Any = subprocess.DEVNULL,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str, str]:
-    """Run an engine command to its end; its exit status, output (at most MAX_FRAME bytes) and errors. Raises EngineError."""
+    """Run an engine command to its end; its exit status, output (MAX_FRAME bytes at most) and errors."""
     process = await open_command(command, stdin)
     output, errors = bytearray(), bytearray()
 
@@ -2346,7 +2381,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
     if not may_be_made:
         raise ImageError(
             f"The image {docker.image} is not here and can't be pulled: {said or 'the engine does not say why'} "
-            f"Pull or load it by hand, set docker.image to one that is here, or to `host` to use this host's own Python."
+            f"Pull or load it by hand, set docker.image to one that is here, or to `host` for this host's Python."
         )
     log.warning("%s can't be pulled (%s): making an image from this host's own Python", docker.image, said)
     return await _host_image(engine, report)
@@ -2367,7 +2402,7 @@ def _interpreter() -> Path:
 
 
 async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
-    """An image of this host's interpreter, standard library, and the shared libraries that they and common wheels need."""
+    """An image of this host's interpreter, standard library, and the shared libraries that they and wheels need."""
     name = host_image_name()
     if sys.platform != "linux":
         raise ImageError(
@@ -2474,7 +2509,7 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
     """The image for sandboxes: the base image plus the preinstalled packages, their bytecode and a list of fonts.
 
     Made by committing a helper container, which any engine can do, once for a base image and list of packages: whoever
-    comes second while it is being made waits for it. If the packages can't be had, it is the base image, with `problem`.
+    comes second meanwhile waits for it. If the packages can't be had, it is the base image, with `problem`.
 
     Raises:
         ImageError: not even the base image can be had.
@@ -2658,7 +2693,7 @@ async def helper_container(
 
 
 def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, Any]:
-    """What the installer needs to know beside its task; on the helper's standard input, so that no image keeps any of it."""
+    """What the installer is told: on the helper's standard input, so that no image keeps any of it."""
     certificates, asked_for = host_certificates(package)
     environment = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     if package.index_url:
@@ -2856,6 +2891,7 @@ class Sandbox:
         self.packages: str | None = None  # the folder with what was installed for its session
         self._answers: dict[str, Answer] = {}
         self._unread: Answer | None = None
+        self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -2909,7 +2945,7 @@ class Sandbox:
     async def plug_in(
         cls, engine: Engine, name: str, session: str | None, owner: str, tasks: anyio.abc.TaskGroup
     ) -> Sandbox | SandboxInfo | None:
-        """Take the sandbox over if it holds `session` and nobody has it; else tell what it says of itself, None if nothing."""
+        """Take the sandbox over if it holds `session` and nobody has it; else what it says of itself, if anything."""
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)))
         tasks.start_soon(sandbox._serve)
         with anyio.move_on_after(ATTACH_TIMEOUT):
@@ -2973,7 +3009,7 @@ class Sandbox:
                 if kind in ("ready", "status"):
                     self._greeting = frame
                     unread = frame.get("unread", str, NONE)
-                    self._unread = self._expect(unread) if unread else None
+                    self._unread = self._expect(unread) if unread and kind == "ready" else None
                     self.packages = frame.get("packages", str, NONE)
                     self._greeted.set()
                 elif kind == "farewell":
@@ -3020,7 +3056,7 @@ class Sandbox:
     async def call(
         self, request: Request, on_output: OnOutput | None = None, interrupt: anyio.Event | None = None
     ) -> Result:
-        """Run code, and tell what came of it. Setting `interrupt` stops the code; so does cancelling, which is passed on."""
+        """Run code, and tell what came of it. Setting `interrupt` stops the code; so does being cancelled."""
         answer = self._expect(secrets.token_hex(8))
         stop = {"op": "interrupt", "id": answer.id}
 
@@ -3041,7 +3077,8 @@ class Sandbox:
             with anyio.CancelScope(shield=True):
                 with anyio.move_on_after(GRACE + SLACK / 4):
                     await self._send(stop)
-                    await self._collect(answer, request.session, None, None)
+                    if (await self._collect(answer, request.session, None, None)).state == "lost":
+                        self.lost = "a call was cancelled, and its code did not stop in time"
                     raise
                 await self.remove()
             raise
@@ -3051,11 +3088,11 @@ class Sandbox:
         message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
         return Result("timeout", message=message, session=request.session, state="lost" if request.session else None)
 
-    async def read_unread(self) -> Result | None:
+    async def read_unread(self, on_output: OnOutput | None = None) -> Result | None:
         """The end of the call that was running when its host left, as far as it was kept. Waits for it."""
         if not self._unread:
             return None
-        result = await self._collect(self._unread, self.info().session, None, BACKLOG_LIMIT)
+        result = await self._collect(self._unread, self.info().session, on_output, BACKLOG_LIMIT)
         self._forget(self._unread)
         self._unread = None
         return result
@@ -3214,6 +3251,8 @@ class Sandbox:
         await self.remove()
 
     async def _part_with(self, word: str) -> None:
+        if self._unread:
+            self._forget(self._unread)
         with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
             await self._send({"op": word})
             await self.gone.wait()
@@ -3275,12 +3314,12 @@ def merge(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitte
 
 # Import names whose distribution is called otherwise, among those that people ask for.
 DISTRIBUTIONS = {
-    "attr": "attrs", "bs4": "beautifulsoup4", "Bio": "biopython", "Crypto": "pycryptodome", "cv2": "opencv-python-headless",
-    "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv", "fitz": "PyMuPDF", "git": "GitPython",
-    "google.protobuf": "protobuf", "jwt": "PyJWT", "magic": "python-magic", "MySQLdb": "mysqlclient", "nacl": "PyNaCl",
-    "OpenSSL": "pyOpenSSL", "PIL": "Pillow", "pptx": "python-pptx", "psycopg2": "psycopg2-binary", "serial": "pyserial",
-    "skimage": "scikit-image", "sklearn": "scikit-learn", "slugify": "python-slugify", "usb": "pyusb", "yaml": "PyYAML",
-    "zmq": "pyzmq",
+    "attr": "attrs", "bs4": "beautifulsoup4", "Bio": "biopython", "Crypto": "pycryptodome", "cv2":
+    "opencv-python-headless", "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv",
+    "fitz": "PyMuPDF", "git": "GitPython", "google.protobuf": "protobuf", "jwt": "PyJWT", "magic": "python-magic",
+    "MySQLdb": "mysqlclient", "nacl": "PyNaCl", "OpenSSL": "pyOpenSSL", "PIL": "Pillow", "pptx": "python-pptx",
+    "psycopg2": "psycopg2-binary", "serial": "pyserial", "skimage": "scikit-image", "sklearn": "scikit-learn",
+    "slugify": "python-slugify", "usb": "pyusb", "yaml": "PyYAML", "zmq": "pyzmq",
 }  # fmt: skip
 
 
@@ -3325,7 +3364,9 @@ def describe_installation(
         package = package or next((value for key, value in DISTRIBUTIONS.items() if key.lower() == name), None)
         hint = f"{name} is the name of an import; the package is called {package}." if package else None
         if "--no-build" in outcome.output or "--only-binary" in outcome.output:
-            hint = "A package that it needs has no wheel for this Python. To build from source, set package.wheels_only: false."
+            hint = (
+                "Something has no wheel for this Python. To have it built from source, set package.wheels_only: false."
+            )
         return Installation(
             False, f"{name} could not be installed", (), shorten_installer_output(outcome.output), hint, seconds
         )
@@ -3434,7 +3475,7 @@ class Runner:
             state: variables to start with; with it (even if empty) the result tells the variables at the end.
             timeout: seconds the code may take; by default `docker.timeout`.
             on_output: awaited with each piece of output as it comes.
-            keep_output: whether the result holds the output, up to `docker.output_limit`. If not, all of it is streamed.
+            keep_output: whether the result holds the output, up to `docker.output_limit`; if not, all is streamed.
             interrupt: when set, the code is interrupted, and the result is told with the status `cancelled`.
             filename: the name the code goes by in tracebacks; it also becomes `__file__`, in the working directory.
             arguments: for `sys.argv[1:]`.
@@ -3488,8 +3529,22 @@ class Runner:
             with self._counted():
                 unread = await sandbox.read_unread()
                 result = await sandbox.call(request, on_output, interrupt)
-            lost, session.lost = session.lost, None
+                lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
+                if result.status == "died" and sandbox.gone.is_set():
+                    result = await self._resume(session, request.session, result, on_output)
             return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost)
+
+    async def _resume(self, session: Session, name: str, begun: Result, on_output: OnOutput | None) -> Result:
+        """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
+        session.sandbox = await self._find_session(name)
+        if not session.sandbox:
+            session.lost = None  # `begun` tells it
+            return begun
+        rest = await session.sandbox.read_unread(on_output)
+        if not rest:
+            message = "the connection to the container was cut, and the end of the call with it"
+            return dataclasses.replace(begun, state="preserved", message=message)
+        return dataclasses.replace(rest, output=merge((*begun.output, *rest.output)))
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -3502,7 +3557,8 @@ class Runner:
     async def _sandbox_of(self, session: Session, name: str) -> Sandbox:
         """The session's sandbox: the one we have, one that an earlier host left, or a new one."""
         if session.sandbox and session.sandbox.gone.is_set():
-            session.sandbox, session.lost = None, "its container ended"
+            session.sandbox = await self._find_session(name)  # perhaps only the connection ended, by a killed client
+            session.lost = None if session.sandbox else "its container ended"
         if not session.sandbox and not session.lost:
             session.sandbox = await self._find_session(name)
         if not session.sandbox:
@@ -3511,16 +3567,22 @@ class Runner:
 
     async def _find_session(self, name: str) -> Sandbox | None:
         """Plug into a session that an earlier host left. Raises SessionError if another host has it."""
-        found: Sandbox | None = None
-        for answer in await self._ask_all(name):
-            if isinstance(answer, Sandbox):
-                found = answer
-            elif answer.session == name and answer.attached:
+        deadline = time.monotonic() + ATTACH_TIMEOUT
+        while True:
+            answers = await self._ask_all(name)
+            for answer in answers:
+                if isinstance(answer, Sandbox):
+                    return answer
+            infos = [answer for answer in answers if isinstance(answer, SandboxInfo)]
+            owners = {info.owner for info in infos if info.session == name and info.attached}
+            if not owners:
+                return None
+            if owners != {self.owner} or time.monotonic() > deadline:
                 raise SessionError(
                     f"The session {name!r} is being used by another program on this host: wait until that has ended, "
                     "or use another session."
                 )
-        return found
+            # It is our own connection that ended, and the supervisor has not seen that yet.
 
     async def _ask_all(self, session: str | None) -> list[Sandbox | SandboxInfo]:
         engine = await self._find_engine()
@@ -3571,8 +3633,8 @@ class Runner:
     async def install(self, requirement: str, *, session: str | None = None) -> Installation:
         """Install a package: for one session (made if there is none), or for every later execution.
 
-        What is installed can be imported at once, in running sandboxes too, with their variables kept. The executed code
-        gets no network by this: a container of its own does the work.
+        What is installed can be imported at once, in running sandboxes too, with their variables kept. The executed
+        code gets no network by this: a container of its own does the work.
 
         Args:
             requirement: a name, with extras and version specifiers if need be (PEP 508).
@@ -3680,8 +3742,8 @@ async def open_runner(
 ) -> AsyncIterator[Runner]:
     """A Runner for the time of an `async with`.
 
-    It starts nothing by itself, the first call does; unless it is to be `warm`: then it prepares the image and a pool of
-    sandboxes in the background, while calls can come already. `on_status` is told, a line at a time, what takes long.
+    It starts nothing by itself, the first call does; unless it is to be `warm`: then it prepares the image and a pool
+    of sandboxes in the background, while calls can come already. `on_status` is told what takes long.
 
     At the end sessions are left detached: their containers wait `session.idle_timeout` for somebody to come back.
     """
@@ -3836,7 +3898,7 @@ async def _run_command(argv: Sequence[str]) -> int:
 
 
 async def _watch_signals(runner: Runner, interrupt: anyio.Event, scope: anyio.CancelScope, received: list[int]) -> None:
-    """The first Ctrl-C interrupts the code, so that it can say where it was; the second, or any other signal, leaves."""
+    """The first Ctrl-C interrupts the code, so that it can say where it was; whatever comes next leaves."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for number in signals:
             received.append(number)
