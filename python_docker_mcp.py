@@ -33,7 +33,7 @@ import time
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import anyio
 import mcp_types as types
@@ -86,7 +86,6 @@ PROGRESS_INTERVAL = 0.1  # seconds between two notifications of progress
 STATUS_INTERVAL = 0.5  # seconds between two looks at what a call without output waits for
 KEEP_ALIVE = 5.0  # seconds without news after which there is one nevertheless: clients give silent calls up
 
-SESSION_ID = r"^[A-Za-z0-9._-]{1,128}$"
 LINKS_SINCE = "2025-06-18"  # the protocol's version; older clients refuse a result that holds a resource_link
 
 
@@ -107,8 +106,24 @@ ICON = types.Icon(
 
 
 def without_default(schema: dict[str, Any]) -> None:
-    """Leave `"default": null` out of a parameter's schema, which does not permit null (though the server does)."""
+    """Leave `"default": null` out of a parameter's schema, which knows no null; the server takes it, though."""
     del schema["default"]
+
+
+Code = Annotated[
+    str,
+    pydantic.Field(
+        pattern=r"\S",
+        description="Python source code. print() what you want to see, or end with an expression; top-level await "
+        "works.",
+    ),
+]
+SessionId = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+Seconds = Annotated[float, pydantic.Field(gt=0)]
+Timeout = Annotated[
+    Seconds | SkipJsonSchema[None],
+    pydantic.Field(json_schema_extra=without_default, description="Seconds the code may take."),
+]
 
 
 class Tool(pydantic.BaseModel):
@@ -140,20 +155,14 @@ class ExecuteTransient(Tool):
     )
     runs_code = True
 
-    code: str = pydantic.Field(
-        pattern=r"\S",
-        description="Python source code. print() what you want to see, or end with an expression; "
-        "top-level await works.",
-    )
+    code: Code
     state: dict[str, Any] | SkipJsonSchema[None] = pydantic.Field(
         default=None,
         json_schema_extra=without_default,
         description='Variables the code starts with, as JSON values by name: {"x": 1, "rows": [[1, 2], [3, 4]]}. '
         "The result has the state afterwards: the code's top-level variables, as far as JSON can hold them.",
     )
-    timeout: float | SkipJsonSchema[None] = pydantic.Field(
-        default=None, gt=0, json_schema_extra=without_default, description="Seconds the code may take."
-    )
+    timeout: Timeout = None
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
         """Run the code, and give its small files with the result: there is no later."""
@@ -179,21 +188,14 @@ class ExecutePersistent(Tool):
     )
     runs_code = True
 
-    code: str = pydantic.Field(
-        pattern=r"\S",
-        description="Python source code. print() what you want to see, or end with an expression; "
-        "top-level await works.",
-    )
-    session_id: str | SkipJsonSchema[None] = pydantic.Field(
+    code: Code
+    session_id: SessionId | SkipJsonSchema[None] = pydantic.Field(
         default=None,
-        pattern=SESSION_ID,
         json_schema_extra=without_default,
         description="The session to go on in, or a name of your own for a new one (letters, digits, dots, dashes, "
         "underscores). Left out: a new session, whose id the result tells.",
     )
-    timeout: float | SkipJsonSchema[None] = pydantic.Field(
-        default=None, gt=0, json_schema_extra=without_default, description="Seconds the code may take."
-    )
+    timeout: Timeout = None
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
         """Run the code, and keep for reading what the result only points at."""
@@ -203,6 +205,7 @@ class ExecutePersistent(Tool):
             session=session,
             timeout=service.seconds(self.timeout),
             on_output=progress.on_output,
+            is_new=self.session_id is None,
         )
         return render(result, new_session=self.session_id is None, kept=service.shelf.add(result))
 
@@ -224,9 +227,8 @@ class InstallPackage(Tool):
         description="One requirement as pip takes it: a name as on PyPI, if need be with extras and versions, such as "
         "polars, beautifulsoup4, httpx[http2] or networkx>=3.2,<4.",
     )
-    session_id: str | SkipJsonSchema[None] = pydantic.Field(
+    session_id: SessionId | SkipJsonSchema[None] = pydantic.Field(
         default=None,
-        pattern=SESSION_ID,
         json_schema_extra=without_default,
         description="The session that needs the package. Left out: it is installed for every execution from now on.",
     )
@@ -249,7 +251,7 @@ class CleanupSession(Tool):
     destructive = True
     idempotent = True
 
-    session_id: str = pydantic.Field(pattern=SESSION_ID, description="The session to end.")
+    session_id: SessionId = pydantic.Field(description="The session to end.")
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # as for all
         """End the session, and forget what was kept for reading."""
@@ -354,25 +356,33 @@ def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
 
 def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
     """Why an argument is refused, and what to pass instead."""
-    known = list(tool.model_fields)
     if problem == "extra_forbidden":
-        alike = difflib.get_close_matches(parameter, known, 1)
-        advice = f"did you mean {alike[0]}?" if alike else f"the parameters are {', '.join(known)}."
-        return f"{tool.name} has no parameter {clip(parameter, 100)!r}: {advice}"
+        return f"{tool.name} has no parameter {clip(parameter, 100)!r}: {suggestion(tool, parameter)}"
+    about = str(tool.model_fields[parameter].description).partition(". ")[0].rstrip(".")
     if problem == "missing":
-        return f"{tool.name} needs the parameter {parameter}: {tool.model_fields[parameter].description}"
+        return f"{tool.name} needs the parameter {parameter}: {about}."
     if problem == "string_pattern_mismatch" and parameter == "session_id":
         return (
             f"{clip(given, 60)!r} can't be a session_id: use 1 to 128 letters, digits, dots, dashes and underscores, "
             "or leave it out."
         )
     if problem == "string_pattern_mismatch":
-        return f"{parameter} is empty: {tool.model_fields[parameter].description}"
+        return f"{parameter} is empty; pass this: {about}."
     if problem == "greater_than":
         return f"{parameter} is {given!r}: it must be a number of seconds above 0."
     wanted = {"state": 'an object such as {"x": 1}', "timeout": "a number"}.get(parameter, "text")
     kind = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}.get(type(given))
     return f"{parameter} must be {wanted}, not {kind or 'a number'}."
+
+
+def suggestion(tool: type[Tool], parameter: str) -> str:
+    """What somebody might have meant with a parameter that does not exist."""
+    if alike := difflib.get_close_matches(parameter, tool.model_fields, 1):
+        return f"did you mean {alike[0]}?"
+    known = f"its parameters are {', '.join(tool.model_fields)}."
+    other = ExecutePersistent if tool is ExecuteTransient else ExecuteTransient
+    meant = tool.runs_code and difflib.get_close_matches(parameter, other.model_fields, 1)
+    return f"{known} Did you mean {other.name}?" if meant else known
 
 
 def new_session_id() -> str:
@@ -416,10 +426,11 @@ def render(
         *value_section(result),
         *traceback_section(result),
         *files_section(result),
-        *([f"State: {compact(variables)}"] if variables is not None else []),
+        *([f"State: {compact(variables)}"] if variables or (variables == {} and state_budget == STATE_BUDGET) else []),
         *([f"Not in the state: {missing}"] if missing else []),
         *notes,
         *session_section(result, new_session),
+        *attachments(result),
     ]
     structured = {
         "status": result.status,
@@ -480,9 +491,12 @@ def text_of(pieces: Sequence[Piece], kind: str) -> str:
 
 
 def as_shown(text: str) -> str:
-    """Text as a terminal would leave it: no colours, and of a progress bar's states the last."""
-    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\)|[@-Z\\^_])", "", text)
-    return re.sub(r"[^\r\n]*\r+(?=[^\r\n])", "", text).replace("\r\n", "\n")
+    """Text as a terminal would leave it: no colours, and of a progress bar's states the last. In linear time."""
+    if "\x1b" in text:
+        text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
+    if "\r" in text:
+        text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+    return text
 
 
 def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
@@ -603,7 +617,7 @@ def before(result: Result) -> Iterator[str]:
     if result.unread:
         blocks = render(result.unread).content
         text = "\n\n".join(block.text for block in blocks if isinstance(block, types.TextContent))
-        yield f"The session's previous call, whose client had left, ended so:\n{clip(text, VALUE_BUDGET)}\n(end of that)"
+        yield f"The session's previous call, whose client left, ended so:\n{clip(text, VALUE_BUDGET)}\n(end of that)"
     if result.earlier:
         text = clip(as_shown(result.earlier), VALUE_BUDGET).rstrip()
         yield f"Written since the previous call, by what that left running:\n{text}\n(end of that)"
@@ -718,23 +732,26 @@ def readable_size(size: int) -> str:
     return f"{size} bytes"
 
 
-def files_section(result: Result) -> Iterator[Section]:
-    """The files that the call wrote: links to those of a session; of a transient call the small ones themselves."""
-    if result.session and result.files:
-        yield f"Files written, readable as resources session://{result.session}/files/PATH: {listing(result.files)}"
-        for file in result.files[:FILE_LIMIT]:
-            yield link(result.session, file)
-    elif result.files:
-        gone = [file for file in result.files if file.path not in result.contents]
-        if gone:
-            yield (
-                f"Files written, too large to return, and gone with the container: {listing(gone)}. To keep files, use "
-                "execute-persistent."
-            )
-        if result.contents:
-            yield f"Files written: {listing([file for file in result.files if file not in gone])}"
-        for path, data in result.contents.items():
-            yield types.EmbeddedResource(resource=resource(f"sandbox:///{urllib.parse.quote(path)}", data))
+def files_section(result: Result) -> Iterator[str]:
+    """The files that the call wrote, and where they are."""
+    gone = [file for file in result.files if not result.session and file.path not in result.contents]
+    there = [file for file in result.files if file not in gone]
+    if there:
+        where = f", readable as resources session://{result.session}/files/PATH" if result.session else ""
+        yield f"Files written{where}: {listing(there)}"
+    if gone:
+        yield (
+            f"Files written, too large to return, and gone with the container: {listing(gone)}. To keep files, use "
+            "execute-persistent."
+        )
+
+
+def attachments(result: Result) -> Iterator[Section]:
+    """Links to a session's files; of a transient call the small files themselves."""
+    for file in result.files[: FILE_LIMIT if result.session else 0]:
+        yield link(str(result.session), file)
+    for path, data in result.contents.items():
+        yield types.EmbeddedResource(resource=resource(f"sandbox:///{urllib.parse.quote(path)}", data))
 
 
 def listing(files: Sequence[FileInfo]) -> str:
@@ -897,20 +914,19 @@ class Service:
 Context = ServerRequestContext[Service]
 
 
-def make_server(config: Config) -> Server[Service]:
-    """The server, ready to be given a connection."""
+def make_server(runner: Runner) -> Server[Service]:
+    """A server that runs code with `runner`, ready to be given a connection."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Server[Service]) -> AsyncIterator[Service]:
-        async with open_runner(config, warm=True) as runner:
-            yield Service(runner)
+        yield Service(runner)
 
     return Server(
         "python-docker-mcp",
         version=__version__,
         title="Python in Docker",
         description="Runs Python in locked-down containers",
-        instructions=instructions(config),
+        instructions=instructions(runner.config),
         icons=[ICON],
         lifespan=lifespan,
         on_list_tools=list_tools,
@@ -1086,12 +1102,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _serve(config: Config) -> None:
-    server = make_server(config)
     received: list[int] = []
     async with stdio_server() as (reader, writer):
-        async with open_tasks() as tasks:
+        # Outside of what a signal cancels: calls still need it to interrupt their code.
+        async with open_runner(config, warm=True) as runner, open_tasks() as tasks:
             if sys.platform != "win32":  # there, an end of file is the only farewell
                 tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
+            server = make_server(runner)
             await server.run(reader, writer, server.create_initialization_options())
         if received:
             # The thread that reads standard input can't be cancelled, and would be waited for.

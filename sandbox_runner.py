@@ -122,13 +122,13 @@ PULL_TIMEOUT = 900  # pulling or making an image
 INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
 ATTACH_TIMEOUT = 15  # from `docker exec` to the same
+MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
 RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME whatever JSON makes of it
-VOLUME = "python-docker-mcp-packages"  # holds what was installed, for all sandboxes of this engine
 ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
 
 
@@ -226,6 +226,8 @@ class PackageConfig:
     preinstalled: tuple[str, ...] = ("numpy", "pandas", "scipy", "matplotlib", "scikit-learn", "sympy")
     wheels_only: bool = True
     ca_bundle: str | None = None
+    network: str | None = None
+    volume: str = "python-docker-mcp-packages"
 
     def __post_init__(self) -> None:
         """Refuse what no installer could be given."""
@@ -239,6 +241,9 @@ class PackageConfig:
         for host in self.trusted_hosts:
             if not re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?", host):
                 raise ValueError(f"package.trusted_hosts: {host!r} is not a host's name, with or without a port")
+        for name, value in (("network", self.network), ("volume", self.volume)):
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+                raise ValueError(f"package.{name}: {value!r} is not the name of a {name}")
         if self.ca_bundle is not None and not Path(self.ca_bundle).expanduser().is_file():
             raise ValueError(f"package.ca_bundle: {self.ca_bundle!r} is not a file on this host")
 
@@ -337,7 +342,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        where = origin.get(key) or f"{key} in {file}"
+        where = origin.get(key) or (f"{key} in {file}" if key else file)
         if problem["type"] == "unexpected_keyword_argument":
             known = [item.name for item in dataclasses.fields(Config)]
             known += [f"docker.{item.name}" for item in dataclasses.fields(DockerConfig)]
@@ -352,7 +357,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
             raise ConfigError(f"{origin.get(key) or f'{key} in {file}'}: {reason}.") from None
         shown = textwrap.shorten(repr(problem["input"]), 80)
         raise ConfigError(
-            f"{where or file}: {shown} is not accepted: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+            f"{where}: {shown} is not accepted: {problem['msg'][0].lower()}{problem['msg'][1:]}."
         ) from None
 
 
@@ -366,10 +371,8 @@ def parse_requirement(text: str) -> tuple[str, str]:
     """
     name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
-    match = re.fullmatch(
-        rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", text[:300]
-    )
-    if not match:
+    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", text)
+    if not match or len(text) > 200:
         several = re.fullmatch(rf"{name}(?:[, ]+{name})+", text.strip())
         advice = (
             "ask for one package a call" if several else "give a name such as requests, pandas[excel] or pandas>=2,<3"
@@ -679,7 +682,8 @@ class Supervisor:
         self.idle_timeout: float = settings["idle_timeout"]
         self.session: str | None = None
         self.call: Call | None = None
-        self.unread: str | None = None  # id of the last call, until its end has been told to a host
+        self.begun: str | None = None  # id of the last call
+        self.unread: str | None = None  # the same, until its end has been told to a host
         self.backlog: deque[dict[str, Any]] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
@@ -772,6 +776,7 @@ class Supervisor:
             "session": self.session,
             "attached": self.channel is not None,
             "owner": self.owner,
+            "begun": self.begun,
             "unread": self.unread,
             "packages": self.packages,
             "busy": self.call is not None,
@@ -896,7 +901,7 @@ class Supervisor:
             self._tell({"id": request["id"], "kind": "earlier", "text": self.earlier.decode("utf-8", "replace")})
             self.earlier.clear()
         self.call = Call(request)
-        self.unread = self.call.id
+        self.unread = self.begun = self.call.id
         self._to_worker(request)
         self.worker_used = True
 
@@ -1175,6 +1180,7 @@ class Worker:
             sys.modules["numpy.random"].seed()  # else every worker forked from here would draw the same numbers
         self.packages_root: str = settings["packages"]
         self.packages: list[str] = []
+        self.had_packages: list[str] = []
         self.files = self._list_files()
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
@@ -1210,7 +1216,7 @@ class Worker:
         self.calls += 1
         self.call = request["id"]
         self.rich_left = RICH_LIMIT
-        if sys.stdout.closed or sys.stderr.closed:
+        if any(getattr(stream, "closed", stream is None) for stream in (sys.stdout, sys.stderr)):
             self._open_streams()
         reset_peak_memory()
         started = cpu_seconds()
@@ -1272,16 +1278,19 @@ class Worker:
             site = [index for index, entry in enumerate(others) if entry.endswith("-packages")]
             at = site[0] if site else len(others)  # before the image's packages, after the standard library
             sys.path[:] = [*others[:at], *folders, *others[at:]]
-            self.packages = folders
+            self.had_packages, self.packages = self.packages, folders
             importlib.invalidate_caches()
-        stale = []
-        for path in added:
-            for entry in os.listdir(path):
-                name = entry.partition(".")[0]
-                origin = getattr(sys.modules.get(name), "__file__", None)
-                if origin and not origin.startswith(path + "/"):
-                    stale.append(name)
-        return sorted(set(stale))[:20]
+        return sorted({name for path in added for name in self._replaced(path) if name in sys.modules})[:20]
+
+    def _replaced(self, folder: str) -> Iterator[str]:
+        """The modules of those distributions in a folder that no other folder has in the same version."""
+        for entry in os.listdir(folder):
+            elsewhere = (
+                os.path.exists(f"{path}/{entry}") for path in [*self.had_packages, *sys.path] if path != folder
+            )
+            if entry.endswith(".dist-info") and not any(elsewhere):
+                with contextlib.suppress(OSError), open(f"{folder}/{entry}/RECORD", encoding="utf-8") as record:
+                    yield from {re.split(r"[/.,]", line)[0] for line in record}
 
     def _list_files(self) -> dict[str, tuple[int, int]]:
         """Path, time of change and size of the files in the working directory, but for hidden ones and bytecode."""
@@ -1328,19 +1337,32 @@ class Worker:
         body = compile(tree, filename, "exec", flags, dont_inherit=True)
         for feature in __future__.all_feature_names:
             self.flags |= body.co_flags & getattr(__future__, feature).compiler_flag
-        self._execute(body)
-        return self._execute(compile(last, filename, "eval", self.flags, dont_inherit=True)) if last else None
+        return self._execute(
+            [body, *([compile(last, filename, "eval", self.flags, dont_inherit=True)] if last else [])]
+        )
 
-    def _execute(self, code: types.CodeType) -> Any:
-        result = eval(code, self.names)
-        if not code.co_flags & 0x80:  # inspect.CO_COROUTINE: there is an await at top level
-            return result
+    def _execute(self, steps: list[types.CodeType]) -> Any:
+        """Run one piece after the other; return the last one's value. An await in any of them puts all into the loop."""
+
+        def is_coroutine(step: types.CodeType) -> bool:
+            return bool(step.co_flags & 0x80)  # inspect.CO_COROUTINE: there is an await at top level
+
+        async def run_all() -> Any:
+            value = None
+            for step in steps:
+                value = eval(step, self.names)
+                if is_coroutine(step):
+                    value = await value
+            return value
+
+        if not any(map(is_coroutine, steps)):
+            return [eval(step, self.names) for step in steps][-1]
         import asyncio
 
         if self.loop is None or self.loop.is_closed():
             self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
-        task = self.loop.create_task(result)
+        task = self.loop.create_task(run_all())
         try:
             return self.loop.run_until_complete(task)
         except KeyboardInterrupt:
@@ -1362,7 +1384,8 @@ class Worker:
     def _describe(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, SystemExit):
             if error.code is not None and not isinstance(error.code, int):
-                print(error.code, file=sys.stderr)
+                with contextlib.suppress(Exception):  # the code's own __str__ or stream may raise
+                    print(error.code, file=sys.stderr)
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
             if code == 0:
                 return {"exit_code": 0}
@@ -1415,8 +1438,9 @@ class Worker:
             note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
             data = json.dumps({"text/plain": note})
         self.rich_left -= len(data)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # the code may have put anything there
+                stream.flush()
         self._send("display", data, is_value=is_value)
 
     def _send(self, kind: str, data: str, **fields: Any) -> None:
@@ -1804,7 +1828,7 @@ def trust(certificates: str) -> None:
 
 def build_content(task: dict[str, Any]) -> dict[str, Any]:
     """Turn the container into what the derived image is made of; the host commits it then."""
-    command = installer_command(task, TOOLS)
+    command = installer_command(task)
     if task["requirements"]:
         run_tool([*command, "install", *task["options"], *task["requirements"]])
     tell("progress", text="compiling bytecode")
@@ -1835,7 +1859,7 @@ def add_packages(task: dict[str, Any]) -> dict[str, Any]:
     had = read_manifest(task["base"] or shared)["installed"]
     if not os.path.exists(folder):
         os.makedirs(root, exist_ok=True)
-        make_set(folder, wanted, installer_command(task, f"{PACKAGES}/.tools"), task)
+        make_set(folder, wanted, installer_command(task), task)
     installed = read_manifest(folder)["installed"]
     os.utime(folder)
     if task["shared"]:
@@ -1936,9 +1960,10 @@ def run_tool(command: list[str]) -> str:
     return output
 
 
-def installer_command(task: dict[str, Any], place: str) -> list[str]:
-    """The command line of uv or pip, fetched into `place` unless the image has it already."""
-    for folder in (TOOLS, place):
+def installer_command(task: dict[str, Any]) -> list[str]:
+    """The command line of uv or pip, fetched unless the image or an earlier helper has it."""
+    place = TOOLS if task["task"] == "build" else f"{PACKAGES}/.tools"
+    for folder in (TOOLS, f"{PACKAGES}/.tools"):
         if task["installer"] == "uv" and os.path.exists(f"{folder}/uv"):
             return [f"{folder}/uv", "pip"]
         if task["installer"] == "pip" and os.path.exists(f"{folder}/pip.whl"):
@@ -1957,7 +1982,7 @@ def installer_command(task: dict[str, Any], place: str) -> list[str]:
         file.write(wheel)
     os.chmod(aside, 0o755)
     os.rename(aside, f"{place}/{'uv' if task['installer'] == 'uv' else 'pip.whl'}")
-    return installer_command(task, place)
+    return installer_command(task)
 
 
 def fetch_wheel(name: str, task: dict[str, Any]) -> bytes:
@@ -2005,7 +2030,7 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 
 GUEST_MODULES = (
     "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib io json linecache "
-    "math os select signal socket stat struct sys threading time traceback types warnings"
+    "math os re select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
@@ -2024,6 +2049,7 @@ def _shipped(part: str, modules: Sequence[str]) -> str:
 # Now, so that a file replaced under a running server can't give half of each.
 GUEST_SOURCE = _shipped("guest", GUEST_MODULES)
 INSTALLER_SOURCE = _shipped("installer", INSTALLER_MODULES)
+PLUG_SOURCE = inspect.getsource(plug)
 BOOTSTRAP = """
 import os
 def take(count):
@@ -2119,7 +2145,7 @@ class Engine:
             "--log-driver=none",
             "--stop-timeout=1",
             "--oom-score-adj=500",
-            f"--mount=type=volume,source={VOLUME},target={PACKAGES},ro",
+            f"--mount=type=volume,source={config.package.volume},target={PACKAGES},ro",
             *(f"--mount={mount_argument(mount)}" for mount in docker.mounts),
             *(f"--env={key}={value}" for key, value in environment.items()),
             *NO_PROXIES,
@@ -2132,7 +2158,7 @@ class Engine:
             BOOTSTRAP,
         ]
 
-    def installer_arguments(self, name: str, image: str) -> list[str]:
+    def installer_arguments(self, name: str, image: str, package: PackageConfig) -> list[str]:
         """The command that starts a helper container: with the network, as root, and without any code of the user's."""
         return [
             "run",
@@ -2142,7 +2168,8 @@ class Engine:
             f"--name={name}",
             f"--label={LABEL.replace('sandbox', 'installer')}",
             *(["--http-proxy=false"] if self.kind == "podman" else []),
-            f"--mount=type=volume,source={VOLUME},target={PACKAGES}",
+            f"--mount=type=volume,source={package.volume},target={PACKAGES}",
+            *([f"--network={package.network}"] if package.network else []),
             "--user=0:0",
             "--ulimit=nofile=4096:4096",
             "--ulimit=nproc=4096:4096",
@@ -2158,7 +2185,7 @@ class Engine:
 
     def plug_arguments(self, name: str) -> list[str]:
         """The command that runs `plug` in the sandbox `name`."""
-        program = f"{inspect.getsource(plug)}\nplug()"
+        program = f"{PLUG_SOURCE}\nplug()"
         return ["exec", "--interactive", f"--user={PLUG_UID}:{PLUG_UID}", name, "python3", "-I", "-S", "-c", program]
 
     async def inspect(self, kind: str, name: str, template: str) -> str | None:
@@ -2243,7 +2270,7 @@ async def _probe(path: str) -> Engine:
         raise EngineError(f"{path} hangs: {error} Restart the engine it belongs to.") from None
     try:
         answer = json.loads(output)
-        client, server = answer["Client"], answer.get("Server")
+        client, server = dict(answer["Client"]), dict(answer.get("Server") or {})
     except (ValueError, KeyError, TypeError, AttributeError):
         client, server = {}, None
     kind: Literal["docker", "podman", "nerdctl"] = (
@@ -2517,8 +2544,7 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
     docker, package = config.docker, config.package
     if not package.preinstalled:
         return await find_image(engine, docker, report)
-    recipe = "\n".join((str(RECIPE), docker.image, host_image_name(), package.installer, *package.preinstalled))
-    name = f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    name = derived_name(docker, package)
     made = await _image_id(engine, name)
     base_id = await _image_id(engine, docker.image) if made else None
     if made and (
@@ -2534,6 +2560,12 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
         log.warning("%s", problem)
         return dataclasses.replace(base, problem=problem)
     return Image(name, identity, f"derived from {base.name} ({base.origin})")
+
+
+def derived_name(docker: DockerConfig, package: PackageConfig) -> str:
+    """The derived image's name, which follows from what it is made of."""
+    recipe = "\n".join((str(RECIPE), docker.image, host_image_name(), package.installer, *package.preinstalled))
+    return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 RECIPE = 1  # raised when the same packages would make another image
@@ -2645,7 +2677,7 @@ async def helper_container(
     Raises:
         EngineError: it could not be started, or ended without an outcome.
     """
-    process = await engine.spawn(*engine.installer_arguments(name, image))
+    process = await engine.spawn(*engine.installer_arguments(name, image, package))
     errors = bytearray()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -2863,6 +2895,11 @@ class SandboxInfo:
     memory: int | None  # bytes in use
 
 
+def session_container(session: str) -> str:
+    """The name of a session's container. Not the session's own: an id is no argument for an engine."""
+    return f"python-docker-mcp-session-{hashlib.sha256(session.encode()).hexdigest()[:24]}"
+
+
 class Answer:
     """The frames of one call, on their way from the reader of the pipe to whoever made the call."""
 
@@ -2892,6 +2929,7 @@ class Sandbox:
         self._answers: dict[str, Answer] = {}
         self._unread: Answer | None = None
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
+        self.asked: str | None = None  # id of the last call that was sent
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -2981,6 +3019,8 @@ class Sandbox:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._read_errors, self._process.stderr)
                 await self._read_frames()
+                if self._fault and self._greeting and self._greeting.get("kind", str) == "ready":
+                    await self.remove()  # it is ours, and may not end by itself
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
                     await self._process.wait()
                 tasks.cancel_scope.cancel()
@@ -3007,10 +3047,11 @@ class Sandbox:
                 frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
                 kind = frame.get("kind", str)
                 if kind in ("ready", "status"):
-                    self._greeting = frame
                     unread = frame.get("unread", str, NONE)
-                    self._unread = self._expect(unread) if unread and kind == "ready" else None
+                    self.info(frame)  # refuses what no supervisor says of itself
                     self.packages = frame.get("packages", str, NONE)
+                    self._unread = self._expect(unread) if unread and kind == "ready" else None
+                    self._greeting = frame
                     self._greeted.set()
                 elif kind == "farewell":
                     self._kill_client()
@@ -3058,6 +3099,7 @@ class Sandbox:
     ) -> Result:
         """Run code, and tell what came of it. Setting `interrupt` stops the code; so does being cancelled."""
         answer = self._expect(secrets.token_hex(8))
+        self.asked = answer.id
         stop = {"op": "interrupt", "id": answer.id}
 
         async def interrupt_when_set(event: anyio.Event) -> None:
@@ -3096,6 +3138,10 @@ class Sandbox:
         self._forget(self._unread)
         self._unread = None
         return result
+
+    def has_begun(self, call_id: str | None) -> bool:
+        """Whether the last call that came to the supervisor before we plugged into it was this one."""
+        return self._greeting is not None and self._greeting.get("begun", str, NONE) == call_id
 
     def _expect(self, call_id: str) -> Answer:
         answer = self._answers[call_id] = Answer(call_id)
@@ -3256,6 +3302,11 @@ class Sandbox:
         with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
             await self._send({"op": word})
             await self.gone.wait()
+
+    async def rename(self, name: str) -> None:
+        """Give the container another name. Raises EngineError if that one is taken."""
+        await self.engine.run("rename", self.name, name)
+        self.name = name
 
     async def remove(self) -> None:
         """Have the engine kill and remove the container, whatever state it is in."""
@@ -3465,6 +3516,7 @@ class Runner:
         interrupt: anyio.Event | None = None,
         filename: str | None = None,
         arguments: Sequence[str] = (),
+        is_new: bool = False,
     ) -> Result:
         """Run code: in a fresh sandbox of its own, or in the session's.
 
@@ -3479,6 +3531,7 @@ class Runner:
             interrupt: when set, the code is interrupted, and the result is told with the status `cancelled`.
             filename: the name the code goes by in tracebacks; it also becomes `__file__`, in the working directory.
             arguments: for `sys.argv[1:]`.
+            is_new: that there can't be such a session yet, as its id was just drawn: this saves looking for it.
 
         Raises:
             RequestError: an argument can't be accepted.
@@ -3492,7 +3545,7 @@ class Runner:
             result = await self._execute_transient(request, on_output, interrupt)
         else:
             result = await self._execute_in_session(
-                self._sessions.setdefault(session, Session()), request, on_output, interrupt
+                self._sessions.setdefault(session, Session()), request, on_output, interrupt, is_new
             )
         if result.status == "out_of_memory":
             message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
@@ -3521,26 +3574,42 @@ class Runner:
         self._transient.discard(sandbox)
 
     async def _execute_in_session(
-        self, session: Session, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
+        self,
+        session: Session,
+        request: Request,
+        on_output: OnOutput | None,
+        interrupt: anyio.Event | None,
+        is_new: bool,
     ) -> Result:
         assert request.session is not None
         async with session.lock:
-            sandbox = await self._sandbox_of(session, request.session)
+            sandbox = await self._sandbox_of(session, request.session, is_new)
             with self._counted():
                 unread = await sandbox.read_unread()
                 result = await sandbox.call(request, on_output, interrupt)
                 lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
                 if result.status == "died" and sandbox.gone.is_set():
-                    result = await self._resume(session, request.session, result, on_output)
+                    result = await self._resume(session, sandbox, request, result, on_output, interrupt)
             return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost)
 
-    async def _resume(self, session: Session, name: str, begun: Result, on_output: OnOutput | None) -> Result:
+    async def _resume(
+        self,
+        session: Session,
+        gone: Sandbox,
+        request: Request,
+        begun: Result,
+        on_output: OnOutput | None,
+        interrupt: anyio.Event | None,
+    ) -> Result:
         """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
-        session.sandbox = await self._find_session(name)
-        if not session.sandbox:
+        assert request.session is not None
+        session.sandbox = sandbox = await self._find_session(request.session)
+        if not sandbox:
             session.lost = None  # `begun` tells it
             return begun
-        rest = await session.sandbox.read_unread(on_output)
+        if not sandbox.has_begun(gone.asked):
+            return await sandbox.call(request, on_output, interrupt)
+        rest = await sandbox.read_unread(on_output)
         if not rest:
             message = "the connection to the container was cut, and the end of the call with it"
             return dataclasses.replace(begun, state="preserved", message=message)
@@ -3554,49 +3623,63 @@ class Runner:
         finally:
             self.running -= 1
 
-    async def _sandbox_of(self, session: Session, name: str) -> Sandbox:
+    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False) -> Sandbox:
         """The session's sandbox: the one we have, one that an earlier host left, or a new one."""
         if session.sandbox and session.sandbox.gone.is_set():
             session.sandbox = await self._find_session(name)  # perhaps only the connection ended, by a killed client
             session.lost = None if session.sandbox else "its container ended"
-        if not session.sandbox and not session.lost:
+        elif not session.sandbox and not is_new:
             session.sandbox = await self._find_session(name)
         if not session.sandbox:
             session.sandbox = await self._pool.lease()
+            if is_new:
+                self._tasks.start_soon(self._claim, session, name)
+            else:
+                await self._claim(session, name)
         return session.sandbox
+
+    async def _claim(self, session: Session, name: str) -> None:
+        """Give the session's container the name by which it is found; an engine gives each name to one container only."""
+        sandbox = session.sandbox
+        assert sandbox is not None
+        deadline = time.monotonic() + ATTACH_TIMEOUT
+        while not sandbox.gone.is_set():
+            try:
+                await sandbox.rename(session_container(name))
+                return
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+            session.sandbox = await self._find_session(
+                name
+            )  # another program was quicker, or the last one is just going
+            if session.sandbox:
+                await sandbox.end()
+                return
+            session.sandbox = sandbox
+            await anyio.sleep(0.1)
 
     async def _find_session(self, name: str) -> Sandbox | None:
         """Plug into a session that an earlier host left. Raises SessionError if another host has it."""
+        engine = await self._find_engine()
         deadline = time.monotonic() + ATTACH_TIMEOUT
         while True:
-            answers = await self._ask_all(name)
-            for answer in answers:
-                if isinstance(answer, Sandbox):
-                    return answer
-            infos = [answer for answer in answers if isinstance(answer, SandboxInfo)]
-            owners = {info.owner for info in infos if info.session == name and info.attached}
-            if not owners:
-                return None
-            if owners != {self.owner} or time.monotonic() > deadline:
+            answer = await Sandbox.plug_in(engine, session_container(name), name, self.owner, self._tasks)
+            if answer is None or isinstance(answer, Sandbox):
+                return answer
+            if not answer.attached:
+                return None  # it has not been anybody's session yet, or is somebody's by a hash that is the same
+            if answer.owner != self.owner or time.monotonic() > deadline:
                 raise SessionError(
                     f"The session {name!r} is being used by another program on this host: wait until that has ended, "
                     "or use another session."
                 )
             # It is our own connection that ended, and the supervisor has not seen that yet.
 
-    async def _ask_all(self, session: str | None) -> list[Sandbox | SandboxInfo]:
-        engine = await self._find_engine()
-        answers: list[Sandbox | SandboxInfo] = []
-
-        async def ask(name: str) -> None:
-            answer = await Sandbox.plug_in(engine, name, session, self.owner, self._tasks)
-            if answer:
-                answers.append(answer)
-
-        async with anyio.create_task_group() as tasks:
-            for name in await engine.sandboxes():
-                tasks.start_soon(ask, name)
-        return answers
+    def _held(self) -> list[Sandbox]:
+        """The sandboxes that this runner is connected to, or was."""
+        sessions = [session.sandbox for session in self._sessions.values() if session.sandbox]
+        return [*self._transient, *self._pool.ready, *sessions]
 
     async def _find_engine(self) -> Engine:
         if self.engine is None:
@@ -3648,8 +3731,8 @@ class Runner:
         name, text = parse_requirement(requirement)
         Request("", session)
         stale: tuple[str, ...] = ()
+        await self._prepare()
         if session is None:
-            await self._prepare()
             outcome = await self._install(name, text, None)
         else:
             entry = self._sessions.setdefault(session, Session())
@@ -3705,8 +3788,20 @@ class Runner:
 
     async def list_sandboxes(self) -> list[SandboxInfo]:
         """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
-        answers = await self._ask_all(None)
-        return sorted((answer for answer in answers if isinstance(answer, SandboxInfo)), key=lambda info: -info.age)
+        engine = await self._find_engine()
+        answers: list[SandboxInfo] = []
+        at_once = anyio.CapacityLimiter(MAX_PLUGS)
+
+        async def ask(name: str) -> None:
+            async with at_once:
+                answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks)
+            if isinstance(answer, SandboxInfo):
+                answers.append(answer)
+
+        async with anyio.create_task_group() as tasks:
+            for name in await engine.sandboxes():
+                tasks.start_soon(ask, name)
+        return sorted(answers, key=lambda info: -info.age)
 
     async def close_session(self, name: str) -> bool:
         """End a session and all that was kept for it; False if there is none of that name.
@@ -3726,13 +3821,8 @@ class Runner:
 
     async def _leave(self) -> None:
         """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
-        sandboxes = [
-            *self._transient,
-            *self._pool.ready,
-            *(session.sandbox for session in self._sessions.values() if session.sandbox),
-        ]
         async with anyio.create_task_group() as tasks:
-            for sandbox in sandboxes:
+            for sandbox in self._held():
                 tasks.start_soon(sandbox.leave)
 
 

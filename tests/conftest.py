@@ -1,0 +1,185 @@
+"""What all tests share: the real engines, the fake one, and the guards that keep unit tests to themselves.
+
+Tests marked `engine` run once on each real engine, through the fixture `engine_command`. All others may start nothing
+but plain Pythons and the fake engine (see `fake_docker`), which gives what runs "in a container" its own pid namespace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_subprocess import FakeProcess
+
+import sandbox_runner
+from sandbox_runner import Config, DockerConfig, PackageConfig
+
+ENGINES = ("docker", "podman")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare --engine."""
+    parser.addoption(
+        "--engine",
+        action="append",
+        choices=ENGINES,
+        help="run the tests marked `engine` on this engine, and fail if it is not there; may be given more than once "
+        "(default: on those that answer; if CI is set, on all)",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test that uses an engine once for each of them."""
+    if "engine_command" in metafunc.fixturenames:
+        engines = dict.fromkeys(metafunc.config.getoption("--engine") or ENGINES)
+        metafunc.parametrize("engine_command", list(engines), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def engine_command(request: pytest.FixtureRequest) -> str:
+    """The command of a real engine that answers."""
+    command = str(request.param)
+    if problem := why_unusable(command):
+        if request.config.getoption("--engine") or os.environ.get("CI"):
+            pytest.fail(problem, pytrace=False)
+        pytest.skip(problem)
+    return command
+
+
+@cache
+def why_unusable(command: str) -> str | None:
+    """What is wrong with a real engine; None if it answers."""
+    try:
+        answer = subprocess.run([command, "version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command} can't be used: {error}"
+    return f"{command} can't be used: {answer.stderr.strip()}" if answer.returncode else None
+
+
+@pytest.fixture
+def config(engine_command: str) -> Config:
+    """Settings for a real engine, with the image that needs no registry and nothing preinstalled in it."""
+    docker = DockerConfig(command=engine_command, image="host")
+    return Config(docker=docker, package=PackageConfig(preinstalled=()))
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The event loop that tests marked `anyio` run on."""
+    return "asyncio"
+
+
+# ── without an engine ──
+
+
+@pytest.fixture(autouse=True)
+def tripwire(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeProcess | None]:
+    """Refuse every command of a unit test that it did not register, but the fake engine and plain Pythons."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the guest kills all that it may: it must run in a pid namespace, never in this process")
+
+    monkeypatch.setattr(sandbox_runner, "kill_all_others", refuse)
+    monkeypatch.setattr(sandbox_runner.Supervisor, "run", refuse)
+    if request.node.get_closest_marker("engine"):
+        yield None
+        return
+    with FakeProcess.context() as processes:
+        processes.keep_last_process(True)
+        for program in (rf"{re.escape(str(tmp_path_factory.getbasetemp()))}/.*/(docker|podman)", r"(.*/)?python[\d.]*"):
+            processes.pass_command([processes.regex(program), processes.any()])  # type: ignore[list-item]  # they forgot
+        yield processes
+
+
+class FakeEngine:
+    """A folder with the executable `docker` or `podman`, and with what that knows and writes."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.command = str(folder / kind)
+        self._script: dict[str, Any] = {}
+        (folder / "containers").mkdir(parents=True)
+        source = Path(__file__).with_name("fake_docker").read_text(encoding="utf-8")
+        Path(self.command).write_text(source.replace("/usr/bin/env python3", f"{sys.executable} -IS"), encoding="utf-8")
+        Path(self.command).chmod(0o755)
+        self.script(images=[DockerConfig.image])
+
+    def script(self, **answers: Any) -> None:
+        """Say how the engine's verbs answer from now on; see `fake_docker`."""
+        self._script.update(answers)
+        (self.folder / "script.json").write_text(json.dumps(self._script), encoding="utf-8")
+
+    def log(self, verb: str | None = None) -> list[list[str]]:
+        """The arguments of each call so far, or of each with this verb."""
+        file = self.folder / "log.jsonl"
+        calls = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return [call for call in calls if verb in (None, call[0])]
+
+    def run(self, *arguments: str) -> str:
+        """What a command prints."""
+        return subprocess.run([self.command, *arguments], capture_output=True, text=True, check=True).stdout
+
+    def containers(self) -> list[str]:
+        """The names of the containers that run."""
+        return self.run("ps").split() if any((self.folder / "containers").iterdir()) else []
+
+    def close(self) -> None:
+        """Remove the containers that are left."""
+        for name in self.containers():
+            subprocess.run([self.command, "rm", "--force", name], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def make_fake_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], FakeEngine]]:
+    """Makes fake engines; fails if this machine can't seal off what they run."""
+    made: list[FakeEngine] = []
+
+    def make(kind: str) -> FakeEngine:
+        engine = FakeEngine(tmp_path_factory.mktemp("engine") / "bin", kind)
+        if not made:
+            check = subprocess.run([engine.command, "check"], capture_output=True, text=True, check=False)
+            if check.returncode:
+                pytest.fail(
+                    "these tests need Linux with util-linux 2.38 or later and user namespaces (on "
+                    "Ubuntu as root, or with kernel.apparmor_restrict_unprivileged_userns=0): in there the guest kills "
+                    f"all that it may. {check.stderr.strip()}",
+                    pytrace=False,
+                )
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def docker(
+    make_fake_engine: Callable[[str], FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeEngine]:
+    """A fake Docker, first on PATH, in a home without configuration; the guest has less patience."""
+    engine = make_fake_engine("docker")
+    monkeypatch.setenv("PATH", f"{engine.folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in (*sandbox_runner.ENVIRONMENT, "PYTHON_DOCKER_MCP_CONFIG"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(sandbox_runner, "GUEST_SOURCE", impatient(sandbox_runner.GUEST_SOURCE))
+    yield engine
+    engine.close()
+
+
+def impatient(guest_source: str) -> str:
+    """The guest, with a shorter grace between interruption and kill."""
+    shorter = guest_source.replace("\nGRACE = 2.0 ", "\nGRACE = 0.4 ")
+    assert shorter != guest_source
+    return shorter

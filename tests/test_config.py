@@ -1,0 +1,281 @@
+"""Configuration: defaults, the file, the environment, and one clear sentence for everything that can't be."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sandbox_runner import (
+    ENVIRONMENT,
+    Config,
+    ConfigError,
+    DockerConfig,
+    PackageConfig,
+    PoolConfig,
+    SessionConfig,
+    load_config,
+    mount_argument,
+    size_in_bytes,
+)
+
+EXAMPLE = Path(__file__).parents[1] / "config.yaml"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Where the configuration is."""
+    return tmp_path / "config.yaml"
+
+
+def load(file: Path, text: str, **environ: str) -> Config:
+    file.write_text(text, encoding="utf-8")
+    return load_config(file, environ)
+
+
+def refusal(file: Path, text: str, **environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(file, text, **environ)
+    return str(caught.value)
+
+
+# ── where it comes from ──
+
+
+def test_without_file_and_environment_the_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(environ={}) == Config()
+
+
+def test_the_defaults_are_those_that_the_brief_names() -> None:
+    assert dataclasses.asdict(Config())["docker"].items() >= {
+        "image": "python:3.12.2-slim", "working_dir": "/app", "memory_limit": "256m", "cpu_limit": 0.5,
+        "timeout": 30.0, "network_disabled": True, "read_only": True,
+    }.items()  # fmt: skip
+    assert Config().package.installer == "uv"
+    assert (Config().package.index_url, Config().package.trusted_hosts) == (None, ())
+    assert (Config().allowed_modules, Config().blocked_modules) == ((), ())
+    pool = Config().pool
+    assert (pool.enabled, pool.size, pool.max_age, pool.max_concurrent_creations) == (True, 32, 300.0, 5)
+
+
+def test_the_file_in_the_home_is_read_if_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".python-docker-mcp").mkdir()
+    (tmp_path / ".python-docker-mcp/config.yaml").write_text("docker: {timeout: 5}")
+    assert load_config(environ={}).docker.timeout == 5
+
+
+def test_the_environment_names_a_file_and_an_argument_wins_over_it(tmp_path: Path) -> None:
+    for name, timeout in (("one", 1), ("two", 2)):
+        (tmp_path / name).write_text(f"docker: {{timeout: {timeout}}}")
+    environ = {"PYTHON_DOCKER_MCP_CONFIG": str(tmp_path / "one")}
+    assert load_config(environ=environ).docker.timeout == 1
+    assert load_config(tmp_path / "two", environ).docker.timeout == 2
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "docker:", "docker: {}\npool:\nallowed_modules:"])
+def test_what_the_file_leaves_empty_has_its_default(file: Path, text: str) -> None:
+    assert load(file, text) == Config()
+
+
+def test_the_example_that_people_copy_means_what_it_says(file: Path) -> None:
+    config = load(
+        file,
+        "allowed_modules: [math, datetime, random, json, re, collections]\n"
+        "blocked_modules: [os, sys, subprocess, shutil, pathlib]\n"
+        "docker: {image: 'python:3.11', network_disabled: false, mounts: ['/:/host']}",
+    )
+    assert config.allowed_modules == ("math", "datetime", "random", "json", "re", "collections")
+    assert config.blocked_modules == ("os", "sys", "subprocess", "shutil", "pathlib")
+    assert config.docker == DockerConfig(image="python:3.11", network_disabled=False, mounts=("/:/host",))
+
+
+SAMPLES = {  # for each variable: text, and the value that it stands for
+    "PYTHON_DOCKER_MCP_POOL_ENABLED": ("false", False),
+    "PYTHON_DOCKER_MCP_POOL_SIZE": ("7", 7),
+    "PYTHON_DOCKER_MCP_POOL_MAX_AGE": ("12.5", 12.5),
+    "PYTHON_DOCKER_MCP_MAX_CONCURRENT_CREATIONS": ("3", 3),
+    "PYTHON_DOCKER_MCP_MEMORY_LIMIT": ("1g", "1g"),
+    "PYTHON_DOCKER_MCP_CPU_LIMIT": ("2", 2.0),
+}
+
+
+def test_there_is_a_sample_of_each_variable() -> None:
+    assert set(SAMPLES) == set(ENVIRONMENT)
+
+
+@pytest.mark.parametrize("variable", SAMPLES)
+def test_a_variable_wins_over_the_file_and_changes_nothing_else(file: Path, variable: str) -> None:
+    text, value = SAMPLES[variable]
+    section, _, name = ENVIRONMENT[variable].partition(".")
+    changed = dataclasses.replace(getattr(Config(), section), **{name: value})
+    for content in ("", f"{section}:", f"{section}: {{{name}: 32}}"):
+        assert load(file, content, **{variable: text}) == dataclasses.replace(Config(), **{section: changed})
+
+
+# ── what is refused ──
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("docker: {imgae: x}", "There is no setting docker.imgae (FILE): did you mean docker.image?"),
+        ("docker: {timout: 3}", "There is no setting docker.timout (FILE): did you mean docker.timeout?"),
+        ("alowed_modules: [math]", "There is no setting alowed_modules (FILE): did you mean allowed_modules?"),
+        ("package: {instaler: pip}", "There is no setting package.instaler (FILE): did you mean package.installer?"),
+        ("docker: {timeout: soon}", "docker.timeout in FILE: 'soon' is not accepted: input should be a valid number"),
+        ("docker: {timeout: 0}", "docker.timeout in FILE: 0.0 is not a number above zero."),
+        ("docker: {timeout: .inf}", "docker.timeout in FILE: inf is not a number above zero."),
+        ("docker: {timeout: .nan}", "docker.timeout in FILE: nan is not a number above zero."),
+        ("docker: {cpu_limit: -1}", "docker.cpu_limit in FILE: -1.0 is not a number above zero."),
+        ("docker: {memory_limit: lots}", "docker.memory_limit in FILE: 'lots' is not a size such as 256m or 1g."),
+        ("docker: {memory_limit: 1m}", "docker.memory_limit in FILE: '1m' is too little; the least is 32m."),
+        ("docker: {disk_limit: 1k}", "docker.disk_limit in FILE: '1k' is too little; the least is 1m."),
+        ("docker: {working_dir: app}", "docker.working_dir in FILE: 'app' is not an absolute path such as /app."),
+        ("docker: {working_dir: /a/../b}", "docker.working_dir in FILE: '/a/../b' is not an absolute path"),
+        ("docker: {image: --rm}", "docker.image in FILE: '--rm' is not the name of an image"),
+        ("docker: {image: ''}", "docker.image in FILE: '' is not the name of an image"),
+        ("docker: {runtime: --x}", "docker.runtime in FILE: '--x' is not the name of a runtime such as runsc."),
+        ("docker: {mounts: [data]}", "docker.mounts in FILE: 'data' is not HOST_PATH:CONTAINER_PATH"),
+        ("docker: {mounts: ['/nowhere:/x']}", "docker.mounts in FILE: '/nowhere' does not exist on this host."),
+        ("docker: {mounts: /x}", "docker.mounts in FILE: '/x' is not accepted: input should be a valid tuple"),
+        ("docker: {read_only: perhaps}", "docker.read_only in FILE: 'perhaps' is not accepted: input should be a val"),
+        ("docker: [1]", "docker in FILE: [1] is not accepted: input should be"),
+        ("allowed_modules: math", "allowed_modules in FILE: 'math' is not accepted: input should be a valid tuple"),
+        ("allowed_modules: [1]", "allowed_modules.0 in FILE: 1 is not accepted: input should be a valid string"),
+        ("session: {idle_timeout: 0}", "session.idle_timeout in FILE: 0.0 is not a number of seconds above zero."),
+        ("package: {installer: conda}", "package.installer in FILE: 'conda' is not accepted: input should be 'uv' or"),
+        ("package: {index_url: pypi}", "package.index_url in FILE: 'pypi' is not the address of an index"),
+        ("package: {trusted_hosts: [a b]}", "package.trusted_hosts in FILE: 'a b' is not a host's name"),
+        ("package: {preinstalled: [-r x]}", "package.preinstalled in FILE: '-r x' is not a package's name"),
+        ("package: {ca_bundle: /nowhere}", "package.ca_bundle in FILE: '/nowhere' is not a file on this host."),
+        ("pool: {size: 0}", "pool.size in FILE: 0 is not a number above zero."),
+        ("pool: {size: 1.5}", "pool.size in FILE: 1.5 is not accepted: input should be a valid integer"),
+        ("pool: {size: 1, warm: 2}", "pool.warm in FILE: 2 is not a number from 0 to pool.size (1)."),
+        ("pool: {preload: ['a b']}", "pool.preload in FILE: 'a b' is not the name of a module."),
+        ("- a\n- b", "FILE: ['a', 'b'] is not accepted"),
+        ("just text", "FILE: 'just text' is not accepted"),
+        ("docker: {image: x", "The configuration FILE is not YAML (line 1): see config.yaml for an example."),
+        ("a: 1\nb: [\n", "The configuration FILE is not YAML (line 3): see config.yaml for an example."),
+        ("1: 2", "1 in FILE: 1 is not accepted: keys should be strings."),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_sentence_that_names_key_and_place(file: Path, text: str, says: str) -> None:
+    message = refusal(file, text)
+    assert message.startswith(says.replace("FILE", str(file)))
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("PYTHON_DOCKER_MCP_CPU_LIMIT", "half", "PYTHON_DOCKER_MCP_CPU_LIMIT: 'half' is not accepted: input should"),
+        ("PYTHON_DOCKER_MCP_CPU_LIMIT", "0", "PYTHON_DOCKER_MCP_CPU_LIMIT: 0.0 is not a number above zero."),
+        ("PYTHON_DOCKER_MCP_MEMORY_LIMIT", "", "PYTHON_DOCKER_MCP_MEMORY_LIMIT: '' is not a size such as 256m or 1g."),
+        ("PYTHON_DOCKER_MCP_POOL_SIZE", "many", "PYTHON_DOCKER_MCP_POOL_SIZE: 'many' is not accepted: input should"),
+        ("PYTHON_DOCKER_MCP_POOL_ENABLED", "maybe", "PYTHON_DOCKER_MCP_POOL_ENABLED: 'maybe' is not accepted"),
+    ],
+)
+def test_a_wrong_variable_is_named_as_the_place(file: Path, variable: str, value: str, says: str) -> None:
+    assert refusal(file, "", **{variable: value}).startswith(says)
+
+
+def test_a_file_that_is_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml can't be read: No such file or directory\.$"):
+        load_config(tmp_path / "nowhere.yaml", {})
+
+
+def test_a_file_that_is_not_text_is_refused(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(file, {})
+
+
+def test_long_values_are_cut_in_the_message(file: Path) -> None:
+    assert len(refusal(file, f"docker: {{timeout: {'x' * 10_000}}}")) < 400
+
+
+# ── values ──
+
+
+@pytest.mark.parametrize(
+    ("size", "value"),
+    [("0", 0), ("12", 12), ("12b", 12), ("2k", 2048), ("256m", 256 << 20), ("1.5G", 3 << 29), ("1 GiB", 1 << 30)],
+)
+def test_sizes_are_read_as_docker_reads_them(size: str, value: int) -> None:
+    assert size_in_bytes(size) == value
+
+
+@pytest.mark.parametrize("size", ["", "m", "-1m", "1t", "1e3", "1,5m"])
+def test_other_text_is_no_size(size: str) -> None:
+    with pytest.raises(ValueError, match="is not a size such as 256m or 1g"):
+        size_in_bytes(size)
+
+
+def test_mounts_are_read_only_unless_said_otherwise(tmp_path: Path) -> None:
+    assert mount_argument(f"{tmp_path}:/data") == f"type=bind,source={tmp_path},target=/data,ro"
+    assert mount_argument(f"{tmp_path}:/data:ro") == f"type=bind,source={tmp_path},target=/data,ro"
+    assert mount_argument(f"{tmp_path}:/data:rw") == f"type=bind,source={tmp_path},target=/data"
+
+
+def test_a_mount_starts_from_the_home_or_from_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for source in ("~/data", "data", "./data"):
+        assert mount_argument(f"{source}:/x").startswith(f"type=bind,source={tmp_path}/")
+
+
+def test_a_mount_with_a_comma_is_refused_for_the_command_line_can_not_take_it(tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    with pytest.raises(ValueError, match="has a comma"):
+        mount_argument(f"{tmp_path}/a,b:/x")
+
+
+# ── config.yaml ──
+
+
+def plain(value: Any) -> Any:
+    """As YAML has it: lists for tuples."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def test_the_example_shows_every_key_in_order_with_its_default() -> None:
+    shown = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    defaults = plain(dataclasses.asdict(Config()))
+    assert shown == defaults
+    assert [list(section) for section in shown.values() if isinstance(section, dict)] == [
+        list(section) for section in defaults.values() if isinstance(section, dict)
+    ]
+
+
+def test_the_example_is_a_configuration_that_changes_nothing() -> None:
+    assert load_config(EXAMPLE, {}) == Config()
+
+
+def test_the_example_says_of_every_key_what_it_means() -> None:
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    keys = [index for index, line in enumerate(lines) if re.match(r"\s*[a-z_]+:", line)]
+    sections = [
+        item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), item.name))
+    ]
+    settings = [DockerConfig, SessionConfig, PackageConfig, PoolConfig]
+    assert len(sections) == len(settings)
+    assert len(keys) == len(dataclasses.fields(Config)) + sum(len(dataclasses.fields(item)) for item in settings)
+    for index in keys:
+        assert re.search(r"  # \S.*\S$", lines[index]), lines[index]
+
+
+def test_the_example_names_every_variable_at_the_key_it_wins_over() -> None:
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    for variable, key in ENVIRONMENT.items():
+        name = key.partition(".")[2]
+        assert any(line.strip().startswith(f"{name}:") and variable in line for line in lines), variable

@@ -1,0 +1,994 @@
+"""The whole way, on real Docker and real Podman: the same tests on both, through the library and the command line.
+
+Others may use the engines at the same time. So nothing here looks at "all containers": a container is known by its
+name, or by the label with the id of the runner that made it, and only those are ever touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import anyio
+import anyio.abc
+import pytest
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+import sandbox_runner
+from sandbox_runner import (
+    LABEL,
+    Config,
+    DockerConfig,
+    ImageError,
+    Omitted,
+    PackageConfig,
+    Result,
+    Rich,
+    Runner,
+    SessionConfig,
+    SessionError,
+    Text,
+    open_runner,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.anyio]
+
+PATIENCE = 60  # seconds; the end of what would otherwise wait for ever, and no measure of anything
+T = TypeVar("T")
+
+# What code in a sandbox does to wait for the test, and how the test lets it go on: see `let_go`.
+WAIT = "while not __import__('os').path.exists('/tmp/go'): __import__('time').sleep(0.01)\n"
+STUBBORN = """
+import time
+print("begun", flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("never mind", flush=True)
+"""
+
+
+# ── helpers ──
+
+
+@pytest.fixture
+def session() -> str:
+    """An id that no other test uses."""
+    return f"test-{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def config(config: Config) -> Config:
+    """The bare image, and sessions that are gone in some minutes whatever becomes of the test."""
+    return dataclasses.replace(config, session=SessionConfig(idle_timeout=300), package=PackageConfig(preinstalled=()))
+
+
+@pytest.fixture
+async def runner(config: Config, session: str) -> AsyncIterator[Runner]:
+    """A runner; the session of the test is closed after it."""
+    async with open_runner(config) as runner:
+        yield runner
+        await runner.close_session(session)
+
+
+class Engine:
+    """The engine's own command line, for looking and meddling behind the runner's back."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    async def __call__(self, *arguments: str) -> str:
+        """Run a command and return what it prints."""
+        with anyio.fail_after(PATIENCE):
+            done = await anyio.run_process([self.command, *arguments])
+        return done.stdout.decode()
+
+    async def containers_of(self, runner: Runner) -> list[str]:
+        """The names of the containers that this very runner has started."""
+        return (await self("ps", "-a", f"--filter=label={LABEL}.owner={runner.owner}", "--format={{.Names}}")).split()
+
+    async def container_of(self, runner: Runner) -> str:
+        """The name of the only container of this runner."""
+        (name,) = await self.containers_of(runner)
+        return name
+
+    async def inspect(self, name: str) -> Any:
+        """What the engine knows about a container."""
+        (about,) = json.loads(await self("inspect", name))
+        return about
+
+    async def let_go(self, name: str) -> None:
+        """Tell the code in a container to go on."""
+        await self("exec", "--user=65534:65534", name, "python3", "-c", "open('/tmp/go', 'w')")
+
+    async def is_gone(self, name: str) -> bool:
+        """Whether neither the container nor a client of the engine that is busy with it is there."""
+        return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, name)
+
+
+@pytest.fixture
+def engine(engine_command: str) -> Engine:
+    """The engine's own command line."""
+    return Engine(engine_command)
+
+
+def processes() -> Iterator[tuple[int, int, list[str]]]:
+    """Process id, parent's id and command line of every process of this host."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            yield int(folder.name), parent, (folder / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+
+
+def clients(command: str, name: str) -> list[int]:
+    """The engine's command lines that run for a container."""
+    return [
+        pid for pid, _, line in processes() if Path(line[0]).name == command and {name, f"--name={name}"} & set(line)
+    ]
+
+
+async def eventually(condition: Callable[[], Awaitable[T]]) -> T:
+    """Poll until the condition holds, and return what it gave."""
+    with anyio.fail_after(PATIENCE):
+        while not (value := await condition()):  # what engines and processes do sets no event
+            await anyio.sleep(0.02)
+    return value
+
+
+class Program:
+    """A `sandbox_runner.py` in a process of its own."""
+
+    def __init__(self, process: anyio.abc.Process, command: str) -> None:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self.process = process
+        self.command = command
+        self.stdout = BufferedByteReceiveStream(process.stdout)
+        self.stderr = BufferedByteReceiveStream(process.stderr)
+
+    async def says(self, line: str) -> None:
+        """Wait for a line on its standard output; it has to be the next one."""
+        with anyio.fail_after(PATIENCE):
+            assert (await self.stdout.receive_until(b"\n", 1 << 20)).decode() == line
+
+    async def container(self) -> str:
+        """The name of the container that it is busy with."""
+
+        async def find() -> str | None:
+            for _, parent, line in processes():
+                if parent == self.process.pid and Path(line[0]).name == self.command:
+                    for name in line:
+                        if name.removeprefix("--name=").startswith("python-docker-mcp-"):
+                            return name.removeprefix("--name=")
+            return None
+
+        found = await eventually(find)
+        assert found is not None
+        return found
+
+    async def end(self) -> tuple[int, str, str]:
+        """Wait until it has ended: exit status, and the rest of its outputs."""
+        rest = {}
+
+        async def read(name: str, stream: BufferedByteReceiveStream) -> None:
+            rest[name] = b"".join([data async for data in stream]).decode()
+
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read, "stdout", self.stdout)
+                tasks.start_soon(read, "stderr", self.stderr)
+            return await self.process.wait(), rest["stdout"], rest["stderr"]
+
+
+class CommandLine(Protocol):
+    """Starts a Program with these arguments."""
+
+    def __call__(self, *arguments: str) -> AbstractAsyncContextManager[Program]: ...
+
+
+@pytest.fixture
+def command_line(config: Config, engine_command: str, tmp_path: Path) -> CommandLine:
+    """`python sandbox_runner.py …`, with the same settings as the runners of the test."""
+    settings = tmp_path / "config.yaml"
+    settings.write_text(json.dumps(dataclasses.asdict(config)))
+
+    @asynccontextmanager
+    async def start(*arguments: str) -> AsyncIterator[Program]:
+        async with await anyio.open_process(
+            [sys.executable, str(sandbox_runner.__file__), *arguments],
+            env={**os.environ, "PYTHON_DOCKER_MCP_CONFIG": str(settings)},
+            start_new_session=True,
+        ) as process:
+            yield Program(process, engine_command)
+
+    return start
+
+
+async def run(command_line: CommandLine, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line to its end: exit status, standard output and standard error."""
+    async with command_line(*arguments) as program:
+        return await program.end()
+
+
+# ── what a call tells ──
+
+
+async def test_a_call_tells_what_was_printed_and_the_value_of_its_last_expression(runner: Runner) -> None:
+    result = await runner.execute("import sys\nprint('out')\nprint('err', file=sys.stderr)\n6 * 7")
+    assert (result.status, result.stdout, result.stderr, result.value) == ("ok", "out\n", "err\n", "42")
+
+
+async def test_an_error_on_line_3_is_reported_on_line_3(runner: Runner) -> None:
+    result = await runner.execute("def invert(x):\n    # a comment\n    return 1 / x\n\ninvert(0)")
+    assert result.status == "error"
+    assert result.exception is not None
+    assert (result.exception.type, result.exception.line) == ("ZeroDivisionError", 3)
+    assert "return 1 / x" in result.exception.traceback
+    assert "sandbox_runner" not in result.exception.traceback
+
+
+async def test_a_call_without_session_gets_a_fresh_container(runner: Runner) -> None:
+    await runner.execute("open('/tmp/left', 'w').close()\nleft = 1")
+    result = await runner.execute("import os\nos.path.exists('/tmp/left'), 'left' in globals()")
+    assert result.value == "(False, False)"
+
+
+async def test_output_is_streamed_while_the_code_runs(runner: Runner, engine: Engine) -> None:
+    async def let_go(item: Text | Rich | Omitted) -> None:
+        if item == Text("stdout", "begun\n"):
+            await engine.let_go(await engine.container_of(runner))
+
+    with anyio.fail_after(PATIENCE):
+        result = await runner.execute(f"print('begun', flush=True)\n{WAIT}'went on'", on_output=let_go)
+    assert result.value == "'went on'"
+
+
+async def test_10_mb_of_output_are_streamed_whole(runner: Runner) -> None:
+    received = bytearray()
+
+    async def keep(item: Text | Rich | Omitted) -> None:
+        assert isinstance(item, Text)
+        received.extend(item.text.encode())
+
+    result = await runner.execute("for n in range(1_000_000): print(f'{n:9d}')", on_output=keep, keep_output=False)
+    assert result.status == "ok"
+    assert received == b"".join(b"%9d\n" % n for n in range(1_000_000))
+
+
+async def test_of_10_mb_of_output_a_result_keeps_head_and_tail_within_the_limit(config: Config) -> None:
+    limited = dataclasses.replace(config, docker=dataclasses.replace(config.docker, output_limit="1m"))
+    async with open_runner(limited) as runner:
+        result = await runner.execute("for n in range(1_000_000): print(f'{n:9d}')")
+    assert result.status == "ok"
+    head, gap, tail = result.output
+    assert isinstance(head, Text)
+    assert isinstance(gap, Omitted)
+    assert isinstance(tail, Text)
+    assert len(head.text) + len(tail.text) <= 1 << 20
+    assert len(head.text) + gap.bytes + len(tail.text) == 10_000_000
+    assert head.text.startswith("        0\n        1\n")
+    assert tail.text.endswith("   999998\n   999999\n")
+
+
+async def test_20_mb_of_state_go_in_and_come_out(runner: Runner) -> None:
+    text = "0123456789abcdef" * (20 << 16)
+    result = await runner.execute("size = len(text)\ntext = text[::-1]", state={"text": text})
+    assert result.status == "ok"
+    assert result.variables == {"text": text[::-1], "size": 20 << 20}
+
+
+# ── how calls end, and that the next one works ──
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "exit_code", "state"),
+    [
+        pytest.param("1 + 1", "ok", None, "preserved", id="ends"),
+        pytest.param("1 / 0", "error", None, "preserved", id="raises"),
+        pytest.param("raise SystemExit(3)", "error", 3, "preserved", id="exits"),
+        pytest.param("import time\ntime.sleep(60)", "timeout", None, "preserved", id="sleeps too long"),
+        pytest.param("while True: pass", "timeout", None, "preserved", id="loops for ever"),
+        pytest.param(STUBBORN, "timeout", -signal.SIGKILL, "lost", id="ignores the interruption"),
+        pytest.param("b'x' * (1 << 30)", "out_of_memory", -signal.SIGKILL, "lost", id="needs too much memory"),
+        pytest.param("import os\nos._exit(3)", "died", 3, "lost", id="ends its process"),
+        pytest.param("import ctypes\nctypes.string_at(0)", "died", -signal.SIGSEGV, "lost", id="crashes"),
+        pytest.param("import os\nos.kill(os.getpid(), 9)", "died", -signal.SIGKILL, "lost", id="kills itself"),
+        pytest.param(
+            "import os, time\nos.fork() or os.kill(-1, 9)\ntime.sleep(60)",
+            "died",
+            -signal.SIGKILL,
+            "lost",
+            id="has a child that kills all it can",
+        ),
+        pytest.param("import os\nos.execv('/bin/sh', ['sh', '-c', 'exit 4'])", "died", 4, "lost", id="becomes another"),
+    ],
+)
+async def test_a_session_works_on_after_code_that(
+    runner: Runner, session: str, code: str, status: str, exit_code: int | None, state: str
+) -> None:
+    await runner.execute("kept = 41", session=session)
+    result = await runner.execute(code, session=session, timeout=0.5 if status == "timeout" else 30)
+    assert (result.status, result.exit_code, result.state) == (status, exit_code, state)
+    result = await runner.execute("globals().get('kept')", session=session)
+    assert (result.status, result.value) == ("ok", "41" if state == "preserved" else None)
+
+
+async def test_a_child_of_the_code_that_runs_out_of_memory_is_told_of_and_costs_no_variables(
+    runner: Runner, session: str
+) -> None:
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'b\"x\" * (1 << 30)']).returncode"
+    result = await runner.execute(code, session=session)
+    assert (result.status, result.value, result.oom_kills, result.state) == ("ok", "-9", 1, "preserved")
+    result = await runner.execute("code = 1\ncode", session=session)
+    assert (result.status, result.value, result.oom_kills) == ("ok", "1", 0)
+
+
+async def test_an_interrupted_call_tells_so_and_its_session_keeps_its_variables(runner: Runner, session: str) -> None:
+    interrupt = anyio.Event()
+
+    async def on_output(_: object) -> None:
+        interrupt.set()
+
+    code = "kept = 41\nprint('begun', flush=True)\nimport time\ntime.sleep(60)"
+    result = await runner.execute(code, session=session, on_output=on_output, interrupt=interrupt)
+    assert (result.status, result.state) == ("cancelled", "preserved")
+    assert result.exception is not None
+    assert (result.exception.type, result.exception.line) == ("KeyboardInterrupt", 4)
+    assert (await runner.execute("kept + 1", session=session)).value == "42"
+
+
+async def cancel_once_begun(runner: Runner, code: str, session: str | None) -> None:
+    """Make a call, and cancel the task that awaits it when the code's first output has come."""
+    with anyio.CancelScope() as scope:
+
+        async def on_output(_: object) -> None:
+            scope.cancel()
+
+        await runner.execute(code, session=session, on_output=on_output)
+    assert scope.cancelled_caught
+
+
+async def test_cancelling_the_task_stops_the_code_and_the_session_keeps_its_variables(
+    runner: Runner, session: str
+) -> None:
+    await cancel_once_begun(runner, "kept = 41\nprint('begun', flush=True)\nimport time\ntime.sleep(60)", session)
+    result = await runner.execute("kept + 1", session=session)
+    assert (result.value, result.lost_before) == ("42", None)
+
+
+async def test_variables_lost_in_a_cancelled_call_are_told_of_by_the_next_one(runner: Runner, session: str) -> None:
+    await runner.execute("kept = 41", session=session)
+    await cancel_once_begun(runner, STUBBORN, session)
+    result = await runner.execute("'kept' in globals()", session=session)
+    assert result.value == "False"
+    assert result.lost_before is not None
+
+
+async def test_nothing_is_left_of_a_cancelled_transient_call(runner: Runner, engine: Engine) -> None:
+    with anyio.CancelScope() as scope:
+        names: list[str] = []
+
+        async def on_output(_: object) -> None:
+            names.append(await engine.container_of(runner))
+            scope.cancel()
+
+        await runner.execute(STUBBORN, on_output=on_output)
+    (name,) = names
+    await eventually(lambda: engine.is_gone(name))
+
+
+# ── sessions ──
+
+
+async def test_1000_calls_on_one_session(runner: Runner, session: str) -> None:
+    await runner.execute("n = 0", session=session)
+    for _ in range(999):
+        result = await runner.execute("n += 1", session=session)
+        assert result.status == "ok"
+    assert (await runner.execute("n", session=session)).value == "999"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder of the host, for a mount: the code, which is somebody else there, may write to it."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").chmod(0o777)
+    return tmp_path / "folder"
+
+
+async def test_20_sessions_run_at_the_same_time(config: Config, session: str, folder: Path) -> None:
+    mounted = dataclasses.replace(config.docker, mounts=(f"{folder}:/shared",))
+    waiting = 0
+
+    async def on_output(_: object) -> None:
+        nonlocal waiting
+        waiting += 1
+        if waiting == 20:  # none has ended yet: all are there at once
+            (folder / "go").touch()
+
+    values = []
+    async with open_runner(dataclasses.replace(config, docker=mounted)) as runner:
+
+        async def one(number: int) -> None:
+            code = f"number = {number}\nprint('here', flush=True)\n{WAIT.replace('/tmp', '/shared')}number"
+            name = f"{session}-{number}"
+            result = await runner.execute(code, session=name, on_output=on_output, timeout=PATIENCE)
+            values.append(result.value)
+            await runner.close_session(name)
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(20):
+                tasks.start_soon(one, number)
+    assert sorted(values, key=str) == sorted(map(str, range(20)))
+
+
+async def test_calls_on_one_session_queue(runner: Runner, session: str) -> None:
+    async def add(number: int) -> None:
+        await runner.execute(f"seen = [*globals().get('seen', []), {number}]", session=session)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(5):
+            tasks.start_soon(add, number)
+    assert (await runner.execute("sorted(seen)", session=session)).value == "[0, 1, 2, 3, 4]"
+
+
+async def test_a_session_outlives_its_runner(config: Config, session: str) -> None:
+    async with open_runner(config) as runner:
+        await runner.execute("def add(a, b): return a + b", session=session)
+    async with open_runner(config) as runner:
+        result = await runner.execute("add(40, 2)", session=session)
+        assert (result.value, result.state, result.lost_before) == ("42", "preserved", None)
+    async with open_runner(config) as runner:
+        assert (await runner.execute("add(1, 2)", session=session)).value == "3"
+        assert await runner.close_session(session)
+
+
+async def test_a_session_is_there_for_the_next_command(command_line: CommandLine, session: str) -> None:
+    assert await run(command_line, "--session", session, "-c", "x = 41") == (0, "", "")
+    assert await run(command_line, "--session", session, "-c", "x + 1") == (0, "42\n", "")
+    assert (await run(command_line, "rm", session))[0] == 0
+
+
+async def test_a_session_survives_the_sigkill_of_its_host(
+    runner: Runner, session: str, command_line: CommandLine, engine: Engine
+) -> None:
+    await run(command_line, "--session", session, "-c", "x = 41")
+    async with command_line(
+        "--session", session, "-c", f"print('begun', flush=True)\n{WAIT}x += 1\n'unread'"
+    ) as program:
+        await program.says("begun")
+        name = await program.container()
+        program.process.kill()
+    await engine.let_go(name)  # only now that its host is dead does the code come to its end
+    result = await runner.execute("x", session=session)
+    assert result.unread is not None
+    assert (result.unread.status, result.unread.value) == ("ok", "'unread'")
+    assert (result.value, result.lost_before) == ("42", None)
+
+
+async def test_a_session_survives_the_sigkill_of_the_client_that_started_it(
+    runner: Runner, session: str, engine: Engine
+) -> None:
+    await runner.execute("x = 41", session=session)
+    name = await engine.container_of(runner)
+    (client,) = clients(engine.command, name)
+    os.kill(client, signal.SIGKILL)
+    result = await runner.execute("x + 1", session=session)
+    assert (result.value, result.state, result.lost_before) == ("42", "preserved", None)
+
+
+async def test_a_session_survives_the_sigkill_of_the_client_that_plugged_into_it(
+    config: Config, runner: Runner, session: str, engine: Engine
+) -> None:
+    async with open_runner(config) as first:
+        await first.execute("x = 41", session=session)
+        name = await engine.container_of(first)
+    await runner.execute("x += 1", session=session)
+    for client in clients(engine.command, name):
+        os.kill(client, signal.SIGKILL)
+    result = await runner.execute("x", session=session)
+    assert (result.value, result.state, result.lost_before) == ("42", "preserved", None)
+
+
+async def test_two_programs_can_not_use_one_session_at_once(
+    config: Config, runner: Runner, session: str, command_line: CommandLine, engine: Engine
+) -> None:
+    await runner.execute("x = 1", session=session)
+    async with open_runner(config) as second:
+        with pytest.raises(SessionError, match="another program"):
+            await second.execute("x", session=session)
+        with pytest.raises(SessionError, match="another program"):
+            await second.close_session(session)
+        assert await engine.containers_of(second) == []
+    status, _, errors = await run(command_line, "--session", session, "-c", "x")
+    assert status == 125
+    assert "another program" in errors
+    assert (await runner.execute("x", session=session)).value == "1"
+
+
+async def test_a_container_removed_behind_our_back_is_told_of_and_replaced(
+    runner: Runner, session: str, engine: Engine
+) -> None:
+    await runner.execute("x = 1", session=session)
+    await engine("rm", "-f", await engine.container_of(runner))
+    result = await runner.execute("'x' in globals()", session=session)
+    assert (result.status, result.value) == ("ok", "False")
+    assert result.lost_before is not None
+
+
+async def test_a_call_whose_container_is_removed_tells_that_it_died(
+    runner: Runner, session: str, engine: Engine
+) -> None:
+    async def remove(_: object) -> None:
+        await engine("rm", "-f", await engine.container_of(runner))
+
+    with anyio.fail_after(PATIENCE):
+        result = await runner.execute(f"print('begun', flush=True)\n{WAIT}", session=session, on_output=remove)
+    assert (result.status, result.stdout, result.state) == ("died", "begun\n", "lost")
+    assert (await runner.execute("1 + 1", session=session)).value == "2"
+
+
+async def test_a_call_goes_on_after_a_pause_of_its_container(runner: Runner, session: str, engine: Engine) -> None:
+    async def pause(_: object) -> None:
+        name = await engine.container_of(runner)
+        await engine("pause", name)
+        assert (await engine.inspect(name))["State"]["Status"] == "paused"
+        await engine("unpause", name)
+        await engine.let_go(name)
+
+    result = await runner.execute(f"print('begun', flush=True)\n{WAIT}1 + 1", session=session, on_output=pause)
+    assert (result.status, result.value, result.state) == ("ok", "2", "preserved")
+
+
+async def test_a_container_that_stays_paused_is_given_up_and_replaced(
+    runner: Runner, session: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "SLACK", 0.5)
+    await runner.execute("x = 1", session=session)
+    name = await engine.container_of(runner)
+    await engine("pause", name)
+    result = await runner.execute("x", session=session, timeout=0.5)
+    assert (result.status, result.state) == ("timeout", "lost")
+    await eventually(lambda: engine.is_gone(name))
+    result = await runner.execute("'x' in globals()", session=session)
+    assert (result.status, result.value) == ("ok", "False")
+
+
+async def test_a_session_that_is_not_used_ends_by_itself(config: Config, session: str, engine: Engine) -> None:
+    brief = dataclasses.replace(config, session=SessionConfig(idle_timeout=0.5))
+    async with open_runner(brief) as runner:
+        await runner.execute("x = 1", session=session)
+        name = await engine.container_of(runner)
+        await eventually(lambda: engine.is_gone(name))
+        result = await runner.execute("'x' in globals()", session=session)
+        assert result.value == "False"
+        assert result.lost_before is not None
+        name = await engine.container_of(runner)
+    await eventually(lambda: engine.is_gone(name))  # nor does it need a host to end
+
+
+async def test_sessions_are_listed_and_removed_by_the_command_line(
+    runner: Runner, session: str, command_line: CommandLine, engine: Engine
+) -> None:
+    await runner.execute("x = 1", session=session)
+    name = await engine.container_of(runner)
+    (listed,) = [info for info in json.loads((await run(command_line, "ps", "--json"))[1]) if info["name"] == name]
+    assert (listed["session"], listed["attached"], listed["busy"]) == (session, True, False)
+    assert (listed["owner"], listed["age"] > 0, listed["memory"] > 0) == (runner.owner, True, True)
+    (row,) = [line for line in (await run(command_line, "ps"))[1].splitlines() if name in line]
+    assert row.startswith(f"{session}  idle, in use  ")
+    assert (await run(command_line, "rm", session))[0] == 125  # it is in use
+    assert await runner.close_session(session)
+    assert await engine.is_gone(name)
+    status, _, errors = await run(command_line, "rm", session)
+    assert status == 1
+    assert f"there is no session {session!r}" in errors
+
+
+# ── nothing is left ──
+
+
+async def test_the_exit_status_is_the_code_s_own_and_nothing_is_left(command_line: CommandLine, engine: Engine) -> None:
+    async with command_line("-c", f"import sys\nprint('begun', flush=True)\n{WAIT}sys.exit(3)") as program:
+        await program.says("begun")
+        name = await program.container()
+        await engine.let_go(name)
+        assert await program.end() == (3, "", "")
+    await eventually(lambda: engine.is_gone(name))
+
+
+async def test_ctrl_c_interrupts_the_code_and_nothing_is_left(command_line: CommandLine, engine: Engine) -> None:
+    async with command_line("-c", f"print('begun', flush=True)\n{WAIT}") as program:
+        await program.says("begun")
+        name = await program.container()
+        program.process.send_signal(signal.SIGINT)
+        status, output, errors = await program.end()
+        assert (status, output) == (130, "")
+        assert errors.endswith("KeyboardInterrupt\n")
+    await eventually(lambda: engine.is_gone(name))
+
+
+async def test_a_second_ctrl_c_leaves_and_nothing_is_left(command_line: CommandLine, engine: Engine) -> None:
+    async with command_line("-c", STUBBORN) as program:
+        await program.says("begun")
+        name = await program.container()
+        program.process.send_signal(signal.SIGINT)
+        await program.says("never mind")
+        program.process.send_signal(signal.SIGINT)
+        assert (await program.end())[0] == 130
+    await eventually(lambda: engine.is_gone(name))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+async def test_a_signal_that_ends_the_host_leaves_nothing(
+    command_line: CommandLine, engine: Engine, number: signal.Signals, status: int
+) -> None:
+    async with command_line("-c", f"print('begun', flush=True)\n{WAIT}") as program:
+        await program.says("begun")
+        name = await program.container()
+        program.process.send_signal(number)
+        assert (await program.end())[0] == status
+    await eventually(lambda: engine.is_gone(name))
+
+
+async def test_a_runner_that_is_left_leaves_nothing_but_sessions(
+    config: Config, session: str, engine: Engine, command_line: CommandLine
+) -> None:
+    async with open_runner(config) as runner:
+        await runner.execute("x = 1", session=session)
+        name = await engine.container_of(runner)
+        await runner.execute("1 + 1")
+        await runner.execute("1 / 0")
+
+    async def only_the_session_is_left() -> bool:
+        return await engine.containers_of(runner) == [name]
+
+    await eventually(only_the_session_is_left)
+    assert (await run(command_line, "rm", session))[0] == 0
+    await eventually(lambda: engine.is_gone(name))
+
+
+async def test_the_command_line_ends_with_the_statuses_of_a_shell(command_line: CommandLine) -> None:
+    async def status(*arguments: str) -> int:
+        return (await run(command_line, *arguments))[0]
+
+    assert await status("-c", "1 / 0") == 1
+    assert await status("--timeout", "0.5", "-c", "while True: pass") == 124
+    assert await status("-c", "b'x' * (1 << 30)") == 137
+    assert await status("-c", "import ctypes\nctypes.string_at(0)") == 128 + signal.SIGSEGV
+
+
+async def test_a_script_gets_its_arguments_and_its_json_tells_everything(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('hello')\nsys.argv")
+    status, output, _ = await run(command_line, "--json", str(script), "one", "--two")
+    assert status == 0
+    told = json.loads(output)
+    assert (told["status"], told["stdout"], told["value"]) == ("ok", "hello\n", "['script.py', 'one', '--two']")
+    assert told["image"]["origin"] == "made from this host's Python"
+
+
+# ── the walls, as the engine sees them ──
+
+
+async def test_every_container_has_the_full_set_of_limits(
+    config: Config, session: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HTTP_PROXY", "https_proxy", "NO_PROXY"):
+        monkeypatch.setenv(variable, "http://user:secret@proxy.invalid:1")
+    monkeypatch.setenv("TEST_API_KEY", "secret")
+    async with open_runner(config) as runner:
+        result = await runner.execute("import os\ndict(os.environ)", session=session)
+        about = await engine.inspect(await engine.container_of(runner))
+        await runner.close_session(session)
+    host = about["HostConfig"]
+    assert host["NetworkMode"] == "none"
+    assert host["ReadonlyRootfs"] is True
+    assert (host["Memory"], host["MemorySwap"]) == (256 << 20, 256 << 20)
+    assert host["NanoCpus"] == 500_000_000
+    assert host["PidsLimit"] == 256
+    assert host["ShmSize"] == 64 << 20
+    assert host["Privileged"] is False
+    assert not host["CapAdd"]
+    assert host["CapDrop"] == ["ALL"] or about["EffectiveCaps"] in ([], None)  # Podman lists them one by one
+    assert "no-new-privileges" in host["SecurityOpt"]
+    assert host["LogConfig"]["Type"] == "none"
+    assert host["IpcMode"] in ("private", "shareable")  # Podman 4 calls its own by the latter name
+    assert host["AutoRemove"] is True
+    assert host["RestartPolicy"]["Name"] in ("", "no")
+    assert all(bind.startswith("python-docker-mcp-packages:/packages:ro") for bind in host["Binds"] or [])
+    assert not host["Devices"]
+    assert sorted(host["Tmpfs"]) == ["/app", "/tmp"]
+    for options in host["Tmpfs"].values():
+        assert {"nosuid", "nodev", f"size={64 << 20}"} <= set(options.split(","))
+    limits = {limit["Name"].lower().removeprefix("rlimit_"): limit["Hard"] for limit in host["Ulimits"]}
+    assert (limits["core"], limits["nofile"]) == (0, 1024)
+    assert about["Config"]["User"] == "65534:65534"
+    assert about["Config"]["Hostname"] == "sandbox"
+    variables = dict(variable.split("=", 1) for variable in about["Config"]["Env"])
+    assert {name: value for name, value in variables.items() if "proxy" in name.lower() and value} == {}
+    assert "TEST_API_KEY" not in variables
+    assert "secret" not in str(about)
+    assert "secret" not in str(result.value)
+
+
+async def test_settings_arrive_at_the_engine(config: Config, session: str, engine: Engine) -> None:
+    docker = dataclasses.replace(
+        config.docker, memory_limit="100m", cpu_limit=0.25, pids_limit=50, disk_limit="10m", working_dir="/work"
+    )
+    async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
+        result = await runner.execute("import os\nopen('file', 'w').close()\nos.getcwd()", session=session)
+        assert result.value == "'/work'"
+        host = (await engine.inspect(await engine.container_of(runner)))["HostConfig"]
+        await runner.close_session(session)
+    assert (host["Memory"], host["MemorySwap"], host["NanoCpus"]) == (100 << 20, 100 << 20, 250_000_000)
+    assert host["PidsLimit"] == 50
+    assert sorted(host["Tmpfs"]) == ["/tmp", "/work"]
+    assert all(f"size={10 << 20}" in options for options in host["Tmpfs"].values())
+
+
+# ── the walls, as the code sees them ──
+
+
+async def evaluate(runner: Runner, code: str, session: str | None = None) -> str:
+    """The value of code that has to end well."""
+    result = await runner.execute(code, session=session)
+    assert (result.status, result.exception) == ("ok", None), result
+    assert result.value is not None
+    return result.value
+
+
+async def test_there_is_no_network(runner: Runner) -> None:
+    code = """
+import socket
+def attempt(address):
+    try:
+        socket.create_connection(address, 5)
+    except OSError as error:
+        return type(error).__name__
+interfaces = [line.split(":")[0].strip() for line in open("/proc/net/dev").readlines()[2:]]
+interfaces, [attempt(address) for address in (("1.1.1.1", 53), ("172.17.0.1", 80), ("example.com", 80))]
+"""
+    assert await evaluate(runner, code) == "(['lo'], ['OSError', 'OSError', 'gaierror'])"
+
+
+async def test_the_code_has_no_privileges(runner: Runner) -> None:
+    code = """
+import os
+fields = dict(line.rstrip().split(":\\t", 1) for line in open("/proc/self/status"))
+capabilities = {fields[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+os.getresuid(), os.getresgid(), capabilities, fields["NoNewPrivs"], fields["Seccomp"]
+"""
+    ids = (65534, 65534, 65534)
+    assert await evaluate(runner, code) == repr((ids, ids, {"0" * 16}, "1", "2"))
+
+
+async def test_the_code_can_write_to_no_more_than_four_places(runner: Runner) -> None:
+    code = """
+import os, stat
+def writable(top):
+    for folder, folders, files in os.walk(top):
+        if folder == "/":
+            folders[:] = set(folders) - {"proc", "sys"}
+        for path in [folder, *(os.path.join(folder, name) for name in files)]:
+            if os.access(path, os.W_OK) and stat.S_IFMT(os.stat(path).st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+                folders.clear()
+                yield path
+sorted(writable("/"))
+"""
+    assert await evaluate(runner, code) == "['/app', '/dev/mqueue', '/dev/shm', '/tmp']"
+
+
+@pytest.mark.parametrize("folder", ["/tmp", "/app", "/dev/shm"])
+async def test_a_writable_folder_is_full_at_its_limit(runner: Runner, folder: str) -> None:
+    code = f"""
+import errno, os
+written = 0
+try:
+    with open({folder!r} + "/file", "wb", buffering=0) as file:
+        while written < 100 << 20:
+            written += file.write(bytes(1 << 20))
+except OSError as error:
+    reason = errno.errorcode[error.errno]
+written, reason
+"""
+    assert await evaluate(runner, code) == repr((64 << 20, "ENOSPC"))
+
+
+async def test_processes_are_limited(runner: Runner, session: str) -> None:
+    code = """
+import os, time
+children = 0
+try:
+    while children < 1000:
+        if os.fork() == 0:
+            time.sleep(60)
+        children += 1
+except BlockingIOError:
+    pass
+200 < children < 256
+"""
+    assert await evaluate(runner, code, session) == "True"
+    assert await evaluate(runner, "1 + 1", session) == "2"
+
+
+async def test_process_1_is_out_of_reach(runner: Runner, session: str) -> None:
+    code = """
+import ctypes, os, signal
+def attempt(action):
+    try:
+        action()
+    except OSError as error:
+        return type(error).__name__
+files = [attempt(lambda: open(f"/proc/1/{name}", "rb").read(1)) for name in ("mem", "environ", "maps")]
+folders = [attempt(lambda: os.listdir(f"/proc/1/{name}")) for name in ("fd", "map_files")]
+attached = ctypes.CDLL(None).ptrace(16, 1, 0, 0)
+for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+    os.kill(1, number)
+{*files, *folders}, attached
+"""
+    assert await evaluate(runner, code, session) == "({'PermissionError'}, -1)"
+    assert await evaluate(runner, "attached", session) == "-1"
+
+
+async def test_the_plug_refuses_the_code(runner: Runner, session: str) -> None:
+    code = f"""
+import array, json, os, socket
+reader, writer = os.pipe()
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect("\\0python-docker-mcp")
+    request = json.dumps({{"session": {session!r}, "owner": "me"}}).encode()
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reader, writer]))
+    try:
+        connection.sendmsg([request], [rights])
+        answer = connection.recv(1)
+    except (BrokenPipeError, ConnectionResetError):
+        answer = b""
+os.set_blocking(reader, False)
+try:
+    said = os.read(reader, 1)
+except BlockingIOError:
+    said = None
+answer, said
+"""
+    assert await evaluate(runner, code, session) == "(b'', None)"
+    assert await evaluate(runner, "answer", session) == "b''"
+
+
+# Descriptor 3 is the worker's line to the supervisor: code can use it, as it can all of its own process.
+FORGE = """
+import json, os, sys
+def forge(call_id, **fields):
+    frame = {"id": call_id, "kind": "done", "status": "ok", "value": "forged", **fields}
+    os.write(3, json.dumps(frame).encode() + b"\\n")
+def find_worker():
+    frame = sys._getframe()
+    while "call" not in getattr(frame.f_locals.get("self"), "__dict__", {}):
+        frame = frame.f_back
+    return frame.f_locals["self"]
+worker = find_worker()
+mine = worker.call
+"""
+
+
+async def test_forged_frames_of_other_calls_change_nothing(runner: Runner, session: str) -> None:
+    code = FORGE + "for call_id in ('', 'x', None, 5, [], '0' * 16): forge(call_id)\n6 * 7"
+    assert await evaluate(runner, code, session) == "42"
+    code = """
+import threading, time
+stop = forged = 0
+def spam():
+    global forged
+    while worker.call in (mine, None):
+        time.sleep(0.01)
+    while not stop:
+        forge(mine)
+        forged += 1
+threading.Thread(target=spam).start()
+6 * 7
+"""
+    assert await evaluate(runner, FORGE + code, session) == "42"
+    for number in range(20):  # each while the thread sends forged ends of the first call
+        code = f"seen = forged\nwhile forged == seen: time.sleep(0.001)\n{number}"
+        assert await evaluate(runner, code, session) == str(number)
+    await evaluate(runner, "stop = True\n0", session)
+
+
+async def test_frames_on_standard_output_are_just_output(runner: Runner) -> None:
+    frame = json.dumps({"id": "", "kind": "done", "status": "ok", "value": "forged"})
+    result = await runner.execute(f"import os\nos.write(1, {frame!r}.encode() + b'\\n')\nos.write(2, b'{{}}')\n6 * 7")
+    assert (result.stdout, result.stderr, result.value) == (f"{frame}\n", "{}", "42")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param("os.write(3, b'nonsense' + bytes([10]))", id="no JSON"),
+        pytest.param("os.write(3, b'[1]' + bytes([10]))", id="no object"),
+        pytest.param("while True: os.write(3, b'x' * 65536)", id="endless"),
+        pytest.param("os.write(3, b'[' * 900000 + bytes([10]))", id="deep"),
+        pytest.param("forge(mine, kind='ready')", id="an unknown kind"),
+        pytest.param("forge(mine, status='splendid')", id="an unknown status"),
+        pytest.param("forge(mine, value=5)", id="a value of the wrong type"),
+        pytest.param("forge(mine, exception={'type': []})", id="an exception of the wrong shape"),
+        pytest.param("while True: forge(mine, kind='part', data='x' * 65536)", id="endless parts"),
+    ],
+)
+async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(
+    runner: Runner, session: str, attack: str
+) -> None:
+    code = f"{FORGE}import time\nkept = 1\n{attack}\ntime.sleep(60)"
+    with anyio.fail_after(PATIENCE):
+        result = await runner.execute(code, session=session)
+        assert (result.status, result.state) == ("died", "lost")
+        assert result.message
+        assert await evaluate(runner, "'kept' in globals()", session) == "False"
+
+
+# ── mounts and images ──
+
+
+async def test_mounts_are_read_only_unless_asked_otherwise(config: Config, folder: Path) -> None:
+    (folder / "data.txt").write_text("data")
+    mounts = (f"{folder}:/input", f"{folder}:/output:rw")
+    code = """
+def write(path):
+    try:
+        open(path, "w").write("from inside")
+    except OSError as error:
+        return error.strerror
+open("/input/data.txt").read(), write("/input/data.txt"), write("/output/new.txt")
+"""
+    async with open_runner(
+        dataclasses.replace(config, docker=dataclasses.replace(config.docker, mounts=mounts))
+    ) as runner:
+        assert await evaluate(runner, code) == repr(("data", "Read-only file system", None))
+    assert (folder / "new.txt").read_text() == "from inside"
+
+
+UNREACHABLE = "127.0.0.1:1/nobody/nothing:1"  # a registry at a port where nothing listens
+
+
+async def test_an_image_that_can_not_be_had_is_named_with_what_to_do(config: Config) -> None:
+    docker = dataclasses.replace(config.docker, image=UNREACHABLE)
+    async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
+        with pytest.raises(ImageError) as caught:
+            await runner.execute("1")
+    assert str(caught.value).startswith(f"The image {UNREACHABLE} is not here and can't be pulled: ")
+    assert "set docker.image" in str(caught.value)
+
+
+async def test_without_a_registry_the_default_image_is_made_from_this_host_s_python(
+    config: Config, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "python_docker_mcp")
+    made = f"python-docker-mcp-test:{secrets.token_hex(6)}"
+    monkeypatch.setattr(sandbox_runner, "host_image_name", lambda: made)
+    monkeypatch.setattr(DockerConfig, "image", UNREACHABLE)  # the default that can't be pulled
+    docker = dataclasses.replace(config.docker, image=UNREACHABLE)
+    results: list[Result] = []
+    try:
+        for _ in range(2):
+            async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
+                results.append(await runner.execute("import sys, sqlite3, ssl, ctypes, zoneinfo\nsys.version_info[:3]"))
+                assert runner.image is not None
+                assert (runner.image.name, runner.image.origin) == (made, "made from this host's Python")
+                name = await engine.containers_of(runner)
+    finally:
+        await engine("rmi", "-f", made)
+    assert [result.value for result in results] == [repr(sys.version_info[:3])] * 2
+    assert name == [] or await engine.is_gone(name[0])
+    assert sum("making an image from this host's own Python" in record.message for record in caplog.records) == 1

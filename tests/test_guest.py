@@ -1,0 +1,1154 @@
+"""The guest: its parts in this process, and the whole of it in a pid namespace on every Python found."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dis
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FakeEngine, impatient
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sandbox_runner
+from sandbox_runner import (
+    GUEST_MODULES,
+    GUEST_SOURCE,
+    MAX_FRAME,
+    PART,
+    Call,
+    Channel,
+    Config,
+    DockerConfig,
+    Engine,
+    Image,
+    ImportPolicy,
+    clip,
+    collect_state,
+    plug,
+    program,
+    refuse_input,
+    rich_forms,
+)
+
+# ── what is shipped ──
+
+NEWER_BUILTINS = {
+    "aiter",
+    "anext",
+    "BaseExceptionGroup",
+    "ExceptionGroup",
+    "EncodingWarning",
+    "PythonFinalizationError",
+}
+
+
+def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code object, and all within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from code_objects(constant)
+
+
+def names(code: types.CodeType, *operations: str) -> set[str]:
+    """The names that these operations of a code object's bytecode have for argument."""
+    return {str(step.argval) for step in dis.get_instructions(code) if step.opname in operations}
+
+
+def test_the_shipped_guest_refers_to_nothing_outside_itself() -> None:
+    module = compile(GUEST_SOURCE, "guest", "exec", dont_inherit=True)
+    defined = names(module, "STORE_NAME") | set(vars(builtins)) - NEWER_BUILTINS | {"__name__"}
+    for code in code_objects(module):
+        local = names(code, "STORE_NAME") if code is not module else set()  # the body of a class
+        foreign = names(code, "LOAD_GLOBAL", "LOAD_NAME") - defined - local - {"__module__", "__qualname__"}
+        assert not foreign, f"{code.co_qualname} needs {foreign}"
+
+
+def test_the_plug_refers_to_nothing_but_builtins() -> None:
+    assert not names(plug.__code__, "LOAD_GLOBAL") - set(vars(builtins))
+    assert not plug.__code__.co_freevars
+
+
+def test_the_plug_knows_the_address_that_the_supervisor_listens_on() -> None:
+    assert sandbox_runner.PLUG_ADDRESS in plug.__code__.co_consts
+
+
+def test_the_guest_imports_what_it_uses_from_the_standard_library_and_no_more() -> None:
+    used = set().union(*(names(code, "LOAD_GLOBAL", "LOAD_NAME") for code in code_objects(compile_guest())))
+    assert set(GUEST_MODULES) - used == set()
+    assert set(GUEST_MODULES) <= sys.stdlib_module_names
+
+
+def test_the_guest_keeps_the_line_numbers_of_the_file() -> None:
+    functions = {code.co_name: code.co_firstlineno for code in code_objects(compile_guest())}
+    for function in (clip, collect_state, sandbox_runner.supervise):
+        assert functions[function.__name__] == function.__code__.co_firstlineno
+
+
+def compile_guest() -> types.CodeType:
+    return compile(GUEST_SOURCE, "guest", "exec", dont_inherit=True)
+
+
+# ── channel ──
+
+
+@pytest.fixture
+def channel() -> Iterator[Channel]:
+    """A channel to itself."""
+    loop = Channel(*os.pipe())
+    yield loop
+    for fd in (loop.reader, loop.writer):
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def test_frames_arrive_whole_and_in_order_however_they_are_cut(channel: Channel) -> None:
+    received = []
+    for byte in b'{"n":1}\n{"n":"\xc3\xa9"}\n{"n":3}\n':
+        os.write(channel.writer, bytes([byte]))
+        received += list(channel.receive())
+    assert received == [{"n": 1}, {"n": "é"}, {"n": 3}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"print\n", "Expecting value"),
+        (b"\xff\n", "decode"),
+        (b"[1]\n", "not an object"),
+        (b"[" * 60_000 + b"\n", "nested too deeply"),
+    ],
+)
+def test_a_line_that_is_no_frame_is_refused(channel: Channel, line: bytes, message: str) -> None:
+    os.write(channel.writer, line)
+    with pytest.raises(ValueError, match=message):
+        list(channel.receive())
+
+
+def test_a_line_without_end_is_refused(channel: Channel) -> None:
+    def write_and_read() -> None:
+        os.write(channel.writer, b"x" * 50_000)
+        assert list(channel.receive()) == []
+
+    for _ in range(MAX_FRAME // 50_000):
+        write_and_read()
+    with pytest.raises(ValueError, match="larger than"):
+        write_and_read()
+
+
+def test_the_end_of_a_channel_is_an_error_of_its_own(channel: Channel) -> None:
+    os.close(channel.writer)
+    with pytest.raises(EOFError, match="closed"):
+        list(channel.receive())
+
+
+def test_frames_for_somebody_who_has_gone_are_dropped(channel: Channel) -> None:
+    os.close(channel.reader)
+    channel.send({"id": "a"})
+    assert not channel.outbox
+
+
+def test_long_data_goes_in_parts_that_are_frames_themselves(channel: Channel) -> None:
+    channel.set_blocking(False)
+    data = "\N{BELL}" * (2 * PART + 1)
+    channel.send({"id": "a", "kind": "state", "n": 1}, data)
+    frames: list[dict[str, Any]] = []
+    while channel.outbox or len(frames) < 3:
+        channel.flush()
+        frames += channel.receive()
+    assert [frame["kind"] for frame in frames] == ["part", "part", "state"]
+    assert "".join(frame["data"] for frame in frames) == data
+    assert frames[-1]["n"] == 1
+    assert all(len(json.dumps(frame)) < MAX_FRAME for frame in frames)
+
+
+def test_what_a_full_pipe_does_not_take_waits_in_the_outbox(channel: Channel) -> None:
+    channel.set_blocking(False)
+    frames = [{"text": "x" * 50_000, "n": number} for number in range(5)]
+    for frame in frames:
+        channel.send(frame)
+    assert channel.outbox
+    received: list[dict[str, Any]] = []
+    while len(received) < 5:
+        received += channel.receive()
+        channel.flush()
+    assert received == frames
+
+
+def test_reading_a_non_blocking_channel_that_has_nothing_yields_nothing(channel: Channel) -> None:
+    channel.set_blocking(False)
+    assert list(channel.receive()) == []
+
+
+# ── call ──
+
+
+def make_call(limit: int | None) -> Call:
+    return Call({"id": "a", "timeout": 30.0, "output_limit": limit})
+
+
+@given(st.integers(0, 60), st.lists(st.text(max_size=30), max_size=30))
+def test_output_passes_up_to_the_limit_then_only_its_end_is_kept_and_the_rest_counted(
+    limit: int, pieces: list[str]
+) -> None:
+    pieces = [piece.encode("utf-8", "ignore").decode() for piece in pieces]
+    call = make_call(limit)
+    head = "".join(call.admit("stdout", piece) for piece in pieces).encode()
+    tail = b"".join(data for _, data in call.tail)
+    whole = "".join(pieces).encode()
+    assert whole.startswith(head)
+    assert whole.endswith(tail)
+    assert len(head) + len(tail) <= limit
+    assert len(head) + len(tail) + call.omitted == len(whole)
+
+
+def test_all_output_passes_where_there_is_no_limit() -> None:
+    call = make_call(None)
+    assert all(call.admit("stdout", "x" * 1_000_000) == "x" * 1_000_000 for _ in range(20))
+    assert not call.omitted
+
+
+def test_the_tail_remembers_which_stream_it_came_from() -> None:
+    call = make_call(8)
+    passed = [call.admit(stream, text) for stream, text in (("stdout", "1234567"), ("stderr", "abc"), ("stdout", "z"))]
+    assert passed == ["123456", "", ""]
+    assert list(call.tail) == [("stderr", b"c"), ("stdout", b"z")]
+    assert call.omitted == 3
+
+
+def test_a_call_is_interrupted_for_one_reason_only() -> None:
+    call = make_call(None)
+    before = call.next_due()
+    assert call.interrupt("timeout")
+    assert not call.interrupt("cancelled")
+    assert call.stopped_for == "timeout"
+    assert call.next_due() < before
+
+
+# ── functions ──
+
+
+@pytest.mark.parametrize("length", [0, 99, 100])
+def test_text_within_the_limit_is_not_clipped(length: int) -> None:
+    assert clip("x" * length, 100) == "x" * length
+
+
+def test_clipped_text_keeps_head_and_tail_and_tells_how_much_went() -> None:
+    assert clip("a" * 100 + "b" * 100, 99) == "a" * 66 + "\n[… 101 characters left out …]\n" + "b" * 33
+
+
+def cycle() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+def aliased() -> list[Any]:
+    inner: list[Any] = []
+    return [inner, inner]
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (None, None),
+        (True, True),
+        (0, 0),
+        (-1.5, -1.5),
+        (10**300, 10**300),
+        ("é\0\n", "é\0\n"),
+        ([], []),
+        ((1, (2,)), [1, [2]]),
+        ({"a": [1, {"b": None}]}, {"a": [1, {"b": None}]}),
+        (aliased(), [[], []]),
+        (nested(64), nested(64)),
+    ],
+)
+def test_variables_that_json_can_hold_are_kept(value: Any, kept: Any) -> None:
+    text, left_out = collect_state({"x": value})
+    assert json.loads(text) == {"x": kept}
+    assert left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (float("nan"), "nan is not JSON"),
+        ([1, {"a": float("-inf")}], "-inf is not JSON"),
+        ({1, 2}, "set is not JSON"),
+        (b"", "bytes is not JSON"),
+        (1j, "complex is not JSON"),
+        ("\ud800", "text with lone surrogates"),
+        ({"\ud800": 1}, "text with lone surrogates"),
+        ({1: 2}, "a key is int, not text"),
+        (cycle(), "contains itself"),
+        (nested(65), "nested more than 64 deep"),
+        (1 << 5000, "an integer of 5001 bits"),
+    ],
+)
+def test_variables_that_json_can_not_hold_are_named_with_the_reason(value: Any, reason: str) -> None:
+    assert collect_state({"x": value, "y": 1}) == ('{"y":1}', {"x": reason})
+
+
+def test_state_leaves_out_modules_functions_classes_and_underscored_names_without_a_word() -> None:
+    assert collect_state({"os": os, "f": clip, "C": Call, "_x": 1, "__y": 2, "print": print}) == ("{}", {})
+
+
+def test_state_that_is_too_large_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_runner, "STATE_LIMIT", 40)
+    text, left_out = collect_state({"small": 1, "large": "x" * 100, "other": 2})
+    assert json.loads(text) == {"small": 1, "other": 2}
+    assert left_out == {"large": "too large: 110 characters of JSON"}
+
+
+def test_state_names_at_most_a_hundred_variables_that_are_left_out() -> None:
+    assert len(collect_state({f"x{number}": set() for number in range(200)})[1]) == 100
+
+
+class Shown:
+    """Has two forms, one of which fails."""
+
+    def _repr_html_(self) -> str:
+        return "<b>x</b>"
+
+    def _repr_png_(self) -> bytes:
+        return b"\x89PNG"
+
+    def _repr_svg_(self) -> str:
+        raise ValueError
+
+    def _repr_latex_(self) -> None:
+        return None
+
+    def _repr_markdown_(self) -> tuple[str, dict[str, str]]:
+        return "*x*", {}
+
+
+class Bundled:
+    def _repr_mimebundle_(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"text/plain": "no", "application/json": "{}", "x/number": 1}, {}
+
+
+class Hostile:
+    def __getattr__(self, name: str) -> Any:
+        return lambda: {"not": "text"}
+
+
+@pytest.mark.parametrize(
+    ("value", "forms"),
+    [
+        (1, {}),
+        (Shown, {}),
+        (Shown(), {"text/html": "<b>x</b>", "image/png": "iVBORw==", "text/markdown": "*x*"}),
+        (Bundled(), {"application/json": "{}"}),
+    ],
+)
+def test_rich_forms_are_those_that_can_be_made(value: Any, forms: dict[str, str]) -> None:
+    assert rich_forms(value) == forms
+
+
+def test_rich_forms_are_texts_even_of_values_that_answer_to_every_name() -> None:
+    assert all(isinstance(form, str) for form in rich_forms(Hostile()).values())
+
+
+def test_input_says_what_to_do_instead() -> None:
+    with pytest.raises(EOFError, match=r"input\(\) can't be answered .* put the value into the code"):
+        refuse_input("name?")
+
+
+def refusal(policy: ImportPolicy, code: str) -> ImportError | None:
+    try:
+        policy.check(compile(code, "<call>", "exec", 1024), "<call>")
+    except ImportError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import math",
+        "import math.x as y",
+        "from math import pi",
+        "from __future__ import annotations",
+        "from . import os",
+        "__import__('math')",
+        "os = 1; os.path",
+        "'import os'",
+        "importlib.import_module(name)",
+    ],
+)
+def test_code_that_keeps_to_the_policy_is_let_through(code: str) -> None:
+    assert refusal(ImportPolicy(["math"], ["os"], "/app"), code) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("import math, os", 1),
+        ("x = 1\nfrom os import path", 2),
+        ("def f():\n  try:\n    import os.path as p\n  except ImportError: pass", 3),
+        ("x = 1\n\n__import__('os')", 3),
+        ("importlib.import_module('os.path')", 1),
+    ],
+)
+def test_code_that_breaks_the_policy_is_refused_at_the_line_that_does(code: str, line: int) -> None:
+    error = refusal(ImportPolicy([], ["os"], "/app"), code)
+    assert str(error) == "module 'os' may not be imported: the setting blocked_modules names it"
+    assert error is not None
+    assert error.__traceback__ is not None
+    frames = [frame for frame in walk(error.__traceback__) if frame.tb_frame.f_code.co_filename == "<call>"]
+    assert [frame.tb_lineno for frame in frames] == [line]
+
+
+def walk(frame: types.TracebackType | None) -> Iterator[types.TracebackType]:
+    while frame:
+        yield frame
+        frame = frame.tb_next
+
+
+def test_the_refusal_of_a_module_that_is_not_allowed_names_those_that_are() -> None:
+    error = refusal(ImportPolicy(["math", "json"], [], "/app"), "import os")
+    assert str(error) == "module 'os' may not be imported: the setting allowed_modules permits only json, math"
+
+
+# ── the whole guest ──
+
+
+def pythons() -> dict[str, str]:
+    """Every Python from 3.8 on that is found: pyenv's, those on PATH under their version, and this one."""
+    found: dict[str, str] = {}
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for path in sorted(root.glob("versions/3.*/bin/python3")):
+        version = path.parents[1].name.split(".")[:2]
+        if version[1].isdigit():
+            found[".".join(version)] = str(path)
+    for minor in range(8, 20):
+        path_found = shutil.which(f"python3.{minor}")
+        if path_found and "shims" not in path_found:
+            found.setdefault(f"3.{minor}", path_found)
+    found[f"3.{sys.version_info.minor}"] = sys.executable
+    return {version: path for version, path in sorted(found.items()) if int(version.split(".")[1]) >= 8}
+
+
+PYTHONS = pythons()
+
+
+class Told:
+    """What the guest told about one call."""
+
+    def __init__(self, frames: list[dict[str, Any]]) -> None:
+        self.frames = frames
+        self.done = frames[-1]
+        self.stdout = "".join(frame["text"] for frame in frames if frame["kind"] == "stdout")
+        self.stderr = "".join(frame["text"] for frame in frames if frame["kind"] == "stderr")
+        self.earlier = "".join(frame["text"] for frame in frames if frame["kind"] == "earlier")
+        self.shown = [json.loads(frame["data"]) for frame in frames if frame["kind"] == "display"]
+
+    @property
+    def status(self) -> str:
+        """How it ended."""
+        return str(self.done["status"])
+
+    @property
+    def value(self) -> str | None:
+        """The value of the last expression."""
+        return self.done.get("value")
+
+    @property
+    def exception(self) -> dict[str, Any]:
+        """What the code raised."""
+        assert self.done["exception"]["type"], self.done
+        return dict(self.done["exception"])
+
+
+class Guest:
+    """The guest as process 1 of a pid namespace, and the host's end of the channel."""
+
+    numbers = itertools.count()
+
+    def __init__(self, docker: FakeEngine, python: str, home: Path, **settings: Any) -> None:
+        docker.script(python=python)
+        self.home = home
+        self.settings = {"owner": "us", "working_dir": str(home), "idle_timeout": 60.0}
+        self.settings |= {
+            "allowed_modules": [],
+            "blocked_modules": [],
+            "preload": [],
+            "packages": "/packages/x",
+            **settings,
+        }
+        engine = Engine(docker.command, "docker", "20.10.24")
+        config = Config(docker=DockerConfig(working_dir=str(home)))
+        name = f"guest-{next(self.numbers)}"
+        self.record = docker.folder / "containers" / name
+        arguments = engine.sandbox_arguments(name, Image("image", "id", "present"), config, "us")
+        self.process = subprocess.Popen([docker.command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin
+        assert self.process.stdout
+        self.channel = Channel(self.process.stdout.fileno(), self.process.stdin.fileno())
+        self.frames = self._receive()
+        try:
+            shipped = program(impatient(GUEST_SOURCE), "supervise", self.settings)
+            while shipped:
+                shipped = shipped[os.write(self.channel.writer, shipped) :]
+            self.greeting = next(self.frames)
+        except BaseException:
+            self.close()
+            raise
+
+    def _receive(self) -> Iterator[dict[str, Any]]:
+        while True:
+            readable, *_ = select.select([self.channel.reader], [], [], 20)
+            assert readable, "the guest says nothing"
+            yield from self.channel.receive()
+
+    def worker(self) -> list[str]:
+        """The processes that the supervisor has forked and not buried."""
+        (supervisor,) = children(json.loads(self.record.read_text())["pid"])
+        return children(supervisor)
+
+    def start(self, code: str, **fields: Any) -> str:
+        """Send a request; the call's id."""
+        call_id = f"call-{next(self.numbers)}"
+        request = {"op": "run", "id": call_id, "data": "", "code": code, "session": "s", "final": False}
+        request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None, **fields}
+        self.channel.send(request)
+        return call_id
+
+    def wait(self, call_id: str) -> Told:
+        """All frames up to the call's end."""
+        frames = [next(self.frames)]
+        while frames[-1]["kind"] != "done":
+            frames.append(next(self.frames))
+        assert {frame["id"] for frame in frames} == {call_id}
+        return Told(frames)
+
+    def run(self, code: str, **fields: Any) -> Told:
+        """Run code to its end."""
+        return self.wait(self.start(code, **fields))
+
+    def close(self) -> None:
+        """Let the guest see the end of file, or kill it."""
+        self.channel.send({"op": "end"})
+        try:
+            self.process.communicate(timeout=5)
+        except (subprocess.TimeoutExpired, ValueError):
+            self.process.kill()
+            self.process.communicate()
+
+
+def children(process: str) -> list[str]:
+    """The ids of a process' children."""
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+RENEW = "display.__func__.__globals__['os']._exit(0)"  # has the next call meet a new worker, under any import policy
+MakeGuest = Callable[..., Guest]
+
+
+@pytest.fixture(scope="module", params=PYTHONS)
+def python(request: pytest.FixtureRequest) -> str:
+    """A Python, from 3.8 to the newest that is found."""
+    return PYTHONS[request.param]
+
+
+@pytest.fixture(scope="module")
+def guests() -> Iterator[dict[str, Guest]]:
+    """The guests that wait for the next test, by what makes them different."""
+    waiting: dict[str, Guest] = {}
+    yield waiting
+    for guest in waiting.values():
+        guest.close()
+
+
+@pytest.fixture
+def make_guest(
+    make_fake_engine: Callable[[str], FakeEngine],
+    guests: dict[str, Guest],
+    python: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[MakeGuest]:
+    """Makes guests with a worker that nobody used before, in a working directory of its own."""
+    made: dict[str, Guest] = {}
+
+    def make(**settings: Any) -> Guest:
+        key = json.dumps([python, settings])
+        if key not in guests:
+            home = tmp_path_factory.mktemp("home")
+            guests[key] = Guest(make_fake_engine("docker"), python, home, **settings)
+        made[key] = guests.pop(key)
+        return made[key]
+
+    yield make
+    for key, guest in made.items():
+        with contextlib.suppress(AssertionError, EOFError, StopIteration):
+            if guest.process.poll() is None and guest.run(RENEW).status == "died":
+                for path in guest.home.iterdir():  # the folder itself is the new worker's already
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                guests[key] = guest
+                continue
+        guest.close()
+
+
+@pytest.fixture
+def guest(make_guest: MakeGuest) -> Guest:
+    """A guest without an import policy."""
+    return make_guest()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def test_the_guest_tells_which_python_it_runs_on(guest: Guest, python: str) -> None:
+    said = subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == f"Python {guest.greeting['python']}"
+
+
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [
+        ("1\n2 + 3", "5"),
+        ("x = 'a'\nx", "'a'"),
+        ("x = 1", None),
+        ("None", None),
+        ("2 + 3;", None),
+        ("", None),
+        ("# only a comment", None),
+        ("def f():\n    return 1\n\nf()", "1"),
+        ("[y for y in range(3) if y]  # comment", "[1, 2]"),
+        ("__name__", "'__main__'"),
+        ("import sys\nsys.modules['__main__'].__dict__ is globals()", "True"),
+        ("if __name__ == '__main__':\n    x = 3\nx", "3"),
+        ("import pickle\nclass A: pass\ntype(pickle.loads(pickle.dumps(A()))) is A", "True"),
+        ("import asyncio\nawait asyncio.sleep(0, 7)", "7"),
+        ("import asyncio\nx = await asyncio.sleep(0, 8)\nx", "8"),
+        ("async def numbers():\n    yield 1\n    yield 2\n[x async for x in numbers()]", "[1, 2]"),
+        ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nA(1)", "A(x=1)"),
+        ("import typing\nclass A:\n    x: 'B'\nclass B: pass\ntyping.get_type_hints(A)['x'] is B", "True"),
+        ("import inspect\ndef f():\n    return 1\ninspect.getsource(f)", r"'def f():\n    return 1\n'"),
+    ],
+)
+def test_the_value_is_that_of_the_last_expression(guest: Guest, code: str, value: str | None) -> None:
+    told = guest.run(code)
+    assert (told.status, told.value) == ("ok", value), told.done
+
+
+def test_a_value_is_bounded_and_its_length_told(guest: Guest) -> None:
+    told = guest.run("'x' * 1_000_000")
+    assert told.done["value_length"] == 1_000_002
+    assert told.value is not None
+    assert len(told.value) < 33_000
+
+
+def test_variables_functions_imports_and_future_features_stay_for_the_next_call(guest: Guest) -> None:
+    guest.run("from __future__ import annotations\nimport math\nx = 41\ndef f(y: undefined): return y + 1")
+    assert guest.run("def g(y: undefined): return f(y) + math.floor(_)\n").status == "ok"
+    guest.run("1.5")
+    assert guest.run("g(x)").value == "43"
+
+
+def test_awaiting_uses_one_event_loop_for_all_calls(guest: Guest) -> None:
+    guest.run(
+        "import asyncio\nasync def late(): return 5\ntask = asyncio.ensure_future(late())\nawait asyncio.sleep(0)"
+    )
+    assert guest.run("await task").value == "5"
+
+
+# ── failures ──
+
+
+def test_a_traceback_shows_source_lines_and_only_the_users_frames(guest: Guest) -> None:
+    told = guest.run("import json\ndef f(text):\n    return json.loads(text)\n\nf('{')")
+    assert told.status == "error"
+    assert told.exception["type"] == "JSONDecodeError"
+    assert told.exception["line"] == 3
+    files = re.findall(r'File "(.*?)", line (\d+), in (\S+)', told.exception["traceback"])
+    assert files == [("<call 1>", "5", "<module>"), ("<call 1>", "3", "f")]
+    assert "    return json.loads(text)\n" in told.exception["traceback"]
+    assert told.exception["traceback"].startswith("Traceback (most recent call last):\n")
+
+
+def test_a_traceback_reaches_into_functions_of_earlier_calls_and_into_causes(guest: Guest) -> None:
+    guest.run(
+        "def f():\n    try:\n        1 / 0\n    except ZeroDivisionError as e:\n        raise KeyError('k') from e"
+    )
+    told = guest.run("\nf()")
+    assert told.exception["line"] == 2
+    assert "    1 / 0\n" in told.exception["traceback"]
+    assert "was the direct cause of" in told.exception["traceback"]
+    assert "sandbox_runner" not in told.exception["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "kind"),
+    [
+        ("1\n2\n3 / 0", 3, "ZeroDivisionError"),
+        ("1\n3 / 0\n2", 2, "ZeroDivisionError"),
+        ("x = (1,\n     nothing,\n     3)", 2, "NameError"),
+        ("1\n2\nx = = 1", 3, "SyntaxError"),
+        ("if True:\nx", 2, "IndentationError"),
+        ("1\nreturn 5", 2, "SyntaxError"),
+        ("\n\nimport nothing_of_that_name", 3, "ModuleNotFoundError"),
+        ("\nexec('1/0')", 2, "ZeroDivisionError"),
+        ("\neval('1 +')", 2, "SyntaxError"),
+        ("class A:\n    def __repr__(self):\n        return 1 / 0\nA()", 3, "ZeroDivisionError"),
+        ("import asyncio\nawait asyncio.sleep(0)\nawait nothing", 3, "NameError"),
+    ],
+)
+def test_an_error_on_line_n_is_reported_there(guest: Guest, code: str, line: int, kind: str) -> None:
+    told = guest.run(code)
+    assert (told.exception["type"], told.exception["line"]) == (kind, line)
+    assert guest.run("1").value == "1"
+
+
+def test_an_error_in_a_named_script_has_its_name(guest: Guest) -> None:
+    told = guest.run("import sys\nprint(sys.argv, __file__)\n1/0", filename="script.py", argv=["one"])
+    assert told.stdout == f"['script.py', 'one'] {guest.home}/script.py\n"
+    assert 'File "script.py", line 3, in <module>\n    1/0\n' in told.exception["traceback"]
+
+
+def test_a_module_that_is_missing_is_named(guest: Guest) -> None:
+    assert guest.run("import nothing.of_that_name").exception["missing"] == "nothing"
+
+
+def test_an_exception_whose_text_can_not_be_had_is_reported_all_the_same(guest: Guest) -> None:
+    told = guest.run("class E(Exception):\n    def __str__(self):\n        raise ValueError\nraise E")
+    assert told.exception["type"] == "E"
+    assert "could not be had" in told.exception["message"]
+
+
+def test_endless_recursion_is_an_ordinary_error(guest: Guest) -> None:
+    told = guest.run("def f():\n    return f()\nf()")
+    assert (told.exception["type"], told.exception["line"]) == ("RecursionError", 2)
+    assert len(told.exception["traceback"]) < 17_000
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "exit_code", "stderr"),
+    [
+        ("raise SystemExit", "ok", 0, ""),
+        ("import sys; sys.exit(0)", "ok", 0, ""),
+        ("import sys; sys.exit(3)", "error", 3, ""),
+        ("import sys; sys.exit('bye')", "error", 1, "bye\n"),
+        ("class E:\n    def __str__(self): raise ValueError\nraise SystemExit(E())", "error", 1, ""),
+        ("exit(4)", "error", 4, ""),
+    ],
+)
+def test_system_exit_is_told_with_its_code_and_ends_nothing(
+    guest: Guest, code: str, status: str, exit_code: int, stderr: str
+) -> None:
+    guest.run("x = 1")
+    told = guest.run(code)
+    assert (told.status, told.done["exit_code"], told.stderr) == (status, exit_code, stderr)
+    assert guest.run("x").value == "1"
+
+
+def test_input_fails_with_a_sentence(guest: Guest) -> None:
+    assert "put the value into the code instead" in guest.run("input('name? ')").exception["message"]
+
+
+def test_standard_input_is_empty(guest: Guest) -> None:
+    assert guest.run("import sys; sys.stdin.read()").value == "''"
+
+
+# ── output ──
+
+
+def test_stdout_and_stderr_are_kept_apart(guest: Guest) -> None:
+    told = guest.run("import sys\nprint('out')\nprint('err', file=sys.stderr)\nprint('é', end='')")
+    assert (told.stdout, told.stderr) == ("out\né", "err\n")
+
+
+def test_output_comes_while_the_code_runs(guest: Guest) -> None:
+    call = guest.start("import os, time\nprint('here')\nwhile not os.path.exists('go'): time.sleep(0.002)\n'gone'")
+    assert next(guest.frames)["text"] == "here\n"
+    (guest.home / "go").touch()
+    assert guest.wait(call).value == "'gone'"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.write(1, b'out\\n'); os.write(2, b'err\\n')",
+        "import os; os.system('echo out; echo err >&2')",
+        "import subprocess; subprocess.run('echo out; echo err >&2', shell=True)",
+        "import os, sys; sys.stdout.write('out\\n'); sys.stderr.write('err\\n'); x = os.fork() or os._exit(0)",
+        "import ctypes, os; c = ctypes.CDLL(None); c.printf(b'out\\n'); c.fflush(None); os.write(2, b'err\\n')",
+        "import sys, logging; sys.stdout.buffer.write(b'out\\n'); logging.warning('err') or sys.stdout.flush()",
+    ],
+)
+def test_output_is_caught_whoever_writes_it(guest: Guest, code: str) -> None:
+    told = guest.run(code)
+    assert told.stdout == "out\n"
+    assert told.stderr.endswith("err\n")
+
+
+def test_bytes_that_are_not_utf8_become_replacement_characters(guest: Guest) -> None:
+    told = guest.run("import os\nfor piece in (b'a\\xff\\xfe', b'\\xc3', b'\\xa9', b'\\xe2\\x82'): os.write(1, piece)")
+    assert told.stdout == "a\ufffd\ufffdé\ufffd"
+
+
+def test_a_lone_surrogate_can_be_printed(guest: Guest) -> None:
+    assert guest.run("print('\\ud800')").stdout == "\\ud800\n"
+
+
+def test_a_warning_is_shown_once(guest: Guest) -> None:
+    told = guest.run("import warnings\nfor _ in range(3):\n    warnings.warn('careful')")
+    assert told.stderr.count("<call 1>:3: UserWarning: careful") == 1
+    assert told.stderr.count("UserWarning") == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.stdout.close(); sys.stderr.close()",
+        "import os; os.close(0)",
+        "import sys; sys.stdout = sys.stderr = None",
+        "import sys\nclass Tee:\n    def write(self, text): sys.__stdout__.write(text)\nsys.stdout = Tee()",
+    ],
+)
+def test_code_that_spoils_its_streams_can_print_in_the_next_call(guest: Guest, code: str) -> None:
+    assert guest.run(f"x = 1\n{code}").status == "ok"
+    told = guest.run("print('well')\nx")
+    assert (told.stdout, told.value, told.stderr) == ("well\n", "1", "")
+
+
+def test_output_beyond_the_limit_leaves_head_tail_and_a_count(guest: Guest) -> None:
+    written = "".join(f"{number}\n" for number in range(1_500_000))
+    told = guest.run("print('\\n'.join(map(str, range(1_500_000))))", output_limit=100_000)
+    omitted = [frame["bytes"] for frame in told.frames if frame["kind"] == "omitted"]
+    assert len(written) > 10_000_000
+    assert len(told.stdout) <= 100_000
+    assert len(told.stdout) + sum(omitted) == len(written)
+    head, tail = told.stdout[:5_000], told.stdout[-5_000:]
+    assert (written.startswith(head), written.endswith(tail), len(omitted)) == (True, True, 1)
+
+
+def test_shown_values_come_in_the_order_of_the_output(guest: Guest) -> None:
+    told = guest.run(
+        "class A:\n    def __repr__(self): return 'A'\n    def _repr_html_(self): return '<a>'\n"
+        "print(1)\ndisplay(A())\nprint(2)\nA()"
+    )
+    assert [frame["kind"] for frame in told.frames] == ["stdout", "display", "stdout", "display", "done"]
+    assert told.shown == [{"text/plain": "A", "text/html": "<a>"}, {"text/html": "<a>"}]
+    assert [frame["is_value"] for frame in told.frames if frame["kind"] == "display"] == [False, True]
+    assert told.value == "A"
+
+
+# ── state ──
+
+
+def test_state_goes_in_and_comes_out_with_the_names_of_what_stays_behind(guest: Guest) -> None:
+    told = guest.run("import math\ny = x + [2]\nz = {1}\ndef f(): pass", data='{"x": [1]}', final=True)
+    assert told.frames[-2]["kind"] == "state"
+    assert json.loads(told.frames[-2]["data"]) == {"x": [1], "y": [1, 2]}
+    assert told.frames[-2]["left_out"] == {"z": "set is not JSON"}
+
+
+def test_state_comes_out_even_if_the_code_fails(guest: Guest) -> None:
+    told = guest.run("y = 1\n1 / 0", data="{}")
+    assert (told.status, json.loads(told.frames[-2]["data"])) == ("error", {"y": 1})
+
+
+def test_state_larger_than_a_frame_goes_both_ways(guest: Guest) -> None:
+    text = json.dumps({"x": "é" * 1_000_000})
+    call = f"call-{next(guest.numbers)}"
+    for start in range(0, len(text), PART):
+        guest.channel.send({"op": "part", "id": call, "data": text[start : start + PART]})
+    fields = {"id": call, "data": "", "timeout": 20.0}
+    guest.start("y = len(x)", **fields)
+    told = guest.wait(call)
+    back = "".join(frame["data"] for frame in told.frames if frame["kind"] in ("part", "state"))
+    assert json.loads(back) == {"x": "é" * 1_000_000, "y": 1_000_000}
+
+
+def test_a_transient_call_ends_as_a_script_does_with_its_threads_and_exit_handlers(guest: Guest) -> None:
+    told = guest.run(
+        "import atexit, threading\natexit.register(print, 'bye')\n"
+        "event = threading.Event()\nthreading.Thread(target=lambda: (event.wait(), print('thread'))).start()\n"
+        "threading.Timer(0.01, event.set).start()\nprint('end')",
+        final=True,
+    )
+    assert told.stdout == "end\nthread\nbye\n"
+
+
+# ── time, interruption and death ──
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import asyncio; await asyncio.sleep(60)",
+        "import os; os.system('sleep 60')",
+        "import subprocess; subprocess.run(['sleep', '60'])",
+        "import os, signal; os.kill(os.getpid(), signal.SIGSTOP); signal.pause()",
+        "import threading; threading.Event().wait()",
+    ],
+)
+def test_a_time_out_keeps_the_state_of_code_that_can_be_interrupted(guest: Guest, code: str) -> None:
+    guest.run("x = 1")
+    told = guest.run(code, timeout=0.1)
+    assert (told.status, told.done["lost"]) == ("timeout", False)
+    assert guest.run("x").value == "1"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass",
+        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: signal.pause()",
+    ],
+)
+def test_a_time_out_loses_the_state_of_code_that_can_not_be_interrupted_and_says_so(guest: Guest, code: str) -> None:
+    guest.run("x = 1")
+    told = guest.run(code, timeout=0.1)
+    assert (told.status, told.done["lost"], told.done["exit_code"]) == ("timeout", True, -9)
+    assert guest.run("x").exception["type"] == "NameError"
+
+
+def test_an_interruption_that_the_host_asks_for_is_told_as_such(guest: Guest) -> None:
+    call = guest.start("x = 1\nprint('on')\nwhile True: pass")
+    assert next(guest.frames)["text"] == "on\n"
+    guest.channel.send({"op": "interrupt", "id": call})
+    told = guest.wait(call)
+    assert (told.status, told.done["lost"], told.exception["line"]) == ("cancelled", False, 3)
+    assert guest.run("x").value == "1"
+
+
+def test_an_interruption_of_another_call_does_nothing(guest: Guest) -> None:
+    call = guest.start("print('on')\nimport os, time\nwhile not os.path.exists('go'): time.sleep(0.002)")
+    assert next(guest.frames)["text"] == "on\n"
+    guest.channel.send({"op": "interrupt", "id": "call-of-yesterday"})
+    (guest.home / "go").touch()
+    assert guest.wait(call).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("import os; os._exit(3)", 3),
+        ("import ctypes; ctypes.string_at(0)", -11),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9),
+        ("import os; os.close(3)", 70),
+    ],
+)
+def test_code_that_ends_its_own_process_loses_the_state_and_the_next_call_works(
+    guest: Guest, code: str, exit_code: int
+) -> None:
+    guest.run("x = 1")
+    told = guest.run(f"print('last words')\n{code}")
+    assert (told.status, told.done["lost"], told.done["exit_code"]) == ("died", True, exit_code)
+    assert told.stdout == "last words\n"
+    assert guest.run("'x' in globals()").value == "False"
+
+
+def test_why_the_variables_were_lost_between_calls_is_told_once(guest: Guest) -> None:
+    guest.run(
+        "import os, threading, time\ndef f():\n    while not os.path.exists('go'): time.sleep(0.002)\n    os._exit(5)\n"
+        "threading.Thread(target=f).start()"
+    )
+    worker = guest.worker()
+    (guest.home / "go").touch()
+    until(lambda: guest.worker() not in (worker, []))
+    assert guest.run("1").done["lost_before"] == "exit status 5"
+    assert guest.run("1").done["lost_before"] is None
+
+
+def test_a_child_forked_by_the_code_ends_with_its_script_and_reports_nothing(guest: Guest) -> None:
+    told = guest.run(
+        "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0)\nprint('parent' if pid else 'child')\npid > 0"
+    )
+    assert (told.stdout, told.value) == ("child\nparent\n", "True")
+    assert guest.run("pid > 0").value == "True"
+
+
+def test_processes_left_by_the_code_live_as_long_as_its_state_does(guest: Guest) -> None:
+    guest.run("import subprocess\nchild = subprocess.Popen(['sleep', '60'], start_new_session=True)")
+    assert guest.run("child.poll()").value is None
+    guest.run("import os; os._exit(0)")
+    count = "import os\nlen([name for name in os.listdir('/proc') if name.isdigit()])"
+    assert guest.run(count).value == "2"  # supervisor and worker
+
+
+def test_what_threads_write_after_a_call_is_told_with_the_next(guest: Guest) -> None:
+    guest.run(
+        "import os, threading, time\ndef f():\n    while not os.path.exists('go'): time.sleep(0.002)\n"
+        "    print('late')\n    open('done', 'w').close()\nthreading.Thread(target=f).start()"
+    )
+    (guest.home / "go").touch()
+    until((guest.home / "done").exists)
+    told = guest.run("print('next')")
+    assert (told.earlier, told.stdout) == ("late\n", "next\n")
+
+
+# ── what the code can not do ──
+
+
+@pytest.mark.parametrize("code", ["open('/proc/1/mem')", "open('/proc/1/environ')", "open('/proc/1/fd/3', 'wb')"])
+def test_the_code_can_not_look_into_the_supervisor(guest: Guest, code: str) -> None:
+    assert guest.run(code).exception["type"] == "PermissionError"
+
+
+def test_the_code_can_not_stop_the_supervisor(guest: Guest) -> None:
+    told = guest.run(
+        "import os, signal\nfor name in ('INT', 'TERM', 'HUP', 'KILL', 'STOP', 'CHLD', 'SEGV'):\n"
+        "    os.kill(1, getattr(signal, 'SIG' + name))\n'alive'"
+    )
+    assert told.value == "'alive'"
+
+
+def test_the_code_has_no_descriptors_but_its_own(guest: Guest) -> None:
+    told = guest.run(
+        "import os\nsorted(int(fd) for fd in os.listdir('/proc/self/fd'))[:4], len(os.listdir('/proc/self/fd'))"
+    )
+    assert told.value == "([0, 1, 2, 3], 5)"  # and the one that the folder is read through
+
+
+def test_a_forged_frame_of_another_call_is_passed_over(guest: Guest) -> None:
+    told = guest.run('import os\nos.write(3, b\'{"id":"other","kind":"done","status":"ok"}\\n\')\nprint(\'real\')')
+    assert (told.status, told.stdout) == ("ok", "real\n")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"nonsense\n",
+        b"[]\n",
+        b"[" * 10_000 + b"\n",
+        b"x" * (MAX_FRAME + 70_000),
+    ],
+)
+def test_code_that_breaks_the_protocol_loses_its_process(guest: Guest, frame: bytes) -> None:
+    (guest.home / "frame").write_bytes(frame)
+    code = "import os\ndata = open('frame', 'rb').read()\nwhile data: data = data[os.write(3, data):]\nwhile True: pass"
+    told = guest.run(code)
+    assert (told.status, told.done["lost"]) == ("died", True)
+    assert told.done["message"].startswith("the code broke the protocol between worker and supervisor: ")
+    assert guest.run("1").value == "1"
+
+
+def test_a_forged_kind_of_frame_is_not_passed_on(guest: Guest) -> None:
+    code = 'import os\nos.write(3, b\'{"id":"ID","kind":"ready"}\\n\')\nwhile True: pass'
+    call = f"call-{next(guest.numbers)}"
+    guest.start(code.replace("ID", call), id=call)
+    told = guest.wait(call)
+    assert told.status == "died"
+    assert "a frame of kind 'ready'" in told.done["message"]
+
+
+# ── import policy ──
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os",
+        "import os.path",
+        "from os import path",
+        "__import__('os')",
+        "__import__('o' + 's')",
+        "exec('import os')",
+        "exec('import os', {})",
+        "exec('import os', {'__name__': 'json', '__builtins__': __builtins__})",
+        "eval('__import__(\"os\")')",
+        "import importlib; importlib.import_module('o' + 's')",
+        "import importlib; importlib.__import__('o' + 's')",
+        "from importlib import import_module as f; f('o' + 's')",
+        "import importlib; importlib.import_module('os.' + 'path')",
+        "import builtins; builtins.__import__('o' + 's')",
+    ],
+)
+def test_a_blocked_module_is_refused_by_every_ordinary_route(make_guest: MakeGuest, code: str) -> None:
+    told = make_guest(blocked_modules=["os"]).run(f"\n{code}")
+    assert told.exception["type"] == "ImportError"
+    assert told.exception["message"] == "module 'os' may not be imported: the setting blocked_modules names it"
+    assert told.exception["line"] == 2
+    assert "sandbox_runner" not in told.exception["traceback"]
+
+
+def test_what_can_be_seen_before_is_refused_before_anything_runs(make_guest: MakeGuest) -> None:
+    told = make_guest(blocked_modules=["os"]).run("print('started')\ndef f():\n    import os")
+    assert (told.stdout, told.exception["line"]) == ("", 3)
+
+
+def test_a_module_of_the_users_own_keeps_to_the_policy_too(make_guest: MakeGuest) -> None:
+    guest = make_guest(blocked_modules=["os"])
+    (guest.home / "own.py").write_text("x = 1\nimport os\n")
+    told = guest.run("import own")
+    assert told.exception["message"].startswith("module 'os' may not be imported")
+
+
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [
+        ("import datetime; datetime.datetime.strptime('2024', '%Y').year", "2024"),
+        ("import random; random.Random(1).random() < 1", "True"),
+        ("import json; json.loads('[1]')", "[1]"),
+        ("import re; re.sub('a', 'b', 'a')", "'b'"),
+        ("import collections; collections.Counter('aa')['a']", "2"),
+        ("import math; math.pi > 3", "True"),
+        ("print('é'.encode('cp1252').decode('cp1252'))", None),
+        ("from __future__ import annotations", None),
+    ],
+)
+def test_allowed_modules_work_although_their_own_imports_are_not_allowed(
+    make_guest: MakeGuest, code: str, value: str | None
+) -> None:
+    allowed = ["math", "datetime", "random", "json", "re", "collections"]
+    blocked = ["os", "sys", "subprocess", "shutil", "pathlib"]
+    guest = make_guest(allowed_modules=allowed, blocked_modules=blocked)
+    told = guest.run(code)
+    assert (told.status, told.value) == ("ok", value), told.done
+    assert "allowed_modules permits only collections, datetime" in guest.run("import csv").exception["message"]
+
+
+# ── the guest and its host ──
+
+
+def test_a_guest_without_session_ends_with_its_host(
+    make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
+) -> None:
+    guest = Guest(make_fake_engine("docker"), python, tmp_path)
+    guest.process.communicate(timeout=20)  # closes its standard input
+    assert guest.process.returncode == 0
+
+
+def test_a_session_that_nobody_comes_back_to_ends_by_itself(
+    make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
+) -> None:
+    docker = make_fake_engine("docker")
+    guest = Guest(docker, python, tmp_path, idle_timeout=0.05)
+    guest.run("1")
+    guest.process.kill()
+    guest.process.communicate()
+    until(lambda: docker.containers() == [])

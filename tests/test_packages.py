@@ -1,0 +1,665 @@
+"""The derived image and installed packages, on real engines, from an index of our own that listens on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import http.server
+import io
+import json
+import logging
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import pytest
+
+import sandbox_runner
+from sandbox_runner import (
+    Config,
+    DockerConfig,
+    Engine,
+    PackageConfig,
+    PoolConfig,
+    RequestError,
+    derive_image,
+    find_engine,
+    open_runner,
+    parse_requirement,
+    shorten_installer_output,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ── without an engine ──
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "requirement"),
+    [
+        ("requests", "requests", "requests"),
+        ("Foo.Bar_baz", "foo-bar-baz", "Foo.Bar_baz"),
+        ("pandas[excel]>=2,<3", "pandas", "pandas[excel]>=2,<3"),
+        ("pandas [excel, html] >= 2 , < 3", "pandas", "pandas[excel,html]>=2,<3"),
+        ("x==1.0.*", "x", "x==1.0.*"),
+        ("x~=1.4.2", "x", "x~=1.4.2"),
+    ],
+)
+def test_a_requirement_is_a_name_with_extras_and_versions(text: str, name: str, requirement: str) -> None:
+    assert parse_requirement(text) == (name, requirement)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", "-r requirements.txt", "--index-url=http://evil", "-e .", ".", "/tmp/x.whl", "../x", "x.whl/",
+        "git+https://example.com/x", "x @ https://example.com/x.whl", "https://example.com/x.whl", "x; rm -rf /",
+        "x && y", "$(id)", "`id`", "x\n--index-url=y", "x\x00", "x\ty", "x==1; python_version<'3'", "[extra]", "x[",
+        "x>=",         "é", "x" * 400 + "!", "x==" + "1" * 400,
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_before_something_starts(text: str) -> None:
+    with pytest.raises(RequestError, match="is not a package's name"):
+        parse_requirement(text)
+
+
+def test_several_packages_at_once_are_refused_with_the_advice_to_ask_for_one() -> None:
+    with pytest.raises(RequestError, match="one package a call"):
+        parse_requirement("numpy pandas")
+
+
+def test_of_an_installers_output_the_telling_lines_are_kept() -> None:
+    output = "Resolved 3 packages\n" * 50 + "ERROR: No matching distribution found for nosuch\n" + "bla\n" * 3
+    assert shorten_installer_output(output) == "ERROR: No matching distribution found for nosuch"
+
+
+# ── an index ──
+
+
+def wheel(
+    name: str, version: str, code: str = "", requires: tuple[str, ...] = (), extras: tuple[str, ...] = ()
+) -> bytes:
+    """A wheel with one module, which says its version and then what `code` says."""
+    info = f"{name}-{version}.dist-info"
+    metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"]
+    metadata += [f"Provides-Extra: {extra}\n" for extra in extras]
+    metadata += [f"Requires-Dist: {requirement}\n" for requirement in requires]
+    files = {
+        f"{name}.py": f"__version__ = {version!r}\n{code}",
+        f"{info}/METADATA": "".join(metadata),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(path, text)
+    return content.getvalue()
+
+
+class Index:
+    """A package index (PEP 503) on loopback, over plain HTTP or with a certificate from an authority of its own."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self.files: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        index = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                index.requests.append(self.path)
+                name = self.path.strip("/").rpartition("/")[2]
+                body = index.files.get(name) if "/files/" in self.path else index.page(name)
+                self.send_response(404 if body is None else 200)
+                self.send_header("Content-Type", "application/octet-stream" if "/files/" in self.path else "text/html")
+                self.send_header("Content-Length", str(len(body or b"")))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body or b"")
+
+            do_HEAD = do_GET  # uv asks so before it takes only a part of a wheel
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.scheme = "https" if context else "http"
+        if context:
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Where the index is."""
+        return f"{self.scheme}://127.0.0.1:{self.server.server_address[1]}/simple"
+
+    def add(self, name: str, version: str, **about: Any) -> None:
+        """Offer a package."""
+        self.files[f"{name}-{version}-py3-none-any.whl"] = wheel(name, version, **about)
+
+    def page(self, name: str) -> bytes | None:
+        """The links to the files of a project."""
+        found = [file for file in self.files if file.partition("-")[0].lower().replace("_", "-") == name]
+        links = (
+            f'<a href="/files/{file}#sha256={hashlib.sha256(self.files[file]).hexdigest()}">{file}</a>'
+            for file in found
+        )
+        return f"<!DOCTYPE html><html><body>{'<br>'.join(links)}</body></html>".encode() if found else None
+
+    def downloads(self) -> list[str]:
+        """The files that were fetched."""
+        return [path.rpartition("/")[2] for path in self.requests if "/files/" in path]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@functools.cache
+def installer_wheel(name: str) -> tuple[str, bytes]:
+    """The wheel of uv or pip, from the index that this machine uses."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "python-docker-mcp-tests"
+    if not list(folder.glob(f"{name}-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={folder}", name]
+        subprocess.run(command, check=True, capture_output=True)
+    file = next(iter(folder.glob(f"{name}-*.whl")))
+    return file.name, file.read_bytes()
+
+
+@pytest.fixture
+def index() -> Iterator[Index]:
+    """An index with a handful of packages."""
+    served = Index()
+    fill(served)
+    yield served
+    served.close()
+
+
+def fill(index: Index) -> None:
+    """Put packages, and the installers themselves, into an index."""
+    for name in ("uv", "pip"):
+        file, content = installer_wheel(name)
+        index.files[file] = content
+    index.add("alpha", "1.0")
+    index.add("alpha", "2.0")
+    index.add("beta", "1.0", requires=("alpha<2", "gamma; extra == 'more'"), extras=("more",))
+    index.add("gamma", "3.1")
+    index.add("loud", "1.0", code="import socket, os\n")
+
+
+@pytest.fixture(scope="module")
+async def engine(engine_command: str) -> Engine:
+    """The real engine."""
+    return await find_engine(engine_command)
+
+
+@pytest.fixture(scope="module")
+async def volume(engine: Engine) -> AsyncIterator[str]:
+    """A volume for installed packages of these tests' own, which keeps the installer from being fetched every time."""
+    name = f"python-docker-mcp-test-{os.urandom(4).hex()}"
+    yield name
+    await quietly(engine, "volume", "rm", "--force", name)
+
+
+@pytest.fixture
+async def settings(engine: Engine, index: Index, volume: str) -> AsyncIterator[Config]:
+    """Settings with the index, no packages, and a derived image of this test's own."""
+    mine = f"alpha<2,!=0.{int.from_bytes(os.urandom(4))}"
+    package = PackageConfig(index_url=index.url, network="host", volume=volume, preinstalled=(mine,))
+    yield Config(docker=DockerConfig(command=engine.command, image="host", timeout=20), package=package)
+    for installer in ("uv", "pip"):
+        about = dataclasses.replace(package, installer=installer)
+        await quietly(engine, "rmi", sandbox_runner.derived_name(DockerConfig(image="host"), about))
+    await in_volume(
+        engine, volume, "import glob, shutil; [shutil.rmtree(path) for path in glob.glob('/packages/[!.]*')]"
+    )
+
+
+async def in_volume(engine: Engine, volume: str, code: str) -> str:
+    """What code prints that may write to a volume."""
+    limits = ("--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
+    mount = f"--mount=type=volume,source={volume},target=/packages"
+    image = sandbox_runner.host_image_name()
+    return (await engine.run("run", "--rm", *limits, mount, "--entrypoint=python3", image, "-c", code)).strip()
+
+
+async def quietly(engine: Engine, *command: str) -> None:
+    """Run a command that may fail."""
+    with contextlib.suppress(sandbox_runner.EngineError):
+        await engine.run(*command)
+
+
+def derived_name(config: Config) -> str:
+    """The derived image."""
+    return sandbox_runner.derived_name(config.docker, config.package)
+
+
+def plain(config: Config, **changes: Any) -> Config:
+    """The settings with nothing preinstalled."""
+    return dataclasses.replace(config, package=dataclasses.replace(config.package, preinstalled=(), **changes))
+
+
+# ── the derived image ──
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+async def test_the_derived_image_holds_what_is_preinstalled_compiled(
+    settings: Config, index: Index, installer: Literal["uv", "pip"]
+) -> None:
+    settings = dataclasses.replace(settings, package=dataclasses.replace(settings.package, installer=installer))
+    status: list[str] = []
+    async with open_runner(settings, on_status=status.append) as runner:
+        result = await runner.execute(
+            "import alpha, os, importlib.util\n"
+            "(alpha.__version__, os.path.exists(alpha.__cached__), os.access(alpha.__file__, os.W_OK))"
+        )
+        assert result.value == "('1.0', True, False)", result
+        assert runner.image is not None
+        assert runner.image.problem is None
+        first = runner.image.id
+    assert any("preparing the image" in line for line in status)
+    before = len(index.requests)
+    async with open_runner(settings) as runner:
+        await runner.execute("1")
+        assert runner.image is not None
+        assert runner.image.id == first
+    assert len(index.requests) == before
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_two_that_start_together_build_it_once(settings: Config, engine: Engine) -> None:
+    images = []
+    status: list[str] = []
+
+    async def derive() -> None:
+        images.append(await derive_image(engine, settings, status.append))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(derive)
+        tasks.start_soon(derive)
+    assert images[0].id == images[1].id
+    assert [image.problem for image in images] == [None, None]
+    assert status.count("saving the image") == 1
+    assert any("waiting for another program" in line for line in status)
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_a_build_killed_half_way_leaves_nothing_and_is_done_again(settings: Config, engine: Engine) -> None:
+    program = (
+        "import anyio, json, sys, dataclasses; sys.path.insert(0, sys.argv[1]); import sandbox_runner as s\n"
+        "c = json.loads(sys.argv[2])\n"
+        "p = s.PackageConfig(**{**c, 'preinstalled': tuple(c['preinstalled']), 'trusted_hosts': ()})\n"
+        "async def main():\n"
+        "    e = await s.find_engine(sys.argv[3])\n"
+        "    d = s.DockerConfig(command=sys.argv[3], image='host')\n"
+        "    await s.derive_image(e, s.Config(docker=d, package=p), lambda text: print(text, flush=True))\n"
+        "anyio.run(main)\n"
+    )
+    about = json.dumps(dataclasses.asdict(settings.package))
+    child = await anyio.open_process([sys.executable, "-c", program, str(ROOT), about, engine.command], stderr=None)
+    assert child.stdout is not None
+    seen = b""
+    with anyio.fail_after(60):
+        while b"etching" not in seen and b"ownload" not in seen and b"alpha" not in seen:
+            seen += await child.stdout.receive()
+    child.send_signal(signal.SIGKILL)
+    await child.aclose()
+    name = f"python-docker-mcp-build-{derived_name(settings).rpartition(':')[2]}"
+    with anyio.fail_after(30):
+        while await engine.inspect("container", name, "{{.State.Status}}"):
+            await anyio.sleep(0.1)
+    assert await engine.inspect("image", derived_name(settings), "{{.Id}}") is None
+    image = await derive_image(engine, settings, lambda _: None)
+    assert image.problem is None
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_without_an_index_code_still_runs_and_is_told_what_is_missing(settings: Config, index: Index) -> None:
+    index.files.clear()
+    async with open_runner(settings) as runner:
+        assert (await runner.execute("6 * 7")).value == "42"
+        assert runner.image is not None
+        assert "could not be preinstalled" in (runner.image.problem or "")
+        result = await runner.execute("import alpha")
+        assert "could not be preinstalled" in (result.hint or "")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_with_nothing_preinstalled_the_base_image_is_used_as_it_is(settings: Config) -> None:
+    async with open_runner(plain(settings)) as runner:
+        await runner.execute("1")
+        assert runner.image is not None
+        assert runner.image.name == sandbox_runner.host_image_name()
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_the_image_moves_in_a_file_to_a_host_without_network(
+    settings: Config, engine: Engine, index: Index, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        json.dumps({
+            "docker": {"command": engine.command, "image": "host"},
+            "package": {
+                "index_url": index.url, "network": "host", "preinstalled": settings.package.preinstalled, "volume": settings.package.volume,
+            },
+        })
+    )  # fmt: skip
+
+    async def build(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "sandbox_runner.py"), "build", f"--config={config}", *arguments]
+        return (await anyio.run_process(command)).stdout.decode()
+
+    file = tmp_path / "image.tar"
+    assert "is ready" in await build(f"--export={file}")
+    name = derived_name(settings)
+    await engine.run("rmi", name)
+    index.files.clear()
+    assert "is ready (derived)" in await build(f"--import={file}")
+    async with open_runner(settings) as runner:
+        assert (await runner.execute("import alpha; alpha.__version__")).value == "'1.0'"
+
+
+# ── certificates and proxies ──
+
+
+def authority(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's TLS context for 127.0.0.1, and the file with the authority that signed it."""
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    now = datetime.now(UTC)
+
+    def certificate(subject: str, issuer: str, key: Any, signer: Any, ca: bool) -> Any:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)]))
+            .issuer_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, issuer)]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        )
+        if not ca:
+            address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+            builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        return builder.sign(signer, hashes.SHA256())
+
+    root_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    root = certificate("inspecting proxy", "inspecting proxy", root_key, root_key, True)
+    leaf = certificate("127.0.0.1", "inspecting proxy", key, root_key, False)
+    bundle, chain = folder / "authority.pem", folder / "server.pem"
+    bundle.write_bytes(root.public_bytes(serialization.Encoding.PEM))
+    chain.write_bytes(
+        leaf.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chain)
+    return context, bundle
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+async def test_behind_an_inspecting_proxy_its_authority_is_trusted_when_told(
+    settings: Config, installer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, bundle = authority(tmp_path)
+    served = Index(context)
+    fill(served)
+    for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(variable, raising=False)
+    settings = plain(settings, index_url=served.url, installer=installer)
+    try:
+        async with open_runner(settings) as runner:
+            refused = await runner.install("alpha")
+            assert not refused.ok
+            assert "certificate" in refused.output.lower()
+        for way in ("setting", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "trusted host"):
+            told = settings
+            with monkeypatch.context() as patch:
+                if way == "setting":
+                    told = plain(settings, ca_bundle=str(bundle))
+                elif way == "trusted host":
+                    told = plain(settings, trusted_hosts=("127.0.0.1",))
+                else:
+                    patch.setenv(way, str(bundle))
+                told = plain(told, volume=f"{settings.package.volume}-{way.partition(' ')[0].lower()}")
+                async with open_runner(told) as runner:
+                    installed = await runner.install("alpha")
+                    assert installed.ok, (way, installed)
+                    assert (await runner.execute("import alpha; alpha.__version__")).value == "'2.0'"
+                engine = await find_engine(settings.docker.command)
+                await quietly(engine, "volume", "rm", "--force", told.package.volume)
+    finally:
+        served.close()
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_neither_certificates_nor_proxies_stay_in_the_image_or_reach_the_code(
+    settings: Config, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_bytes(authority(tmp_path)[1].read_bytes())
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,secret.example")
+    settings = dataclasses.replace(settings, package=dataclasses.replace(settings.package, ca_bundle=str(bundle)))
+    async with open_runner(settings) as runner:
+        result = await runner.execute(
+            "import os\n"
+            "found = [path for folder, _, files in os.walk('/') if not folder.startswith(('/proc', '/sys'))\n"
+            "         for path in (os.path.join(folder, file) for file in files) if 'certificates.pem' in path]\n"
+            "(found, [value for value in os.environ.values() if 'secret' in value])"
+        )
+        assert result.value == "([], [])", result
+        assert runner.image is not None
+        about = await engine.run("image", "inspect", runner.image.name)
+        assert "secret.example" not in about
+        assert "CERTIFICATE" not in about
+
+
+# ── install-package ──
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+async def test_a_session_sees_what_is_installed_at_once_with_its_variables_kept(
+    settings: Config, installer: str
+) -> None:
+    async with open_runner(plain(settings, installer=installer)) as runner:
+        await runner.execute("x = 5", session="s")
+        installed = await runner.install("alpha>=1,<2", session="s")
+        assert installed.ok
+        assert installed.installed == (("alpha", "1.0"),)
+        result = await runner.execute("import alpha; (x, alpha.__version__)", session="s")
+        assert result.value == "(5, '1.0')"
+        check = "import socket\ntry: socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as e: print(e)\n"
+        check += "try: open('/packages/x', 'w')\nexcept OSError as e: print(e)"
+        assert (await runner.execute(check, session="s")).stdout.splitlines()[1].startswith("[Errno 30] Read-only")
+        other = await runner.execute("import alpha", session="other")
+        assert other.exception is not None
+        assert other.exception.type == "ModuleNotFoundError"
+        for name in ("s", "other"):
+            await runner.close_session(name)
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_extras_and_versions_count_and_sets_build_on_each_other(settings: Config) -> None:
+    async with open_runner(plain(settings)) as runner:
+        assert (await runner.install("beta[more]", session="s")).installed == (
+            ("alpha", "1.0"), ("beta", "1.0"), ("gamma", "3.1"),
+        )  # fmt: skip
+        assert (await runner.install("loud", session="s")).installed == (("loud", "1.0"),)
+        result = await runner.execute("import alpha, beta, gamma, loud; alpha.__version__", session="s")
+        assert result.value == "'1.0'", result
+        await runner.close_session("s")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_what_the_image_has_is_not_downloaded_again(settings: Config, index: Index) -> None:
+    async with open_runner(settings) as runner:
+        await runner.execute("1")
+        before = len(index.downloads())
+        again = await runner.install("alpha", session="s")
+        assert again.ok
+        assert "alpha 1.0 is part of the image already" in again.message
+        await runner.install("beta", session="s")
+        assert [file for file in index.downloads()[before:] if not file.startswith("uv-")] == [
+            "beta-1.0-py3-none-any.whl"
+        ]
+        await runner.close_session("s")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_a_second_session_gets_the_same_without_network(settings: Config, index: Index) -> None:
+    async with open_runner(plain(settings)) as runner:
+        assert (await runner.install("alpha", session="one")).ok
+        index.close()
+        assert (await runner.install("alpha", session="two")).ok
+        assert (await runner.execute("import alpha; alpha.__version__", session="two")).value == "'2.0'"
+        for name in ("one", "two"):
+            await runner.close_session(name)
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_without_a_session_it_holds_for_all_later_executions_and_survives_a_restart(settings: Config) -> None:
+    async with open_runner(plain(settings)) as runner:
+        await runner.execute("1", session="old")
+        assert (await runner.install("gamma")).ok
+        assert (await runner.execute("import gamma; gamma.__version__")).value == "'3.1'"
+        assert (await runner.execute("import gamma; gamma.__version__", session="old")).value == "'3.1'"
+        await runner.close_session("old")
+    async with open_runner(plain(settings)) as runner:
+        assert (await runner.execute("import gamma; gamma.__version__")).value == "'3.1'"
+        assert (await runner.install("alpha", session="s")).ok
+        assert (await runner.execute("import alpha, gamma", session="s")).status == "ok"
+        await runner.close_session("s")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_a_session_keeps_its_packages_when_its_worker_or_its_host_is_lost(settings: Config) -> None:
+    async with open_runner(plain(settings)) as runner:
+        assert (await runner.install("alpha", session="s")).ok
+        assert (await runner.execute("import os; os._exit(1)", session="s")).state == "lost"
+        assert (await runner.execute("import alpha", session="s")).status == "ok"
+    async with open_runner(plain(settings)) as runner:
+        assert (await runner.install("gamma", session="s")).ok
+        assert (await runner.execute("import gamma; alpha.__version__", session="s")).value == "'2.0'"
+        await runner.close_session("s")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_a_new_version_of_what_is_imported_already_says_that_a_fresh_session_is_needed(settings: Config) -> None:
+    async with open_runner(plain(settings)) as runner:
+        assert (await runner.install("alpha<2", session="s")).hint is None
+        await runner.execute("import alpha", session="s")
+        newer = await runner.install("alpha>=2", session="s")
+        assert newer.ok
+        assert "alpha had been imported before" in (newer.hint or "")
+        assert (await runner.execute("alpha.__version__", session="s")).value == "'1.0'"
+        await runner.close_session("s")
+        await runner.install("alpha>=2", session="s")
+        assert (await runner.execute("import alpha; alpha.__version__", session="s")).value == "'2.0'"
+        await runner.close_session("s")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_a_failure_tells_why_in_the_installers_words_and_what_was_meant(settings: Config) -> None:
+    async with open_runner(plain(settings)) as runner:
+        missing = await runner.install("cv2", session="s")
+        assert not missing.ok
+        assert "cv2" in missing.output
+        assert "opencv-python-headless" in (missing.hint or "")
+        conflict = await runner.install("alpha>=7")
+        assert not conflict.ok
+        assert "alpha" in conflict.output
+        assert (await runner.execute("1", session="s")).value == "1"
+        await runner.close_session("s")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_sets_that_nobody_used_for_long_are_pruned(settings: Config, engine: Engine) -> None:
+    async with open_runner(plain(settings)) as runner:
+        await runner.install("alpha", session="s")
+        sets = "glob.glob('/packages/*/????????????????')"
+        await in_volume(
+            engine, settings.package.volume, f"import glob, os; [os.utime(path, (0, 0)) for path in {sets}]"
+        )
+        count = f"import glob; print(len({sets}))"
+        assert await in_volume(engine, settings.package.volume, count) == "1"
+        await runner.install("gamma", session="t")
+        assert await in_volume(engine, settings.package.volume, count) == "1"
+        for name in ("s", "t"):
+            await runner.close_session(name)
+
+
+# ── preload and Matplotlib ──
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_ready_sandboxes_have_modules_imported_and_missing_ones_are_logged(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    pool = PoolConfig(warm=1, preload=("nosuchmodule", "decimal", "sqlite3"))
+    async with open_runner(dataclasses.replace(config, pool=pool), warm=True) as runner:
+        with anyio.fail_after(60):
+            while "preloading nosuchmodule" not in caplog.text or not runner._pool.ready:
+                await anyio.sleep(0.05)
+        name = runner._pool.ready[0].name
+        result = await runner.execute("import sys; [m in sys.modules for m in ('decimal', 'sqlite3', 'nosuchmodule')]")
+        assert result.value == "[True, True, False]"
+        assert name not in [sandbox.name for sandbox in runner._pool.ready]
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_the_preinstalled_packages_are_there_and_matplotlib_draws_without_a_word(engine_command: str) -> None:
+    config = Config(docker=DockerConfig(command=engine_command, image="host", timeout=120))
+    async with open_runner(config) as runner:
+        assert runner.image is None
+        result = await runner.execute(
+            "import numpy, pandas, scipy, matplotlib, sklearn, sympy\n"
+            "import matplotlib.pyplot as plt\n"
+            "plt.plot([1, 2, 3]); plt.title('Grüße, Ωμέγα')"
+        )
+        assert runner.image is not None
+        assert runner.image.problem is None
+        assert (result.status, result.stderr) == ("ok", "")
+        pictures = [item for item in result.output if isinstance(item, sandbox_runner.Rich)]
+        assert [list(picture.forms) for picture in pictures] == [["text/plain", "image/png"]]

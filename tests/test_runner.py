@@ -1,0 +1,853 @@
+"""The runner, from `execute` through real pipes to a guest that really runs, with a fake engine in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from conftest import FakeEngine
+from pytest_subprocess import FakeProcess
+
+import sandbox_runner
+from sandbox_runner import (
+    Config,
+    DockerConfig,
+    Engine,
+    EngineError,
+    ExceptionInfo,
+    Image,
+    ImageError,
+    Omitted,
+    PackageConfig,
+    PoolConfig,
+    RequestError,
+    Rich,
+    Runner,
+    SessionConfig,
+    SessionError,
+    Text,
+    advise,
+    find_engine,
+    host_image_name,
+    last_line,
+    merge,
+    open_runner,
+    run_command,
+)
+
+pytestmark = pytest.mark.anyio
+
+WAIT_FOR_GO = "import os, time\nprint('on')\nwhile not os.path.exists('go'): time.sleep(0.002)\n"
+STUBBORN = "print('on')\nimport time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
+
+
+@pytest.fixture
+def settings(docker: FakeEngine, tmp_path: Path) -> Config:
+    """Settings for the fake engine, with a working directory of the test's own and nothing prepared beforehand."""
+    (tmp_path / "work").mkdir()
+    return Config(
+        docker=DockerConfig(command=docker.command, working_dir=str(tmp_path / "work")),
+        session=SessionConfig(idle_timeout=60),
+        package=PackageConfig(preinstalled=()),
+        pool=PoolConfig(enabled=False),
+    )
+
+
+@pytest.fixture
+async def runner(settings: Config) -> AsyncIterator[Runner]:
+    """A runner on the fake engine; no test has longer than half a minute."""
+    with anyio.fail_after(30):
+        async with open_runner(settings) as opened:
+            yield opened
+
+
+class Hears:
+    """An `on_output` that tells when the first output came."""
+
+    def __init__(self) -> None:
+        self.first = anyio.Event()
+        self.text = ""
+
+    async def __call__(self, item: Text | Rich | Omitted) -> None:
+        if isinstance(item, Text):
+            self.text += item.text
+        self.first.set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
+    with anyio.fail_after(20):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+def go(settings: Config) -> None:
+    """Let code end that does WAIT_FOR_GO."""
+    Path(settings.docker.working_dir, "go").touch()
+
+
+def client(runner: Runner, session: str) -> int:
+    """The process id of the engine's command line behind a session."""
+    sandbox = runner._sessions[session].sandbox
+    assert sandbox
+    return sandbox._process.pid
+
+
+# ── calls ──
+
+
+async def test_a_result_tells_output_value_and_cost(runner: Runner) -> None:
+    result = await runner.execute("import sys\nprint('out')\nprint('err', file=sys.stderr)\n6 * 7")
+    assert (result.status, result.value, result.stdout, result.stderr) == ("ok", "42", "out\n", "err\n")
+    assert (result.session, result.state, result.exception, result.message) == (None, None, None, None)
+    assert result.wall > 0
+    assert result.memory is not None
+    assert result.memory > 1 << 20
+
+
+async def test_a_failure_of_the_code_is_a_result_and_no_exception(runner: Runner) -> None:
+    result = await runner.execute("1\nimport sklearn.base")
+    assert result.status == "error"
+    assert result.exception is not None
+    assert (result.exception.type, result.exception.line) == ("ModuleNotFoundError", 2)
+    assert (
+        result.hint == "sklearn is not installed. Install it with install-package: the package is called scikit-learn."
+    )
+
+
+async def test_transient_calls_share_nothing_and_leave_no_container(runner: Runner, docker: FakeEngine) -> None:
+    await runner.execute("x = 1")
+    assert (await runner.execute("'x' in globals()")).value == "False"
+    await until(lambda: not docker.containers())
+
+
+async def test_a_session_keeps_variables_functions_and_imports(runner: Runner) -> None:
+    assert (await runner.execute("import math\ndef add(a, b): return a + b", session="s")).state == "preserved"
+    result = await runner.execute("add(math.floor(2.5), 3)", session="s")
+    assert (result.value, result.session, result.state) == ("5", "s", "preserved")
+
+
+async def test_a_thousand_calls_on_a_session_cost_no_engine_command(runner: Runner, docker: FakeEngine) -> None:
+    await runner.execute("x = 0", session="s")
+    before = docker.log()
+    for _ in range(1000):
+        await runner.execute("x += 1", session="s")
+    assert (await runner.execute("x", session="s")).value == "1000"
+    assert docker.log() == before
+
+
+async def test_state_goes_in_and_comes_out(runner: Runner) -> None:
+    result = await runner.execute("y = x + 1\nz = {1}", state={"x": 41})
+    assert result.variables == {"x": 41, "y": 42}
+    assert result.variables_left_out == {"z": "set is not JSON"}
+    assert (await runner.execute("y = 1", state={})).variables == {"y": 1}
+    assert (await runner.execute("y = 1")).variables is None
+
+
+async def test_output_is_passed_on_while_the_code_runs(runner: Runner, settings: Config) -> None:
+    class Go(Hears):
+        async def __call__(self, item: Text | Rich | Omitted) -> None:
+            await super().__call__(item)
+            go(settings)
+
+    hears = Go()
+    result = await runner.execute(f"{WAIT_FOR_GO}print('off')", on_output=hears)
+    assert hears.text == result.stdout == "on\noff\n"
+
+
+async def test_output_is_kept_within_its_limit_unless_it_is_only_streamed(settings: Config) -> None:
+    small = dataclasses.replace(settings, docker=dataclasses.replace(settings.docker, output_limit="1k"))
+    async with open_runner(small) as runner:
+        kept = await runner.execute("print('x' * 100_000)")
+        assert [type(item) for item in kept.output] == [Text, Omitted, Text]
+        assert len(kept.stdout) == 1024
+        hears = Hears()
+        streamed = await runner.execute("print('x' * 100_000)", on_output=hears, keep_output=False)
+        assert (len(hears.text), streamed.output) == (100_001, ())
+
+
+async def test_a_script_has_its_name_and_arguments(runner: Runner, settings: Config) -> None:
+    result = await runner.execute("import sys\n(sys.argv, __file__)", filename="a.py", arguments=["b"])
+    assert result.value == f"(['a.py', 'b'], '{settings.docker.working_dir}/a.py')"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"code": "x" * (256 << 10) + "x"}, "The code is 262145 bytes long; the limit is 262144."),
+        ({"code": "'\ud800'"}, "The code has lone surrogates"),
+        ({"session": ""}, "'' can't be a session's id: use 1 to 128 letters"),
+        ({"session": "../x"}, "'../x' can't be a session's id"),
+        ({"session": "x" * 129}, "can't be a session's id"),
+        ({"timeout": 0}, "A timeout of 0 seconds can't be: give a number above zero."),
+        ({"timeout": float("nan")}, "A timeout of nan seconds can't be"),
+        ({"timeout": float("inf")}, "A timeout of inf seconds can't be"),
+        ({"state": {"a b": 1}}, "state: 'a b' can't be the name of a variable."),
+        ({"state": {"__name__": 1}}, "state: '__name__' can't be the name of a variable."),
+        ({"state": {"x": {1}}}, "state: the variable x can't be passed: set is not JSON."),
+        ({"state": {"x": float("nan")}}, "state: the variable x can't be passed: nan is not JSON."),
+    ],
+)
+async def test_an_argument_that_can_not_be_is_refused_before_anything_starts(
+    runner: Runner, docker: FakeEngine, arguments: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        await runner.execute(**{"code": "", **arguments})
+    assert says in str(caught.value)
+    assert docker.log() == []
+
+
+# ── order ──
+
+
+async def test_calls_on_one_session_queue_in_order(runner: Runner, settings: Config) -> None:
+    ended: list[str] = []
+    hears = Hears()
+
+    async def call(name: str, code: str, on_output: Hears | None = None) -> None:
+        result = await runner.execute(code, session="s", on_output=on_output)
+        ended.append(f"{name} {result.value}")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call, "first", f"x = 1\n{WAIT_FOR_GO}x", hears)
+        await hears.first.wait()
+        tasks.start_soon(call, "second", "x += 1\nx")
+        await anyio.lowlevel.checkpoint()
+        tasks.start_soon(call, "third", "x += 1\nx")
+        await anyio.wait_all_tasks_blocked()
+        go(settings)
+    assert ended == ["first 1", "second 2", "third 3"]
+
+
+async def test_different_sessions_run_at_the_same_time(runner: Runner) -> None:
+    async with anyio.create_task_group() as tasks:
+        hears = Hears()
+        tasks.start_soon(lambda: runner.execute(WAIT_FOR_GO, session="a", on_output=hears))
+        await hears.first.wait()
+        result = await runner.execute("open('go', 'w').close()\n'went'", session="b")
+    assert result.value == "'went'"
+
+
+# ── interruption, time-out and death ──
+
+
+async def test_a_call_is_cancelled_in_the_middle_and_the_session_used_again(runner: Runner) -> None:
+    await runner.execute("x = 1", session="s")
+    hears = Hears()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: runner.execute("x = 2\nprint('on')\nwhile True: pass", session="s", on_output=hears))
+        await hears.first.wait()
+        tasks.cancel_scope.cancel()
+    result = await runner.execute("x", session="s")
+    assert (result.value, result.lost_before) == ("2", None)
+
+
+async def test_cancelling_code_that_does_not_stop_loses_the_variables_and_the_next_call_says_so(runner: Runner) -> None:
+    await runner.execute("x = 1", session="s")
+    hears = Hears()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: runner.execute(STUBBORN, session="s", on_output=hears))
+        await hears.first.wait()
+        tasks.cancel_scope.cancel()
+    result = await runner.execute("'x' in globals()", session="s")
+    assert result.value == "False"
+    assert result.lost_before == "a call was cancelled, and its code did not stop in time"
+    assert (await runner.execute("1", session="s")).lost_before is None
+
+
+async def test_a_call_that_waits_in_the_queue_can_be_cancelled(runner: Runner, settings: Config) -> None:
+    hears = Hears()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: runner.execute(f"{WAIT_FOR_GO}x = 1", session="s", on_output=hears))
+        await hears.first.wait()
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as waiting:
+                waiting.start_soon(lambda: runner.execute("x = 2", session="s"))
+                await anyio.wait_all_tasks_blocked()
+                scope.cancel()
+        go(settings)
+    assert (await runner.execute("x", session="s")).value == "1"
+
+
+async def test_an_interrupt_is_answered_with_a_result(runner: Runner) -> None:
+    interrupt = anyio.Event()
+
+    class Stop(Hears):
+        async def __call__(self, _item: Text | Rich | Omitted) -> None:
+            interrupt.set()
+
+    result = await runner.execute(
+        "x = 1\nprint('on')\nwhile True: pass", session="s", interrupt=interrupt, on_output=Stop()
+    )
+    assert (result.status, result.state, result.stdout) == ("cancelled", "preserved", "on\n")
+    assert result.exception is not None
+    assert (result.exception.type, result.exception.missing) == ("KeyboardInterrupt", None)
+
+
+async def test_a_time_out_keeps_the_variables_of_a_session_if_the_code_stops(runner: Runner) -> None:
+    result = await runner.execute("x = 1\nwhile True: pass", session="s", timeout=0.2)
+    assert (result.status, result.state) == ("timeout", "preserved")
+    assert result.message == "the code did not end within 0.2 seconds"
+    assert (await runner.execute("x", session="s")).value == "1"
+
+
+async def test_a_time_out_loses_them_if_it_does_not_and_the_next_call_works(runner: Runner) -> None:
+    result = await runner.execute(STUBBORN, session="s", timeout=0.2)
+    assert (result.status, result.state) == ("timeout", "lost")
+    assert (await runner.execute("1", session="s")).value == "1"
+
+
+async def test_a_sandbox_that_does_not_answer_is_removed(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "GRACE", 0.1)
+    monkeypatch.setattr(sandbox_runner, "SLACK", 0.1)
+    docker.script(run={"program": hostile("")})
+    result = await runner.execute("1", session="s", timeout=0.1)
+    assert (result.status, result.state) == ("timeout", "lost")
+    assert result.message is not None
+    assert result.message.startswith("the sandbox itself did not answer for 0.1 seconds after the time-out")
+    assert docker.containers() == []
+    docker.script(run={})
+    assert (await runner.execute("1", session="s")).value == "1"
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "message"),
+    [
+        ("import os; os._exit(3)", 3, "the code ended its own process with exit status 3"),
+        ("import ctypes; ctypes.string_at(0)", -11, "by SIGSEGV, a crash in native code"),
+        ("import os; os.kill(os.getpid(), 9)", -9, "the process that ran the code was killed by SIGKILL"),
+    ],
+)
+async def test_code_that_ends_its_process_is_told_how(runner: Runner, code: str, exit_code: int, message: str) -> None:
+    result = await runner.execute(code, session="s")
+    assert (result.status, result.state, result.exit_code) == ("died", "lost", exit_code)
+    assert result.message is not None
+    assert message in result.message
+    assert (await runner.execute("1", session="s")).value == "1"
+
+
+async def test_killing_the_command_line_under_a_running_call_does_not_lose_its_result(
+    runner: Runner, settings: Config
+) -> None:
+    class Kill(Hears):
+        async def __call__(self, _item: Text | Rich | Omitted) -> None:
+            if not self.first.is_set():
+                self.first.set()
+                os.kill(client(runner, "s"), signal.SIGKILL)
+                go(settings)
+
+    await runner.execute("x = 1", session="s")
+    result = await runner.execute(f"{WAIT_FOR_GO}print('off')\nx", session="s", on_output=Kill())
+    assert (result.status, result.state, result.value) == ("ok", "preserved", "1")
+    assert result.stdout.endswith("off\n")
+    assert (await runner.execute("x", session="s")).value == "1"
+
+
+async def test_killing_the_command_line_of_an_idle_session_loses_nothing(runner: Runner) -> None:
+    await runner.execute("x = 1", session="s")
+    os.kill(client(runner, "s"), signal.SIGKILL)
+    result = await runner.execute("x", session="s")
+    assert (result.value, result.state, result.lost_before) == ("1", "preserved", None)
+
+
+async def test_a_container_that_is_killed_between_calls_is_replaced_and_told_of(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    await runner.execute("x = 1", session="s")
+    sandbox = runner._sessions["s"].sandbox
+    assert sandbox
+    docker.run("kill", sandbox.name)
+    await sandbox.gone.wait()
+    result = await runner.execute("'x' in globals()", session="s")
+    assert (result.value, result.lost_before) == ("False", "its container ended")
+
+
+async def test_a_container_that_is_killed_under_a_call_is_told_of(runner: Runner, docker: FakeEngine) -> None:
+    class Kill(Hears):
+        async def __call__(self, _item: Text | Rich | Omitted) -> None:
+            docker.run("kill", *docker.containers())
+
+    result = await runner.execute(f"{WAIT_FOR_GO}", session="s", on_output=Kill())
+    assert (result.status, result.state, result.stdout) == ("died", "lost", "on\n")
+    assert result.message == "the container ended during the call (its process ended with exit status 137)"
+    assert (await runner.execute("1", session="s")).value == "1"
+
+
+async def test_a_container_that_does_not_start_is_an_error_in_the_engines_words(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    docker.script(
+        run={"exit": 125, "stderr": "docker: Error response from daemon: no space left.\nSee 'docker run'.\n"}
+    )
+    with pytest.raises(EngineError) as caught:
+        await runner.execute("1", session="s")
+    assert str(caught.value).startswith("A sandbox could not be started: ")
+    docker.script(run={})
+    assert (await runner.execute("1", session="s")).value == "1"
+
+
+async def test_an_image_without_python_is_an_error_in_the_engines_words(runner: Runner, docker: FakeEngine) -> None:
+    docker.script(run={"exit": 127, "stderr": 'exec: "python3": executable file not found in $PATH\n'})
+    with pytest.raises(EngineError, match=r'could not be started: exec: "python3": executable file not found'):
+        await runner.execute("1")
+
+
+# ── hostile sandboxes ──
+
+
+GREETING: dict[str, Any] = {
+    "id": "",
+    "kind": "ready",
+    "session": None,
+    "attached": True,
+    "owner": "",
+    "unread": None,
+    "packages": None,
+}
+GREETING |= {"busy": False, "age": 0, "idle": 0, "memory": None}
+DONE: dict[str, Any] = {
+    "kind": "done",
+    "status": "ok",
+    "lost": False,
+    "lost_before": None,
+    "wall": 0.1,
+    "cpu": 0,
+    "oom_kills": 0,
+}
+DONE |= {"memory": None, "files": [], "stale": [], "value": None}
+
+
+def hostile(answer: str) -> str:
+    """A program that greets as the supervisor does, then answers a request as it likes."""
+    return (
+        "import json, os, sys\n"
+        "def say(data):\n"
+        "    data = data if isinstance(data, bytes) else json.dumps(data).encode() + b'\\n'\n"
+        "    while data: data = data[os.write(1, data):]\n"
+        f"say({GREETING})\n"
+        f"done = {DONE}\n"
+        "for line in sys.stdin.buffer:\n"
+        '    if b\'{"op": "run"\' in line:\n'
+        "        me = json.loads(line[line.index(b'{\"op\": \"run\"'):])['id']\n"
+        "        done['id'] = me\n"
+        f"        {answer or 'pass'}\n"
+    )
+
+
+async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, docker: FakeEngine) -> None:
+    docker.script(
+        run={"program": hostile("say({'id': 'x', 'kind': 'done'}); say({**done, 'value': '1', 'value_length': 1})")}
+    )
+    assert (await runner.execute("1")).value == "1"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "say(b'x' * (2 << 20) + b'\\n')",
+        "say(b'no json\\n')",
+        "say(b'and I stay\\n'); import time; time.sleep(1000)",
+        "say(b'\\xff\\n')",
+        "say(b'[]\\n')",
+        "say(b'[' * 100_000 + b'\\n')",
+        "say({'id': me})",
+        "say({'id': me, 'kind': 'nonsense'})",
+        "say({'id': me, 'kind': 'stdout', 'text': 5})",
+        "say({'id': me, 'kind': 'stdout'})",
+        "say({'id': me, 'kind': 'omitted', 'bytes': '5'})",
+        "say({'id': me, 'kind': 'display', 'data': 'no json', 'is_value': False})",
+        "say({'id': me, 'kind': 'display', 'data': '[' * 100_000, 'is_value': False})",
+        "say({'id': me, 'kind': 'display', 'data': '{\"a\": 1}', 'is_value': False})",
+        "say({'id': me, 'kind': 'state', 'data': '[]', 'left_out': {}})",
+        "say({'id': me, 'kind': 'state', 'data': '{}', 'left_out': {'x': 1}})",
+        "say({'id': me, 'kind': 'done'})",
+        "say({**done, 'status': 'great'})",
+        "say({**done, 'wall': float('nan')})",
+        "say({**done, 'wall': -1})",
+        "say({**done, 'lost': 'no'})",
+        "say({**done, 'value': 5})",
+        "say({**done, 'exception': {'type': 'E'}})",
+        "[say({'id': me, 'kind': 'stdout', 'text': 'x' * 900_000}) for _ in range(20)]",
+    ],
+)
+async def test_what_no_supervisor_sends_ends_the_sandbox_and_nothing_else(
+    runner: Runner, docker: FakeEngine, answer: str
+) -> None:
+    docker.script(run={"program": hostile(answer)})
+    result = await runner.execute("1", session="s")
+    assert (result.status, result.state) == ("died", "lost")
+    assert result.message is not None
+    assert result.message.startswith("the container ended during the call (it sent what no supervisor sends: ")
+    await until(lambda: not docker.containers())
+    docker.script(run={})
+    assert (await runner.execute("1", session="s")).value == "1"
+
+
+@pytest.mark.parametrize("greeting", ["nonsense", '{"kind": 5}', '{"kind": "ready", "unread": 5}', '{"kind": "ready"}'])
+async def test_a_sandbox_that_does_not_greet_as_ours_do_is_refused(
+    runner: Runner, docker: FakeEngine, greeting: str
+) -> None:
+    docker.script(run={"program": f"print({greeting!r}, flush=True)\nimport sys\nsys.stdin.read()"})
+    with pytest.raises(EngineError, match="A sandbox could not be started"):
+        await runner.execute("1")
+    await until(lambda: not docker.containers())
+
+
+# ── sessions and other hosts ──
+
+
+async def test_a_session_is_found_again_by_the_next_runner(docker: FakeEngine, settings: Config) -> None:
+    async with open_runner(settings) as first:
+        await first.execute("x = 1", session="s")
+    async with open_runner(settings) as second:
+        (info,) = await second.list_sandboxes()
+        assert (info.session, info.attached, info.busy, info.owner) == ("s", False, False, first.owner)
+        result = await second.execute("x", session="s")
+        assert (result.value, result.state, result.lost_before) == ("1", "preserved", None)
+        assert await second.close_session("s")
+    assert docker.containers() == []
+
+
+async def test_a_session_in_use_by_another_program_is_left_alone(runner: Runner, settings: Config) -> None:
+    await runner.execute("x = 1", session="s")
+    async with open_runner(settings) as other:
+        with pytest.raises(SessionError, match="The session 's' is being used by another program on this host"):
+            await other.execute("x = 2", session="s")
+        with pytest.raises(SessionError, match="used by another program"):
+            await other.close_session("s")
+        (info,) = await other.list_sandboxes()
+        assert (info.session, info.attached, info.owner) == ("s", True, runner.owner)
+    assert (await runner.execute("x", session="s")).value == "1"
+
+
+async def test_the_end_of_a_call_whose_host_was_killed_is_told_to_the_next(settings: Config) -> None:
+    code = f"{WAIT_FOR_GO}print('off')\nx = 5\n7"
+    program = (
+        "import anyio\nfrom sandbox_runner import *\n"
+        "async def show(item): print(item.text, end='', flush=True)\n"
+        "async def main():\n"
+        f"    async with open_runner({settings!r}) as runner:\n"
+        f"        await runner.execute({code!r}, session='s', on_output=show)\n"
+        "anyio.run(main)"
+    )
+    folder = str(Path(sandbox_runner.__file__).parent)
+    with anyio.fail_after(30):
+        async with await anyio.open_process(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": folder}, stderr=None
+        ) as host:
+            assert host.stdout
+            assert await host.stdout.receive() == b"on\n"
+            host.kill()
+        async with open_runner(settings) as runner:
+            go(settings)
+            result = await runner.execute("x", session="s")
+    assert (result.value, result.lost_before) == ("5", None)
+    assert result.unread is not None
+    assert (result.unread.status, result.unread.value) == ("ok", "7")
+    assert result.unread.stdout.endswith("off\n")
+
+
+async def test_closing_a_session_ends_its_container(runner: Runner, docker: FakeEngine) -> None:
+    await runner.execute("x = 1", session="s")
+    assert await runner.close_session("s")
+    assert docker.containers() == []
+    assert not await runner.close_session("s")
+    assert (await runner.execute("'x' in globals()", session="s")).value == "False"
+
+
+async def test_an_error_inside_open_runner_comes_out_as_it_is(settings: Config) -> None:
+    async def fail() -> None:
+        async with open_runner(settings) as runner:
+            await runner.execute("1", session="s")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    async with open_runner(settings) as runner:
+        assert await runner.close_session("s")
+
+
+# ── engines ──
+
+NOT_RUNNING = json.dumps({"Client": {"ApiVersion": "1.41", "Version": "20.10.24"}, "Server": None})
+OLD = json.dumps({"Client": {"ApiVersion": "1.40"}, "Server": {"Version": "19.03.1"}})
+OLD_PODMAN = json.dumps({"Client": {"APIVersion": "3.0.1", "Version": "3.0.1"}})
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [
+        (
+            {"stdout": NOT_RUNNING, "stderr": "Cannot connect to the Docker daemon at unix:///x.\n", "exit": 1},
+            "is installed, but its engine does not answer: start Docker Desktop, .* It said: Cannot connect to",
+        ),
+        (
+            {"stdout": NOT_RUNNING, "stderr": "Got permission denied while trying to connect\n", "exit": 1},
+            r"may not be used by this user: add the user to the group docker .* It said: Got permission denied",
+        ),
+        ({"stdout": OLD}, "is docker 19.03.1, which is too old: version 20 or later is needed"),
+        ({"stdout": OLD_PODMAN}, "is podman 3.0.1, which is too old: version 4 or later is needed"),
+        ({"hang": True}, "hangs: `docker version` did not end within 0.3 seconds. Restart the engine it belongs to."),
+        ({"stdout": "a shim", "exit": 0}, ".* does not answer: .* It said: exit status 0"),
+        ({"stdout": "{}", "exit": 3}, ".* does not answer: .* It said: exit status 3"),
+        ({"stdout": "[]"}, ".* does not answer"),
+        ({"stdout": '{"Client": null}'}, ".* does not answer"),
+    ],
+)
+async def test_an_engine_that_can_not_be_used_is_told_in_one_sentence(
+    docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, version: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "ENGINE_TIMEOUT", 0.3 if "hang" in version else 30)
+    docker.script(version=version)
+    with pytest.raises(EngineError, match=f"^{docker.command} {says}"):
+        await find_engine(docker.command)
+
+
+async def test_no_engine_at_all_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sandbox_runner, "USUAL_PLACES", [])
+    with pytest.raises(EngineError, match=r"^No container engine was found: install Docker \(https://docs"):
+        await find_engine()
+    with pytest.raises(EngineError, match=r"^docker\.command is 'dokcer', but there is no such program"):
+        await find_engine("dokcer")
+
+
+async def test_an_engine_is_found_in_the_usual_places_when_path_is_short(
+    docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sandbox_runner, "USUAL_PLACES", [str(docker.folder)])
+    assert (await find_engine()).command == docker.command
+
+
+async def test_podman_is_taken_if_docker_does_not_answer(
+    docker: FakeEngine, make_fake_engine: Callable[[str], FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    podman = make_fake_engine("podman")
+    monkeypatch.setenv("PATH", f"{docker.folder}:{podman.folder}:{os.environ['PATH']}")
+    assert (await find_engine()).kind == "docker"
+    docker.script(version={"stdout": NOT_RUNNING, "exit": 1})
+    assert await find_engine() == Engine(podman.command, "podman", "4.3.1")
+
+
+async def test_a_command_named_docker_may_be_podman(docker: FakeEngine) -> None:
+    docker.script(version={"stdout": json.dumps({"Client": {"APIVersion": "4.3.1", "Version": "4.3.1"}})})
+    assert (await find_engine()).kind == "podman"
+
+
+async def test_an_engine_that_was_down_is_looked_for_again(runner: Runner, docker: FakeEngine) -> None:
+    docker.script(version={"stdout": NOT_RUNNING, "exit": 1})
+    with pytest.raises(EngineError):
+        await runner.execute("1")
+    docker.script(version={})
+    assert (await runner.execute("1")).value == "1"
+
+
+async def test_engine_commands_get_what_they_need_of_the_environment_and_no_secrets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///somewhere")
+    for secret in ("AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(secret, "http://user:password@proxy")
+    show = "import os; print(*sorted(os.environ.items()))"
+    _, output, _ = await run_command([sys.executable, "-c", show], 20)
+    assert "DOCKER_HOST" in output
+    assert "password" not in output
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", ""),
+        ("a\nb\n\n", "b"),
+        ("pulling\rdone\r", "done"),
+        ("x\x1b[31mred\x07", "x [31mred"),
+        ("word " * 200, "word " * 58 + "word …"),
+    ],
+)
+def test_the_last_line_that_an_engine_says_is_made_fit_to_show(text: str, line: str) -> None:
+    assert last_line(text) == line
+
+
+# ── image ──
+
+
+async def image(runner: Runner) -> Image:
+    await runner.execute("1")
+    assert runner.image
+    return runner.image
+
+
+def with_image(runner: Runner, name: str) -> None:
+    runner.config = dataclasses.replace(runner.config, docker=dataclasses.replace(runner.config.docker, image=name))
+
+
+async def test_an_image_that_is_there_is_used_without_pulling(runner: Runner, docker: FakeEngine) -> None:
+    assert ((await image(runner)).name, (await image(runner)).origin) == (DockerConfig.image, "present")
+    assert docker.log("pull") == []
+
+
+async def test_an_image_that_is_not_there_is_pulled(runner: Runner, docker: FakeEngine) -> None:
+    docker.script(images=[], pull={"exit": 0, "stderr": "Pulling fs layer\n"})
+    with_image(runner, "python:3.13")
+    assert (await image(runner)).origin == "pulled"
+    assert docker.log("pull") == [["pull", "python:3.13"]]
+    assert "python:3.13" in docker.log("run")[0]
+
+
+async def test_an_image_that_can_not_be_pulled_is_told_with_the_engines_reason(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    docker.script(images=[])
+    with_image(runner, "example.org/none:1")
+    with pytest.raises(
+        ImageError, match=r"^The image example.org/none:1 is not here and can't be pulled: .*manifest unknown"
+    ):
+        await runner.execute("1")
+    assert docker.log("run") == []
+
+
+async def test_the_default_image_is_replaced_by_one_from_this_python_that_is_there_already(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    docker.script(images=[host_image_name()])
+    assert (await image(runner)).name == host_image_name()
+    assert docker.log("pull") == docker.log("import") == []
+
+
+async def test_the_default_image_that_can_not_be_pulled_is_made_from_this_python(
+    runner: Runner, docker: FakeEngine, tripwire: FakeProcess
+) -> None:
+    tripwire.pass_command(["ldd", tripwire.any()])
+    docker.script(images=[])
+    assert (await image(runner)).origin == "made from this host's Python"
+    assert docker.log("import")[0][-2:] == ["-", host_image_name()]
+
+
+async def test_an_image_that_can_not_be_made_is_told_with_the_engines_reason(
+    runner: Runner, docker: FakeEngine, tripwire: FakeProcess
+) -> None:
+    tripwire.pass_command(["ldd", tripwire.any()])
+    docker.script(images=[], **{"import": {"exit": 1, "stderr": "no space left on device\n"}})
+    with_image(runner, "host")
+    with pytest.raises(ImageError, match=r"can't be made from this host's Python: .*no space left on device"):
+        await runner.execute("1")
+
+
+# ── the engine's command line ──
+
+
+def arguments(kind: Any, **docker: Any) -> list[str]:
+    engine = Engine("/bin/x", kind, "1")
+    config = Config(docker=DockerConfig(**docker))
+    return engine.sandbox_arguments("NAME", Image("IMAGE", "sha256:0123456789abcdef", "present"), config, "OWNER")
+
+
+@pytest.mark.parametrize("kind", ["docker", "podman", "nerdctl"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--interactive",
+        "--rm",
+        "--pull=never",
+        "--name=NAME",
+        "--label=python-docker-mcp.sandbox.owner=OWNER",
+        "--network=none",
+        "--read-only",
+        "--memory=268435456",
+        "--memory-swap=268435456",
+        "--cpus=0.5",
+        "--pids-limit=256",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        "--user=65534:65534",
+        "--workdir=/app",
+        "--env=HTTPS_PROXY=",
+        "--entrypoint=python3",
+    ],
+)
+def test_every_sandbox_is_locked_down(kind: str, flag: str) -> None:
+    options = arguments(kind)
+    assert flag in options[: options.index("--")]
+
+
+def test_the_image_comes_after_all_options() -> None:
+    options = arguments("docker", image="x")
+    assert options[options.index("--") + 1 : -1] == ["IMAGE", "-I", "-c"]
+
+
+def test_root_and_working_directory_are_writable_only_within_limits() -> None:
+    mounts = [flag for flag in arguments("docker", disk_limit="1m", working_dir="/w") if flag.startswith("--tmpfs=")]
+    assert [mount.partition("=")[2].partition(":")[0] for mount in mounts] == ["/tmp", "/w"]
+    assert all("size=1048576" in mount and "nosuid" in mount and "nodev" in mount for mount in mounts)
+
+
+def test_podman_is_told_what_docker_does_not_know() -> None:
+    only_podman = {"--read-only-tmpfs=false", "--http-proxy=false"}
+    assert only_podman <= set(arguments("podman"))
+    assert not only_podman & set(arguments("docker"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"), [({"network_disabled": False}, "--network=none"), ({"read_only": False}, "--read-only")]
+)
+def test_a_restriction_that_is_switched_off_is_not_there(setting: dict[str, bool], flag: str) -> None:
+    assert flag not in arguments("docker", **setting)
+
+
+def test_runtime_and_mounts_are_passed_on(tmp_path: Path) -> None:
+    options = arguments("docker", runtime="runsc", mounts=(f"{tmp_path}:/data",))
+    assert "--runtime=runsc" in options
+    assert any(option.startswith(f"--mount=type=bind,source={tmp_path},target=/data,r") for option in options)
+
+
+# ── advice and output ──
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "code", "hint"),
+    [
+        (
+            "ModuleNotFoundError",
+            "cv2",
+            "",
+            "cv2 is not installed. Install it with install-package: the package is called opencv",
+        ),
+        ("ModuleNotFoundError", "rich.text", "", "rich is not installed. Install it with install-package."),
+        ("ModuleNotFoundError", "tkinter", "", "tkinter belongs to Python's standard library, but"),
+        ("SyntaxError", None, "!pip install x", "Packages are not installed from code here: use install-package"),
+        ("SyntaxError", None, "%pip install x", "Packages are not installed from code here: use install-package"),
+        ("SyntaxError", None, "!ls -l", "Shell commands are not part of Python: use subprocess"),
+        ("SyntaxError", None, "%matplotlib inline", "IPython's magic commands are not available here"),
+        ("SyntaxError", None, "x = = 1", None),
+        ("ValueError", None, "!pip", None),
+    ],
+)
+def test_a_failure_with_a_usual_cause_has_a_hint(kind: str, missing: str | None, code: str, hint: str | None) -> None:
+    advice = advise(ExceptionInfo(kind, "", 1, "", missing), code)
+    assert advice == hint if hint is None else (advice or "").startswith(hint)
+
+
+def test_neighbouring_pieces_of_a_stream_are_joined() -> None:
+    rich = Rich({"text/plain": "x"})
+    pieces: list[Text | Rich | Omitted] = [
+        Text("stdout", "a"),
+        Text("stdout", "b"),
+        rich,
+        rich,
+        Text("stderr", "c"),
+        Omitted(1),
+        Text("stderr", "d"),
+    ]
+    assert merge(pieces) == (Text("stdout", "ab"), rich, rich, Text("stderr", "c"), Omitted(1), Text("stderr", "d"))

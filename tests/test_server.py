@@ -1,0 +1,1001 @@
+"""The MCP server as clients and models meet it: its results, in memory, over standard streams, on real engines."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import mcp_types as types
+import pytest
+from anyio.streams.buffered import BufferedByteReceiveStream
+from conftest import FakeEngine
+from mcp import Client, StdioServerParameters
+from mcp.shared.exceptions import MCPError
+from test_packages import Index, fill
+
+import python_docker_mcp
+import sandbox_runner
+from python_docker_mcp import (
+    IMAGE_LIMIT,
+    OUTPUT_BUDGET,
+    STATE_BUDGET,
+    Shelf,
+    as_shown,
+    describe,
+    instructions,
+    main,
+    make_server,
+    measure,
+    new_session_id,
+    render,
+    render_installation,
+    telling_form,
+)
+from sandbox_runner import (
+    Config,
+    DockerConfig,
+    ExceptionInfo,
+    FileInfo,
+    Installation,
+    Omitted,
+    PackageConfig,
+    PoolConfig,
+    Result,
+    Rich,
+    SessionConfig,
+    Text,
+    open_runner,
+)
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 60  # seconds until a test that waits for something has failed
+ERAS = ["legacy", "auto"]  # a handshake by `initialize`; `server/discover`, as of 2026-07-28
+TOOLS = ["execute-transient", "execute-persistent", "install-package", "cleanup-session"]
+FACTORIAL = """
+def factorial(n):
+    return 1 if n == 0 else n * factorial(n - 1)
+
+print(factorial(5))
+"""
+
+
+def text_of(result: types.CallToolResult) -> str:
+    """All text of a result."""
+    return "\n".join(block.text for block in result.content if isinstance(block, types.TextContent))
+
+
+def kinds(result: types.CallToolResult) -> list[str]:
+    """What sorts of blocks a result has."""
+    return [block.type for block in result.content]
+
+
+# ── what a result looks like ──
+
+
+def test_what_a_call_printed_and_its_value_come_as_one_text() -> None:
+    result = render(Result("ok", output=(Text("stdout", "one\ntwo\n"),), value="42"))
+    assert kinds(result) == ["text"]
+    assert text_of(result) == "one\ntwo\n\nValue: 42"
+    assert not result.is_error
+
+
+def test_standard_error_is_marked_as_such_and_kept_in_order() -> None:
+    output = (Text("stdout", "a\n"), Text("stderr", "careful"), Text("stdout", "b\n"))
+    result = render(Result("ok", output=output))
+    assert text_of(result) == "a\n[stderr]\ncareful\n[stdout]\nb"
+    assert result.structured_content["stdout"] == "a\nb\n"
+    assert result.structured_content["stderr"] == "careful"
+
+
+def test_a_call_without_anything_to_see_says_so() -> None:
+    assert text_of(render(Result("ok"))) == "(no output)"
+
+
+def test_an_error_is_told_first_with_its_line_and_then_its_traceback() -> None:
+    error = ExceptionInfo("ValueError", "no\nreally", 3, "Traceback …\nValueError: no\nreally\n")
+    result = render(Result("error", output=(Text("stdout", "before\n"),), exception=error, hint="Do better."))
+    assert text_of(result) == (
+        "Failed on line 3: ValueError: no\n\nbefore\n\nTraceback …\nValueError: no\nreally\n\nHint: Do better."
+    )
+    assert result.is_error
+    assert result.structured_content["error"]["line"] == 3
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (Result("timeout", message="the code did not end", session="s", state="preserved"), "Timed out: the code did"),
+        (Result("out_of_memory", message="too much"), "Out of memory: too much."),
+        (Result("died", message="killed by SIGSEGV"), "Crashed: killed by SIGSEGV."),
+        (Result("cancelled"), "Cancelled: the code was stopped."),
+        (Result("error", exit_code=3, exception=ExceptionInfo("SystemExit", "3", 1, "…")), "exited with status 3."),
+    ],
+)
+def test_whatever_is_not_ok_is_an_error_and_says_what_happened(result: Result, words: str) -> None:
+    rendered = render(result)
+    assert rendered.is_error
+    assert words in text_of(rendered)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (Result("timeout", session="s", state="preserved"), "Session: s (its variables are kept)"),
+        (Result("died", session="s", state="lost"), "Session: s (its variables, functions and imports are lost"),
+        (Result("ok", session="s", state="preserved"), "Session: s"),
+    ],
+)
+def test_what_became_of_a_sessions_variables_is_said(result: Result, words: str) -> None:
+    rendered = render(result)
+    assert text_of(rendered).splitlines()[-1].startswith(words)
+    assert rendered.structured_content["session_state"] == result.state
+
+
+def test_an_id_that_was_made_up_is_told_with_what_to_do_with_it() -> None:
+    result = render(Result("ok", session="bera-supa-varo", state="preserved"), new_session=True)
+    assert 'pass session_id "bera-supa-varo"' in text_of(result)
+    assert result.structured_content["session_id"] == "bera-supa-varo"
+
+
+def test_what_happened_between_two_calls_is_told_before_the_output() -> None:
+    unread = Result("ok", output=(Text("stdout", "late\n"),), value="7")
+    now = (Text("stdout", "now\n"),)
+    result = render(Result("ok", output=now, lost_before="killed", unread=unread, earlier="tick\n", session="s"))
+    places = [text_of(result).index(words) for words in ("had been lost", "late\n\nValue: 7", "tick", "now")]
+    assert places == sorted(places)
+
+
+def test_long_output_keeps_head_and_tail_and_says_how_much_is_missing_and_where_it_is() -> None:
+    lines = "".join(f"line {number}\n" for number in range(20_000))
+    result = render(Result("ok", output=(Text("stdout", lines),), session="s"), kept="session://s/output/1")
+    text = text_of(result)
+    assert text.startswith("line 0\n")
+    assert "line 19999\n" in text
+    assert f"[… {len(lines) - OUTPUT_BUDGET} characters left out …]" in text
+    assert "session://s/output/1" in text
+    assert len(text) < OUTPUT_BUDGET + 1000
+    assert len(result.structured_content["stdout"]) < OUTPUT_BUDGET + 100
+
+
+def test_a_gap_across_pieces_keeps_the_images_between_them() -> None:
+    output = (Text("stdout", "a" * 40_000), Rich({"image/png": picture(8, 8)}), Text("stderr", "b" * 40_000))
+    result = render(Result("ok", output=output))
+    assert kinds(result) == ["text", "image", "text"]
+    assert text_of(result).count("left out") == 1
+
+
+def test_output_that_the_sandbox_left_out_is_told() -> None:
+    output = (Text("stdout", "a\n"), Omitted(123), Text("stdout", "z\n"))
+    assert "[… 123 bytes left out …]" in text_of(render(Result("ok", output=output)))
+
+
+def picture(width: int, height: int) -> str:
+    """The beginning of a PNG file, in base64: enough to tell its size."""
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height)).decode()
+
+
+def test_images_stand_where_they_appeared_and_nothing_replaces_them() -> None:
+    output = (
+        Text("stdout", "one\n"),
+        Rich({"text/plain": "<Figure>", "image/png": picture(640, 480)}),
+        Text("stdout", "two\n"),
+        Rich({"image/png": picture(8, 8)}, is_value=True),
+    )
+    result = render(Result("ok", output=output, value="<Figure>"))
+    assert kinds(result) == ["text", "image", "text", "image"]
+    assert text_of(result) == "one\ntwo"
+    assert result.structured_content is None  # clients show it instead of the content, and images would be lost
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (picture(2001, 10), "2001 x 10 pixels left out"),
+        (base64.b64encode(b"no image").decode(), "not an image"),
+        ("!", "not an image"),
+        (base64.b64encode(b"\xff\xd8\xff").decode(), "not an image"),
+    ],
+)
+def test_an_image_that_would_break_the_clients_conversation_is_replaced_by_a_note(data: str, words: str) -> None:
+    result = render(Result("ok", output=(Rich({"image/png": data}),)))
+    assert kinds(result) == ["text"]
+    assert words in text_of(result)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (base64.b64decode(picture(3, 5)), ("image/png", 3, 5)),
+        (b"GIF89a" + struct.pack("<HH", 3, 5), ("image/gif", 3, 5)),
+        (
+            b"\xff\xd8\xff\xe0\0\4ab\xff\xc4\0\3c\xff\xc2\0\x0b\x08" + struct.pack(">HH", 5, 3) + bytes(9),
+            ("image/jpeg", 3, 5),
+        ),
+        (b"RIFF....WEBPVP8X" + bytes(8) + b"\2\0\0\4\0\0", ("image/webp", 3, 5)),
+        (b"RIFF....WEBPVP8L" + bytes(4) + b"\x2f" + struct.pack("<I", 2 | 4 << 14), ("image/webp", 3, 5)),
+        (b"RIFF....WEBPVP8 " + bytes(10) + struct.pack("<HH", 3, 5), ("image/webp", 3, 5)),
+    ],
+)
+def test_an_images_true_type_and_size_are_read_from_its_data(data: bytes, expected: tuple[str, int, int]) -> None:
+    assert measure(data) == expected
+
+
+def test_the_type_of_an_image_is_what_it_is_not_what_it_claims() -> None:
+    result = render(Result("ok", output=(Rich({"image/jpeg": picture(8, 8)}),)))
+    assert isinstance(result.content[0], types.ImageContent)
+    assert result.content[0].mime_type == "image/png"
+
+
+def test_no_more_images_than_a_conversation_bears() -> None:
+    result = render(Result("ok", output=(Rich({"image/png": picture(8, 8)}),) * (IMAGE_LIMIT + 5)))
+    assert kinds(result).count("image") == IMAGE_LIMIT
+    assert text_of(result).count("left out") == 5
+
+
+def test_a_result_stays_below_a_megabyte_whatever_it_holds() -> None:
+    heavy = base64.b64encode(base64.b64decode(picture(100, 100)) + os.urandom(400_000)).decode()
+    error = ExceptionInfo("E", "\x01" * 4000, 1, "\x01" * 16_000)
+    result = Result(
+        "error",
+        output=(Text("stdout", "\x01" * 100_000), Rich({"image/png": heavy}), Rich({"image/png": heavy})),
+        value="\x01" * 32_000,
+        exception=error,
+        variables={str(number): "😀" * 10_000 for number in range(50)},
+        files=tuple(FileInfo(f"{number}", 1) for number in range(100)),
+        contents={str(number): b'"' * 60_000 for number in range(4)},
+    )
+    for rendered in (render(result), render(dataclasses.replace(result, output=(), contents={}))):
+        assert len(rendered.model_dump_json()) < 1_000_000
+
+
+def test_what_the_wire_can_not_carry_is_replaced() -> None:
+    result = render(Result("ok", output=(Text("stdout", "a\ud800b"),), value="\udfff", variables={"x": "\ud800"}))
+    result.model_dump_json().encode()
+    assert "a?b" in text_of(result)
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("10%\r20%\r30%\ndone\n", "30%\ndone\n"),
+        ("10%\r20%\r", "20%"),
+        ("a\r\nb\r\n", "a\nb\n"),
+        ("\x1b]8;;http://x\x07link\x1b]8;;\x07", "link"),
+    ],
+)
+def test_text_is_shown_as_a_terminal_would_leave_it(written: str, shown: str) -> None:
+    assert as_shown(written) == shown
+
+
+@pytest.mark.parametrize("text", ["a", "\r", "a\r", "\x1b[", "\x1b]", "\x1b[0"])
+def test_no_output_is_expensive_to_show(text: str) -> None:
+    """In quadratic time this would take hours."""
+    assert len(as_shown(text * 1_000_000)) <= len(text) * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("forms", "shown"),
+    [
+        ({"text/plain": "   a\n0  1", "text/html": "<table>"}, "   a\n0  1"),
+        ({"text/plain": "<H object at 0x7f>", "text/html": "<b>hi</b>"}, "<b>hi</b>"),
+        ({"text/plain": "<M object>", "text/html": "<b>", "text/markdown": "# hi"}, "# hi"),
+        ({"text/plain": "<thing>"}, "<thing>"),
+    ],
+)
+def test_of_a_values_forms_the_telling_one_is_shown(forms: Mapping[str, str], shown: str) -> None:
+    assert telling_form(forms) == shown
+    result = render(Result("ok", output=(Rich(forms, is_value=True),), value=forms["text/plain"]))
+    assert result.structured_content["value"] == shown
+
+
+def test_the_state_comes_back_as_json_and_as_data() -> None:
+    left_out = {"f": "set is not JSON"}
+    result = render(Result("ok", variables={"x": None, "y": [1, "é"]}, variables_left_out=left_out))
+    assert 'State: {"x": null, "y": [1, "é"]}' in text_of(result)
+    assert "Not in the state: f (set is not JSON)" in text_of(result)
+    assert result.structured_content["state"] == {"x": None, "y": [1, "é"]}
+
+
+def test_of_a_state_that_is_too_large_the_small_variables_come_and_the_large_are_named() -> None:
+    result = render(Result("ok", variables={"big": "x" * STATE_BUDGET, "small": 1}))
+    assert result.structured_content["state"] == {"small": 1}
+    assert "big (100.0 kB of JSON)" in text_of(result)
+
+
+def test_a_sessions_files_are_named_and_linked() -> None:
+    result = render(Result("ok", session="s", state="preserved", files=(FileInfo("out/a b.csv", 1234),)))
+    assert "session://s/files/PATH: out/a b.csv (1.2 kB)" in text_of(result)
+    (link,) = [block for block in result.content if isinstance(block, types.ResourceLink)]
+    assert (link.uri, link.mime_type, link.size) == ("session://s/files/out/a%20b.csv", "text/csv", 1234)
+    assert result.structured_content["files"][0]["uri"] == link.uri
+
+
+def test_a_transient_calls_small_files_come_with_the_result_and_of_the_others_it_is_said_that_they_are_gone() -> None:
+    files = (FileInfo("a.txt", 2), FileInfo("b.bin", 3), FileInfo("big.bin", 10**6))
+    result = render(Result("ok", files=files, contents={"a.txt": b"hi", "b.bin": b"\0\1\2"}))
+    resources = [block.resource for block in result.content if isinstance(block, types.EmbeddedResource)]
+    assert [type(resource).__name__ for resource in resources] == ["TextResourceContents", "BlobResourceContents"]
+    assert "big.bin (1.0 MB). To keep files, use execute-persistent." in text_of(result)
+    assert result.structured_content is None
+
+
+def test_an_installation_tells_what_is_there_now_or_why_it_is_not() -> None:
+    done = render_installation(Installation(True, "Installed x 1.0: can be imported", (("x", "1.0"),)), "s")
+    assert text_of(done) == "Installed x 1.0: can be imported."
+    assert done.structured_content["installed"] == [{"name": "x", "version": "1.0"}]
+    assert done.structured_content["session_id"] == "s"
+    failed = render_installation(Installation(False, "x could not be installed", (), "error: no x", "Try y."), None)
+    assert failed.is_error
+    assert text_of(failed) == "x could not be installed.\n\nerror: no x\n\nHint: Try y."
+
+
+def test_kept_output_is_bounded_for_a_session_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_docker_mcp, "OUTPUT_KEPT", 100_000)
+    monkeypatch.setattr(python_docker_mcp, "OUTPUT_KEPT_ALL", 150_000)
+    shelf = Shelf()
+
+    def keep(session: str) -> str | None:
+        return shelf.add(Result("ok", output=(Text("stdout", "x" * 60_000),), session=session))
+
+    first, second = keep("a"), keep("a")
+    assert list(shelf.outputs) == [second]
+    assert [keep("b"), keep("c")] == list(shelf.outputs)[-2:]
+    assert first not in shelf.outputs
+    assert second not in shelf.outputs
+    shelf.clear("b")
+    assert {session for session, _ in shelf.outputs.values()} == {"c"}
+
+
+def test_ids_that_are_made_up_are_fit_for_use_and_differ() -> None:
+    made = {new_session_id() for _ in range(100)}
+    assert len(made) == 100
+    assert all(re.fullmatch(r"[a-z]{4}(-[a-z]{4}){2}", name) for name in made)
+
+
+# ── what is offered ──
+
+
+def test_each_tool_has_exactly_the_parameters_of_the_contract() -> None:
+    schemas = {name: describe(tool, Config()).input_schema for name, tool in python_docker_mcp.TOOLS.items()}
+    assert list(schemas) == TOOLS
+    assert [(list(schema["properties"]), schema["required"]) for schema in schemas.values()] == [
+        (["code", "state", "timeout"], ["code"]),
+        (["code", "session_id", "timeout"], ["code"]),
+        (["package_name", "session_id"], ["package_name"]),
+        (["session_id"], ["session_id"]),
+    ]
+    for schema in schemas.values():
+        assert set(schema) == {"type", "properties", "required", "additionalProperties"}
+        assert schema["additionalProperties"] is False
+        for about in schema["properties"].values():
+            assert isinstance(about["type"], str)
+            assert about["description"]
+            assert "title" not in about
+
+
+def test_descriptions_tell_the_limits_that_are_configured() -> None:
+    docker = DockerConfig(memory_limit="1g", timeout=12, max_timeout=99, network_disabled=False)
+    config = Config(docker=docker, allowed_modules=("math",), blocked_modules=("os",))
+    tool = describe(python_docker_mcp.TOOLS["execute-transient"], config)
+    for words in ("12 seconds (up to 99", "1g of memory", "network allowed", "only math", "may not import os"):
+        assert words in str(tool.description)
+        assert words in instructions(config)
+    assert tool.input_schema["properties"]["timeout"]["maximum"] == 99
+    assert tool.annotations is not None
+    assert tool.annotations.open_world_hint
+
+
+# ── in memory ──
+
+
+@pytest.fixture
+def config(docker: FakeEngine, tmp_path: Path) -> Config:
+    """Settings for the fake engine, with a working directory that exists."""
+    work = tmp_path / "work"
+    work.mkdir()
+    return Config(
+        docker=DockerConfig(command=docker.command, working_dir=str(work)),
+        package=PackageConfig(preinstalled=()),
+        pool=PoolConfig(enabled=False),
+    )
+
+
+@asynccontextmanager
+async def connected(config: Config, mode: str = "auto") -> AsyncIterator[Client]:
+    """A client of a server in this process."""
+    with anyio.fail_after(PATIENCE):
+        async with open_runner(config) as runner, Client(make_server(runner), mode=mode) as client:
+            yield client
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_a_client_of_either_era_is_told_what_there_is(config: Config, era: str) -> None:
+    async with connected(config, era) as client:
+        tools = (await client.list_tools()).tools
+        assert [tool.name for tool in tools] == TOOLS
+        assert all(tool.description and tool.icons and tool.annotations and not tool.output_schema for tool in tools)
+        assert all(name in str(client.instructions) for name in TOOLS)
+        assert client.server_info
+        assert client.server_info.name == "python-docker-mcp"
+        assert client.server_info.version == sandbox_runner.__version__
+        templates = (await client.list_resource_templates()).resource_templates
+        assert [template.uri_template.partition("{?")[0] for template in templates] == [
+            "session://{session_id}/files/{+path}",
+            "session://{session_id}/output/{number}",
+        ]
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_a_client_of_either_era_runs_code_with_state_and_in_sessions(config: Config, era: str) -> None:
+    async with connected(config, era) as client:
+        once = await client.call_tool("execute-transient", {"code": f"x += 1\n{FACTORIAL}", "state": {"x": 41}})
+        assert text_of(once) == '120\n\nState: {"x": 42}'
+        first = await client.call_tool("execute-persistent", {"code": "def add(a, b):\n    return a + b"})
+        session = first.structured_content["session_id"]
+        second = await client.call_tool("execute-persistent", {"code": "add(2, 3)", "session_id": session})
+        assert text_of(second) == f"Value: 5\n\nSession: {session}"
+        ended = await client.call_tool("cleanup-session", {"session_id": session})
+        assert not ended.is_error
+        again = await client.call_tool("cleanup-session", {"session_id": session})
+        assert again.is_error
+        assert text_of(again).startswith(f"There is no session '{session}'")
+
+
+async def test_a_transient_call_tells_its_variables_unasked_as_long_as_they_are_few(config: Config) -> None:
+    async with connected(config) as client:
+        result = await client.call_tool("execute-transient", {"code": "x = 1\ny = 'y' * 9999\nz = {1}"})
+        assert text_of(result) == '(no output)\n\nState: {"x": 1}\n\nNot in the state: y (10.0 kB of JSON)'
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("execute-transient", {}, "execute-transient needs the parameter code: Python source code."),
+    ("execute-transient", {"cod": "1"}, "execute-transient has no parameter 'cod': did you mean code?"),
+    ("execute-persistent", {"code": "1", "sesion_id": "x"}, "has no parameter 'sesion_id': did you mean session_id?"),
+    ("execute-transient", {"code": "1", "session_id": "x"}, "code, state, timeout. Did you mean execute-persistent?"),
+    ("execute-transient", {"code": "1", "zzz": 1}, "'zzz': its parameters are code, state, timeout."),
+    ("execute-transient", {"code": 1}, "code must be text, not a number."),
+    ("execute-transient", {"code": " \n"}, "code is empty; pass this: Python source code."),
+    ("execute-transient", {"code": "#" * 300_000}, "The code is 300000 bytes long; the limit is 262144."),
+    ("execute-transient", {"code": "1", "state": "{}"}, 'state must be an object such as {"x": 1}, not text.'),
+    ("execute-transient", {"code": "1", "state": {"a b": 1}}, "'a b' can't be the name of a variable."),
+    ("execute-transient", {"code": "1", "timeout": "5"}, "timeout must be a number, not text."),
+    ("execute-transient", {"code": "1", "timeout": 0}, "timeout is 0: it must be a number of seconds above 0."),
+    ("execute-persistent", {"code": "1", "timeout": 999}, "A timeout of 999 seconds is more than the 300 allowed"),
+    ("execute-persistent", {"code": "1", "session_id": "a b"}, "'a b' can't be a session_id: use 1 to 128 letters"),
+    ("execute-persistent", {"code": "1", "session_id": "x" * 129}, "can't be a session_id"),
+    ("install-package", {"package_name": "-r x"}, "'-r x' is not a package's name"),
+    ("install-package", {"package_name": ["x"]}, "package_name must be text, not an array."),
+    ("cleanup-session", {"session_id": ""}, "'' can't be a session_id"),
+]
+
+
+async def test_what_is_wrong_with_an_argument_is_said_in_the_result_and_nothing_is_started(
+    config: Config, docker: FakeEngine
+) -> None:
+    async with connected(config) as client:
+        for tool, arguments, words in BAD:
+            result = await client.call_tool(tool, arguments)
+            assert result.is_error
+            assert words in text_of(result)
+    assert not docker.log("run")
+
+
+async def test_null_for_what_may_be_left_out_is_as_if_it_were(config: Config) -> None:
+    async with connected(config) as client:
+        arguments: dict[str, Any] = {"code": "1", "session_id": None, "timeout": None}
+        assert not (await client.call_tool("execute-persistent", arguments)).is_error
+
+
+async def test_a_tool_that_does_not_exist_is_a_protocol_error_that_names_those_that_do(config: Config) -> None:
+    async with connected(config) as client:
+        with pytest.raises(MCPError, match="There is no tool 'execute': the tools are execute-transient, "):
+            await client.call_tool("execute", {})
+
+
+async def test_without_an_engine_the_server_is_there_says_so_and_works_as_soon_as_it_is(
+    config: Config, docker: FakeEngine
+) -> None:
+    docker.script(version={"exit": 1, "stderr": "Cannot connect to the Docker daemon"})
+    async with connected(config) as client:
+        assert (await client.list_tools()).tools
+        failed = await client.call_tool("execute-transient", {"code": "1"})
+        assert failed.is_error
+        assert "its engine does not answer: start Docker Desktop" in text_of(failed)
+        docker.script(version={})
+        assert text_of(await client.call_tool("execute-transient", {"code": "1"})) == "Value: 1"
+
+
+class Listener:
+    """Takes progress notifications, and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.counts: list[float] = []
+        self.messages: list[str] = []
+        self._news = anyio.Event()
+
+    async def __call__(self, progress: float, total: float | None, message: str | None) -> None:  # noqa: ARG002
+        """Take one."""
+        self.counts.append(progress)
+        self.messages.append(message or "")
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def wait_for(self, words: str) -> None:
+        """Return as soon as there was one with these words."""
+        while not any(words in message for message in self.messages):
+            await self._news.wait()
+
+
+async def start(
+    tasks: anyio.abc.TaskGroup, client: Client, tool: str, listener: Listener, **arguments: Any
+) -> anyio.CancelScope:
+    """Make a call in the background; cancelling the scope cancels it."""
+    scope = anyio.CancelScope()
+
+    async def call() -> None:
+        with scope:
+            await client.call_tool(tool, arguments, progress_callback=listener)
+
+    tasks.start_soon(call)
+    return scope
+
+
+async def test_a_call_that_waits_for_an_image_tells_what_it_waits_for(config: Config, docker: FakeEngine) -> None:
+    docker.script(pull={"hang": True})
+    config = dataclasses.replace(config, docker=dataclasses.replace(config.docker, image="elsewhere:1"))
+    async with connected(config) as client, anyio.create_task_group() as tasks:
+        listener = Listener()
+        call = await start(tasks, client, "execute-transient", listener, code="1")
+        await listener.wait_for("pulling elsewhere:1")
+        call.cancel()
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_progress_tells_the_latest_output_and_cancelling_keeps_the_sessions_variables(
+    config: Config, era: str
+) -> None:
+    async with connected(config, era) as client, anyio.create_task_group() as tasks:
+        listener = Listener()
+        code = "import time\nx = 7\nprint('step one')\nprint('step two', end='', flush=True)\ntime.sleep(100)"
+        call = await start(tasks, client, "execute-persistent", listener, code=code, session_id="s")
+        await listener.wait_for("step two")
+        call.cancel()
+        assert text_of(await client.call_tool("execute-persistent", {"code": "x", "session_id": "s"})).startswith(
+            "Value: 7"
+        )
+        assert listener.counts == sorted(set(listener.counts))
+
+
+async def test_a_silent_call_is_kept_alive_by_notifications(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_docker_mcp, "KEEP_ALIVE", 0.1)
+    monkeypatch.setattr(python_docker_mcp, "STATUS_INTERVAL", 0.1)
+    async with connected(config) as client, anyio.create_task_group() as tasks:
+        listener = Listener()
+        call = await start(tasks, client, "execute-transient", listener, code="import time; time.sleep(100)")
+        await listener.wait_for("1 seconds")
+        call.cancel()
+
+
+async def test_calls_run_side_by_side(config: Config) -> None:
+    """The first waits for what the second writes."""
+    code = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('went')"
+    async with connected(config) as client, anyio.create_task_group() as tasks:
+        results: list[str] = []
+
+        async def wait() -> None:
+            results.append(text_of(await client.call_tool("execute-transient", {"code": code})))
+
+        tasks.start_soon(wait)
+        await client.call_tool("execute-transient", {"code": "open('go', 'w').close()"})
+    assert results[0].startswith("went")
+
+
+async def test_a_sessions_files_are_read_as_resources(config: Config) -> None:
+    async with connected(config) as client:
+        code = "open('a b.csv', 'w').write('1,2'); open('x.bin', 'wb').write(b'\\0\\1\\2\\3'); None"
+        result = await client.call_tool("execute-persistent", {"code": code, "session_id": "s"})
+        links = [block.uri for block in result.content if isinstance(block, types.ResourceLink)]
+        assert links == ["session://s/files/a%20b.csv", "session://s/files/x.bin"]
+        assert [item.uri for item in (await client.list_resources()).resources] == links
+        (text,) = (await client.read_resource(links[0])).contents
+        assert isinstance(text, types.TextResourceContents)
+        assert (text.text, text.mime_type) == ("1,2", "text/csv")
+        (part,) = (await client.read_resource(f"{links[1]}?offset=1&length=2")).contents
+        assert isinstance(part, types.BlobResourceContents)
+        assert base64.b64decode(part.blob) == b"\1\2"
+        await client.call_tool("cleanup-session", {"session_id": "s"})
+        assert not (await client.list_resources()).resources
+        with pytest.raises(MCPError, match="There is no session"):
+            await client.read_resource(links[0])
+
+
+async def test_output_that_is_too_long_is_kept_and_read_in_ranges(config: Config) -> None:
+    async with connected(config) as client:
+        code = "for number in range(99_999): print(f'{number:05}')"
+        result = await client.call_tool("execute-persistent", {"code": code, "session_id": "s"})
+        (address,) = re.findall(r"session://s/output/\d+", text_of(result))
+        (part,) = (await client.read_resource(f"{address}?offset=300000&length=12")).contents
+        assert isinstance(part, types.TextResourceContents)
+        assert part.text == "50000\n50001\n"
+        with pytest.raises(MCPError, match=r"has 599994 characters, too much for one answer: .*\?offset=0&length="):
+            await client.read_resource(address)
+        await client.call_tool("cleanup-session", {"session_id": "s"})
+        with pytest.raises(MCPError, match="is not kept any more"):
+            await client.read_resource(address)
+
+
+UNREADABLE = [
+    ("file:///etc/passwd", "Only session://SESSION_ID/files/PATH"),
+    ("session://s", "Only session://SESSION_ID/files/PATH"),
+    ("session://s/else/x", "Only session://SESSION_ID/files/PATH"),
+    ("session://s/files/x?length=0", "A length of 0 can't be read"),
+    ("session://s/files/x?length=999999999", "ask for 1 to"),
+    ("session://s/files/x?offset=-1", "A range is"),
+    ("session://s/files/x?from=1", "A range is"),
+    ("session://s/output/1", "is not kept any more"),
+    ("session://s/files/nothing.txt", "nothing.txt"),
+    ("session://s/files/../../etc/passwd", "can't be read"),
+    ("session://s/files/%2Fetc/passwd", "can't be read"),
+    ("session://nobody/files/x", "There is no session 'nobody'"),
+]
+
+
+async def test_addresses_that_can_not_be_read_are_refused_with_the_reason(config: Config) -> None:
+    async with connected(config) as client:
+        await client.call_tool("execute-persistent", {"code": "1", "session_id": "s"})
+        for uri, words in UNREADABLE:
+            with pytest.raises(MCPError, match=re.escape(words)):
+                await client.read_resource(uri)
+
+
+# ── over standard streams ──
+
+
+def environment(config: Config, folder: Path) -> dict[str, str]:
+    """The environment of a server that is to have this configuration."""
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
+    return {**os.environ, "PYTHON_DOCKER_MCP_CONFIG": str(file)}
+
+
+def stdio(config: Config, folder: Path) -> Client:
+    """The SDK's client of a server in a process of its own."""
+    arguments = ["-m", "python_docker_mcp"]
+    return Client(
+        StdioServerParameters(command=sys.executable, args=arguments, env=environment(config, folder), cwd=ROOT)
+    )
+
+
+ROOT = Path(python_docker_mcp.__file__).parent
+
+
+class RawClient:
+    """Speaks lines with a server, and takes nothing for granted."""
+
+    def __init__(self, process: anyio.abc.Process) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self._lines = BufferedByteReceiveStream(process.stdout)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: Config, folder: Path, version: str = "2025-11-25") -> AsyncIterator[RawClient]:
+        """A client that has shaken hands."""
+        command = [sys.executable, str(ROOT / "python_docker_mcp.py")]
+        async with await anyio.open_process(command, env=environment(config, folder), stderr=None) as process:
+            with anyio.fail_after(PATIENCE):
+                client = cls(process)
+                about = {"name": "raw", "version": "1"}
+                await client.send(
+                    id=0,
+                    method="initialize",
+                    params={"protocolVersion": version, "capabilities": {}, "clientInfo": about},
+                )
+                assert (await client.receive(id=0))["result"]["protocolVersion"] == version
+                await client.send(method="notifications/initialized")
+                yield client
+                if process.returncode is None:
+                    process.kill()
+
+    async def write(self, line: str) -> None:
+        """Write a line as it is."""
+        assert self.process.stdin is not None
+        await self.process.stdin.send(line.encode() + b"\n")
+
+    async def send(self, **message: Any) -> None:
+        """Send a message."""
+        await self.write(json.dumps({"jsonrpc": "2.0", **message}))
+
+    async def call(self, call_id: int, tool: str, **arguments: Any) -> None:
+        """Ask for a tool call."""
+        meta = {"progressToken": call_id}
+        await self.send(id=call_id, method="tools/call", params={"name": tool, "arguments": arguments, "_meta": meta})
+
+    async def receive(self, **wanted: Any) -> dict[str, Any]:
+        """The next message that has these fields; all that comes before must be a message too."""
+        while True:
+            message = json.loads(await self._lines.receive_until(b"\n", 1 << 20))
+            assert message["jsonrpc"] == "2.0"
+            if all(message.get(key) == value for key, value in wanted.items()):
+                return dict(message)
+
+    async def result(self, call_id: int) -> Any:
+        """The result of a call."""
+        return (await self.receive(id=call_id))["result"]
+
+    async def progress(self, words: str) -> None:
+        """Wait for a notification of progress with these words."""
+        while words not in (await self.receive(method="notifications/progress"))["params"].get("message", ""):
+            pass
+
+    async def leave(self, how: signal.Signals | None) -> int:
+        """Close the server's input, or send a signal; the exit status."""
+        if how is None:
+            assert self.process.stdin is not None
+            await self.process.stdin.aclose()
+        else:
+            self.process.send_signal(how)
+        return await self.process.wait()
+
+
+async def test_a_client_over_standard_streams_has_its_conversation(config: Config, tmp_path: Path) -> None:
+    with anyio.fail_after(PATIENCE):
+        async with stdio(config, tmp_path) as client:
+            listener = Listener()
+            code = "import time\nprint('hello', flush=True)\ntime.sleep(0.5)"
+            result = await client.call_tool("execute-transient", {"code": code}, progress_callback=listener)
+            assert text_of(result) == "hello"
+            assert "hello" in listener.messages
+
+
+async def test_nothing_but_messages_comes_over_the_wire_and_broken_lines_do_no_harm(
+    config: Config, tmp_path: Path
+) -> None:
+    async with RawClient.open(config, tmp_path) as client:
+        await client.write("this is not JSON")
+        await client.write('{"jsonrpc": "2.0", "id": 5, "method": "no/such"}')
+        assert (await client.receive(id=5))["error"]["code"] == types.METHOD_NOT_FOUND
+        await client.call(1, "execute-transient", code="import os; os.write(1, b'raw\\n'); 'x\\u2028y'")
+        assert (await client.result(1))["content"][0]["text"] == "raw\n\nValue: 'x\\u2028y'"
+        assert await client.leave(None) == 0
+
+
+async def test_a_client_of_the_first_protocol_gets_only_what_it_knows(config: Config, tmp_path: Path) -> None:
+    async with RawClient.open(config, tmp_path, "2024-11-05") as client:
+        await client.call(1, "execute-persistent", code="open('a', 'w').close()", session_id="s")
+        assert {block["type"] for block in (await client.result(1))["content"]} == {"text"}
+
+
+LEAVINGS = [(None, 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)]
+
+
+async def leave_in_the_middle_and_come_back(
+    config: Config, folder: Path, session: str, how: signal.Signals | None, status: int
+) -> None:
+    """End a server while code runs with and without a session; the next one finds the session's variables."""
+    code = "import time\nprint('started', flush=True)\ntime.sleep(100)"
+    async with RawClient.open(config, folder) as client:
+        await client.call(1, "execute-persistent", code="x = 5", session_id=session)
+        await client.result(1)
+        await client.call(2, "execute-transient", code=code)
+        await client.progress("started")
+        await client.call(3, "execute-persistent", code=code, session_id=session)
+        await client.progress("started")
+        assert await client.leave(how) == status
+    async with connected(config) as later:
+        result = await later.call_tool("execute-persistent", {"code": "x", "session_id": session})
+        assert "Value: 5" in text_of(result)
+        assert not (await later.call_tool("cleanup-session", {"session_id": session})).is_error
+
+
+@pytest.mark.parametrize(("how", "status"), LEAVINGS)
+async def test_a_server_that_ends_in_the_middle_of_calls_leaves_nothing_but_sessions(
+    config: Config, docker: FakeEngine, tmp_path: Path, how: signal.Signals | None, status: int
+) -> None:
+    await leave_in_the_middle_and_come_back(config, tmp_path, "s", how, status)
+    with anyio.fail_after(PATIENCE):
+        while docker.containers():
+            await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--version", sandbox_runner.__version__), ("--help", "--config FILE"), ("-h", "clients start")],
+)
+def test_the_program_tells_its_version_and_its_options(
+    option: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([option])
+    assert exit_.value.code == 0
+    assert words in capsys.readouterr().out
+
+
+def test_a_bad_configuration_is_one_sentence_and_exit_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("docker: {imagee: x}")
+    monkeypatch.setenv("PYTHON_DOCKER_MCP_CONFIG", str(file))
+    for arguments in ([], ["--config", str(file)]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+        said = capsys.readouterr()
+        assert not said.out
+        assert re.fullmatch(r"python-docker-mcp: There is no setting docker.imagee .* did you mean .*\n", said.err)
+
+
+# ── on real engines ──
+
+
+@pytest.fixture
+def session() -> str:
+    """An id that no other test uses."""
+    return f"test-{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def real(engine_command: str) -> Config:
+    """Settings for a real engine: an image from this host, and sessions that soon end by themselves."""
+    return Config(
+        docker=DockerConfig(command=engine_command, image="host", timeout=50),
+        package=PackageConfig(preinstalled=()),
+        session=SessionConfig(idle_timeout=120),
+    )
+
+
+@pytest.fixture
+async def served(real: Config, tmp_path: Path) -> AsyncIterator[Client]:
+    """A client of a server in a process of its own, on a real engine."""
+    async with stdio(real, tmp_path) as client:
+        yield client
+
+
+@pytest.mark.engine
+async def test_conversation_1_a_factorial(served: Client) -> None:
+    result = await served.call_tool("execute-transient", {"code": FACTORIAL})
+    assert not result.is_error
+    assert text_of(result) == "120"
+
+
+@pytest.mark.engine
+async def test_conversation_2_a_function_is_there_in_the_next_call(served: Client) -> None:
+    first = await served.call_tool("execute-persistent", {"code": "def add(a, b):\n    return a + b"})
+    (session,) = re.findall(r'pass session_id "([\w-]+)"', text_of(first))
+    second = await served.call_tool("execute-persistent", {"code": "print(add(2, 3))", "session_id": session})
+    assert text_of(second) == f"5\n\nSession: {session}"
+    assert not (await served.call_tool("cleanup-session", {"session_id": session})).is_error
+
+
+@pytest.mark.engine
+async def test_conversation_3_a_package_is_installed_for_a_session_that_does_not_exist_yet(
+    real: Config, engine_command: str, tmp_path: Path
+) -> None:
+    index = Index()
+    fill(index)
+    volume = f"python-docker-mcp-test-{secrets.token_hex(4)}"
+    package = PackageConfig(preinstalled=(), index_url=index.url, network="host", volume=volume)
+    try:
+        async with stdio(dataclasses.replace(real, package=package), tmp_path) as client:
+            arguments = {"package_name": "alpha", "session_id": "my_math_session"}
+            installed = await client.call_tool("install-package", arguments)
+            assert not installed.is_error
+            assert "Installed alpha 2.0" in text_of(installed)
+            code = "import alpha\nprint(alpha.__version__)"
+            used = await client.call_tool("execute-persistent", {"code": code, "session_id": "my_math_session"})
+            assert text_of(used) == "2.0\n\nSession: my_math_session"
+            assert not (await client.call_tool("cleanup-session", {"session_id": "my_math_session"})).is_error
+            missing = await client.call_tool("install-package", {"package_name": "nosuch"})
+            assert missing.is_error
+            assert "nosuch could not be installed" in text_of(missing)
+    finally:
+        index.close()
+        await anyio.run_process([engine_command, "volume", "rm", "--force", volume], check=False)
+
+
+@pytest.mark.engine
+async def test_a_plot_comes_back_as_an_image(real: Config, session: str, tmp_path: Path) -> None:
+    """With the image that users have, which is made once for each engine."""
+    usual = dataclasses.replace(real, package=PackageConfig(), docker=dataclasses.replace(real.docker, timeout=60))
+    code = "import matplotlib.pyplot as plt\nprint('a')\nplt.plot([1, 3, 2], color='red', lw=9)\nplt.show()\nprint('b')"
+    async with stdio(usual, tmp_path) as client:
+        result = await client.call_tool("execute-persistent", {"code": code, "session_id": session})
+        assert kinds(result) == ["text", "image", "text"], text_of(result)
+        assert result.structured_content is None
+        image = result.content[1]
+        assert isinstance(image, types.ImageContent)
+        mime, width, height = measure(base64.b64decode(image.data))
+        assert mime == image.mime_type == "image/png"
+        assert 300 < width < 2000
+        assert 200 < height < 2000
+        look = (
+            "import base64, io\nfrom PIL import Image\n"
+            f"picture = Image.open(io.BytesIO(base64.b64decode({image.data!r}))).convert('RGB')\n"
+            "sum(count for count, color in picture.getcolors(1 << 24) if color == (255, 0, 0)) > 1000"
+        )
+        seen = await client.call_tool("execute-persistent", {"code": look, "session_id": session})
+        assert "Value: True" in text_of(seen)
+        await client.call_tool("cleanup-session", {"session_id": session})
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("how", "status"), LEAVINGS)
+async def test_a_session_outlives_its_server(
+    real: Config, session: str, tmp_path: Path, how: signal.Signals | None, status: int
+) -> None:
+    await leave_in_the_middle_and_come_back(real, tmp_path, session, how, status)
+
+
+@pytest.mark.engine
+async def test_a_cancelled_call_keeps_the_sessions_variables_and_files(served: Client, session: str) -> None:
+    async with anyio.create_task_group() as tasks:
+        listener = Listener()
+        code = "import time\nx = 7\nopen('kept.txt', 'w').write('still')\nprint('started', flush=True)\ntime.sleep(100)"
+        call = await start(tasks, served, "execute-persistent", listener, code=code, session_id=session)
+        await listener.wait_for("started")
+        call.cancel()
+    result = await served.call_tool("execute-persistent", {"code": "x", "session_id": session})
+    assert "Value: 7" in text_of(result)
+    (contents,) = (await served.read_resource(f"session://{session}/files/kept.txt")).contents
+    assert isinstance(contents, types.TextResourceContents)
+    assert contents.text == "still"
+    await served.call_tool("cleanup-session", {"session_id": session})
+
+
+@pytest.mark.engine
+async def test_twenty_calls_at_once_get_twenty_answers(served: Client) -> None:
+    answers: dict[int, str] = {}
+
+    async def call(number: int) -> None:
+        answers[number] = text_of(await served.call_tool("execute-transient", {"code": f"{number} ** 2"}))
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(20):
+            tasks.start_soon(call, number)
+    assert answers == {number: f"Value: {number**2}" for number in range(20)}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("code", "status", "words"), [("print(6 * 7)", 0, "42"), ("1/0", 5, "ZeroDivisionError")])
+def test_the_official_inspector_lists_the_tools_and_calls_one(
+    real: Config, tmp_path: Path, code: str, status: int, words: str
+) -> None:
+    if not (npx := shutil.which("npx")):
+        pytest.skip("npx is not here")
+    variables = environment(real, tmp_path)
+    package = ["-p", "node@22", "-p", "@modelcontextprotocol/inspector@2.12.0"]
+    passed = [
+        f"{name}={variables[name]}" for name in ("PYTHON_DOCKER_MCP_CONFIG", "CONTAINERS_CONF") if name in variables
+    ]
+    options = [option for variable in passed for option in ("-e", variable)]
+    server = [sys.executable, str(ROOT / "python_docker_mcp.py")]
+
+    def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [npx, "-y", *package, "--", "mcp-inspector", "--cli", *options, *server, "--method", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+
+    listed = inspect("tools/list")
+    assert listed.returncode == 0, listed.stderr
+    assert [tool["name"] for tool in json.loads(listed.stdout)["tools"]] == TOOLS
+    arguments = ["--tool-name", "execute-transient", "--tool-args-json", json.dumps({"code": code})]
+    called = inspect("tools/call", *arguments)
+    assert called.returncode == status, called.stderr
+    assert words in json.loads(called.stdout)["content"][0]["text"]
