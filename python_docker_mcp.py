@@ -322,7 +322,7 @@ def limits(config: Config) -> str:
 def preinstalled(config: Config) -> str:
     """What need not be installed, in words."""
     names = ", ".join(config.package.preinstalled)
-    return f"Installed already: {names}." if names else ""
+    return f"Installed already: {names}." if names else "Only the standard library is installed already."
 
 
 def instructions(config: Config) -> str:
@@ -426,8 +426,7 @@ def render(
         *value_section(result),
         *traceback_section(result),
         *files_section(result),
-        *([f"State: {compact(variables)}"] if variables or (variables == {} and state_budget == STATE_BUDGET) else []),
-        *([f"Not in the state: {missing}"] if missing else []),
+        *state_section(variables, missing, asked=state_budget == STATE_BUDGET),
         *notes,
         *session_section(result, new_session),
         *attachments(result),
@@ -645,18 +644,16 @@ def silence(result: Result) -> Iterator[str]:
 
 def shown_value(result: Result) -> str | None:
     """The last expression's value as text; None if there is none, or it is shown as an image."""
-    if result.value is None:
-        return None
+    value = result.value
     for item in result.output:
-        if isinstance(item, Rich) and item.is_value:
-            return None if isinstance(image(item.forms), types.ImageContent) else telling_form(item.forms, result.value)
-    return result.value
+        if isinstance(item, Rich) and item.is_value and value is not None:
+            value = None if isinstance(image(item.forms), types.ImageContent) else telling_form(item.forms, value)
+    return None if value is None else clip(as_shown(value), VALUE_BUDGET)
 
 
 def value_section(result: Result) -> Iterator[str]:
     """The value of the last expression."""
     if (value := shown_value(result)) is not None:
-        value = clip(as_shown(value), VALUE_BUDGET)
         yield f"Value:\n{value}" if "\n" in value else f"Value: {value}"
 
 
@@ -717,6 +714,14 @@ def state_within(result: Result, budget: int) -> tuple[Mapping[str, Any] | None,
         missing |= result.variables_left_out
     kept = {name: value for name, value in result.variables.items() if name in fitting}
     return kept, clip("; ".join(f"{name} ({reason})" for name, reason in missing.items()), 2000)
+
+
+def state_section(variables: Mapping[str, Any] | None, missing: str, *, asked: bool) -> Iterator[str]:
+    """The variables; that there are none is worth a word only if the caller works with them."""
+    if variables or (asked and variables is not None):
+        yield f"State: {compact(variables)}"
+    if missing:
+        yield f"Not in the state: {missing}"
 
 
 def compact(value: Any) -> str:

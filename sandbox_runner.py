@@ -124,6 +124,7 @@ START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
 ATTACH_TIMEOUT = 15  # from `docker exec` to the same
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
+RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
 RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
@@ -258,6 +259,7 @@ class PoolConfig:
     max_concurrent_creations: int = 5
     warm: int = 2
     preload: tuple[str, ...] = ("numpy", "pandas")
+    reuse: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no pool could work with."""
@@ -463,6 +465,7 @@ class Result:
     value_omitted: int = 0  # characters left out of the value
     exception: ExceptionInfo | None = None
     exit_code: int | None = None  # of SystemExit or a process that ended; minus the signal if one killed it
+    lost: bool = False  # whether the process that ran the code is gone, and all that it held
     message: str | None = None  # what happened, in a sentence, where the code did not simply end
     hint: str | None = None  # what the caller could do about it
     session: str | None = None
@@ -808,6 +811,8 @@ class Supervisor:
                     self._read_file(frame)
                 elif frame["op"] == "interrupt":
                     self._interrupt("cancelled", frame["id"])
+                elif frame["op"] == "recycle":
+                    self._recycle(frame["id"])
                 elif frame["op"] == "farewell":
                     self.channel.send({"id": "", "kind": "farewell"})
                     self._detach()
@@ -815,6 +820,8 @@ class Supervisor:
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
+            # Our output goes to a command line whose reader has died, too: it notices, and ends, when it has to write.
+            self.channel.send({"id": "", "kind": "farewell"})
             self._detach()
 
     def _detach(self) -> None:
@@ -998,6 +1005,21 @@ class Supervisor:
         self.active = time.monotonic()
         self._tell(report)
 
+    def _recycle(self, request_id: str) -> None:
+        """Undo whatever a call may have left, look whether anything is left nevertheless, and tell."""
+        kill_all_others()
+        self._forget_worker()
+        self.earlier.clear()
+        self.lost = self.packages = None
+        folders = (self.settings["working_dir"], "/tmp", "/dev/shm", "/dev/mqueue")
+        for folder in folders:
+            empty_folder(folder)
+        clean = not any(os.listdir(folder) for folder in folders if os.path.isdir(folder))
+        clean = clean and not other_processes() and not system_v_objects()
+        prepare_caches()
+        assert self.channel is not None
+        self.channel.send({"id": request_id, "kind": "recycled", "clean": clean})
+
     # ── time, interruption and death ──
 
     def _patience(self) -> float | None:
@@ -1059,6 +1081,9 @@ class Supervisor:
             os._exit(71)  # a worker that dies before it got a call would do so for ever
         else:
             self.lost = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        self._forget_worker()
+
+    def _forget_worker(self) -> None:
         for fd in self.worker_fds:
             self.sources.pop(fd, None)
             os.close(fd)
@@ -1094,6 +1119,41 @@ def kill_all_others() -> None:
         while time.monotonic() < end:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 time.sleep(0.001)
+
+
+def empty_folder(folder: str) -> None:
+    """Remove what is in a folder, as far as that can be done."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    os.chmod(entry.path, 0o700)
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def other_processes() -> list[str]:
+    """The ids of all processes but this one."""
+    return [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+
+
+def system_v_objects() -> int:
+    """How many shared memory segments, semaphores and message queues there are, which outlive their processes."""
+    count = 0
+    for kind in ("shm", "sem", "msg"):
+        with contextlib.suppress(OSError), open(f"/proc/sysvipc/{kind}") as file:
+            count += len(file.readlines()) - 1
+    return count
+
+
+def prepare_caches() -> None:
+    """Give Matplotlib the list of fonts that the image has, and that would take it seconds to make."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
+        for name in os.listdir(SHIPPED_CACHE):
+            os.symlink(f"{SHIPPED_CACHE}/{name}", f"{os.environ['MPLCONFIGDIR']}/{name}")
 
 
 def become_worker(descriptors: tuple[int, int, int, int]) -> None:
@@ -1342,7 +1402,7 @@ class Worker:
         )
 
     def _execute(self, steps: list[types.CodeType]) -> Any:
-        """Run one piece after the other; return the last one's value. An await in any of them puts all into the loop."""
+        """Run one piece after the other; return the last one's value. An await in any puts all of them into the loop."""
 
         def is_coroutine(step: types.CodeType) -> bool:
             return bool(step.co_flags & 0x80)  # inspect.CO_COROUTINE: there is an await at top level
@@ -1751,10 +1811,7 @@ def plug() -> None:
 
 def supervise(settings: str) -> None:
     """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of what uses them by habit."""
-    with contextlib.suppress(OSError):
-        os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
-        for name in os.listdir(SHIPPED_CACHE):  # the list of fonts, which takes Matplotlib seconds to make
-            os.symlink(f"{SHIPPED_CACHE}/{name}", f"{os.environ['MPLCONFIGDIR']}/{name}")
+    prepare_caches()
     channel = Channel(os.dup(0), os.dup(1))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -1841,6 +1898,8 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
         tell("progress", text="listing fonts for Matplotlib")
         environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
         subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
+    for entry in os.scandir("/tmp"):  # Podman would copy what is there into every sandbox
+        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
     found = importlib.metadata.distributions(path=[*folders])
     return {"installed": sorted([item.metadata["Name"], item.version] for item in found)}
 
@@ -2030,7 +2089,7 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 
 GUEST_MODULES = (
     "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib io json linecache "
-    "math os re select signal socket stat struct sys threading time traceback types warnings"
+    "math os re select shutil signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
@@ -2568,7 +2627,7 @@ def derived_name(docker: DockerConfig, package: PackageConfig) -> str:
     return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-RECIPE = 1  # raised when the same packages would make another image
+RECIPE = 2  # raised when the same packages would make another image
 BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of the image that it was made from
 BASE_NAME_LABEL = "python-docker-mcp.base-name"
 
@@ -2807,6 +2866,11 @@ def parse_within(text: str, nodes: int = 1_000_000) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
     if sum(map(text.count, "[{,")) > nodes:
         raise ProtocolError("JSON with too many parts")
+    depth = 0
+    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > STATE_DEPTH + 2:
+            raise ProtocolError("JSON that is nested too deeply")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -2916,8 +2980,11 @@ class Answer:
 class Sandbox:
     """One container, and the pipe to its supervisor. Runs one call at a time; whoever leases it sees to that."""
 
-    def __init__(self, engine: Engine, name: str, process: anyio.abc.Process) -> None:
+    def __init__(self, engine: Engine, name: str, process: anyio.abc.Process, tasks: anyio.abc.TaskGroup) -> None:
         self.engine = engine
+        self._tasks = tasks
+        self._idle = anyio.Event()  # set unless code is still being stopped
+        self._idle.set()
         self.name = name
         self.gone = anyio.Event()
         self.created = time.monotonic()
@@ -2961,7 +3028,7 @@ class Sandbox:
         }
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
         process = await engine.spawn(*engine.sandbox_arguments(name, image, config, owner))
-        sandbox = cls(engine, name, process)
+        sandbox = cls(engine, name, process, tasks)
         tasks.start_soon(sandbox._serve)
         try:
             with anyio.fail_after(START_TIMEOUT):
@@ -2984,7 +3051,7 @@ class Sandbox:
         cls, engine: Engine, name: str, session: str | None, owner: str, tasks: anyio.abc.TaskGroup
     ) -> Sandbox | SandboxInfo | None:
         """Take the sandbox over if it holds `session` and nobody has it; else what it says of itself, if anything."""
-        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)))
+        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
         with anyio.move_on_after(ATTACH_TIMEOUT):
             await sandbox._write(json.dumps({"session": session, "owner": owner}).encode() + b"\n")
@@ -3071,9 +3138,8 @@ class Sandbox:
             pass
         except (ProtocolError, anyio.DelimiterNotFound) as error:
             self._fault = str(error)
-            log.error(
-                "the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, last_line(str(error))
-            )
+            if self._greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
+                log.error("the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, error)
 
     async def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
@@ -3106,29 +3172,40 @@ class Sandbox:
             await event.wait()
             await self._send(stop)
 
+        settled = False
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
                 async with contextlib.AsyncExitStack() as stack:
+                    await self._idle.wait()
                     if interrupt is not None:
                         tasks = await stack.enter_async_context(open_tasks())
                         tasks.start_soon(interrupt_when_set, interrupt)
                     for frame in request.frames(answer.id):
                         await self._send(frame)
-                    return await self._collect(answer, request.session, on_output, request.output_limit)
-        except BaseException:  # the caller does not wait any more: then the code must not go on either
-            with anyio.CancelScope(shield=True):
-                with anyio.move_on_after(GRACE + SLACK / 4):
-                    await self._send(stop)
-                    if (await self._collect(answer, request.session, None, None)).state == "lost":
-                        self.lost = "a call was cancelled, and its code did not stop in time"
-                    raise
-                await self.remove()
-            raise
+                    result = await self._collect(answer, request.session, on_output, request.output_limit)
+                    settled = True
+                    return result
+            settled = True
+            await self.remove()
         finally:
-            self._forget(answer)
-        await self.remove()
+            if settled:
+                self._forget(answer)
+            else:  # the caller does not wait any more: then the code must not go on either
+                self._idle = anyio.Event()
+                self._tasks.start_soon(self._settle, answer, stop, self._idle)
         message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
         return Result("timeout", message=message, session=request.session, state="lost" if request.session else None)
+
+    async def _settle(self, answer: Answer, stop: dict[str, Any], idle: anyio.Event) -> None:
+        """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
+        with anyio.move_on_after(GRACE + SLACK / 4) as patience:
+            await self._send(stop)
+            if (await self._collect(answer, None, None, None)).lost:
+                self.lost = "a call was cancelled, and its code did not stop in time"
+        if patience.cancelled_caught:
+            await self.remove()
+        self._forget(answer)
+        idle.set()
 
     async def read_unread(self, on_output: OnOutput | None = None) -> Result | None:
         """The end of the call that was running when its host left, as far as it was kept. Waits for it."""
@@ -3269,6 +3346,7 @@ class Sandbox:
             value_omitted=max(0, frame.get("value_length", int) - len(value)) if value else 0,
             exception=exception_info(frame),
             exit_code=exit_code,
+            lost=lost,
             message=frame.get("message", str, NONE) or (how_it_ended(exit_code) if lost and status == "died" else None),
             session=session,
             state=("lost" if lost else "preserved") if session else None,
@@ -3302,6 +3380,21 @@ class Sandbox:
         with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
             await self._send({"op": word})
             await self.gone.wait()
+
+    async def recycle(self) -> bool:
+        """Have everything removed that a call left; whether nothing of it is left, for all that can be seen."""
+        answer = self._expect(secrets.token_hex(8))
+        try:
+            await self._send({"op": "recycle", "id": answer.id})
+            with anyio.move_on_after(ATTACH_TIMEOUT):
+                async for frame in answer.frames:
+                    if frame.get("kind", str) == "recycled":
+                        return bool(frame.get("clean", bool))
+        except ProtocolError as error:
+            log.error("the sandbox %s is given up: %s", self.name, error)
+        finally:
+            self._forget(answer)
+        return False
 
     async def rename(self, name: str) -> None:
         """Give the container another name. Raises EngineError if that one is taken."""
@@ -3438,50 +3531,122 @@ def describe_installation(
 
 
 class Pool:
-    """Sandboxes kept ready. A leased one is the caller's and never comes back: each serves one call or one session."""
+    """Sandboxes kept ready, and the bound on how many there are in all.
+
+    A leased sandbox is the caller's, until it is gone or, with `pool.reuse` and proven clean, given back. How many are
+    kept ready follows what was needed at once, and sinks back to `pool.warm` within `pool.max_age`.
+    """
 
     def __init__(
-        self, create: Callable[[Sequence[str]], Awaitable[Sandbox]], config: PoolConfig, tasks: anyio.abc.TaskGroup
+        self,
+        create: Callable[[Sequence[str]], Awaitable[Sandbox]],
+        config: PoolConfig,
+        tasks: anyio.abc.TaskGroup,
+        report: Callable[[str], None],
     ) -> None:
         self.ready: deque[Sandbox] = deque()  # oldest first
         self._create = create
         self._config = config
         self._tasks = tasks
-        self._creations = anyio.CapacityLimiter(config.max_concurrent_creations)
-        self._coming = 0
-        self._filled = False
+        self._report = report
+        self._creations = anyio.Semaphore(config.max_concurrent_creations)
+        self._turn = anyio.Lock(fast_acquire=True)  # who waits for a sandbox gets one in the order of coming
+        self._changed = anyio.Event()  # a sandbox is ready, or a place free
+        self._count = 0  # sandboxes there are, in whatever state, and those that are being created
+        self._coming = 0  # of these, to be ready
+        self._kept_warm = False
+        self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
 
     async def lease(self) -> Sandbox:
-        """A sandbox that nobody has used: a ready one, else a new one. Raises EngineError, ImageError."""
-        while self.ready:
-            sandbox = self.ready.popleft()
-            if sandbox.gone.is_set():
-                continue
-            if time.monotonic() - sandbox.created > self._config.max_age:
-                self._tasks.start_soon(sandbox.end)
-                continue
-            self.fill(again=True)
-            return sandbox
-        self.fill(again=True)
-        async with self._creations:
-            return await self._create(())  # whoever waits for it would have to wait for what is preloaded, too
+        """A sandbox that nobody uses: a ready one, else a new one. Raises EngineError, ImageError."""
+        async with self._turn:
+            while True:
+                while self.ready:
+                    sandbox = self.ready.popleft()
+                    if not sandbox.gone.is_set() and time.monotonic() - sandbox.created <= self._config.max_age:
+                        self._fill()
+                        return sandbox
+                    self._tasks.start_soon(sandbox.end)
+                if self._kept_warm:
+                    self._peak, self._peak_at = min(self._extra() + 1, self._config.size), time.monotonic()
+                if self._count < self._config.size:
+                    self._count += 1
+                    break
+                self._report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
+                self._changed = anyio.Event()
+                await self._changed.wait()
+        self._fill()
+        return await self._add(())  # whoever waits would have to wait for what is preloaded, too
 
-    def fill(self, again: bool = False) -> None:
-        """See in the background that enough are ready; `again`: only if that was asked for before."""
-        self._filled = self._filled or not again
-        if self._config.enabled and self._filled:
-            for _ in range(self._config.warm - len(self.ready) - self._coming):
+    def keep_warm(self) -> None:
+        """From now on keep some ready, in the background."""
+        self._kept_warm = self._config.enabled
+        self._fill()
+
+    async def give_back(self, sandbox: Sandbox) -> None:
+        """Take a used sandbox back if nothing is left in it of its use; else end it."""
+        if (
+            self._config.enabled
+            and time.monotonic() - sandbox.created <= self._config.max_age
+            and await sandbox.recycle()
+        ):
+            self._put(sandbox)
+        else:
+            await sandbox.end()
+
+    def _put(self, sandbox: Sandbox) -> None:
+        self.ready.append(sandbox)
+        self._changed.set()
+
+    def _extra(self) -> float:
+        """How many more than usual to keep ready, after what was needed lately."""
+        return self._peak * max(0.0, 1 - (time.monotonic() - self._peak_at) / self._config.max_age)
+
+    def _fill(self) -> None:
+        if self._kept_warm:
+            wanted = self._config.warm + round(self._extra()) - len(self.ready) - self._coming
+            for _ in range(min(wanted, self._config.size - self._count)):
                 self._coming += 1
-                self._tasks.start_soon(self._add)
+                self._count += 1
+                self._tasks.start_soon(self._prepare_one)
 
-    async def _add(self) -> None:
+    async def _prepare_one(self) -> None:
+        """Add one to the ready ones; if the engine can't, wait longer and longer for it."""
         try:
-            async with self._creations:
-                self.ready.append(await self._create(self._config.preload))
-        except SandboxError as error:
-            log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one tries again, and tells
+            for attempt in itertools.count():
+                try:
+                    self._put(await self._add(self._config.preload))
+                    break
+                except SandboxError as error:
+                    if attempt == 0:
+                        log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one tells it, too
+                    await anyio.sleep(min(2**attempt, RETRY_AT_MOST))
+                    self._count += 1
         finally:
             self._coming -= 1
+
+    async def _add(self, preload: Sequence[str]) -> Sandbox:
+        """A new sandbox, for which a place is counted already."""
+        try:
+            async with self._creations:
+                sandbox = await self._create(preload)
+        except BaseException:
+            self._free_place()
+            raise
+        self._tasks.start_soon(self._watch, sandbox)
+        return sandbox
+
+    async def _watch(self, sandbox: Sandbox) -> None:
+        """Free the place of a sandbox that is gone; one that was ready is replaced."""
+        await sandbox.gone.wait()
+        self._free_place()
+        if sandbox in self.ready:
+            self.ready.remove(sandbox)
+            self._fill()
+
+    def _free_place(self) -> None:
+        self._count -= 1
+        self._changed.set()
 
 
 class Runner:
@@ -3502,7 +3667,7 @@ class Runner:
         self._retry_at = 0.0  # when to try again what could not be preinstalled
         self._sessions: dict[str, Session] = {}
         self._transient: set[Sandbox] = set()
-        self._pool = Pool(self._new_sandbox, config.pool, tasks)
+        self._pool = Pool(self._new_sandbox, config.pool, tasks, self._report)
 
     async def execute(
         self,
@@ -3563,14 +3728,18 @@ class Runner:
     ) -> Result:
         sandbox = await self._pool.lease()
         self._transient.add(sandbox)
+        dispose = sandbox.end
         try:
             with self._counted():
-                return await sandbox.call(request, on_output, interrupt)
+                result = await sandbox.call(request, on_output, interrupt)
+            if self.config.pool.reuse and result.status in ("ok", "error"):
+                dispose = functools.partial(self._pool.give_back, sandbox)
+            return result
         finally:
-            self._tasks.start_soon(self._discard, sandbox)
+            self._tasks.start_soon(self._dispose, sandbox, dispose)
 
-    async def _discard(self, sandbox: Sandbox) -> None:
-        await sandbox.end()
+    async def _dispose(self, sandbox: Sandbox, dispose: Callable[[], Awaitable[None]]) -> None:
+        await dispose()
         self._transient.discard(sandbox)
 
     async def _execute_in_session(
@@ -3809,15 +3978,17 @@ class Runner:
         Raises:
             SessionError: another program is using it.
         """
+        Request("", name)
         session = self._sessions.setdefault(name, Session())
-        async with session.lock:
-            sandbox = session.sandbox or await self._find_session(name)
+        sandbox, session.sandbox = session.sandbox, None
+        if sandbox is None or sandbox.gone.is_set():
+            async with session.lock:
+                sandbox = await self._find_session(name)
+        if sandbox:
+            await sandbox.end()  # even if a call is running: that ends with it
+        if not session.lock.locked():
             self._sessions.pop(name, None)
-            if sandbox is None:
-                return False
-            alive = not sandbox.gone.is_set()
-            await sandbox.end()
-            return alive
+        return sandbox is not None
 
     async def _leave(self) -> None:
         """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
@@ -3840,7 +4011,7 @@ async def open_runner(
     async with open_tasks() as tasks:
         runner = Runner(config or Config(), tasks, on_status)
         if warm:
-            runner._pool.fill()
+            runner._pool.keep_warm()
         try:
             yield runner
         finally:

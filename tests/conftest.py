@@ -80,25 +80,34 @@ def anyio_backend() -> str:
 # ── without an engine ──
 
 
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeProcess]:
+    """What may be started: the fake engine and plain Pythons."""
+    with FakeProcess.context() as registered:
+        registered.keep_last_process(True)
+        for program in (rf"{re.escape(str(tmp_path_factory.getbasetemp()))}/.*/(docker|podman)", r"(.*/)?python[\d.]*"):
+            registered.pass_command([registered.regex(program), registered.any()])  # type: ignore[list-item]  # they forgot
+        for engine in ENGINES:  # asked for before it is known that a test is one of those that may start more
+            registered.pass_command([engine, "version"])
+        yield registered
+
+
 @pytest.fixture(autouse=True)
 def tripwire(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FakeProcess | None]:
-    """Refuse every command of a unit test that it did not register, but the fake engine and plain Pythons."""
+    request: pytest.FixtureRequest, processes: FakeProcess, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeProcess]:
+    """Refuse every command of a unit test that is not registered, and whatever must not run in this process."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("the guest kills all that it may: it must run in a pid namespace, never in this process")
 
     monkeypatch.setattr(sandbox_runner, "kill_all_others", refuse)
     monkeypatch.setattr(sandbox_runner.Supervisor, "run", refuse)
-    if request.node.get_closest_marker("engine"):
-        yield None
-        return
-    with FakeProcess.context() as processes:
-        processes.keep_last_process(True)
-        for program in (rf"{re.escape(str(tmp_path_factory.getbasetemp()))}/.*/(docker|podman)", r"(.*/)?python[\d.]*"):
-            processes.pass_command([processes.regex(program), processes.any()])  # type: ignore[list-item]  # they forgot
-        yield processes
+    processes.allow_unregistered(request.node.get_closest_marker("engine") is not None)
+    registered = dict(processes.definitions)
+    yield processes
+    processes.definitions.clear()
+    processes.definitions.update(registered)
 
 
 class FakeEngine:
@@ -130,8 +139,16 @@ class FakeEngine:
         return subprocess.run([self.command, *arguments], capture_output=True, text=True, check=True).stdout
 
     def containers(self) -> list[str]:
-        """The names of the containers that run."""
-        return self.run("ps").split() if any((self.folder / "containers").iterdir()) else []
+        """The names of the containers that run, without a command."""
+        return [file.name for file in (self.folder / "containers").iterdir() if self._is_alive(file)]
+
+    @staticmethod
+    def _is_alive(file: Path) -> bool:
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            return record["process"] in Path(f"/proc/{record['pid']}/cmdline").read_text(encoding="utf-8").split("\0")
+        except (OSError, ValueError):
+            return False
 
     def close(self) -> None:
         """Remove the containers that are left."""
@@ -180,6 +197,6 @@ def docker(
 
 def impatient(guest_source: str) -> str:
     """The guest, with a shorter grace between interruption and kill."""
-    shorter = guest_source.replace("\nGRACE = 2.0 ", "\nGRACE = 0.4 ")
+    shorter = guest_source.replace("\nGRACE = 2.0 ", "\nGRACE = 0.6 ")
     assert shorter != guest_source
     return shorter

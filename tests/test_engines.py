@@ -112,9 +112,17 @@ class Engine:
         """Tell the code in a container to go on."""
         await self("exec", "--user=65534:65534", name, "python3", "-c", "open('/tmp/go', 'w')")
 
-    async def is_gone(self, name: str) -> bool:
-        """Whether neither the container nor a client of the engine that is busy with it is there."""
-        return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, name)
+    async def clients_of(self, runner: Runner) -> list[int]:
+        """The process ids of the engine's command lines that started this runner's containers, and still run."""
+        return clients(self.command, f"--label={LABEL}.owner={runner.owner}")
+
+    async def is_gone(self, name: str, runner: Runner | None = None) -> bool:
+        """Whether the container is gone, and with it the engine's command lines that were busy with it.
+
+        One that becomes a session's is renamed; then its command line is known by its `runner`, if that has no other.
+        """
+        marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.owner}"] if runner else [])]
+        return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, *marks)
 
 
 @pytest.fixture
@@ -131,11 +139,9 @@ def processes() -> Iterator[tuple[int, int, list[str]]]:
             yield int(folder.name), parent, (folder / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
 
 
-def clients(command: str, name: str) -> list[int]:
-    """The engine's command lines that run for a container."""
-    return [
-        pid for pid, _, line in processes() if Path(line[0]).name == command and {name, f"--name={name}"} & set(line)
-    ]
+def clients(command: str, *marks: str) -> list[int]:
+    """The process ids of the engine's command lines that have one of these arguments."""
+    return [pid for pid, _, line in processes() if Path(line[0]).name == command and not {*marks}.isdisjoint(line)]
 
 
 async def eventually(condition: Callable[[], Awaitable[T]]) -> T:
@@ -481,8 +487,7 @@ async def test_a_session_survives_the_sigkill_of_the_client_that_started_it(
     runner: Runner, session: str, engine: Engine
 ) -> None:
     await runner.execute("x = 41", session=session)
-    name = await engine.container_of(runner)
-    (client,) = clients(engine.command, name)
+    (client,) = await engine.clients_of(runner)
     os.kill(client, signal.SIGKILL)
     result = await runner.execute("x + 1", session=session)
     assert (result.value, result.state, result.lost_before) == ("42", "preserved", None)
@@ -495,8 +500,8 @@ async def test_a_session_survives_the_sigkill_of_the_client_that_plugged_into_it
         await first.execute("x = 41", session=session)
         name = await engine.container_of(first)
     await runner.execute("x += 1", session=session)
-    for client in clients(engine.command, name):
-        os.kill(client, signal.SIGKILL)
+    (client,) = clients(engine.command, name)
+    os.kill(client, signal.SIGKILL)
     result = await runner.execute("x", session=session)
     assert (result.value, result.state, result.lost_before) == ("42", "preserved", None)
 
@@ -521,7 +526,9 @@ async def test_a_container_removed_behind_our_back_is_told_of_and_replaced(
     runner: Runner, session: str, engine: Engine
 ) -> None:
     await runner.execute("x = 1", session=session)
-    await engine("rm", "-f", await engine.container_of(runner))
+    name = await engine.container_of(runner)
+    await engine("rm", "-f", name)
+    await eventually(lambda: engine.is_gone(name, runner))
     result = await runner.execute("'x' in globals()", session=session)
     assert (result.status, result.value) == ("ok", "False")
     assert result.lost_before is not None
@@ -560,7 +567,7 @@ async def test_a_container_that_stays_paused_is_given_up_and_replaced(
     await engine("pause", name)
     result = await runner.execute("x", session=session, timeout=0.5)
     assert (result.status, result.state) == ("timeout", "lost")
-    await eventually(lambda: engine.is_gone(name))
+    await eventually(lambda: engine.is_gone(name, runner))
     result = await runner.execute("'x' in globals()", session=session)
     assert (result.status, result.value) == ("ok", "False")
 
@@ -570,12 +577,12 @@ async def test_a_session_that_is_not_used_ends_by_itself(config: Config, session
     async with open_runner(brief) as runner:
         await runner.execute("x = 1", session=session)
         name = await engine.container_of(runner)
-        await eventually(lambda: engine.is_gone(name))
+        await eventually(lambda: engine.is_gone(name, runner))
         result = await runner.execute("'x' in globals()", session=session)
         assert result.value == "False"
         assert result.lost_before is not None
         name = await engine.container_of(runner)
-    await eventually(lambda: engine.is_gone(name))  # nor does it need a host to end
+    await eventually(lambda: engine.is_gone(name, runner))  # nor does it need a host to end
 
 
 async def test_sessions_are_listed_and_removed_by_the_command_line(
@@ -590,7 +597,7 @@ async def test_sessions_are_listed_and_removed_by_the_command_line(
     assert row.startswith(f"{session}  idle, in use  ")
     assert (await run(command_line, "rm", session))[0] == 125  # it is in use
     assert await runner.close_session(session)
-    assert await engine.is_gone(name)
+    assert await engine.is_gone(name, runner)
     status, _, errors = await run(command_line, "rm", session)
     assert status == 1
     assert f"there is no session {session!r}" in errors
@@ -656,7 +663,7 @@ async def test_a_runner_that_is_left_leaves_nothing_but_sessions(
 
     await eventually(only_the_session_is_left)
     assert (await run(command_line, "rm", session))[0] == 0
-    await eventually(lambda: engine.is_gone(name))
+    await eventually(lambda: engine.is_gone(name, runner))
 
 
 async def test_the_command_line_ends_with_the_statuses_of_a_shell(command_line: CommandLine) -> None:

@@ -30,6 +30,7 @@ from sandbox_runner import (
     PackageConfig,
     PoolConfig,
     RequestError,
+    Result,
     Rich,
     Runner,
     SessionConfig,
@@ -47,7 +48,7 @@ from sandbox_runner import (
 pytestmark = pytest.mark.anyio
 
 WAIT_FOR_GO = "import os, time\nprint('on')\nwhile not os.path.exists('go'): time.sleep(0.002)\n"
-STUBBORN = "print('on')\nimport time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
+STUBBORN = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('on')\nwhile True: signal.pause()"
 
 
 @pytest.fixture
@@ -340,17 +341,23 @@ async def test_code_that_ends_its_process_is_told_how(runner: Runner, code: str,
 async def test_killing_the_command_line_under_a_running_call_does_not_lose_its_result(
     runner: Runner, settings: Config
 ) -> None:
-    class Kill(Hears):
-        async def __call__(self, _item: Text | Rich | Omitted) -> None:
-            if not self.first.is_set():
-                self.first.set()
-                os.kill(client(runner, "s"), signal.SIGKILL)
-                go(settings)
-
     await runner.execute("x = 1", session="s")
-    result = await runner.execute(f"{WAIT_FOR_GO}print('off')\nx", session="s", on_output=Kill())
+    results: list[Result] = []
+    hears = Hears()
+
+    async def call() -> None:
+        results.append(await runner.execute(f"{WAIT_FOR_GO}print('off')\nx", session="s", on_output=hears))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call)
+        await hears.first.wait()
+        cut = runner._sessions["s"].sandbox
+        os.kill(client(runner, "s"), signal.SIGKILL)
+        await until(lambda: runner._sessions["s"].sandbox not in (cut, None))
+        go(settings)
+    (result,) = results
     assert (result.status, result.state, result.value) == ("ok", "preserved", "1")
-    assert result.stdout.endswith("off\n")
+    assert result.stdout == hears.text == "on\noff\n"
     assert (await runner.execute("x", session="s")).value == "1"
 
 
@@ -490,6 +497,13 @@ async def test_what_no_supervisor_sends_ends_the_sandbox_and_nothing_else(
     assert result.message is not None
     assert result.message.startswith("the container ended during the call (it sent what no supervisor sends: ")
     await until(lambda: not docker.containers())
+
+
+async def test_a_session_whose_sandbox_was_given_up_has_a_new_one_in_the_next_call(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    docker.script(run={"program": hostile("say(b'no json\\n')")})
+    assert (await runner.execute("1", session="s")).state == "lost"
     docker.script(run={})
     assert (await runner.execute("1", session="s")).value == "1"
 

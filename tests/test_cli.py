@@ -1,0 +1,269 @@
+"""The command line, as a real child process with the fake engine first on its PATH."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import FakeEngine
+
+import sandbox_runner
+from sandbox_runner import Result, exit_status
+
+PROGRAM = [sys.executable, sandbox_runner.__file__]
+ON = "print('on', flush=True)\n"
+STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, lambda *_: print('no'))\n{ON}while True: signal.pause()"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def home(docker: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home and current folder, with a configuration for the fake engine."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / ".python-docker-mcp").mkdir()
+    settings = {
+        "docker": {"command": docker.command, "working_dir": str(tmp_path / "work")},
+        "session": {"idle_timeout": 60},
+        "package": {"preinstalled": []},
+        "pool": {"enabled": False},
+    }
+    (tmp_path / ".python-docker-mcp/config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(home: Path) -> Run:
+    """Runs the command line to its end, in the home."""
+
+    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*PROGRAM, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=30, cwd=home
+        )
+
+    return run
+
+
+@contextmanager
+def started(*arguments: str, stdout: Any = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """The command line, running."""
+    command = [*PROGRAM, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+# ── what is run, and what is shown ──
+
+
+def test_a_script_runs_with_its_arguments_and_shows_output_value_and_nothing_else(
+    run: Run, home: Path, docker: FakeEngine
+) -> None:
+    (home / "script.py").write_text(
+        "import sys\nprint(sys.argv)\nprint('err', file=sys.stderr)\n6 * 7", encoding="utf-8"
+    )
+    done = run("script.py", "--json", "two")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['script.py', '--json', 'two']\n42\n", "err\n")
+    until(lambda: not docker.containers())
+
+
+def test_standard_input_is_run_as_a_script(run: Run) -> None:
+    done = run("-", "one", stdin="import sys\nprint(sys.argv, 'é')")
+    assert (done.returncode, done.stdout) == (0, "['<stdin>', 'one'] é\n")
+
+
+def test_a_failure_shows_the_traceback_and_a_hint(run: Run) -> None:
+    done = run("-c", "def f():\n    import bs4\nf()")
+    assert done.returncode == 1
+    assert done.stderr.startswith('Traceback (most recent call last):\n  File "<string>", line 3, in <module>\n')
+    assert done.stderr.endswith(
+        "ModuleNotFoundError: No module named 'bs4'\n"
+        "sandbox_runner: bs4 is not installed. Install it with install-package: the package is called beautifulsoup4.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "status"),
+    [
+        (Result("ok"), 0),
+        (Result("ok", exit_code=0), 0),
+        (Result("error"), 1),
+        (Result("error", exit_code=3), 3),
+        (Result("error", exit_code=256 + 7), 7),
+        (Result("timeout", exit_code=-9), 124),
+        (Result("out_of_memory", exit_code=-9), 137),
+        (Result("cancelled"), 130),
+        (Result("died"), 137),
+        (Result("died", exit_code=-11), 139),
+        (Result("died", exit_code=5), 5),
+    ],
+)
+def test_the_exit_status_is_what_a_shell_would_have_it(result: Result, status: int) -> None:
+    assert exit_status(result) == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["-c", "import sys; sys.exit(3)"], 3, ""),
+        (["-c", "while True: pass", "--timeout", "0.2"], 124, "the code did not end within 0.2 seconds"),
+        (["-c", "import os; os.kill(os.getpid(), 11)"], 139, "was killed by SIGSEGV"),
+        (["nowhere.py"], 2, "nowhere.py can't be read: No such file or directory."),
+        (["-c", "1", "--timeout", "-1"], 2, "A timeout of -1.0 seconds can't be"),
+        (["-c", "1", "--config", "nowhere.yaml"], 2, "nowhere.yaml can't be read"),
+        (["-c", "1", "--image", "none/such"], 125, "The image none/such is not here and can't be pulled"),
+        (["-c", "1", "--mount", "nowhere:/x"], 2, "does not exist on this host"),
+        ([], 2, "a FILE, - for standard input, or -c CODE is needed"),
+    ],
+)
+def test_the_exit_status_tells_what_happened(run: Run, arguments: list[str], status: int, says: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == status
+    assert says in done.stderr
+    assert 'sandbox_runner.py", line' not in done.stderr
+
+
+def test_an_engine_that_is_down_is_status_125_and_one_sentence(run: Run, docker: FakeEngine) -> None:
+    docker.script(version={"exit": 1, "stderr": "Cannot connect to the Docker daemon.\n"})
+    done = run("-c", "1")
+    assert done.returncode == 125
+    assert done.stderr.startswith(f"sandbox_runner: {docker.command} is installed, but its engine does not answer")
+    assert done.stderr.count("\n") == 1
+
+
+def test_output_appears_while_the_code_runs(home: Path) -> None:
+    with started(
+        "-c", f"{ON}import os, time\nwhile not os.path.exists('go'): time.sleep(0.002)\nprint('off')"
+    ) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "on\n"
+        (home / "work/go").touch()
+        assert child.stdout.read() == "off\n"
+        assert child.wait(20) == 0
+
+
+# ── state, sessions, JSON ──
+
+
+def test_state_is_kept_in_a_file_with_a_note_on_what_can_not_be(run: Run, home: Path) -> None:
+    (home / "state.json").write_text('{"x": [1]}', encoding="utf-8")
+    done = run("--state", "state.json", "-c", "x.append(2); y = {3}")
+    assert json.loads((home / "state.json").read_text(encoding="utf-8")) == {"x": [1, 2]}
+    assert done.stderr == "sandbox_runner: the variable y is not in state.json: set is not JSON\n"
+    assert [file.name for file in home.glob("state*")] == ["state.json"]
+
+
+def test_a_state_file_that_is_none_is_left_alone(run: Run, home: Path) -> None:
+    (home / "state.json").write_text("[1]", encoding="utf-8")
+    done = run("--state", "state.json", "-c", "x = 1")
+    assert (done.returncode, done.stderr.count("holds no JSON object")) == (2, 1)
+    assert (home / "state.json").read_text(encoding="utf-8") == "[1]"
+
+
+def test_a_session_works_across_invocations_is_listed_and_removed(run: Run, docker: FakeEngine) -> None:
+    run("--session", "work", "-c", "x = 41")
+    assert run("--session", "work", "-c", "x + 1").stdout == "42\n"
+    (listed,) = json.loads(run("ps", "--json").stdout)
+    assert (listed["session"], listed["attached"], listed["busy"]) == ("work", False, False)
+    head, row = run("ps").stdout.splitlines()
+    assert head.split() == ["SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER"]
+    assert row.split()[:2] == ["work", "idle"]
+    assert run("rm", "work").returncode == 0
+    assert docker.containers() == []
+    done = run("rm", "work")
+    assert done.returncode == 1
+    assert done.stderr == "sandbox_runner: there is no session 'work': `ps` lists those there are\n"
+
+
+def test_json_holds_everything_and_nothing_else_is_printed(run: Run) -> None:
+    done = run("--json", "-c", "print('out')\nimport nothing")
+    told = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert (told["status"], told["stdout"], told["exception"]["line"]) == ("error", "out\n", 2)
+    assert told["output"] == [{"stream": "stdout", "text": "out\n"}]
+    assert told["engine"] == "docker 20.10.24"
+    assert (told["image"]["name"], told["image"]["origin"]) == ("python:3.12.2-slim", "present")
+
+
+# ── signals and pipes ──
+
+
+@pytest.mark.usefixtures("home")
+def test_ctrl_c_interrupts_the_code_which_says_where_it_was(docker: FakeEngine) -> None:
+    with started("-c", f"{ON}import time\ntime.sleep(60)") as child:
+        assert child.stdout
+        assert child.stdout.readline() == "on\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130
+        assert child.stderr
+        said = child.stderr.read()
+        assert said.startswith("Traceback (most recent call last):\n")
+        assert "KeyboardInterrupt" in said
+    until(lambda: not docker.containers())
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_leaves_and_nothing_stays_behind(docker: FakeEngine, second: signal.Signals) -> None:
+    with started("-c", STUBBORN) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "on\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "no\n"
+        child.send_signal(second)
+        assert child.wait(20) == 128 + second
+    until(lambda: not docker.containers())
+
+
+@pytest.mark.usefixtures("home")
+def test_nothing_stays_behind_when_the_command_line_is_killed(docker: FakeEngine) -> None:
+    with started("-c", f"{ON}while True: pass") as child:
+        assert child.stdout
+        assert child.stdout.readline() == "on\n"
+        child.kill()
+    until(lambda: not docker.containers())
+
+
+@pytest.mark.usefixtures("home")
+def test_a_reader_that_goes_away_ends_it_quietly(docker: FakeEngine) -> None:
+    with started("-c", "while True: print('x' * 1000)") as child:
+        assert child.stdout
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.wait(20) == 141
+        assert child.stderr
+        assert child.stderr.read() == ""
+    until(lambda: not docker.containers())
+
+
+def test_help_tells_the_exit_statuses(run: Run) -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert "124 after a time-out, 137 out of memory, 130 interrupted" in done.stdout
+
+
+@pytest.mark.usefixtures("home")
+def test_the_environment_names_the_configuration(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON_DOCKER_MCP_CPU_LIMIT", "half")
+    done = run("-c", "1")
+    assert (done.returncode, "PYTHON_DOCKER_MCP_CPU_LIMIT: 'half' is not accepted" in done.stderr) == (2, True)
