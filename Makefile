@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: help demo test unit integration lint clean
+.PHONY: help demo test unit integration lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -15,10 +15,12 @@ demo: .venv/.demo ## run an example script in a sandbox; any engine will do
 	@if [ -f .engines/env ]; then . ./.engines/env; fi; \
 	$(PY) sandbox_runner.py --mount tests/data:/data tests/examples/weather.py
 
-test: lint unit integration ## everything: lint, unit, integration
+test: lint ## everything: ruff, mypy, unit tests on every Python that is found, integration tests
+	$(PY) -m pytest -n auto -m "not engine" --every-python
+	@$(MAKE) --no-print-directory integration
 
-unit: .venv/.dev ## tests that need no container engine
-	$(PY) -m pytest -m "not engine"
+unit: .venv/.dev ## the quick tests, which need no container engine
+	$(PY) -m pytest -n auto -m "not engine and not slow"
 
 integration: .venv/.dev ## tests on real Docker and real Podman
 	@sh tests/engines.sh test
@@ -27,6 +29,10 @@ integration: .venv/.dev ## tests on real Docker and real Podman
 lint: .venv/.dev ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m mypy
+
+bench: .venv/.dev ## what a call costs, beside the engine's own commands
+	@sh tests/engines.sh test
+	. ./.engines/env && $(PY) -m tests.bench docker && $(PY) -m tests.bench podman
 
 clean: ## remove the virtual environment, caches and build results
 	rm -rf .venv .engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -901,6 +901,7 @@ class Supervisor:
         self.control.send(frame)
 
     def _start(self, request: dict[str, Any]) -> None:
+        self._reap()  # a worker that has just died must not be given the call
         self.session = request["session"]
         self.packages = request["packages"] = request["packages"] or self.packages
         self._read_all_output()
@@ -1228,7 +1229,7 @@ class Worker:
         with contextlib.suppress(OSError):
             os.chdir(self.home)
         sys.path.insert(0, self.home)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
         self._open_streams()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
@@ -1265,7 +1266,7 @@ class Worker:
     def _open_streams(self) -> None:
         """Give the code text streams over descriptors 1 and 2 that survive even a close()."""
         for fd, name in ((1, "stdout"), (2, "stderr")):
-            stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115  # for good
+            stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115  # likewise
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 
@@ -1402,7 +1403,7 @@ class Worker:
         )
 
     def _execute(self, steps: list[types.CodeType]) -> Any:
-        """Run one piece after the other; return the last one's value. An await in any puts all of them into the loop."""
+        """Run one piece after the other; the last one's value. An await in any puts all of them into the loop."""
 
         def is_coroutine(step: types.CodeType) -> bool:
             return bool(step.co_flags & 0x80)  # inspect.CO_COROUTINE: there is an await at top level
@@ -3808,7 +3809,7 @@ class Runner:
         return session.sandbox
 
     async def _claim(self, session: Session, name: str) -> None:
-        """Give the session's container the name by which it is found; an engine gives each name to one container only."""
+        """Give the session's container the name by which it is found, and of which an engine allows only one."""
         sandbox = session.sandbox
         assert sandbox is not None
         deadline = time.monotonic() + ATTACH_TIMEOUT
@@ -3817,7 +3818,8 @@ class Runner:
                 await sandbox.rename(session_container(name))
                 return
             except EngineError:
-                if time.monotonic() > deadline:
+                taken = await sandbox.engine.inspect("container", session_container(name), "{{.State.Status}}")
+                if not taken or time.monotonic() > deadline:
                     raise
             session.sandbox = await self._find_session(
                 name

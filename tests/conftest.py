@@ -34,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests marked `engine` on this engine, and fail if it is not there; may be given more than once "
         "(default: on those that answer; if CI is set, on all)",
     )
+    parser.addoption(
+        "--every-python", action="store_true", help="try the guest on every Python found, not just on this one"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

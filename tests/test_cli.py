@@ -19,6 +19,7 @@ from conftest import FakeEngine
 import sandbox_runner
 from sandbox_runner import Result, exit_status
 
+pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, sandbox_runner.__file__]
 ON = "print('on', flush=True)\n"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, lambda *_: print('no'))\n{ON}while True: signal.pause()"

@@ -598,9 +598,17 @@ RENEW = "display.__func__.__globals__['os']._exit(0)"  # has the next call meet 
 MakeGuest = Callable[..., Guest]
 
 
-@pytest.fixture(scope="module", params=PYTHONS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test of the guest on this Python or, if asked to, on every one that is found."""
+    if "python" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--every-python")
+        chosen = list(PYTHONS) if every else [f"3.{sys.version_info.minor}"]
+        metafunc.parametrize("python", chosen, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def python(request: pytest.FixtureRequest) -> str:
-    """A Python, from 3.8 to the newest that is found."""
+    """A Python that is found here."""
     return PYTHONS[request.param]
 
 

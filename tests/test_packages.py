@@ -360,9 +360,7 @@ async def test_the_image_moves_in_a_file_to_a_host_without_network(
     config.write_text(
         json.dumps({
             "docker": {"command": engine.command, "image": "host"},
-            "package": {
-                "index_url": index.url, "network": "host", "preinstalled": settings.package.preinstalled, "volume": settings.package.volume,
-            },
+            "package": dataclasses.asdict(settings.package),
         })
     )  # fmt: skip
 
@@ -532,7 +530,9 @@ async def test_what_the_image_has_is_not_downloaded_again(settings: Config, inde
         assert again.ok
         assert "alpha 1.0 is part of the image already" in again.message
         await runner.install("beta", session="s")
-        assert {file for file in index.downloads()[before:] if not file.startswith("uv-")} == {"beta-1.0-py3-none-any.whl"}
+        assert {file for file in index.downloads()[before:] if not file.startswith("uv-")} == {
+            "beta-1.0-py3-none-any.whl"
+        }
         await runner.close_session("s")
 
 

@@ -137,6 +137,7 @@ async def test_a_session_keeps_variables_functions_and_imports(runner: Runner) -
     assert (result.value, result.session, result.state) == ("5", "s", "preserved")
 
 
+@pytest.mark.slow
 async def test_a_thousand_calls_on_a_session_cost_no_engine_command(runner: Runner, docker: FakeEngine) -> None:
     await runner.execute("x = 0", session="s")
     before = docker.log()
@@ -252,6 +253,7 @@ async def test_a_call_is_cancelled_in_the_middle_and_the_session_used_again(runn
     assert (result.value, result.lost_before) == ("2", None)
 
 
+@pytest.mark.slow
 async def test_cancelling_code_that_does_not_stop_loses_the_variables_and_the_next_call_says_so(runner: Runner) -> None:
     await runner.execute("x = 1", session="s")
     hears = Hears()
@@ -301,12 +303,14 @@ async def test_a_time_out_keeps_the_variables_of_a_session_if_the_code_stops(run
     assert (await runner.execute("x", session="s")).value == "1"
 
 
+@pytest.mark.slow
 async def test_a_time_out_loses_them_if_it_does_not_and_the_next_call_works(runner: Runner) -> None:
     result = await runner.execute(STUBBORN, session="s", timeout=0.2)
     assert (result.status, result.state) == ("timeout", "lost")
     assert (await runner.execute("1", session="s")).value == "1"
 
 
+@pytest.mark.slow
 async def test_a_sandbox_that_does_not_answer_is_removed(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,6 +512,7 @@ async def test_a_session_whose_sandbox_was_given_up_has_a_new_one_in_the_next_ca
     assert (await runner.execute("1", session="s")).value == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greeting", ["nonsense", '{"kind": 5}', '{"kind": "ready", "unread": 5}', '{"kind": "ready"}'])
 async def test_a_sandbox_that_does_not_greet_as_ours_do_is_refused(
     runner: Runner, docker: FakeEngine, greeting: str
@@ -740,6 +745,7 @@ async def test_the_default_image_is_replaced_by_one_from_this_python_that_is_the
     assert docker.log("pull") == docker.log("import") == []
 
 
+@pytest.mark.slow
 async def test_the_default_image_that_can_not_be_pulled_is_made_from_this_python(
     runner: Runner, docker: FakeEngine, tripwire: FakeProcess
 ) -> None:

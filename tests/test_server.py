@@ -755,6 +755,7 @@ class RawClient:
         return await self.process.wait()
 
 
+@pytest.mark.slow
 async def test_a_client_over_standard_streams_has_its_conversation(config: Config, tmp_path: Path) -> None:
     with anyio.fail_after(PATIENCE):
         async with stdio(config, tmp_path) as client:
@@ -765,6 +766,7 @@ async def test_a_client_over_standard_streams_has_its_conversation(config: Confi
             assert "hello" in listener.messages
 
 
+@pytest.mark.slow
 async def test_nothing_but_messages_comes_over_the_wire_and_broken_lines_do_no_harm(
     config: Config, tmp_path: Path
 ) -> None:
@@ -777,6 +779,7 @@ async def test_nothing_but_messages_comes_over_the_wire_and_broken_lines_do_no_h
         assert await client.leave(None) == 0
 
 
+@pytest.mark.slow
 async def test_a_client_of_the_first_protocol_gets_only_what_it_knows(config: Config, tmp_path: Path) -> None:
     async with RawClient.open(config, tmp_path, "2024-11-05") as client:
         await client.call(1, "execute-persistent", code="open('a', 'w').close()", session_id="s")
@@ -805,6 +808,7 @@ async def leave_in_the_middle_and_come_back(
         assert not (await later.call_tool("cleanup-session", {"session_id": session})).is_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "status"), LEAVINGS)
 async def test_a_server_that_ends_in_the_middle_of_calls_leaves_nothing_but_sessions(
     config: Config, docker: FakeEngine, tmp_path: Path, how: signal.Signals | None, status: int
@@ -815,6 +819,7 @@ async def test_a_server_that_ends_in_the_middle_of_calls_leaves_nothing_but_sess
             await anyio.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "words"),
     [("--version", sandbox_runner.__version__), ("--help", "--config FILE"), ("-h", "clients start")],
