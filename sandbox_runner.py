@@ -121,6 +121,7 @@ ENGINE_TIMEOUT = 30  # an engine command that only asks or removes
 PULL_TIMEOUT = 900  # pulling or making an image
 INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
+PRUNE_PAUSE = 75  # longer than any container takes from being created to running
 ATTACH_TIMEOUT = 15  # from `docker exec` to the same
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
@@ -210,9 +211,13 @@ class SessionConfig:
     """How long sessions are kept."""
 
     idle_timeout: float = 1800.0
+    max: int = 64
+    evict: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a time that is none."""
+        if self.max < 1:
+            raise ValueError(f"session.max: {self.max!r} is not a number above zero")
         if not 0 < self.idle_timeout < math.inf:
             raise ValueError(f"session.idle_timeout: {self.idle_timeout!r} is not a number of seconds above zero")
 
@@ -469,6 +474,7 @@ class Result:
     message: str | None = None  # what happened, in a sentence, where the code did not simply end
     hint: str | None = None  # what the caller could do about it
     session: str | None = None
+    is_new: bool = False  # whether the session began with this call
     state: Literal["preserved", "lost"] | None = None  # what became of the session's variables
     lost_before: str | None = None  # why they were lost between the previous call and this one, if they were
     earlier: str = ""  # what work left running by earlier calls wrote since the last one
@@ -533,6 +539,7 @@ FILES_SEEN = 5000  # more in the working directory are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
 FILES_LIMIT = 256 << 10  # bytes of all of them
 READ_LIMIT = 1 << 20  # bytes of a file read at a time
+WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # beside the working directory; all the container's own
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
 PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
@@ -1012,7 +1019,7 @@ class Supervisor:
         self._forget_worker()
         self.earlier.clear()
         self.lost = self.packages = None
-        folders = (self.settings["working_dir"], "/tmp", "/dev/shm", "/dev/mqueue")
+        folders = (self.settings["working_dir"], *WRITABLE_FOLDERS)
         for folder in folders:
             empty_folder(folder)
         clean = not any(os.listdir(folder) for folder in folders if os.path.isdir(folder))
@@ -1844,7 +1851,12 @@ def run_installer(settings: str) -> None:
     task = json.loads(settings)
     threading.Thread(target=exit_with_host, daemon=True).start()
     os.environ.update(task["environment"], HOME="/tmp", PIP_ROOT_USER_ACTION="ignore")
-    os.environ.update(UV_SYSTEM_PYTHON="1", UV_BREAK_SYSTEM_PACKAGES="1", PIP_BREAK_SYSTEM_PACKAGES="1")
+    os.environ.update(
+        UV_LINK_MODE="copy" if task["task"] == "build" else "hardlink",
+        UV_SYSTEM_PYTHON="1",
+        UV_BREAK_SYSTEM_PACKAGES="1",
+        PIP_BREAK_SYSTEM_PACKAGES="1",
+    )
     os.environ.update(UV_CACHE_DIR=f"{PACKAGES}/.cache", PIP_CACHE_DIR=f"{PACKAGES}/.cache", UV_NO_PROGRESS="1")
     work = build_content if task["task"] == "build" else add_packages
     if task["certificates"] and task["certificates_asked_for"]:
@@ -1888,15 +1900,16 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
     """Turn the container into what the derived image is made of; the host commits it then."""
     command = installer_command(task)
     if task["requirements"]:
+        tell("progress", text=f"installing {', '.join(task['requirements'])}", step=2)
         run_tool([*command, "install", *task["options"], *task["requirements"]])
-    tell("progress", text="compiling bytecode")
+    tell("progress", text="compiling bytecode", step=3)
     folders = {path for path in sys.path if os.path.isdir(path)} | {
         sysconfig.get_path("purelib"),
         sysconfig.get_path("platlib"),
     }
     subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", "-x", "[/]tests?[/]", *sorted(folders)])
     if importlib.util.find_spec("matplotlib"):
-        tell("progress", text="listing fonts for Matplotlib")
+        tell("progress", text="listing fonts for Matplotlib", step=4)
         environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
         subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
     for entry in os.scandir("/tmp"):  # Podman would copy what is there into every sandbox
@@ -2258,6 +2271,11 @@ class Engine:
     async def sandboxes(self) -> list[str]:
         """The names of all containers that carry our label, whoever started them."""
         return (await self.run("ps", f"--filter=label={LABEL}", "--format={{.Names}}")).split()
+
+    async def leftovers(self) -> list[str]:
+        """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
+        states = ("--filter=status=created", "--filter=status=exited")
+        return (await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}")).split()
 
     async def remove(self, name: str) -> None:
         """Kill and remove a container; that it is gone already is fine."""
@@ -2656,10 +2674,11 @@ async def _build_now(
 ) -> str:
     packages = ", ".join(config.package.preinstalled)
     report(f"preparing the image with {packages} (once; a minute or so)")
+    report(progress_bar(1, BUILD_STEPS, f"fetching {config.package.installer}"))
     task = {"task": "build", "requirements": config.package.preinstalled}
     async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
         outcome.require_success(f"{packages} could not be installed")
-        report("saving the image")
+        report(progress_bar(BUILD_STEPS, BUILD_STEPS, "saving the image"))
         await engine.run(
             "commit",
             f"--change=LABEL {BASE_LABEL}={base.id}",
@@ -2671,6 +2690,14 @@ async def _build_now(
     log.info("made the image %s with %s", name, ", ".join(" ".join(item) for item in outcome.installed))
     await _remove_older_images(engine, name, config.docker.image)
     return await _image_id(engine, name) or name
+
+
+BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
+
+
+def progress_bar(step: int, steps: int, text: str) -> str:
+    """How far something long is, in a line."""
+    return f"{'█' * step}{'░' * (steps - step)} {text}"
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
@@ -2754,12 +2781,15 @@ async def helper_container(
             try:
                 await process.stdin.send(program(INSTALLER_SOURCE, "run_installer", installer_task(package, task)))
                 lines = BufferedByteReceiveStream(process.stdout)
+                step = 0
                 while True:
                     frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
                     if frame.get("kind", str) == "done":
                         outcome = Outcome.of(frame)
                         break
-                    report(last_line(frame.get("text", str)))
+                    step = frame.get("step", int, NONE) or step
+                    text = last_line(frame.get("text", str))
+                    report(progress_bar(step, BUILD_STEPS, text) if step else text)
             except (
                 anyio.EndOfStream,
                 anyio.IncompleteRead,
@@ -3498,6 +3528,7 @@ class Session:
     lock: anyio.Lock = field(default_factory=anyio.Lock)
     sandbox: Sandbox | None = None
     lost: str | None = None  # why the last sandbox is gone, for the next call to tell
+    used: float = 0.0  # when its last call began
 
 
 def describe_installation(
@@ -3554,6 +3585,7 @@ class Pool:
         self._turn = anyio.Lock(fast_acquire=True)  # who waits for a sandbox gets one in the order of coming
         self._changed = anyio.Event()  # a sandbox is ready, or a place free
         self._count = 0  # sandboxes there are, in whatever state, and those that are being created
+        self._counted: set[Sandbox] = set()
         self._coming = 0  # of these, to be ready
         self._kept_warm = False
         self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
@@ -3634,16 +3666,23 @@ class Pool:
         except BaseException:
             self._free_place()
             raise
+        self._counted.add(sandbox)
         self._tasks.start_soon(self._watch, sandbox)
         return sandbox
 
     async def _watch(self, sandbox: Sandbox) -> None:
         """Free the place of a sandbox that is gone; one that was ready is replaced."""
         await sandbox.gone.wait()
-        self._free_place()
+        self.let_go(sandbox)
         if sandbox in self.ready:
             self.ready.remove(sandbox)
             self._fill()
+
+    def let_go(self, sandbox: Sandbox) -> None:
+        """Count a sandbox no longer: it is gone, or a session's, which are bounded by `session.max`."""
+        if sandbox in self._counted:
+            self._counted.remove(sandbox)
+            self._free_place()
 
     def _free_place(self) -> None:
         self._count -= 1
@@ -3754,13 +3793,15 @@ class Runner:
         assert request.session is not None
         async with session.lock:
             sandbox = await self._sandbox_of(session, request.session, is_new)
+            session.used = time.monotonic()
             with self._counted():
                 unread = await sandbox.read_unread()
+                is_new = sandbox.asked is None and sandbox.has_begun(None) and not session.lost
                 result = await sandbox.call(request, on_output, interrupt)
                 lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
                 if result.status == "died" and sandbox.gone.is_set():
                     result = await self._resume(session, sandbox, request, result, on_output, interrupt)
-            return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost)
+            return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost, is_new=is_new)
 
     async def _resume(
         self,
@@ -3801,19 +3842,39 @@ class Runner:
         elif not session.sandbox and not is_new:
             session.sandbox = await self._find_session(name)
         if not session.sandbox:
+            await self._make_room()
             session.sandbox = await self._pool.lease()
+            self._pool.let_go(session.sandbox)
             if is_new:
-                self._tasks.start_soon(self._claim, session, name)
+                self._tasks.start_soon(self._claim_later, session, name)
             else:
                 await self._claim(session, name)
         return session.sandbox
 
+    async def _make_room(self) -> None:
+        """See that there may be one more session. Raises SessionError."""
+        most = self.config.session.max
+        there = {name: one for name, one in self._sessions.items() if one.sandbox and not one.sandbox.gone.is_set()}
+        if len(there) < most:
+            return
+        idle = [name for name, one in there.items() if not one.lock.locked()]
+        if not (self.config.session.evict and idle):
+            raise SessionError(
+                f"There are {len(there)} sessions already, which is the most allowed (session.max): "
+                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first (cleanup-session)."
+            )
+        oldest = min(idle, key=lambda name: there[name].used)
+        log.info("ending the session %s, the longest idle one, to make room for another", oldest)
+        await self.close_session(oldest)
+        self._sessions.setdefault(
+            oldest, Session()
+        ).lost = f"it was ended to make room for another (session.max: {most})"
+
     async def _claim(self, session: Session, name: str) -> None:
         """Give the session's container the name by which it is found, and of which an engine allows only one."""
         sandbox = session.sandbox
-        assert sandbox is not None
         deadline = time.monotonic() + ATTACH_TIMEOUT
-        while not sandbox.gone.is_set():
+        while sandbox and not sandbox.gone.is_set():
             try:
                 await sandbox.rename(session_container(name))
                 return
@@ -3829,6 +3890,15 @@ class Runner:
                 return
             session.sandbox = sandbox
             await anyio.sleep(0.1)
+
+    async def _claim_later(self, session: Session, name: str) -> None:
+        """Claim a session that nobody else can know yet; at worst no other program will find it."""
+        sandbox = session.sandbox
+        try:
+            await self._claim(session, name)
+        except SandboxError as error:
+            if sandbox and not sandbox.gone.is_set() and session.sandbox is sandbox:
+                log.warning("the session %s will not be found by other programs: %s", name, error)
 
     async def _find_session(self, name: str) -> Sandbox | None:
         """Plug into a session that an earlier host left. Raises SessionError if another host has it."""
@@ -3974,6 +4044,20 @@ class Runner:
                 tasks.start_soon(ask, name)
         return sorted(answers, key=lambda info: -info.age)
 
+    async def prune(self) -> list[str]:
+        """Remove our containers that do not run, and did not a good while ago either; their names.
+
+        Running ones need nothing of the kind: those that nobody uses end by themselves.
+        """
+        engine = await self._find_engine()
+        if not (found := set(await engine.leftovers())):
+            return []
+        await anyio.sleep(PRUNE_PAUSE)
+        gone = sorted(found & set(await engine.leftovers()))
+        for name in gone:
+            await engine.run("rm", "--force", name)
+        return gone
+
     async def close_session(self, name: str) -> bool:
         """End a session and all that was kept for it; False if there is none of that name.
 
@@ -3991,6 +4075,11 @@ class Runner:
         if not session.lock.locked():
             self._sessions.pop(name, None)
         return sandbox is not None
+
+    async def _tidy(self) -> None:
+        with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
+            for name in await self.prune():
+                log.info("removed the container %s, which never ran", name)
 
     async def _leave(self) -> None:
         """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
@@ -4014,6 +4103,7 @@ async def open_runner(
         runner = Runner(config or Config(), tasks, on_status)
         if warm:
             runner._pool.keep_warm()
+            tasks.start_soon(runner._tidy)
         try:
             yield runner
         finally:
@@ -4058,10 +4148,12 @@ The exit status is the code's own; 124 after a time-out, 137 out of memory, 130 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; ends the process with the exit status that `--help` describes."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    clear_status = "\r\x1b[K" if sys.stderr.isatty() else ""
+    logging.basicConfig(format=f"{clear_status}%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         command = {
             "ps": _list_command,
+            "prune": _prune_command,
             "rm": _remove_command,
             "build": _build_command,
             "install": _install_command,
@@ -4248,6 +4340,20 @@ def exit_status(result: Result) -> int:
     if result.exit_code is None:
         return {"ok": 0, "error": 1}.get(result.status, 137)
     return result.exit_code & 0xFF if result.exit_code >= 0 else 128 - result.exit_code
+
+
+async def _prune_command(argv: Sequence[str]) -> int:
+    """`prune`: remove what died before it ran."""
+    parser = argparse.ArgumentParser(
+        prog="sandbox_runner.py prune",
+        description="Remove containers of ours that never ran. If there are any, it looks twice, a minute apart.",
+    )
+    parser.add_argument("--config", metavar="FILE")
+    options = parser.parse_args(argv)
+    async with open_runner(load_config(options.config)) as runner:
+        for name in await runner.prune():
+            print(name)
+    return 0
 
 
 async def _build_command(argv: Sequence[str]) -> int:

@@ -32,6 +32,7 @@ from sandbox_runner import (
     ImageError,
     Omitted,
     PackageConfig,
+    PoolConfig,
     Result,
     Rich,
     Runner,
@@ -999,3 +1000,60 @@ async def test_without_a_registry_the_default_image_is_made_from_this_host_s_pyt
     assert [result.value for result in results] == [repr(sys.version_info[:3])] * 2
     assert name == [] or await engine.is_gone(name[0])
     assert sum("making an image from this host's own Python" in record.message for record in caplog.records) == 1
+
+
+async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_memory_of_its_last_use(
+    config: Config,
+) -> None:
+    dirty = (
+        "import ctypes, os, subprocess, sys\n"
+        "for folder in ('/tmp', '.', '/dev/shm'):\n"
+        "    os.makedirs(folder + '/a/b')\n"
+        "    open(folder + '/a/b/c', 'w').write('x')\n"
+        "os.chmod('/tmp/a', 0)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'], start_new_session=True)\n"
+    )
+    look = (
+        "import os\n"
+        "folders, mine = ('/tmp', '.', '/dev/shm'), ('1', str(os.getpid()))\n"
+        "kept = [path for folder in folders for path in os.listdir(folder) if path != '.matplotlib']\n"
+        "(kept, [name for name in os.listdir('/proc') if name.isdigit() and name not in mine])"
+    )
+    pool = PoolConfig(warm=0, preload=(), reuse=True)
+    async with open_runner(dataclasses.replace(config, pool=pool)) as runner:
+        assert (await runner.execute(dirty)).status == "ok"
+        with anyio.fail_after(30):
+            while not runner._pool.ready:
+                await anyio.sleep(0.01)
+        name = runner._pool.ready[0].name
+        assert (await runner.execute(look)).value == "([], [])"
+        with anyio.fail_after(30):
+            while not runner._pool.ready:
+                await anyio.sleep(0.01)
+        assert runner._pool.ready[0].name == name
+        # System V shared memory can't be removed from outside of who made it: such a sandbox is not used again.
+        await runner.execute("import ctypes; ctypes.CDLL(None).shmget(5, 4096, 0o1600)")
+        with anyio.fail_after(30):
+            while runner._pool._count:
+                await anyio.sleep(0.01)
+
+
+async def test_a_container_that_never_ran_is_pruned_and_no_other_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "PRUNE_PAUSE", 0)
+    async with open_runner(config) as runner:
+        await runner.execute("1")
+        assert runner.engine is not None
+        assert runner.image is not None
+        ours, other = (f"python-docker-mcp-{os.urandom(8).hex()}" for _ in range(2))
+        await runner.engine.run(
+            "create", f"--name={ours}", f"--label={sandbox_runner.LABEL}=1", runner.image.name, "true"
+        )
+        await runner.engine.run("create", f"--name={other}", runner.image.name, "true")
+        try:
+            assert ours in await runner.prune()
+            assert await runner.engine.inspect("container", ours, "{{.State.Status}}") is None
+            assert await runner.engine.inspect("container", other, "{{.State.Status}}") == "created"
+        finally:
+            await runner.engine.run("rm", other)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeEngine, impatient
+from conftest import FakeEngine, harmless
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest_subprocess.exceptions import ProcessNotRegisteredError
@@ -540,7 +540,7 @@ class Guest:
         self.channel = Channel(self.process.stdout.fileno(), self.process.stdin.fileno())
         self.frames = self._receive()
         try:
-            shipped = program(impatient(GUEST_SOURCE), "supervise", self.settings)
+            shipped = program(harmless(GUEST_SOURCE), "supervise", self.settings)
             while shipped:
                 shipped = shipped[os.write(self.channel.writer, shipped) :]
             self.greeting = next(self.frames)

@@ -871,3 +871,61 @@ def test_neighbouring_pieces_of_a_stream_are_joined() -> None:
         Text("stderr", "d"),
     ]
     assert merge(pieces) == (Text("stdout", "ab"), rich, rich, Text("stderr", "c"), Omitted(1), Text("stderr", "d"))
+
+
+async def test_more_sessions_than_allowed_are_refused_with_the_list_of_those_there_are(settings: Config) -> None:
+    config = dataclasses.replace(settings, session=SessionConfig(max=2))
+    async with open_runner(config) as runner:
+        for name in ("one", "two"):
+            await runner.execute("x = 1", session=name)
+        with pytest.raises(SessionError, match=r"2 sessions already.*one, two.*cleanup-session"):
+            await runner.execute("1", session="three")
+        assert (await runner.execute("x", session="one")).value == "1"
+        await runner.close_session("one")
+        assert (await runner.execute("3", session="three")).value == "3"
+        for name in ("two", "three"):
+            await runner.close_session(name)
+
+
+async def test_if_that_is_allowed_the_longest_idle_session_makes_room_and_its_next_call_is_told(
+    settings: Config,
+) -> None:
+    config = dataclasses.replace(settings, session=SessionConfig(max=2, evict=True))
+    async with open_runner(config) as runner:
+        for name in ("one", "two"):
+            await runner.execute("x = 1", session=name)
+        await runner.execute("x", session="one")
+        await runner.execute("1", session="three")
+        assert (await runner.execute("x", session="one")).value == "1"
+        told = await runner.execute("1", session="two")
+        assert "make room" in (told.lost_before or "")
+        for name in ("one", "two", "three"):
+            await runner.close_session(name)
+
+
+async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Config) -> None:
+    status: list[str] = []
+    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=()))
+    async with open_runner(config, warm=True, on_status=status.append) as runner, anyio.create_task_group() as tasks:
+        values: list[str | None] = []
+
+        async def run(number: int) -> None:
+            values.append((await runner.execute(f"import time; time.sleep(0.05); {number}")).value)
+
+        for number in range(4):
+            tasks.start_soon(run, number)
+        with anyio.fail_after(30):
+            while len(values) < 4:
+                await anyio.sleep(0.01)
+    assert sorted(filter(None, values)) == ["0", "1", "2", "3"]
+    assert any("pool.size" in line for line in status)
+
+
+async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config, docker: FakeEngine) -> None:
+    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=0, preload=(), reuse=True))
+    async with open_runner(config) as runner:
+        await runner.execute("import builtins, sys\nbuiltins.len = None\nsys.modules['json'] = None\nx = 1")
+        with anyio.fail_after(30):
+            result = await runner.execute("import json, os; (len('ab'), json.dumps(1), 'x' in globals())")
+    assert result.value == "(2, '1', False)", result
+    assert len(docker.log("run")) == 1, "it was not used again"
