@@ -51,12 +51,13 @@ T = TypeVar("T")
 WAIT = "while not __import__('os').path.exists('/tmp/go'): __import__('time').sleep(0.01)\n"
 STUBBORN = """
 import time
-print("begun", flush=True)
+greeting = "begun"
 while True:
     try:
+        print(greeting, flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
-        print("never mind", flush=True)
+        greeting = "never mind"
 """
 
 
