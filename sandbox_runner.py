@@ -1908,7 +1908,7 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
         sysconfig.get_path("platlib"),
     }
     subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", "-x", "[/]tests?[/]", *sorted(folders)])
-    if importlib.util.find_spec("matplotlib"):
+    if any(os.path.isdir(f"{folder}/matplotlib") for folder in folders):
         tell("progress", text="listing fonts for Matplotlib", step=4)
         environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
         subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
@@ -2646,7 +2646,7 @@ def derived_name(docker: DockerConfig, package: PackageConfig) -> str:
     return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-RECIPE = 2  # raised when the same packages would make another image
+RECIPE = 3  # raised when the same packages would make another image
 BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of the image that it was made from
 BASE_NAME_LABEL = "python-docker-mcp.base-name"
 

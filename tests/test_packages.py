@@ -654,8 +654,10 @@ async def test_the_preinstalled_packages_are_there_and_matplotlib_draws_without_
         result = await runner.execute(
             "import numpy, pandas, scipy, matplotlib, sklearn, sympy\n"
             "import matplotlib.pyplot as plt\n"
-            "plt.plot([1, 2, 3]); plt.title('Grüße, Ωμέγα')"
+            "plt.plot([1, 2, 3]); plt.title('Grüße, Ωμέγα')\n"
+            "import glob, os; print(*map(os.path.realpath, glob.glob(os.environ['MPLCONFIGDIR'] + '/fontlist*')))"
         )
+        assert result.stdout.startswith("/opt/python-docker-mcp/matplotlib/fontlist"), result.stdout
         assert runner.image is not None
         assert runner.image.problem is None
         assert (result.status, result.stderr) == ("ok", "")
