@@ -2,7 +2,7 @@
 # Makes sure that container engines are there and work:
 #
 #   sh tests/engines.sh demo    one of them: Docker, else Podman; if there is none, installs Docker
-#   sh tests/engines.sh test    both; installs what is missing, starts Docker's daemon if it is down
+#   sh tests/engines.sh test    both, and npx; installs what is missing, starts Docker's daemon if it is down
 #
 # Installing and starting needs root, installing also Debian or Ubuntu. Silent when all is there; when it cannot go on, one
 # line on stderr says what to do, and the exit status is 1.
@@ -134,6 +134,7 @@ test)
     has podman || install "no podman" podman runc
     podman_works || { ! has runc && install "no working Podman" runc && podman_works; } ||
         die "podman cannot run a container, with its own settings nor with tests/containers.conf: $(last_line .engines/podman.log)"
+    has npx || install "no npx, which runs the MCP Inspector for one of the tests" npm
     ;;
 *) die "usage: sh tests/engines.sh demo|test" ;;
 esac
