@@ -2139,6 +2139,9 @@ names[entry](settings)
 """
 
 
+BOOTSTRAP_ARGUMENTS = ("-I", "-c", BOOTSTRAP)
+
+
 def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
     """What BOOTSTRAP takes from its standard input: the source, the function to call, and its argument."""
     return b"".join(b"%08x%s" % (len(part), part) for part in map(str.encode, (source, entry, json.dumps(settings))))
@@ -2186,18 +2189,14 @@ class Engine:
         if self.kind == "docker":  # runc before 1.2 lets the mode of the directory below win: then the owner has to do
             tmpfs += ",uid=65534,gid=65534"  # (Podman does not know these two, and does not need them)
         return [
-            "run",
-            "--interactive",
-            "--rm",
-            "--pull=never",
-            f"--name={name}",
+            *self._run(name),
             f"--label={LABEL}={PROTOCOL}",
             f"--label={LABEL}.owner={owner}",
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
             *(["--read-only"] if docker.read_only else []),
             # Podman would add writable directories without a limit of their own to a read-only root.
-            *(["--read-only-tmpfs=false", "--http-proxy=false"] if self.kind == "podman" else []),
+            *(["--read-only-tmpfs=false"] if self.kind == "podman" else []),
             *(
                 f"--tmpfs={path}:{tmpfs},{'noexec' if path == '/tmp' else 'exec'}"
                 for path in dict.fromkeys(("/tmp", docker.working_dir))
@@ -2215,45 +2214,44 @@ class Engine:
             "--ulimit=nofile=1024:1024",
             "--ulimit=nproc=4096:4096",  # limits nothing, but Podman drops its own default once any ulimit is given
             "--ulimit=core=0:0",
-            "--log-driver=none",
             "--stop-timeout=1",
             "--oom-score-adj=500",
             f"--mount=type=volume,source={config.package.volume},target={PACKAGES},ro",
             *(f"--mount={mount_argument(mount)}" for mount in docker.mounts),
             *(f"--env={key}={value}" for key, value in environment.items()),
-            *NO_PROXIES,
             *([f"--runtime={docker.runtime}"] if docker.runtime else []),
-            "--entrypoint=python3",
             "--",
             image.name,
-            "-I",
-            "-c",
-            BOOTSTRAP,
+            *BOOTSTRAP_ARGUMENTS,
         ]
 
     def installer_arguments(self, name: str, image: str, package: PackageConfig) -> list[str]:
         """The command that starts a helper container: with the network, as root, and without any code of the user's."""
+        return [
+            *self._run(name),
+            f"--label={LABEL.replace('sandbox', 'installer')}",
+            f"--mount=type=volume,source={package.volume},target={PACKAGES}",
+            *([f"--network={package.network}"] if package.network else []),
+            "--user=0:0",
+            "--ulimit=nofile=4096:4096",
+            "--ulimit=nproc=4096:4096",
+            "--",
+            image,
+            *BOOTSTRAP_ARGUMENTS,
+        ]
+
+    def _run(self, name: str) -> list[str]:
+        """What every container of ours is started with."""
         return [
             "run",
             "--interactive",
             "--rm",
             "--pull=never",
             f"--name={name}",
-            f"--label={LABEL.replace('sandbox', 'installer')}",
-            *(["--http-proxy=false"] if self.kind == "podman" else []),
-            f"--mount=type=volume,source={package.volume},target={PACKAGES}",
-            *([f"--network={package.network}"] if package.network else []),
-            "--user=0:0",
-            "--ulimit=nofile=4096:4096",
-            "--ulimit=nproc=4096:4096",
             "--log-driver=none",
-            *NO_PROXIES,
             "--entrypoint=python3",
-            "--",
-            image,
-            "-I",
-            "-c",
-            BOOTSTRAP,
+            *NO_PROXIES,
+            *(["--http-proxy=false"] if self.kind == "podman" else []),
         ]
 
     def plug_arguments(self, name: str) -> list[str]:
@@ -3291,57 +3289,13 @@ class Sandbox:
     async def _collect(
         self, answer: Answer, session: str | None, on_output: OnOutput | None, keep: int | None
     ) -> Result:
-        """Put the frames of the running call together into its result."""
-        output: list[Text | Rich | Omitted] = []
-        parts: list[str] = []
-        earlier = ""
-        variables: dict[str, Any] | None = None
-        left_out: dict[str, str] = {}
-        contents: dict[str, bytes] = {}
-        room = (keep or 0) + MAX_FRAME
-        rich_room = RICH_LIMIT + STATE_LIMIT + MAX_FRAME
+        """The result that the frames of a call come to, or what became of the container if they end too soon."""
+        account = Account(keep, on_output)
         try:
             async for frame in answer.frames:
-                kind = frame.get("kind", str)
-                if kind in ("stdout", "stderr"):
-                    item = Text(kind, frame.get("text", str))
-                    if keep is not None:
-                        room -= len(item.text)
-                        output.append(item)
-                    if on_output:
-                        await on_output(item)
-                elif kind in ("part", "display", "state", "content"):
-                    parts.append(frame.get("data", str))
-                    rich_room -= len(parts[-1])
-                    if kind != "part":
-                        data, parts = "".join(parts), []
-                        if kind == "content":
-                            contents[frame.get("path", str)] = base64.b64decode(data, validate=True)
-                        elif kind == "display":
-                            shown = Rich(texts(parse_within(data)), frame.get("is_value", bool))
-                            output.append(shown)
-                            if on_output:
-                                await on_output(shown)
-                        else:
-                            variables, left_out = parse_within(data), texts(frame.get("left_out", dict))
-                            if not isinstance(variables, dict):
-                                raise ProtocolError("the state is not an object")
-                elif kind == "omitted":
-                    gap = Omitted(frame.get("bytes", int))
-                    output.append(gap)
-                    if on_output:
-                        await on_output(gap)
-                elif kind == "earlier":
-                    earlier = frame.get("text", str)
-                elif kind == "done":
-                    result = self._conclude(frame, session, merge(output), earlier)
-                    return dataclasses.replace(
-                        result, variables=variables, variables_left_out=left_out, contents=contents
-                    )
-                else:
-                    raise ProtocolError(f"a frame of kind {kind!r}")
-                if room < 0 or rich_room < 0:
-                    raise ProtocolError("more output than the limit lets through")
+                if frame.get("kind", str) == "done":
+                    return account.close(frame, session)
+                await account.take(frame)
         except (ProtocolError, binascii.Error) as error:
             self._fault = str(error)
             self._kill_client()
@@ -3351,44 +3305,10 @@ class Sandbox:
         reason = f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words()
         return Result(
             "died",
-            output=merge(output),
+            output=merge(account.output),
             message=f"the container ended during the call ({last_line(reason)})",
             session=session,
             state="lost" if session else None,
-        )
-
-    def _conclude(
-        self,
-        frame: Frame,
-        session: str | None,
-        output: tuple[Text | Rich | Omitted, ...],
-        earlier: str,
-    ) -> Result:
-        status = frame.get("status", str)
-        if status not in get_args(Status):
-            raise ProtocolError(f"the status {status!r}")
-        lost = frame.get("lost", bool)
-        value = frame.get("value", str, NONE)
-        exit_code = frame.get("exit_code", int, NONE)
-        return Result(
-            status=status,
-            output=output,
-            value=value,
-            value_omitted=max(0, frame.get("value_length", int) - len(value)) if value else 0,
-            exception=exception_info(frame),
-            exit_code=exit_code,
-            lost=lost,
-            message=frame.get("message", str, NONE) or (how_it_ended(exit_code) if lost and status == "died" else None),
-            session=session,
-            state=("lost" if lost else "preserved") if session else None,
-            lost_before=frame.get("lost_before", str, NONE),
-            earlier=earlier,
-            files=tuple(file_info(item) for item in frame.get("files", list, NONE) or ()),
-            stale=tuple(str(name) for name in frame.get("stale", list, NONE) or ()),
-            wall=frame.seconds("wall"),
-            cpu=frame.seconds("cpu"),
-            memory=frame.get("memory", int, NONE),
-            oom_kills=frame.get("oom_kills", int),
         )
 
     # ── the end ──
@@ -3437,6 +3357,98 @@ class Sandbox:
         with anyio.CancelScope(shield=True):
             await self.engine.remove(self.name)
             self._kill_client()
+
+
+class Account:
+    """What the frames of one call come to, within the limits of what one may be."""
+
+    def __init__(self, keep: int | None, on_output: OnOutput | None) -> None:
+        self.output: list[Text | Rich | Omitted] = []
+        self._earlier = ""
+        self._variables: dict[str, Any] | None = None
+        self._left_out: dict[str, str] = {}
+        self._contents: dict[str, bytes] = {}
+        self._parts: list[str] = []
+        self._keep = keep is not None
+        self._on_output = on_output
+        self._text_left = (keep or 0) + MAX_FRAME
+        self._data_left = RICH_LIMIT + STATE_LIMIT + MAX_FRAME
+
+    async def take(self, frame: Frame) -> None:
+        """Enter a frame that is not the last. Raises ProtocolError."""
+        kind = frame.get("kind", str)
+        if kind in ("stdout", "stderr"):
+            await self._show(Text(kind, frame.get("text", str)))
+        elif kind == "part":
+            self._gather(frame)
+        elif kind == "display":
+            await self._show(Rich(texts(parse_within(self._gathered(frame))), frame.get("is_value", bool)))
+        elif kind == "state":
+            self._variables, self._left_out = parse_within(self._gathered(frame)), texts(frame.get("left_out", dict))
+            if not isinstance(self._variables, dict):
+                raise ProtocolError("the state is not an object")
+        elif kind == "content":
+            self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
+        elif kind == "omitted":
+            await self._show(Omitted(frame.get("bytes", int)))
+        elif kind == "earlier":
+            self._earlier = frame.get("text", str)
+        else:
+            raise ProtocolError(f"a frame of kind {kind!r}")
+
+    async def _show(self, item: Text | Rich | Omitted) -> None:
+        if isinstance(item, Text) and self._keep:
+            self._text_left -= len(item.text)
+            if self._text_left < 0:
+                raise ProtocolError("more output than the limit lets through")
+        if self._keep or not isinstance(item, Text):
+            self.output.append(item)
+        if self._on_output:
+            await self._on_output(item)
+
+    def _gather(self, frame: Frame) -> None:
+        self._parts.append(frame.get("data", str))
+        self._data_left -= len(self._parts[-1])
+        if self._data_left < 0:
+            raise ProtocolError("more data than the limit lets through")
+
+    def _gathered(self, frame: Frame) -> str:
+        """The data of a frame, with the parts that went ahead of it."""
+        self._gather(frame)
+        data, self._parts = "".join(self._parts), []
+        return data
+
+    def close(self, frame: Frame, session: str | None) -> Result:
+        """The result, with the last frame's report. Raises ProtocolError."""
+        status = frame.get("status", str)
+        if status not in get_args(Status):
+            raise ProtocolError(f"the status {status!r}")
+        lost = frame.get("lost", bool)
+        value = frame.get("value", str, NONE)
+        exit_code = frame.get("exit_code", int, NONE)
+        return Result(
+            status=status,
+            output=merge(self.output),
+            value=value,
+            value_omitted=max(0, frame.get("value_length", int) - len(value)) if value else 0,
+            exception=exception_info(frame),
+            exit_code=exit_code,
+            lost=lost,
+            message=frame.get("message", str, NONE) or (how_it_ended(exit_code) if lost and status == "died" else None),
+            session=session,
+            state=("lost" if lost else "preserved") if session else None,
+            lost_before=frame.get("lost_before", str, NONE),
+            earlier=self._earlier,
+            variables=self._variables,
+            variables_left_out=self._left_out,
+            files=tuple(file_info(item) for item in frame.get("files", list, NONE) or ()),
+            contents=self._contents,
+            stale=tuple(str(name) for name in frame.get("stale", list, NONE) or ()),
+            wall=frame.seconds("wall"),
+            cpu=frame.seconds("cpu"),
+            memory=frame.get("memory", int, NONE),
+            oom_kills=frame.get("oom_kills", int),
+        )
 
 
 def exception_info(frame: Frame) -> ExceptionInfo | None:

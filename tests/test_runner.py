@@ -924,8 +924,12 @@ async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Conf
 async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config, docker: FakeEngine) -> None:
     config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=0, preload=(), reuse=True))
     async with open_runner(config) as runner:
-        await runner.execute("import builtins, sys\nbuiltins.len = None\nsys.modules['json'] = None\nx = 1")
+        leave = "import builtins, os, sys; builtins.left = 1; os.environ['LEFT'] = 'x'; sys.path.append('left'); x = 1"
+        await runner.execute(f"{leave}; open('left', 'w').close()")
         with anyio.fail_after(30):
-            result = await runner.execute("import json, os; (len('ab'), json.dumps(1), 'x' in globals())")
-    assert result.value == "(2, '1', False)", result
+            look = (
+                "import builtins, os, sys; 'left' in [*vars(builtins), *sys.path, *os.listdir()], 'LEFT' in os.environ"
+            )
+            result = await runner.execute(f"{look}, 'x' in globals()")
+    assert result.value == "(False, False, False)", result
     assert len(docker.log("run")) == 1, "it was not used again"
