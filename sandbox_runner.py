@@ -149,6 +149,10 @@ class EngineError(SandboxError):
     """The container engine is missing, not running, not permitted, too old or not answering, or it refused."""
 
 
+class HelperError(EngineError):
+    """A container of an installer could not be started, or ended before it could tell how it went."""
+
+
 class ImageError(SandboxError):
     """The image is not there, and can't be had."""
 
@@ -1042,6 +1046,8 @@ class Supervisor:
         now = time.monotonic()
         if self.call is None:
             if self.session is not None and now >= self.active + self.idle_timeout:
+                if self.channel:  # a call that is on its way has not begun, and the host should know
+                    self.channel.send({"id": "", "kind": "expired"})
                 os._exit(0)
         elif now >= self.call.kill_at:
             self._abandon(None)
@@ -2652,19 +2658,24 @@ BASE_NAME_LABEL = "python-docker-mcp.base-name"
 async def _build(engine: Engine, base: Image, name: str, config: Config, report: Callable[[str], None]) -> str:
     """Build the derived image and return its id; if somebody else is at it, wait for theirs."""
     helper = f"python-docker-mcp-build-{name.rpartition(':')[2]}"
+    failures = 0
     while True:
         try:
             return await _build_now(engine, base, name, helper, config, report)
-        except EngineError:
-            if not await engine.inspect("container", helper, "{{.State.Status}}"):
+        except HelperError:
+            failures += 1
+            if failures == BUILD_ATTEMPTS and not await engine.inspect("container", helper, "{{.State.Status}}"):
                 raise
-        report(f"waiting for another program that is preparing the image with {', '.join(config.package.preinstalled)}")
         while state := await engine.inspect("container", helper, "{{.State.Status}}"):
+            report(
+                f"waiting for another program that is preparing the image with {', '.join(config.package.preinstalled)}"
+            )
             await anyio.sleep(1)
             if state != "running" and state == await engine.inspect("container", helper, "{{.State.Status}}"):
                 await engine.remove(helper)  # started by somebody who died before it ran
         if made := await _image_id(engine, name):
             return made
+        await anyio.sleep(1)  # Podman gives a name free some time after its container is gone
 
 
 async def _build_now(
@@ -2690,6 +2701,7 @@ async def _build_now(
     return await _image_id(engine, name) or name
 
 
+BUILD_ATTEMPTS = 3
 BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
 
 
@@ -2797,7 +2809,7 @@ async def helper_container(
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
                     await process.wait()
                 said = last_line(errors.decode("utf-8", "replace")) or f"exit status {process.returncode}"
-                raise EngineError(f"The installer's container ended too soon: {said}") from error
+                raise HelperError(f"The installer's container ended too soon: {said}") from error
             except ProtocolError as error:
                 raise EngineError(f"The installer's container said what no installer of ours says: {error}") from error
             yield outcome
@@ -3022,6 +3034,7 @@ class Sandbox:
         self._greeting: Frame | None = None
         self._greeted = anyio.Event()
         self.packages: str | None = None  # the folder with what was installed for its session
+        self.expired = False  # whether the session was not used for too long, and has ended
         self._answers: dict[str, Answer] = {}
         self._unread: Answer | None = None
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
@@ -3152,6 +3165,8 @@ class Sandbox:
                 elif kind == "farewell":
                     self._kill_client()
                     return
+                elif kind == "expired":
+                    self.expired = True
                 elif kind == "note":
                     log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
                 elif answer := self._answers.get(frame.get("id", str)):
@@ -3811,7 +3826,11 @@ class Runner:
                 is_new = sandbox.asked is None and sandbox.has_begun(None) and not session.lost
                 result = await sandbox.call(request, on_output, interrupt)
                 lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
-                if result.status == "died" and sandbox.gone.is_set():
+                if result.status == "died" and sandbox.expired:
+                    session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
+                    sandbox = await self._sandbox_of(session, request.session)
+                    result = await sandbox.call(request, on_output, interrupt)
+                elif result.status == "died" and sandbox.gone.is_set():
                     result = await self._resume(session, sandbox, request, result, on_output, interrupt)
             return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost, is_new=is_new)
 

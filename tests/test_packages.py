@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import anyio
 import pytest
+from pytest_subprocess import FakeProcess
 
 import sandbox_runner
 from sandbox_runner import (
@@ -201,8 +202,9 @@ def fill(index: Index) -> None:
 
 
 @pytest.fixture(scope="module")
-async def engine(engine_command: str) -> Engine:
+async def engine(engine_command: str, processes: FakeProcess) -> Engine:
     """The real engine."""
+    processes.allow_unregistered(True)  # what is made for a whole module is made before a test's tripwire knows of it
     return await find_engine(engine_command)
 
 
