@@ -1716,7 +1716,7 @@ def peak_memory() -> int | None:
 
 
 class ImportPolicy:
-    """Which modules the user's own code may import. A guard rail against habit, not a wall: see SECURITY in the README.
+    """Which modules the user's own code may import. A guard rail against habit, not a wall: see Security in the README.
 
     Libraries import what they need: an import counts as the user's if the module that asks is not one that was itself
     imported from outside the working directory.
@@ -2180,7 +2180,7 @@ class Engine:
         return await open_command([self.command, *arguments], subprocess.PIPE)
 
     def sandbox_arguments(self, name: str, image: Image, config: Config, owner: str) -> list[str]:
-        """The command that starts a sandbox: the reasons for each flag are in SECURITY of the README."""
+        """The command that starts a sandbox; what its flags hold off is told under Security in the README."""
         docker = config.docker
         environment = {
             "MPLBACKEND": "agg",
@@ -2428,6 +2428,13 @@ async def run_command(
         with anyio.CancelScope(shield=True):
             await process.aclose()
     return code, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
+
+
+async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> None:
+    """Read a stream to its end, and keep its last ERRORS_KEPT bytes."""
+    async for data in stream:
+        tail += data
+        del tail[:-ERRORS_KEPT]
 
 
 def last_line(text: str) -> str:
@@ -2780,14 +2787,9 @@ async def helper_container(
     assert process.stdout is not None
     assert process.stderr is not None
 
-    async def read_errors(stream: anyio.abc.ByteReceiveStream) -> None:
-        async for data in stream:
-            errors.extend(data)
-            del errors[:-ERRORS_KEPT]
-
     try:
         async with open_tasks() as tasks:
-            tasks.start_soon(read_errors, process.stderr)
+            tasks.start_soon(keep_tail, process.stderr, errors)
             try:
                 await process.stdin.send(program(INSTALLER_SOURCE, "run_installer", installer_task(package, task)))
                 lines = BufferedByteReceiveStream(process.stdout)
@@ -3126,7 +3128,7 @@ class Sandbox:
         assert self._process.stderr is not None
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._read_errors, self._process.stderr)
+                tasks.start_soon(keep_tail, self._process.stderr, self._errors)
                 await self._read_frames()
                 if self._fault and self._greeting and self._greeting.get("kind", str) == "ready":
                     await self.remove()  # it is ours, and may not end by itself
@@ -3141,11 +3143,6 @@ class Sandbox:
             self._greeted.set()
             for answer in self._answers.values():
                 answer.put.close()
-
-    async def _read_errors(self, stream: anyio.abc.ByteReceiveStream) -> None:
-        async for data in stream:
-            self._errors += data
-            del self._errors[:-ERRORS_KEPT]
 
     async def _read_frames(self) -> None:
         assert self._process.stdout is not None
@@ -3208,15 +3205,16 @@ class Sandbox:
         self, request: Request, on_output: OnOutput | None = None, interrupt: anyio.Event | None = None
     ) -> Result:
         """Run code, and tell what came of it. Setting `interrupt` stops the code; so does being cancelled."""
-        answer = self._expect(secrets.token_hex(8))
-        self.asked = answer.id
-        stop = {"op": "interrupt", "id": answer.id}
+        call_id = secrets.token_hex(8)
+        *parts, run = request.frames(call_id)
+        answer = self._expect(call_id)
+        stop = {"op": "interrupt", "id": call_id}
 
         async def interrupt_when_set(event: anyio.Event) -> None:
             await event.wait()
             await self._send(stop)
 
-        settled = False
+        settled = True  # as long as nothing of it runs
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
                 async with contextlib.AsyncExitStack() as stack:
@@ -3224,8 +3222,10 @@ class Sandbox:
                     if interrupt is not None:
                         tasks = await stack.enter_async_context(open_tasks())
                         tasks.start_soon(interrupt_when_set, interrupt)
-                    for frame in request.frames(answer.id):
-                        await self._send(frame)
+                    for part in parts:
+                        await self._send(part)
+                    settled, self.asked = False, call_id
+                    await self._send(run)
                     result = await self._collect(answer, request.session, on_output, request.output_limit)
                     settled = True
                     return result
@@ -3635,6 +3635,7 @@ class Pool:
                 self._report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
                 self._changed = anyio.Event()
                 await self._changed.wait()
+                self._report("")
         self._fill()
         return await self._add(())  # whoever waits would have to wait for what is preloaded, too
 
@@ -3913,9 +3914,8 @@ class Runner:
                 taken = await sandbox.engine.inspect("container", session_container(name), "{{.State.Status}}")
                 if not taken or time.monotonic() > deadline:
                     raise
-            session.sandbox = await self._find_session(
-                name
-            )  # another program was quicker, or the last one is just going
+            # Another program was quicker, or the session's last container is only just going.
+            session.sandbox = await self._find_session(name)
             if session.sandbox:
                 await sandbox.end()
                 return
