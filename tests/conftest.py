@@ -175,6 +175,7 @@ def make_fake_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
                     f"all that it may. {check.stderr.strip()}",
                     pytrace=False,
                 )
+            (engine.folder / "log.jsonl").unlink()  # a test's log starts with what the test does
         made.append(engine)
         return engine
 

@@ -535,7 +535,7 @@ async def test_a_session_is_found_again_by_the_next_runner(docker: FakeEngine, s
         result = await second.execute("x", session="s")
         assert (result.value, result.state, result.lost_before) == ("1", "preserved", None)
         assert await second.close_session("s")
-    assert docker.containers() == []
+    await until(lambda: docker.containers() == [])  # it ended by a plug: no client of its own was waited for
 
 
 async def test_a_session_in_use_by_another_program_is_left_alone(runner: Runner, settings: Config) -> None:
@@ -933,3 +933,12 @@ async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config
             result = await runner.execute(f"{look}, 'x' in globals()")
     assert result.value == "(False, False, False)", result
     assert len(docker.log("run")) == 1, "it was not used again"
+
+
+async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    await runner.execute("x = 1", session="s")
+    monkeypatch.setattr(sandbox_runner, "STATE_LIMIT", 10)
+    with pytest.raises(RequestError, match="the limit is 10"):
+        await runner.execute("x = 2", session="s", state={"y": "much too long"})
+    assert (await runner.execute("x", session="s")).value == "1"
+    await runner.close_session("s")
