@@ -207,7 +207,7 @@ class DockerConfig:
         if self.runtime is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
         for mount in self.mounts:
-            mount_argument(mount)
+            mount_argument(mount, self.working_dir)
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
         ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
     """
     named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
-    file = Path(named or CONFIG_PATH).expanduser()
+    file = config_file(path, environ)
     settings: Any = {}
     if named or file.exists():
         import yaml
@@ -336,7 +336,14 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
             section, _, name = key.partition(".")
             if isinstance(settings.setdefault(section, {}) or {}, dict):
                 settings[section] = {**(settings[section] or {}), name: environ[variable]}
-    return _validated(settings, file, origin) if settings else Config()
+    config = _validated(settings, file, origin) if settings else Config()
+    refuse_mounts_of(file, config.docker.mounts)
+    return config
+
+
+def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the configuration is, or would be."""
+    return Path(path or environ.get("PYTHON_DOCKER_MCP_CONFIG") or CONFIG_PATH).expanduser()
 
 
 def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
@@ -402,19 +409,99 @@ def size_in_bytes(size: str) -> int:
     return int(float(match[1]) * {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[match[2]])
 
 
-def mount_argument(mount: str) -> str:
-    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows. Raises ValueError."""
+def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> str:
+    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
+
+    Raises ValueError if it is anything else, or would undo the sandbox: see the paths to keep.
+    """
+    place, source, target, mode = split_mount(mount)
+    if not source.exists():
+        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
+    if "," in str(source):
+        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
+    if reason := why_not_mounted(source):
+        raise ValueError(f"docker.mounts: {place!r} is refused, as {reason}: mount a folder that holds only data")
+    for taken, all_of_it in container_paths_to_keep(working_dir):
+        if ".." in target.split("/") or is_within(taken, target) or (all_of_it and is_within(target, taken)):
+            raise ValueError(
+                f"docker.mounts: {target!r} is refused, as it would hide {taken} of the container: "
+                f"name a place such as {working_dir}/data or /data"
+            )
+    return f"type=bind,source={source},target={target}" + ("" if mode == ":rw" else ",ro")
+
+
+def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
+    """The host's path of a mount as it is written and as it is, the container's path, and the mode."""
     match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
     if not match:
         raise ValueError(
             f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw behind it to let code write"
         )
-    source = Path(match[1]).expanduser().absolute()
-    if not source.exists():
-        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
-    if "," in str(source):
-        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
-    return f"type=bind,source={source},target={match[2]}" + ("" if match[3] == ":rw" else ",ro")
+    target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
+    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # the engine follows links: so do we
+
+
+def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
+    """Raise ConfigError if code would see the configuration in use, which may hold an index's password."""
+    for mount in mounts:
+        place, source, _, _ = split_mount(mount)
+        if is_within(file.resolve(), source):
+            raise ConfigError(f"docker.mounts: {place!r} is refused, as the configuration {file} is in it.")
+
+
+def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
+    """What no mount may hide in a container, and whether nothing may be mounted below it either."""
+    for path in ("/proc", "/sys", "/dev", PACKAGES):
+        yield path, True
+    for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
+        yield path, False
+    for prefix in ("/usr", "/usr/local"):  # Python itself
+        yield f"{prefix}/bin", False
+        yield f"{prefix}/lib", False
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder, or below it."""
+    return Path(path).is_relative_to(folder)
+
+
+def why_not_mounted(source: Path) -> str | None:
+    """Why no code may see this place of the host; None if it may. Links in `source` are resolved already."""
+    for place, what, all_of_it in host_paths_to_keep():
+        place = place.expanduser().resolve()
+        if is_within(place, source):
+            return f"it is {what}" if place == source else f"{what} is in it ({place})"
+        if all_of_it and is_within(source, place):
+            return f"it is part of {what} ({place})"
+    entries = [source]
+    with contextlib.suppress(OSError):  # a folder that this user can't list, or no folder
+        entries += source.iterdir()
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                return f"{entry} is a socket, and some program of this host listens to it"
+    return None
+
+
+def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
+    """Places of the host, what they are, and whether also no part of them may be mounted."""
+    yield Path("/"), "the host's root", False
+    yield Path.home(), "the home directory", False
+    yield Path("/etc"), "the host's configuration", False
+    for system in ("/proc", "/sys", "/dev"):
+        yield Path(system), "the host's kernel interface", True
+    yield CONFIG_PATH.parent, "this server's own configuration", True
+    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
+    for root in (Path("/var/lib"), data):
+        for engine in ("docker", "containers", "containerd"):
+            yield root / engine, "the engine's own data", True
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    for folder in ("/run", "/var/run", *([runtime] if runtime else []), "~/.docker/run", "~/.docker/desktop"):
+        yield Path(folder), "where sockets of this host's programs are", False
+    for variable in ("DOCKER_HOST", "CONTAINER_HOST"):
+        scheme, _, path = os.environ.get(variable, "").partition("://")
+        if scheme == "unix" and path:
+            yield Path(path), f"the engine's socket ({variable})", False
 
 
 # ── what a call returns ──
@@ -2223,7 +2310,7 @@ class Engine:
             "--stop-timeout=1",
             "--oom-score-adj=500",
             f"--mount=type=volume,source={config.package.volume},target={PACKAGES},ro",
-            *(f"--mount={mount_argument(mount)}" for mount in docker.mounts),
+            *(f"--mount={mount_argument(mount, docker.working_dir)}" for mount in docker.mounts),
             *(f"--env={key}={value}" for key, value in environment.items()),
             *([f"--runtime={docker.runtime}"] if docker.runtime else []),
             "--",
@@ -3071,7 +3158,11 @@ class Sandbox:
             "packages": image.packages,
         }
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
-        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, owner))
+        try:
+            arguments = engine.sandbox_arguments(name, image, config, owner)
+        except ValueError as error:  # what is mounted has changed since the configuration was read
+            raise EngineError(f"A sandbox can't be started: {error}.") from None
+        process = await engine.spawn(*arguments)
         sandbox = cls(engine, name, process, tasks)
         tasks.start_soon(sandbox._serve)
         try:
@@ -4251,6 +4342,7 @@ async def _run_command(argv: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
+    refuse_mounts_of(config_file(options.config), docker.mounts)
     state = _read_state(Path(options.state)) if options.state else None
     interrupt = anyio.Event()
     result = None
