@@ -2250,6 +2250,7 @@ class Engine:
     command: str  # path of the executable
     kind: Literal["docker", "podman", "nerdctl"]
     version: str
+    runc: str = ""  # the version of its runc, if it says
 
     async def run(self, *arguments: str, timeout: float = ENGINE_TIMEOUT, stdin: Any = subprocess.DEVNULL) -> str:
         """Run a command to its end and return what it printed.
@@ -2461,7 +2462,7 @@ async def _probe(path: str) -> Engine:
     major = re.match(r"\d+", version)
     if major and int(major[0]) < oldest:
         raise EngineError(f"{path} is {kind} {version}, which is too old: version {oldest} or later is needed.")
-    return Engine(path, kind, version)
+    return Engine(path, kind, version, component_version({"Server": server}, "runc"))
 
 
 async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
@@ -4200,6 +4201,10 @@ class Runner:
 
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
+            engine = await self._find_engine()
+            problem = runc_problem(engine.runc)
+            if problem and self.config.docker.runtime in (None, "runc"):
+                log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
             for name in await self.prune():
                 log.info("removed the container %s, which never ran", name)
 
@@ -4295,7 +4300,7 @@ def look_around(files: int) -> dict[str, Any]:
         "files": open_all(files),
         "becoming_root": refusal(os.setuid, 0),
         "changing_root": refusal(os.chroot, "/"),
-        "making_a_device": refusal(os.mknod, "/tmp/doctor", stat.S_IFBLK | 0o600, os.makedev(8, 0)),
+        "making_a_device": refusal(make_device, "/tmp/python-docker-mcp-doctor"),
     }
 
 
@@ -4331,6 +4336,15 @@ def create_in(folder: str) -> str | None:
     return reason
 
 
+def make_device(path: str) -> None:
+    """Make a device, the host's first disk, and open it."""
+    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(8, 0))
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    finally:
+        os.unlink(path)
+
+
 def writable_places() -> Iterator[str]:
     """The mounted folders and files that may be written."""
     for line in read("/proc/self/mountinfo").splitlines():
@@ -4355,7 +4369,7 @@ def unusual_devices() -> Iterator[str]:
 def reach_for_process_1(libc: Any) -> Iterator[tuple[str, str | None]]:
     """What refuses to let process 1 be looked into."""
     for name in ("mem", "environ", "maps"):
-        yield name, refusal(lambda path: open(path, "rb").read(1), f"/proc/1/{name}")
+        yield name, refusal(os.open, f"/proc/1/{name}", os.O_RDONLY)
     yield "fd", refusal(os.listdir, "/proc/1/fd")
     attached = libc.ptrace(16, 1, 0, 0) == 0
     yield "ptrace", None if attached else errno.errorcode.get(ctypes.get_errno(), "?")
@@ -4556,21 +4570,22 @@ class Examination:
 
 def unkept(examination: Examination, flag: str) -> str:
     """What to do if a sandbox was started with a flag, and is not as that says."""
-    if examination.is_gvisor and "--ignore-cgroups" in (examination.runtime_details.get("runtimeArgs") or []):
+    by_cgroup = flag in ("--memory", "--memory-swap", "--cpus", "--pids-limit")
+    if by_cgroup and "--ignore-cgroups" in (examination.runtime_details.get("runtimeArgs") or []):
         return (
-            f"{flag} has no effect as gVisor is set up here: remove --ignore-cgroups from the runtimeArgs of "
-            f"{examination.runtime} in /etc/docker/daemon.json and restart Docker."
+            "As gVisor is set up here these limits have no effect: remove --ignore-cgroups from the runtimeArgs of "
+            f"{examination.runtime} in /etc/docker/daemon.json, and restart Docker."
+        )
+    if by_cgroup and examination.is_rootless:
+        return (
+            "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu "
+            "cpuset io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
         )
     if examination.is_gvisor:
         return f"This gVisor does not keep to {flag}: update it, and see https://gvisor.dev/docs for what it supports."
-    if examination.is_rootless and flag in ("--memory", "--memory-swap", "--cpus", "--pids-limit"):
-        return (
-            f"For {flag} a rootless engine needs cgroup version 2, and its controllers delegated: set `Delegate=cpu "
-            "cpuset io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
-        )
     return (
-        f"The engine was given {flag} and does not keep to it: update it, look for warnings in `{examination.engine.kind} "
-        "info`, and run no code that you don't trust on it."
+        f"The engine was given {flag} and does not keep to it: look for warnings in `{examination.engine.kind} info`, "
+        "update it, and until then run no code on it that you don't trust."
     )
 
 
@@ -4609,7 +4624,7 @@ async def examine(config: Config) -> list[Finding]:
 
     Where there is no engine, no image or no sandbox to be had, that is the last finding.
     """
-    # Import rules are no wall, and would only keep the probe out; sessions are to end soon should this program be killed.
+    # Import rules are no wall, and would only keep the probe out. Should this program be killed, its session ends soon.
     open_rules = dataclasses.replace(
         config, allowed_modules=(), blocked_modules=(), session=SessionConfig(idle_timeout=60)
     )
@@ -4627,10 +4642,14 @@ async def examine(config: Config) -> list[Finding]:
         assert runner.image is not None
         examination = await _interrogate(config, engine, runner.image)
         findings = [judge(name, check, examination) for name, check in ENGINE_CHECKS]
+        _show_status("trying its limits and walls, which takes some seconds")
         try:
             await _try_all(runner, examination)
         except EngineError as error:
-            return [*findings, Finding("start-up", "failed", "no sandbox starts", str(error))]
+            remedy = f"{error} {unkept(examination, '--cpus')}" if examination.is_rootless else str(error)
+            return [*findings, Finding("start-up", "failed", "no sandbox starts", remedy)]
+        finally:
+            _show_status("")
     return findings + [judge(name, check, examination) for name, check in SANDBOX_CHECKS]
 
 
@@ -4736,7 +4755,7 @@ def runc_problem(version: str) -> str | None:
     if number < (1, 1, 12):
         problems.append("CVE-2024-21626")
     if number < fixed_in_2025.get(number[:2], (1, 2, 8)):
-        problems.append("CVE-2025-31133, CVE-2025-52565, CVE-2025-52881")
+        problems.append("CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881")
     return ", ".join(problems) or None
 
 
@@ -4765,7 +4784,7 @@ def check_runtime(examination: Examination) -> Judgement:
         return "ok", f"{name} {version}".strip() + ": gVisor, whose kernel stands between the code and the host's", ""
     problem = runc_problem(version) if name == "runc" else None
     if problem:
-        return "warning", f"runc {version}, in which runc's authors left open {problem}", RUNC_REMEDY
+        return "warning", f"runc {version}; known ways out of this version: {problem}", RUNC_REMEDY
     return "ok", f"{name} {version}".strip(), ""
 
 
@@ -4778,9 +4797,7 @@ def check_image(examination: Examination) -> Judgement:
     if image.problem:
         return "failed", seen, f"{image.problem}. Try `build`, and set package.index_url if this host has a mirror."
     if examination.is_hosts and wanted != "host":
-        remedy = (
-            f"{wanted} is not here and can't be pulled: pull or load it and run `build`, or set docker.image to `host`."
-        )
+        remedy = f"Pull or load {wanted}, then `build`; or set docker.image to `host` if that is what you want."
         return "warning", f"{seen}, in place of {wanted}", remedy
     return "ok", seen, ""
 
@@ -4860,6 +4877,8 @@ def check_cpu(examination: Examination) -> Judgement:
     is_set = quota.isdigit() and abs(int(quota) / int(period) - limit) < 0.01
     if used > limit * 1.3 + 0.05 or (quota and not is_set):
         return "failed", seen, unkept(examination, "--cpus")
+    if used < limit * 0.7 and not is_set:
+        return "warning", f"{seen}, as others got the rest", "This host is too busy to tell: try again when it is not."
     return "ok", seen, ""
 
 
@@ -4879,11 +4898,8 @@ def check_disk(examination: Examination) -> Judgement:
     """Whether the folders that code may write to fill up."""
     limit = size_in_bytes(examination.config.docker.disk_limit)
     told = examination.told("disk")
-    open_ended = [
-        folder
-        for folder, (written, reason) in told.items()
-        if reason != "ENOSPC" or (written or 0) > limit + (1 << 20)
-    ]
+    most = limit + (1 << 20)
+    open_ended = [folder for folder, (written, reason) in told.items() if reason != "ENOSPC" or (written or 0) > most]
     if open_ended:
         seen = f"{', '.join(open_ended)} took more than {megabytes(limit)}"
         return "failed", seen, unkept(examination, "--tmpfs=…,size=… or --shm-size")
@@ -4923,8 +4939,9 @@ def check_kill(examination: Examination) -> Judgement:
     """Whether code that can't be interrupted is killed."""
     result = examination.results["stubborn"]
     if result.status == "timeout":
-        return "ok", f"a loop that ignores that was killed after {result.wall:.1f} s", ""
-    return "failed", f"a loop that ignores that ended with {result.status}", "Try again; if it stays, report it."
+        return "ok", f"a loop that can't be interrupted was killed after {result.wall:.1f} s", ""
+    seen = f"a loop that can't be interrupted ended with {result.status}"
+    return "failed", seen, "See what else this host is doing, and try again."
 
 
 def check_file_system(examination: Examination) -> Judgement:
@@ -4986,9 +5003,10 @@ def check_capabilities(examination: Examination) -> Judgement:
     """Whether the code has none of root's powers."""
     look = examination.told("look")
     sets = {name: value for name, value in look["status"].items() if name.startswith("Cap")}
-    powers = [what for what in ("changing_root", "making_a_device") if not look[what]]
-    if not sets or any(int(value, 16) for value in sets.values()) or powers:
-        return "failed", f"{sets} {powers or ''}", unkept(examination, "--cap-drop=ALL")
+    powers = [f"{name} {value}" for name, value in sets.items() if int(value, 16)]
+    powers += [what.replace("_", " ") for what in ("changing_root", "making_a_device") if not look[what]]
+    if powers or not sets:
+        return "failed", ", ".join(powers) or "the kernel does not tell", unkept(examination, "--cap-drop=ALL")
     return "ok", f"none; chroot is refused ({look['changing_root']}), so is mknod", ""
 
 
@@ -5010,7 +5028,8 @@ def check_system_calls(examination: Examination) -> Judgement:
         remedy = "Have the engine use its default seccomp profile; it may have been built or set up without."
         return "failed", "not filtered by the engine (seccomp)", remedy
     if open_calls:
-        return "warning", f"filtered (seccomp), but these are open: {open_calls}", "Update the engine: newer ones refuse them."
+        remedy = "Update the engine; where that does not help, give it a stricter seccomp profile."
+        return "warning", f"filtered (seccomp), but these are open: {open_calls}", remedy
     return "ok", f"filtered (seccomp); refused are {', '.join(look['system_calls'])}", ""
 
 
@@ -5025,14 +5044,18 @@ def check_devices(examination: Examination) -> Judgement:
 
 def check_process_1(examination: Examination) -> Judgement:
     """Whether the process that speaks for the sandbox can't be looked into, nor ended, by the code."""
-    reached = [name for name, reason in examination.told("look")["process_1"].items() if not reason]
-    if reached:
-        return "failed", f"open to code: {', '.join(reached)}", "Report it, with the output of `doctor --json`."
-    if examination.results["kill"].status == "ok":
+    open_parts = [name for name, reason in examination.told("look")["process_1"].items() if not reason]
+    if examination.results["kill"].status != "ok":
+        open_parts.append("kill")
+    if not open_parts:
         return "ok", "can't be read, traced or killed by code", ""
-    seen = "can't be read or traced, but killed by code, which ends its sandbox"
+    seen = f"code gets at its {', '.join(open_parts)}"
     if examination.is_gvisor:
-        return "warning", seen, "gVisor lets code do that; it costs the code its own session, and nobody else anything."
+        remedy = (
+            "gVisor does not keep processes of one user apart: hostile code can end its sandbox, and speak for it. "
+            "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
+        )
+        return "warning", seen, remedy
     return "failed", seen, "Report it, with the output of `doctor --json`."
 
 
@@ -5049,7 +5072,7 @@ def check_environment(examination: Examination) -> Judgement:
         if value and name not in ours and value == os.environ.get(name) != images.get(name)
     ]
     if found := sorted({*proxies, *hosts}):
-        remedy = "See the engine's own settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf)."
+        remedy = "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf)."
         return "failed", f"from the host: {', '.join(found)}", remedy
     return "ok", f"{len(inside)} variables, none of the host's; no proxies", ""
 
@@ -5402,14 +5425,15 @@ async def _list_command(argv: Sequence[str]) -> int:
 
 
 def print_table(rows: Sequence[Sequence[str]], colours: Mapping[str, str] | None = None) -> None:
-    """Print rows in columns; cells that are just one of these words get its colour. A terminal is not overrun."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    """Print rows in columns; cells that are one of these words get its colour. On a terminal the last column wraps."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    indent = sum(widths) + 2 * len(widths)
     room = shutil.get_terminal_size().columns - indent
     for *cells, last in rows:
-        columns = [coloured(cell.ljust(width), (colours or {}).get(cell)) for cell, width in zip(cells, widths, strict=False)]
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
         lines = textwrap.wrap(last, room) if sys.stdout.isatty() and room >= 20 else [last]
-        print("  ".join([*columns, f"\n{' ' * indent}".join(lines)]).rstrip())
+        shown = [coloured(text, (colours or {}).get(cell)) for text, cell in zip(padded, cells, strict=True)]
+        print("  ".join([*shown, f"\n{' ' * indent}".join(lines)]).rstrip())
 
 
 def coloured(text: str, colour: str | None) -> str:
@@ -5439,8 +5463,8 @@ async def _doctor_command(argv: Sequence[str]) -> int:
         print(json.dumps({"checks": checks, "count": count, "seconds": round(seconds, 1)}, indent=2))
     else:
         _print_findings(findings)
-        told = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
-        print(f"\n{len(findings)} checks in {seconds:.1f} s: {told}")
+        told = f"{count['ok']} ok, {count['warning']} with a warning, {count['failed']} failed"
+        print(f"\nchecked in {seconds:.1f} s: {told}")
     if findings[-1].check != SANDBOX_CHECKS[-1][0]:
         return 125
     return 1 if count["failed"] else 0
@@ -5450,12 +5474,11 @@ def _print_findings(findings: Sequence[Finding]) -> None:
     """A table, then what to do about what is not well in it."""
     colours = {"ok": "green", "warning": "yellow", "failed": "red"}
     print_table([("CHECK", "VERDICT", "SEEN"), *((one.check, one.verdict, one.seen) for one in findings)], colours)
-    width = min(shutil.get_terminal_size().columns, 120)
-    for finding in findings:
-        if finding.remedy:
-            title = coloured(finding.check, colours[finding.verdict])
-            print(f"\n{title}: ", end="")
-            print(textwrap.fill(finding.remedy, width, initial_indent=" " * (len(finding.check) + 2)).lstrip())
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
+        about = ", ".join(one.check for one in findings if one.remedy == remedy)
+        print()
+        print(textwrap.fill(f"{about}: {remedy}", width, subsequent_indent="  ", break_on_hyphens=False))
 
 
 async def _remove_command(argv: Sequence[str]) -> int:
