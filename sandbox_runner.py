@@ -4636,7 +4636,8 @@ async def examine(config: Config) -> list[Finding]:
         try:
             await runner._prepare()
         except SandboxError as error:
-            return [Finding("image", "failed", "none that can be used", str(error))]
+            found = Finding("engine", "ok", f"{engine.kind} {engine.version} ({engine.command})")
+            return [found, Finding("image", "failed", "none that can be used", str(error))]
         finally:
             _show_status("")
         assert runner.image is not None
@@ -4719,13 +4720,19 @@ async def _try_all(runner: Runner, examination: Examination) -> None:
 
 def judge(name: str, check: Callable[[Examination], Judgement], examination: Examination) -> Finding:
     """What a check makes of the examination. Whatever can't be seen to hold does not count as holding."""
+    remedy = "Look at what the other checks say, then try again; if it stays, report it."
     try:
-        return Finding(name, *check(examination))
+        verdict, seen, remedy = check(examination)
     except UntoldError as error:
-        seen = str(error)
+        verdict, seen = "failed", str(error)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # as what a sandbox tells is not to be believed
-        seen = f"the probe told no sense ({type(error).__name__}: {error})"
-    return Finding(name, "failed", seen, "Look at what the other checks say, then try again; if it stays, report it.")
+        verdict, seen = "failed", f"the probe told no sense ({type(error).__name__}: {error})"
+    return Finding(name, verdict, one_line(seen), one_line(remedy))
+
+
+def one_line(text: str) -> str:
+    """Text that may have come from a sandbox, fit to be shown on a terminal."""
+    return textwrap.shorten("".join(char if char.isprintable() else " " for char in text), 1000, placeholder=" …")
 
 
 def version_in(text: str) -> str:
@@ -4793,7 +4800,7 @@ def check_image(examination: Examination) -> Judgement:
     image, wanted = examination.image, examination.config.docker.image
     base = "this host's Python" if examination.is_hosts else wanted
     made = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)", examination.created)
-    seen = f"{image.name}, from {base}" + (f", of {made[1]}" if made else "")
+    seen = f"{image.name}, from {base}" + (f", made {made[1]}" if made else "")
     if image.problem:
         return "failed", seen, f"{image.problem}. Try `build`, and set package.index_url if this host has a mirror."
     if examination.is_hosts and wanted != "host":

@@ -254,6 +254,13 @@ def test_whatever_a_sandbox_tells_the_doctor_ends_with_a_finding(look: Any) -> N
         assert verdict(check, results=nonsense).verdict == "failed"
 
 
+def test_what_a_sandbox_tells_can_do_nothing_to_a_terminal() -> None:
+    finding = verdict("devices", devices=["/dev/\x1b[2Jx\n\x07" + "y" * 10_000])
+    assert finding.verdict == "failed"
+    assert finding.seen.isprintable()
+    assert len(finding.seen) <= 1000
+
+
 @pytest.mark.parametrize(
     ("version", "problem"),
     [
@@ -436,7 +443,7 @@ def test_without_an_image_that_is_the_finding(doctor: Doctor, docker: FakeEngine
     file.write_text(f"docker: {{command: {docker.command}, image: none/such}}\npackage: {{preinstalled: []}}")
     done = doctor("--json", "--config", str(file))
     assert done.returncode == 125
-    (finding,) = json.loads(done.stdout)["checks"]
+    _, finding = json.loads(done.stdout)["checks"]
     assert (finding["check"], finding["verdict"]) == ("image", "failed")
     assert "The image none/such is not here and can't be pulled" in finding["remedy"]
 
