@@ -5169,6 +5169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except SandboxError as error:
             print(f"sandbox_runner: {error}", file=sys.stderr)
             code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
+        except KeyboardInterrupt:
+            code = 130
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has gone; the exit must not write again

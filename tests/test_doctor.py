@@ -8,6 +8,7 @@ import dis
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -455,6 +456,20 @@ def test_if_no_sandbox_starts_that_is_the_last_finding(doctor: Doctor, docker: F
     findings = json.loads(done.stdout)["checks"]
     assert [finding["check"] for finding in findings] == ["engine", "runtime", "image", "start-up"]
     assert "unknown or invalid runtime name: x." in findings[-1]["remedy"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_doctor_and_leaves_nothing_behind(doctor: Doctor, docker: FakeEngine) -> None:
+    command = [sys.executable, str(sandbox_runner.__file__), "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr
+        assert child.stderr.readline().startswith("trying")
+        while not docker.containers():
+            assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+        assert "Traceback" not in child.stderr.read()
+    assert not docker.containers()
 
 
 def test_a_wrong_setting_is_status_2(doctor: Doctor) -> None:
