@@ -459,7 +459,8 @@ def test_if_no_sandbox_starts_that_is_the_last_finding(doctor: Doctor, docker: F
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_doctor_and_leaves_nothing_behind(doctor: Doctor, docker: FakeEngine) -> None:
+@pytest.mark.usefixtures("doctor")
+def test_ctrl_c_ends_the_doctor_and_leaves_nothing_behind(docker: FakeEngine) -> None:
     command = [sys.executable, str(sandbox_runner.__file__), "doctor"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr
