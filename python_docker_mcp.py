@@ -7,7 +7,8 @@ the program around it. What happens to the code itself is told in `sandbox_runne
 What clients do shapes what they are sent. Some show the model `structuredContent` instead of the content, and so lose
 images, or the text's order: so each of the two says everything, and `structuredContent` is left out as soon as a result
 holds anything binary. Results near a megabyte are refused, images of more than 2000 pixels too, and long ones crowd out
-the conversation: so text is cut in the middle, with a word on where the rest is, and what does not fit is named.
+the conversation: so text is cut in the middle, with a word on where the rest is, and what does not fit is named. Calls
+that last a minute are given up: so one in a session is answered before that, and its code goes on.
 
 The handshake waits for nothing: the engine is looked for, and the image made, while the client goes on.
 """

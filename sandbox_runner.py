@@ -15,8 +15,9 @@ to its own process, the supervisor lives to say what happened: the status of a `
 variables were kept follow from what that process did, not from what it printed.
 
 A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
-by one `docker exec` (see `plug`). A session that nobody comes back to ends by itself, from inside, after
-`session.idle_timeout`.
+by one `docker exec` (see `plug`). So does code that was running: its result waits. A session that nobody comes back to
+ends by itself, from inside, after `session.idle_timeout`; a sandbox that was kept ready and never used, a minute after
+its host was killed, unless the next host adopts it; any other at once.
 
     async with open_runner() as runner:
         result = await runner.execute("6 * 7")
@@ -801,6 +802,7 @@ class Supervisor:
             "told": self.told,
             "packages": self.packages,
             "busy": self.call is not None,
+            "ran": now - self.call.started if self.call else 0.0,  # seconds
             "left": max(0.0, self.call.next_due() - now) + GRACE if self.call else 0.0,
             "age": round(now - self.started, 1),
             "idle": 0.0 if self.call else round(now - self.active, 1),
@@ -3304,6 +3306,11 @@ class Sandbox:
         """Bytes of that call's output that its host was told."""
         return int(self._greeting.get("told", int)) if self._greeting else 0
 
+    @property
+    def ran_before(self) -> float:
+        """Seconds that it had run when we plugged in."""
+        return self._greeting.seconds("ran") if self._greeting else 0.0
+
     async def read_unread(self, on_output: OnOutput | None = None) -> Result:
         """The end of such a call, as far as it was kept. Waits for it."""
         assert self._unread is not None
@@ -3628,14 +3635,14 @@ class Session:
 class Ongoing:
     """A call in a session, apart from whoever waits for its result: it goes on when they don't any more."""
 
-    def __init__(self, session: str, request: Request | None) -> None:
+    def __init__(self, session: str, request: Request | None, ran: float = 0.0) -> None:
         self.session = session
         self.request = request  # None if it was an earlier host's
         self.on_output: OnOutput | None = None  # of whoever waits
         self.ended = anyio.Event()
         self._scope = anyio.CancelScope()
         self._outcome: Result | Exception | None = None
-        self._started = time.monotonic()
+        self._started = time.monotonic() - ran
         self._output: list[Text | Rich | Omitted] = []  # that nobody has been told
         self._told = False
 
@@ -3969,8 +3976,8 @@ class Runner:
                     return await self._answer(session, on_output, interrupt, deadline)
                 await self._require_end(session.ongoing, can_wait=deadline == math.inf)
                 earlier = await self._answer(session, None, None, math.inf)
-            work = functools.partial(self._call_in_session, session, request, is_new)
-            ongoing = self._begin(session, request.session, request, work)
+            ongoing = session.ongoing = Ongoing(request.session, request)
+            self._tasks.start_soon(ongoing.run, functools.partial(self._call_in_session, session, request, is_new))
             try:
                 result = await self._answer(session, on_output, interrupt, deadline)
             except anyio.get_cancelled_exc_class():
@@ -3978,13 +3985,6 @@ class Runner:
                 await ongoing.cancel()
                 raise
         return dataclasses.replace(result, unread=earlier)
-
-    def _begin(
-        self, session: Session, name: str, request: Request | None, work: Callable[[OnOutput], Awaitable[Result]]
-    ) -> Ongoing:
-        ongoing = session.ongoing = Ongoing(name, request)
-        self._tasks.start_soon(ongoing.run, work)
-        return ongoing
 
     async def _answer(
         self, session: Session, on_output: OnOutput | None, interrupt: anyio.Event | None, deadline: float
@@ -4072,7 +4072,8 @@ class Runner:
         elif not session.sandbox and not is_new:
             session.sandbox = await self._find_session(name)
         if session.sandbox and session.sandbox.has_unread:
-            self._begin(session, name, None, functools.partial(self._read_unread, session.sandbox))
+            session.ongoing = Ongoing(name, None, session.sandbox.ran_before)
+            self._tasks.start_soon(session.ongoing.run, functools.partial(self._read_unread, session.sandbox))
 
     async def _look_again(self, session: Session, name: str) -> None:
         """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
@@ -4620,6 +4621,9 @@ def _print_end(result: Result) -> None:
     if result.exception and result.exception.type != "SystemExit":
         print(result.exception.traceback, end="", file=sys.stderr)
     notes = [result.message, result.hint]
+    if result.unread:
+        print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)
+        notes.append(f"(that was the end of the session's previous call, left running: {result.unread.status})")
     if result.state == "lost":
         notes.append(f"the variables of the session {result.session} are lost; its next call starts afresh")
     if result.lost_before:
