@@ -4875,7 +4875,7 @@ def attempts(config: Config) -> dict[str, tuple[str, float]]:
         "output": (f"print('x' * {min(output + (1 << 20), TRIED_OUTPUT)})", 60),
         "interrupt": ("while True: pass", 0.3),
         "memory": (probe(f"hold_memory({min(memory * 5 // 4, TRIED_MEMORY)})"), 60),
-        "kill": ("import os\nos.kill(1, 9)", 10),
+        "kill": (probe("refusal(os.kill, 1, 9)"), 10),
     }
 
 
@@ -5399,6 +5399,44 @@ SANDBOX_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
 )
 
 
+async def _doctor_command(argv: Sequence[str]) -> int:
+    """`doctor`: try what is promised of a sandbox; exit status 1 if something of it does not hold."""
+    parser = argparse.ArgumentParser(
+        prog="sandbox_runner.py doctor",
+        description="Check engine, image, limits and isolation, by trying them in sandboxes as they are configured.",
+        epilog="The exit status is 0 if nothing failed (there may be warnings), 1 if something did, 125 if there is no "
+        "engine, image or sandbox to be had, 2 if a setting is wrong.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument("--config", metavar="FILE")
+    options = parser.parse_args(argv)
+    started = time.monotonic()
+    findings = await examine(load_config(options.config))
+    seconds = time.monotonic() - started
+    count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}
+    if options.json:
+        checks = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"checks": checks, "count": count, "seconds": round(seconds, 1)}, indent=2))
+    else:
+        _print_findings(findings)
+        told = f"{count['ok']} ok, {count['warning']} with a warning, {count['failed']} failed"
+        print(f"\nchecked in {seconds:.1f} s: {told}")
+    if findings[-1].check != SANDBOX_CHECKS[-1][0]:
+        return 125
+    return 1 if count["failed"] else 0
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """A table, then what to do about what is not well in it."""
+    rows = [(one.check, one.verdict, one.seen) for one in findings]
+    print_table(("CHECK", "VERDICT", "SEEN"), rows, {"ok": GREEN, "warning": YELLOW, "failed": RED})
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
+        about = ", ".join(one.check for one in findings if one.remedy == remedy)
+        print()
+        print(textwrap.fill(f"{about}: {remedy}", width, subsequent_indent="  ", break_on_hyphens=False))
+
+
 # ── command line ──
 
 USAGE = """\
@@ -5437,12 +5475,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         except SandboxError as error:
             print(f"sandbox_runner: {error}", file=sys.stderr)
             code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
-        except KeyboardInterrupt:
-            code = 130
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has gone; the exit must not write again
         code = 141
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code)
 
 
@@ -5695,70 +5733,39 @@ async def _list_command(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
         return 0
-    rows = [("SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER")]
+    rows = []
     for info in sandboxes:
         state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
         memory = f"{info.memory / 1048576:.0f} MB" if info.memory else "?"
         rows.append((info.session or "-", state, f"{info.age:.0f} s", f"{info.idle:.0f} s", memory, info.name))
-    print_table(rows)
+    print_table(("SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER"), rows)
     return 0
 
 
-def print_table(rows: Sequence[Sequence[str]], colours: Mapping[str, str] | None = None) -> None:
-    """Print rows in columns; cells that are one of these words get its colour. On a terminal the last column wraps."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str] | None = None) -> None:
+    """Print rows under a head, in columns; words get their colours. On a terminal the last column wraps."""
+    colours = {**dict.fromkeys(head, BOLD), **(colours or {})}
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)][:-1]
     indent = sum(widths) + 2 * len(widths)
     room = shutil.get_terminal_size().columns - indent
-    for *cells, last in rows:
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    for *cells, last in (head, *rows):
+        shown = [
+            coloured(cell, colours.get(cell, ""), sys.stdout) + " " * (width - len(cell))
+            for cell, width in zip(cells, widths, strict=True)
+        ]
         lines = textwrap.wrap(last, room) if sys.stdout.isatty() and room >= 20 else [last]
-        shown = [coloured(text, (colours or {}).get(cell)) for text, cell in zip(padded, cells, strict=True)]
+        lines = [coloured(line, colours.get(last, ""), sys.stdout) for line in lines]
         print("  ".join([*shown, f"\n{' ' * indent}".join(lines)]).rstrip())
 
 
-def coloured(text: str, colour: str | None) -> str:
-    """The text in a colour, on a terminal whose user has not asked for none (https://no-color.org)."""
-    if not colour or not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+BOLD, RED, GREEN, YELLOW = "1", "1;31", "32", "33"
+
+
+def coloured(text: str, colour: str, stream: Any) -> str:
+    """The text in a colour, if the stream is a terminal, and nobody objects (https://no-color.org)."""
+    if not colour or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
-    return f"\x1b[{ {'red': 31, 'green': 32, 'yellow': 33}[colour] }m{text}\x1b[0m"
-
-
-async def _doctor_command(argv: Sequence[str]) -> int:
-    """`doctor`: try what is promised of a sandbox; exit status 1 if something of it does not hold."""
-    parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py doctor",
-        description="Check engine, image, limits and isolation, by trying them in sandboxes as they are configured.",
-        epilog="The exit status is 0 if nothing failed (there may be warnings), 1 if something did, 125 if there is no "
-        "engine, image or sandbox to be had, 2 if a setting is wrong.",
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
-    started = time.monotonic()
-    findings = await examine(load_config(options.config))
-    seconds = time.monotonic() - started
-    count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}
-    if options.json:
-        checks = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"checks": checks, "count": count, "seconds": round(seconds, 1)}, indent=2))
-    else:
-        _print_findings(findings)
-        told = f"{count['ok']} ok, {count['warning']} with a warning, {count['failed']} failed"
-        print(f"\nchecked in {seconds:.1f} s: {told}")
-    if findings[-1].check != SANDBOX_CHECKS[-1][0]:
-        return 125
-    return 1 if count["failed"] else 0
-
-
-def _print_findings(findings: Sequence[Finding]) -> None:
-    """A table, then what to do about what is not well in it."""
-    colours = {"ok": "green", "warning": "yellow", "failed": "red"}
-    print_table([("CHECK", "VERDICT", "SEEN"), *((one.check, one.verdict, one.seen) for one in findings)], colours)
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
-        about = ", ".join(one.check for one in findings if one.remedy == remedy)
-        print()
-        print(textwrap.fill(f"{about}: {remedy}", width, subsequent_indent="  ", break_on_hyphens=False))
+    return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 async def _remove_command(argv: Sequence[str]) -> int:

@@ -340,7 +340,7 @@ def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
 def test_a_table_has_columns_of_the_same_width_and_no_colours_where_it_is_no_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    print_table([("A", "B"), ("long", "ok"), ("x", "")], {"ok": "green", "long": "red"})
+    print_table(("A", "B"), [("long", "ok"), ("x", "")], {"ok": "32", "long": "31"})
     assert capsys.readouterr().out == "A     B\nlong  ok\nx\n"
 
 
@@ -363,11 +363,11 @@ def test_a_terminal_gets_colours_unless_its_user_wants_none_and_is_not_overrun(
         monkeypatch.setenv("NO_COLOR", setting)
         terminal = Terminal()
         monkeypatch.setattr(sys, "stdout", terminal)
-        print_table(rows, {"ok": "green"})
+        print_table(("A", "B"), rows, {"ok": "32"})
         shown.append(terminal.getvalue())
     assert shown == [
-        "\x1b[32mok\x1b[0m  first words and second\n    words\n",
-        "ok  first words and second\n    words\n",
+        "\x1b[1mA\x1b[0m   \x1b[1mB\x1b[0m\n\x1b[32mok\x1b[0m  first words and second\n    words\n",
+        "A   B\nok  first words and second\n    words\n",
     ]
 
 
