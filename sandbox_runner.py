@@ -2383,6 +2383,7 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
     if command[1] == "pull":  # the one command that may need a proxy itself
         environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    log.debug("starting: %s", shlex.join(clip(part, 200) for part in command))
     try:
         return await anyio.open_process(
             command,
@@ -2403,6 +2404,7 @@ async def run_command(
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str, str]:
     """Run an engine command to its end; its exit status, output (MAX_FRAME bytes at most) and errors."""
+    started = time.monotonic()
     process = await open_command(command, stdin)
     output, errors = bytearray(), bytearray()
 
@@ -2428,6 +2430,7 @@ async def run_command(
             process.kill()
         with anyio.CancelScope(shield=True):
             await process.aclose()
+    log.debug("`%s` ended with exit status %s after %.3f s", command[1], code, time.monotonic() - started)
     return code, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
 
@@ -2438,10 +2441,15 @@ async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> Non
         del tail[:-ERRORS_KEPT]
 
 
+def without_passwords(text: str) -> str:
+    """The text, with what an address has between its scheme and its host hidden."""
+    return re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
+
+
 def last_line(text: str) -> str:
-    """The last line with something in it, printable and short: engines say the reason last."""
+    """The last line with something in it, printable, short and without passwords: engines say the reason last."""
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    said = lines[-1] if lines else ""
+    said = without_passwords(lines[-1]) if lines else ""
     return textwrap.shorten("".join(char if char.isprintable() else " " for char in said), 300, placeholder=" …")
 
 
@@ -2770,7 +2778,7 @@ def shorten_installer_output(output: str) -> str:
         for line in lines
         if re.match(r"(?i)error|hint:|cause:|caused by:|.*(was not found|has no |no matching)", line)
     ]
-    return "\n".join(telling[-8:] or lines[-8:])[:2000]
+    return without_passwords("\n".join(telling[-8:] or lines[-8:]))[:2000]
 
 
 @asynccontextmanager
@@ -3089,6 +3097,7 @@ class Sandbox:
         except BaseException:
             await sandbox.remove()
             raise
+        log.debug("the sandbox %s is ready after %.3f s", name, time.monotonic() - sandbox.created)
         return sandbox
 
     @classmethod
@@ -3103,6 +3112,7 @@ class Sandbox:
             await sandbox._greeted.wait()
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
+            log.debug("taken over: the session %s in the container %s", session, name)
             return sandbox
         sandbox._kill_client()
         return sandbox.info(greeting) if greeting else None
@@ -3207,6 +3217,7 @@ class Sandbox:
     ) -> Result:
         """Run code, and tell what came of it. Setting `interrupt` stops the code; so does being cancelled."""
         call_id = secrets.token_hex(8)
+        log.debug("call %s of %s in the container %s", call_id, request.session or "no session", self.name)
         *parts, run = request.frames(call_id)
         answer = self._expect(call_id)
         stop = {"op": "interrupt", "id": call_id}
@@ -3229,6 +3240,7 @@ class Sandbox:
                     await self._send(run)
                     result = await self._collect(answer, request.session, on_output, request.output_limit)
                     settled = True
+                    log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
                     return result
             settled = True
             await self.remove()
@@ -4216,11 +4228,6 @@ class OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line."""
         return without_passwords(super().formatMessage(record).replace("\n", "\\n"))
-
-
-def without_passwords(text: str) -> str:
-    """The text, with what an address has between its scheme and its host hidden."""
-    return re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
 
 
 def _program() -> str:
