@@ -2490,7 +2490,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
             docker.image, host_image_name(), engine.kind, docker.image,
         )  # fmt: skip
         return Image(host_image_name(), identity, "made from this host's Python")
-    report(f"pulling {docker.image}")
+    report(f"pulling {docker.image} (once; the network decides how long that takes)")
     try:
         code, _, errors = await run_command(
             [engine.command, "pull", docker.image],
@@ -2698,12 +2698,11 @@ async def _build_now(
     engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
 ) -> str:
     packages = ", ".join(config.package.preinstalled)
-    report(f"preparing the image with {packages} (once; a minute or so)")
-    report(progress_bar(1, BUILD_STEPS, f"fetching {config.package.installer}"))
+    report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
     task = {"task": "build", "requirements": config.package.preinstalled}
     async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
         outcome.require_success(f"{packages} could not be installed")
-        report(progress_bar(BUILD_STEPS, BUILD_STEPS, "saving the image"))
+        report(build_status(BUILD_STEPS, "saving the image"))
         await engine.run(
             "commit",
             f"--change=LABEL {BASE_LABEL}={base.id}",
@@ -2721,9 +2720,10 @@ BUILD_ATTEMPTS = 3
 BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
 
 
-def progress_bar(step: int, steps: int, text: str) -> str:
-    """How far something long is, in a line."""
-    return f"{'█' * step}{'░' * (steps - step)} {text}"
+def build_status(step: int, text: str) -> str:
+    """How far the derived image is: each line says it all, as a client may show any of them, and only one."""
+    bar = "█" * step + "░" * (BUILD_STEPS - step)
+    return f"{bar} preparing the image (once; a minute or so): {text}"
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
@@ -2810,7 +2810,7 @@ async def helper_container(
                         break
                     step = frame.get("step", int, NONE) or step
                     text = last_line(frame.get("text", str))
-                    report(progress_bar(step, BUILD_STEPS, text) if step else text)
+                    report(build_status(step, text) if step else text)
             except (
                 anyio.EndOfStream,
                 anyio.IncompleteRead,

@@ -564,7 +564,7 @@ async def test_a_call_that_waits_for_an_image_tells_what_it_waits_for(config: Co
     async with connected(config) as client, anyio.create_task_group() as tasks:
         listener = Listener()
         call = await start(tasks, client, "execute-transient", listener, code="1")
-        await listener.wait_for("pulling elsewhere:1")
+        await listener.wait_for("pulling elsewhere:1 (once; ")
         call.cancel()
 
 
@@ -853,7 +853,7 @@ async def test_the_log_has_news_only_and_no_passwords_of_addresses(
             assert "can't be pulled: no answer from http://***@proxy:1/ nor user@host" in block["text"]
             assert await client.leave(None) == 0
     assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == [
-        "python-docker-mcp: pulling elsewhere:1",
+        "python-docker-mcp: pulling elsewhere:1 (once; the network decides how long that takes)",
         "python-docker-mcp: pulling elsewhere:1: no answer from http://***@proxy:1/ nor user@host",
     ]
 
