@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import readme
 from pytest_subprocess import FakeProcess
 
 import python_docker_mcp
@@ -52,6 +53,19 @@ def test_all_files_name_the_same_version() -> None:
     } == dict.fromkeys(
         ["pyproject.toml", "server.json", "server.json, package", "manifest.json", "CHANGELOG.md"], __version__
     )
+
+
+def test_the_readme_shows_every_setting_as_it_is() -> None:
+    assert read("README.md") == readme.updated(read("README.md")), "run `make docs`, which writes the tables anew"
+
+
+def test_every_file_and_heading_that_the_readme_links_to_is_there() -> None:
+    text = read("README.md")
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\((?!https?:|vscode:|cursor:)([^)]+)\)|src=\"(?!https?:)([^\"]+)\"", text):
+        link = "".join(target)
+        assert (link[1:] in headings) if link.startswith("#") else (ROOT / link).exists(), link
 
 
 def test_the_registry_finds_the_name_that_it_checks_in_the_readme_that_pypi_shows() -> None:
