@@ -15,8 +15,9 @@ to its own process, the supervisor lives to say what happened: the status of a `
 variables were kept follow from what that process did, not from what it printed.
 
 A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
-by one `docker exec` (see `plug`). A session that nobody comes back to ends by itself, from inside, after
-`session.idle_timeout`.
+by one `docker exec` (see `plug`). So does code that was running: its result waits. A session that nobody comes back to
+ends by itself, from inside, after `session.idle_timeout`; a sandbox that was kept ready and never used, a minute after
+its host was killed, unless the next host adopts it; any other at once.
 
     async with open_runner() as runner:
         result = await runner.execute("6 * 7")
@@ -124,6 +125,7 @@ INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
 PRUNE_PAUSE = 75  # longer than any container takes from being created to running
 ATTACH_TIMEOUT = 15  # from `docker exec` to the same
+MOMENT = 1.0  # that a call is given to end before another one on its session is refused
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
 RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
@@ -218,13 +220,16 @@ class SessionConfig:
     idle_timeout: float = 1800.0
     max: int = 64
     evict: bool = False
+    max_timeout: float = 1800.0
+    answer_within: float = 50.0
 
     def __post_init__(self) -> None:
         """Refuse a time that is none."""
         if self.max < 1:
             raise ValueError(f"session.max: {self.max!r} is not a number above zero")
-        if not 0 < self.idle_timeout < math.inf:
-            raise ValueError(f"session.idle_timeout: {self.idle_timeout!r} is not a number of seconds above zero")
+        for name in ("idle_timeout", "max_timeout", "answer_within"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"session.{name}: {getattr(self, name)!r} is not a number of seconds above zero")
 
 
 @dataclass(frozen=True)
@@ -420,7 +425,7 @@ def mount_argument(mount: str) -> str:
 
 # ── what a call returns ──
 
-Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died"]
+Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died", "running"]
 
 
 @dataclass(frozen=True)
@@ -480,10 +485,10 @@ class Result:
     hint: str | None = None  # what the caller could do about it
     session: str | None = None
     is_new: bool = False  # whether the session began with this call
-    state: Literal["preserved", "lost"] | None = None  # what became of the session's variables
+    state: Literal["preserved", "lost"] | None = None  # what became of the session's variables; None while code runs
     lost_before: str | None = None  # why they were lost between the previous call and this one, if they were
     earlier: str = ""  # what work left running by earlier calls wrote since the last one
-    unread: Result | None = None  # the end of a call whose host left before it came
+    unread: Result | None = None  # the end of the previous call, if nobody waited for that
     variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables JSON can hold
     variables_left_out: Mapping[str, str] = field(default_factory=dict)  # those it can't hold: name to reason
     files: tuple[FileInfo, ...] = ()  # that the call made or changed in the working directory, at most 100
@@ -529,6 +534,7 @@ MAX_FRAME = 1 << 20  # bytes; keeps what a hostile line can cost its reader in b
 PART = 1 << 16  # characters of data in one frame; at worst JSON needs twelve bytes for one
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
+ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
 EARLIER_LIMIT = 1 << 16  # bytes of output kept that appear while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while none is attached
 VALUE_LIMIT = 32_000  # characters of a value's repr
@@ -699,6 +705,7 @@ class Supervisor:
         self.call: Call | None = None
         self.begun: str | None = None  # id of the last call
         self.unread: str | None = None  # the same, until its end has been told to a host
+        self.told = 0  # bytes of that call's output that a host has been told
         self.backlog: deque[dict[str, Any]] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
@@ -793,8 +800,11 @@ class Supervisor:
             "owner": self.owner,
             "begun": self.begun,
             "unread": self.unread,
+            "told": self.told,
             "packages": self.packages,
             "busy": self.call is not None,
+            "ran": now - self.call.started if self.call else 0.0,  # seconds
+            "left": max(0.0, self.call.next_due() - now) + GRACE if self.call else 0.0,
             "age": round(now - self.started, 1),
             "idle": 0.0 if self.call else round(now - self.active, 1),
             "memory": memory_in_use(),
@@ -806,6 +816,8 @@ class Supervisor:
             self.channel.send(frame)
             if frame["kind"] == "done":
                 self.unread = None
+            elif frame["kind"] in ("stdout", "stderr"):
+                self.told += len(frame["text"].encode())
         else:
             self.backlog_left -= len(frame.get("text") or frame.get("data") or "")
             if self.backlog_left > 0 or frame["kind"] == "done":
@@ -827,17 +839,18 @@ class Supervisor:
                     self._recycle(frame["id"])
                 elif frame["op"] == "farewell":
                     self.channel.send({"id": "", "kind": "farewell"})
-                    self._detach()
+                    self._detach(self.session is not None)
                     break
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
             # Our output goes to a command line whose reader has died, too: it notices, and ends, when it has to write.
             self.channel.send({"id": "", "kind": "farewell"})
-            self._detach()
+            self._detach(self.session is not None or self.begun is None)
 
-    def _detach(self) -> None:
-        if self.session is None:
+    def _detach(self, stay: bool) -> None:
+        """Let go of the host, and of life if nobody could want what is here."""
+        if not stay:
             os._exit(0)
         assert self.channel is not None
         del self.sources[self.channel.reader]
@@ -865,7 +878,7 @@ class Supervisor:
             message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(8))
             request = json.loads(message)
             reader, writer = struct.unpack("2i", ancillary[0][2])
-            if self.channel or self.session is None or request["session"] != self.session:
+            if self.channel or not self._is_meant(request):
                 os.write(writer, json.dumps({"id": "", "kind": "status", **self._status()}).encode() + b"\n")
                 os.close(reader)
                 os.close(writer)
@@ -877,6 +890,12 @@ class Supervisor:
         finally:
             if self.plug is not connection:
                 connection.close()
+
+    def _is_meant(self, request: dict[str, Any]) -> bool:
+        """Whether a plug comes for this session or, as long as it is nobody's, for a sandbox made just like this."""
+        if self.session is None:
+            return bool(request["settings"] == self.settings["digest"])
+        return bool(request["session"] == self.session)
 
     # ── the worker ──
 
@@ -922,6 +941,7 @@ class Supervisor:
             self.earlier.clear()
         self.call = Call(request)
         self.unread = self.begun = self.call.id
+        self.told = 0
         self._to_worker(request)
         self.worker_used = True
 
@@ -1023,7 +1043,7 @@ class Supervisor:
         kill_all_others()
         self._forget_worker()
         self.earlier.clear()
-        self.lost = self.packages = None
+        self.lost = self.packages = self.begun = None
         folders = (self.settings["working_dir"], *WRITABLE_FOLDERS)
         for folder in folders:
             empty_folder(folder)
@@ -1041,12 +1061,19 @@ class Supervisor:
             return 0.0
         if self.call:
             return max(0.0, self.call.next_due() - time.monotonic())
-        return None if self.session is None else max(0.0, self.active + self.idle_timeout - time.monotonic())
+        end = self._end()
+        return None if end == math.inf else max(0.0, end - time.monotonic())
+
+    def _end(self) -> float:
+        """When the sandbox ends by itself if nobody uses it."""
+        if self.session is not None:
+            return self.active + self.idle_timeout
+        return math.inf if self.channel else self.active + ADOPTION_TIME
 
     def _keep_time(self) -> None:
         now = time.monotonic()
         if self.call is None:
-            if self.session is not None and now >= self.active + self.idle_timeout:
+            if now >= self._end():
                 if self.channel:  # a call that is on its way has not begun, and the host should know
                     self.channel.send({"id": "", "kind": "expired"})
                 os._exit(0)
@@ -2180,7 +2207,7 @@ class Engine:
         """Start a command with pipes for its standard streams."""
         return await open_command([self.command, *arguments], subprocess.PIPE)
 
-    def sandbox_arguments(self, name: str, image: Image, config: Config, owner: str) -> list[str]:
+    def sandbox_arguments(self, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
         """The command that starts a sandbox; what its flags hold off is told under Security in the README."""
         docker = config.docker
         environment = {
@@ -2198,7 +2225,7 @@ class Engine:
         return [
             *self._run(name),
             f"--label={LABEL}={PROTOCOL}",
-            f"--label={LABEL}.owner={owner}",
+            *(f"--label={LABEL}.{key}={value}" for key, value in labels.items()),
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
             *(["--read-only"] if docker.read_only else []),
@@ -2273,9 +2300,10 @@ class Engine:
         except EngineError:
             return None
 
-    async def sandboxes(self) -> list[str]:
-        """The names of all containers that carry our label, whoever started them."""
-        return (await self.run("ps", f"--filter=label={LABEL}", "--format={{.Names}}")).split()
+    async def sandboxes(self, **labels: str) -> list[str]:
+        """The names of all containers that carry our label, and these ones of ours, whoever started them."""
+        filters = (f"--filter=label={LABEL}.{key}={value}" for key, value in labels.items())
+        return (await self.run("ps", f"--filter=label={LABEL}", *filters, "--format={{.Names}}")).split()
 
     async def leftovers(self) -> list[str]:
         """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
@@ -3011,9 +3039,26 @@ class SandboxInfo:
     memory: int | None  # bytes in use
 
 
+SESSION_CONTAINER = "python-docker-mcp-session-"
+
+
 def session_container(session: str) -> str:
     """The name of a session's container. Not the session's own: an id is no argument for an engine."""
-    return f"python-docker-mcp-session-{hashlib.sha256(session.encode()).hexdigest()[:24]}"
+    return f"{SESSION_CONTAINER}{hashlib.sha256(session.encode()).hexdigest()[:24]}"
+
+
+def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequence[str]) -> dict[str, Any]:
+    """What a supervisor is told, with a digest of all that makes its sandbox what it is, or would make another."""
+    settings = {
+        "working_dir": config.docker.working_dir,
+        "idle_timeout": config.session.idle_timeout,
+        "allowed_modules": config.allowed_modules,
+        "blocked_modules": config.blocked_modules,
+        "preload": preload,
+        "packages": image.packages,
+    }
+    everything = [engine.sandbox_arguments("", image, config, {}), image.id, GUEST_SOURCE, settings]
+    return {**settings, "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]}
 
 
 class Answer:
@@ -3046,10 +3091,11 @@ class Sandbox:
         self._greeted = anyio.Event()
         self.packages: str | None = None  # the folder with what was installed for its session
         self.expired = False  # whether the session was not used for too long, and has ended
+        self.left = False  # whether we have said farewell
         self._answers: dict[str, Answer] = {}
         self._unread: Answer | None = None
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
-        self.asked: str | None = None  # id of the last call that was sent
+        self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -3070,22 +3116,15 @@ class Sandbox:
         Raises:
             EngineError: the engine did not start it, or it did not come up.
         """
-        settings = {
-            "owner": owner,
-            "working_dir": config.docker.working_dir,
-            "idle_timeout": config.session.idle_timeout,
-            "allowed_modules": config.allowed_modules,
-            "blocked_modules": config.blocked_modules,
-            "preload": preload,
-            "packages": image.packages,
-        }
+        settings = guest_settings(engine, image, config, preload)
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
-        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, owner))
+        labels = {"owner": owner, "settings": settings["digest"]}
+        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, labels))
         sandbox = cls(engine, name, process, tasks)
         tasks.start_soon(sandbox._serve)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                await sandbox._write(program(GUEST_SOURCE, "supervise", settings))
+                await sandbox._write(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
                 await sandbox._greeted.wait()
             if sandbox._greeting is None:
                 raise EngineError(f"A sandbox could not be started: {sandbox._last_words()}")
@@ -3102,16 +3141,26 @@ class Sandbox:
 
     @classmethod
     async def plug_in(
-        cls, engine: Engine, name: str, session: str | None, owner: str, tasks: anyio.abc.TaskGroup
+        cls,
+        engine: Engine,
+        name: str,
+        session: str | None,
+        owner: str,
+        tasks: anyio.abc.TaskGroup,
+        settings: str | None = None,
     ) -> Sandbox | SandboxInfo | None:
-        """Take the sandbox over if it holds `session` and nobody has it; else what it says of itself, if anything."""
+        """Take over a sandbox that nobody has, if it holds `session`, or none and was made with the digest `settings`.
+
+        Else: what it says of itself, if anything.
+        """
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
         with anyio.move_on_after(ATTACH_TIMEOUT):
-            await sandbox._write(json.dumps({"session": session, "owner": owner}).encode() + b"\n")
+            await sandbox._send({"session": session, "settings": settings, "owner": owner})
             await sandbox._greeted.wait()
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
+            sandbox.created -= sandbox.info().age
             log.debug("taken over: the session %s in the container %s", session, name)
             return sandbox
         sandbox._kill_client()
@@ -3168,6 +3217,7 @@ class Sandbox:
                     self.info(frame)  # refuses what no supervisor says of itself
                     self.packages = frame.get("packages", str, NONE)
                     self._unread = self._expect(unread) if unread and kind == "ready" else None
+                    self.asked = frame.get("begun", str, NONE)
                     self._greeting = frame
                     self._greeted.set()
                 elif kind == "farewell":
@@ -3212,51 +3262,46 @@ class Sandbox:
 
     # ── a call ──
 
-    async def call(
-        self, request: Request, on_output: OnOutput | None = None, interrupt: anyio.Event | None = None
-    ) -> Result:
-        """Run code, and tell what came of it. Setting `interrupt` stops the code; so does being cancelled."""
+    async def call(self, request: Request, on_output: OnOutput | None = None) -> Result:
+        """Run code, and tell what came of it. Being cancelled stops the code."""
         call_id = secrets.token_hex(8)
         log.debug("call %s of %s in the container %s", call_id, request.session or "no session", self.name)
         *parts, run = request.frames(call_id)
         answer = self._expect(call_id)
-        stop = {"op": "interrupt", "id": call_id}
-
-        async def interrupt_when_set(event: anyio.Event) -> None:
-            await event.wait()
-            await self._send(stop)
-
         settled = True  # as long as nothing of it runs
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
-                async with contextlib.AsyncExitStack() as stack:
-                    await self._idle.wait()
-                    if interrupt is not None:
-                        tasks = await stack.enter_async_context(open_tasks())
-                        tasks.start_soon(interrupt_when_set, interrupt)
-                    for part in parts:
-                        await self._send(part)
-                    settled, self.asked = False, call_id
-                    await self._send(run)
-                    result = await self._collect(answer, request.session, on_output, request.output_limit)
-                    settled = True
-                    log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
-                    return result
+                await self._idle.wait()
+                for part in parts:
+                    await self._send(part)
+                settled, self.asked = False, call_id
+                await self._send(run)
+                result = await self._collect(answer, request.session, on_output, request.output_limit)
+                settled = True
+                log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
+                return result
             settled = True
-            await self.remove()
+            return await self._give_up(request.session)
         finally:
-            if settled:
+            if settled or self.left:
                 self._forget(answer)
             else:  # the caller does not wait any more: then the code must not go on either
                 self._idle = anyio.Event()
-                self._tasks.start_soon(self._settle, answer, stop, self._idle)
-        message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
-        return Result("timeout", message=message, session=request.session, state="lost" if request.session else None)
+                self._tasks.start_soon(self._settle, answer, self._idle)
 
-    async def _settle(self, answer: Answer, stop: dict[str, Any], idle: anyio.Event) -> None:
+    async def interrupt(self) -> None:
+        """Have the running code interrupted; how it ends is its call's result."""
+        await self._send({"op": "interrupt", "id": self.asked})
+
+    async def _give_up(self, session: str | None) -> Result:
+        await self.remove()
+        message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
+        return Result("timeout", message=message, session=session, state="lost" if session else None)
+
+    async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
         """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
         with anyio.move_on_after(GRACE + SLACK / 4) as patience:
-            await self._send(stop)
+            await self.interrupt()
             if (await self._collect(answer, None, None, None)).lost:
                 self.lost = "a call was cancelled, and its code did not stop in time"
         if patience.cancelled_caught:
@@ -3264,18 +3309,33 @@ class Sandbox:
         self._forget(answer)
         idle.set()
 
-    async def read_unread(self, on_output: OnOutput | None = None) -> Result | None:
-        """The end of the call that was running when its host left, as far as it was kept. Waits for it."""
-        if not self._unread:
-            return None
-        result = await self._collect(self._unread, self.info().session, on_output, BACKLOG_LIMIT)
-        self._forget(self._unread)
-        self._unread = None
-        return result
+    @property
+    def has_unread(self) -> bool:
+        """Whether there is a call that was running when its host left, and whose end nobody has been told."""
+        return self._unread is not None
 
-    def has_begun(self, call_id: str | None) -> bool:
-        """Whether the last call that came to the supervisor before we plugged into it was this one."""
-        return self._greeting is not None and self._greeting.get("begun", str, NONE) == call_id
+    @property
+    def told_before(self) -> int:
+        """Bytes of that call's output that its host was told."""
+        return int(self._greeting.get("told", int)) if self._greeting else 0
+
+    @property
+    def ran_before(self) -> float:
+        """Seconds that it had run when we plugged in."""
+        return self._greeting.seconds("ran") if self._greeting else 0.0
+
+    async def read_unread(self, on_output: OnOutput | None = None) -> Result:
+        """The end of such a call, as far as it was kept. Waits for it."""
+        assert self._unread is not None
+        assert self._greeting is not None
+        answer, self._unread = self._unread, None
+        session = self.info().session
+        try:
+            with anyio.move_on_after(self._greeting.seconds("left") + SLACK):
+                return await self._collect(answer, session, on_output, BACKLOG_LIMIT)
+            return await self._give_up(session)
+        finally:
+            self._forget(answer)
 
     def _expect(self, call_id: str) -> Answer:
         answer = self._answers[call_id] = Answer(call_id)
@@ -3343,6 +3403,7 @@ class Sandbox:
 
     async def leave(self) -> None:
         """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
+        self.left = True
         await self._part_with("farewell")
 
     async def end(self) -> None:
@@ -3368,6 +3429,7 @@ class Sandbox:
             with anyio.move_on_after(ATTACH_TIMEOUT):
                 async for frame in answer.frames:
                     if frame.get("kind", str) == "recycled":
+                        self.asked = None
                         return bool(frame.get("clean", bool))
         except ProtocolError as error:
             log.error("the sandbox %s is given up: %s", self.name, error)
@@ -3567,8 +3629,71 @@ class Session:
 
     lock: anyio.Lock = field(default_factory=anyio.Lock)
     sandbox: Sandbox | None = None
+    ongoing: Ongoing | None = None  # the call that was begun, until its result has been told
     lost: str | None = None  # why the last sandbox is gone, for the next call to tell
     used: float = 0.0  # when its last call began
+    is_coming: bool = False  # whether a sandbox is on its way
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has a sandbox, or is about to."""
+        return self.is_coming or (self.sandbox is not None and not self.sandbox.gone.is_set())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody is at it, or its code goes on without anybody."""
+        return self.lock.locked() or (self.ongoing is not None and not self.ongoing.ended.is_set())
+
+
+class Ongoing:
+    """A call in a session, apart from whoever waits for its result: it goes on when they don't any more."""
+
+    def __init__(self, session: str, request: Request | None, ran: float = 0.0) -> None:
+        self.session = session
+        self.request = request  # None if it was an earlier host's
+        self.on_output: OnOutput | None = None  # of whoever waits
+        self.ended = anyio.Event()
+        self._scope = anyio.CancelScope()
+        self._outcome: Result | Exception | None = None
+        self._started = time.monotonic() - ran
+        self._output: list[Text | Rich | Omitted] = []  # that nobody has been told
+        self._told = False
+
+    async def run(self, work: Callable[[OnOutput], Awaitable[Result]]) -> None:
+        """Do the work, which takes whom to give the output to."""
+        try:
+            with self._scope:
+                self._outcome = await work(self._hear)
+        except Exception as error:  # whatever it is: it is for those who wait, not for this task's parent
+            self._outcome = error
+        finally:
+            self.ended.set()
+
+    async def cancel(self) -> None:
+        """Stop it, and wait until nobody is at its sandbox any more."""
+        with anyio.CancelScope(shield=True):
+            self._scope.cancel()
+            await self.ended.wait()
+
+    async def _hear(self, item: Text | Rich | Omitted) -> None:
+        if self.request is None or self.request.output_limit is not None:
+            self._output.append(item)
+        if self.on_output:
+            await self.on_output(item)
+
+    def tell(self, waiting_for: str) -> Result:
+        """The result; as long as there is none, the output so far. What was told once is not told again."""
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        if self._outcome and not self._told:
+            return self._outcome
+        output, self._output = merge(self._output), []
+        if self._outcome:
+            return dataclasses.replace(self._outcome, output=output)
+        self._told = True
+        wall = time.monotonic() - self._started
+        message = f"the call has not ended after {wall:.0f} seconds" + (f": {waiting_for}" if waiting_for else "")
+        return Result("running", output, message=message, session=self.session, wall=wall)
 
 
 def describe_installation(
@@ -3668,6 +3793,15 @@ class Pool:
         else:
             await sandbox.end()
 
+    async def adopt(self, sandbox: Sandbox) -> None:
+        """Take in a ready sandbox that another host left, unless it is too old or too much."""
+        if self._count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
+            self._count += 1
+            self._own(sandbox)
+            self._put(sandbox)
+        else:
+            await sandbox.end()
+
     def _put(self, sandbox: Sandbox) -> None:
         self.ready.append(sandbox)
         self._changed.set()
@@ -3707,9 +3841,12 @@ class Pool:
         except BaseException:
             self._free_place()
             raise
+        self._own(sandbox)
+        return sandbox
+
+    def _own(self, sandbox: Sandbox) -> None:
         self._counted.add(sandbox)
         self._tasks.start_soon(self._watch, sandbox)
-        return sandbox
 
     async def _watch(self, sandbox: Sandbox) -> None:
         """Free the place of a sandbox that is gone; one that was ready is replaced."""
@@ -3763,11 +3900,13 @@ class Runner:
         filename: str | None = None,
         arguments: Sequence[str] = (),
         is_new: bool = False,
+        answer_within: float | None = None,
     ) -> Result:
         """Run code: in a fresh sandbox of its own, or in the session's.
 
         Args:
-            code: Python source; the value of an expression at its end is returned too.
+            code: Python source; the value of an expression at its end is returned too. If there is none, and a call is
+                going on in the session, the result is that call's.
             session: keeps variables, imports and files under this name from call to call; made if there is none yet.
                 Calls on one session queue; cancelling the awaiting task cancels the code.
             state: variables to start with; with it (even if empty) the result tells the variables at the end.
@@ -3778,28 +3917,35 @@ class Runner:
             filename: the name the code goes by in tracebacks; it also becomes `__file__`, in the working directory.
             arguments: for `sys.argv[1:]`.
             is_new: that there can't be such a session yet, as its id was just drawn: this saves looking for it.
+            answer_within: seconds after which, in a session, the status `running` is returned with the output so far.
+                The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
 
         Raises:
             RequestError: an argument can't be accepted.
             EngineError, ImageError: there is nothing to run the code in.
-            SessionError: another program is using the session.
+            SessionError: another program is using the session, or a call that was not waited for is going on in it.
         """
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
         request = Request(code, session, state, timeout, filename, tuple(arguments), limit)
         if session is None:
-            result = await self._execute_transient(request, on_output, interrupt)
-        else:
-            result = await self._execute_in_session(
-                self._sessions.setdefault(session, Session()), request, on_output, interrupt, is_new
-            )
+            return self._explain(await self._execute_transient(request, on_output, interrupt), request)
+        entry = self._sessions.setdefault(session, Session())
+        deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
+        return await self._execute_in_session(entry, request, on_output, interrupt, is_new, deadline)
+
+    def _explain(self, result: Result, request: Request | None) -> Result:
+        """The result with a word on what happened, and on what can be done about it, where that is known."""
         if result.status == "out_of_memory":
             message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
             hint = "Work on less data at a time, or have the operator raise docker.memory_limit."
             return dataclasses.replace(result, message=message, hint=hint)
         if result.status == "timeout" and not result.message:
-            result = dataclasses.replace(result, message=f"the code did not end within {timeout:g} seconds")
-        advice = advise(result.exception, code)
+            limit = f"within {request.timeout:g} seconds" if request else "in time"
+            result = dataclasses.replace(result, message=f"the code did not end {limit}")
+        if request and request.session and not request.code.strip():
+            return dataclasses.replace(result, hint="There was no code to run, and none running to wait for.")
+        advice = advise(result.exception, request.code if request else "")
         if advice and self.image and self.image.problem and result.exception and result.exception.missing:
             advice += f" ({self.image.problem})"
         return dataclasses.replace(result, hint=advice)
@@ -3812,7 +3958,8 @@ class Runner:
         dispose = sandbox.end
         try:
             with self._counted():
-                result = await sandbox.call(request, on_output, interrupt)
+                async with interruptible(lambda: sandbox, interrupt):
+                    result = await sandbox.call(request, on_output)
             if self.config.pool.reuse and result.status in ("ok", "error"):
                 dispose = functools.partial(self._pool.give_back, sandbox)
             return result
@@ -3830,23 +3977,74 @@ class Runner:
         on_output: OnOutput | None,
         interrupt: anyio.Event | None,
         is_new: bool,
+        deadline: float,
     ) -> Result:
         assert request.session is not None
+        earlier = None
         async with session.lock:
-            sandbox = await self._sandbox_of(session, request.session, is_new)
             session.used = time.monotonic()
-            with self._counted():
-                unread = await sandbox.read_unread()
-                is_new = sandbox.asked is None and sandbox.has_begun(None) and not session.lost
-                result = await sandbox.call(request, on_output, interrupt)
-                lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
-                if result.status == "died" and sandbox.expired:
-                    session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
-                    sandbox = await self._sandbox_of(session, request.session)
-                    result = await sandbox.call(request, on_output, interrupt)
-                elif result.status == "died" and sandbox.gone.is_set():
-                    result = await self._resume(session, sandbox, request, result, on_output, interrupt)
-            return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost, is_new=is_new)
+            await self._look_for(session, request.session, is_new)
+            if session.ongoing:
+                if not request.code.strip():
+                    return await self._answer(session, on_output, interrupt, deadline)
+                await self._require_end(session.ongoing, can_wait=deadline == math.inf)
+                earlier = await self._answer(session, None, None, math.inf)
+            ongoing = session.ongoing = Ongoing(request.session, request)
+            self._tasks.start_soon(ongoing.run, functools.partial(self._call_in_session, session, request, is_new))
+            try:
+                result = await self._answer(session, on_output, interrupt, deadline)
+            except anyio.get_cancelled_exc_class():
+                session.ongoing = None
+                await ongoing.cancel()
+                raise
+        return dataclasses.replace(result, unread=earlier)
+
+    async def _answer(
+        self, session: Session, on_output: OnOutput | None, interrupt: anyio.Event | None, deadline: float
+    ) -> Result:
+        """The result of the session's call or, if it has none by the deadline, what there is of it."""
+        ongoing = session.ongoing
+        assert ongoing is not None
+        ongoing.on_output = on_output
+        try:
+            with anyio.CancelScope(deadline=deadline):
+                async with interruptible(lambda: session.sandbox, interrupt):
+                    await ongoing.ended.wait()
+        finally:
+            ongoing.on_output = None
+        if ongoing.ended.is_set():
+            session.ongoing = None
+        return self._explain(ongoing.tell(self.status), ongoing.request)
+
+    async def _require_end(self, ongoing: Ongoing, *, can_wait: bool = False) -> None:
+        """Wait for a session's call to end: a moment, for it may be just ending, or as long as it takes.
+
+        Raises:
+            SessionError: it goes on.
+        """
+        with anyio.move_on_after(None if can_wait else MOMENT):
+            await ongoing.ended.wait()
+        if not ongoing.ended.is_set():
+            raise SessionError(
+                f"In the session {ongoing.session!r} the code of an earlier call is still running: wait for it by a "
+                "call with empty code, which can also interrupt it, or use another session."
+            )
+
+    async def _call_in_session(self, session: Session, request: Request, is_new: bool, on_output: OnOutput) -> Result:
+        """Make the call in the session's sandbox, or, where that has come to an end, in another."""
+        assert request.session is not None
+        sandbox = await self._sandbox_of(session, request.session, is_new)
+        with self._counted():
+            is_new = sandbox.asked is None and not session.lost
+            result = await sandbox.call(request, on_output)
+            lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
+            if result.status == "died" and sandbox.expired:
+                session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
+                sandbox = await self._sandbox_of(session, request.session)
+                result = await sandbox.call(request, on_output)
+            elif result.status == "died" and sandbox.gone.is_set() and not sandbox.left:
+                result = await self._resume(session, sandbox, request, result, on_output)
+        return dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new)
 
     async def _resume(
         self,
@@ -3854,8 +4052,7 @@ class Runner:
         gone: Sandbox,
         request: Request,
         begun: Result,
-        on_output: OnOutput | None,
-        interrupt: anyio.Event | None,
+        on_output: OnOutput,
     ) -> Result:
         """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
         assert request.session is not None
@@ -3863,12 +4060,12 @@ class Runner:
         if not sandbox:
             session.lost = None  # `begun` tells it
             return begun
-        if not sandbox.has_begun(gone.asked):
-            return await sandbox.call(request, on_output, interrupt)
-        rest = await sandbox.read_unread(on_output)
-        if not rest:
+        if sandbox.asked != gone.asked:
+            return await sandbox.call(request, on_output)
+        if not sandbox.has_unread:
             message = "the connection to the container was cut, and the end of the call with it"
             return dataclasses.replace(begun, state="preserved", message=message)
+        rest = await sandbox.read_unread(on_output)
         return dataclasses.replace(rest, output=merge((*begun.output, *rest.output)))
 
     @contextlib.contextmanager
@@ -3879,16 +4076,43 @@ class Runner:
         finally:
             self.running -= 1
 
-    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False) -> Sandbox:
-        """The session's sandbox: the one we have, one that an earlier host left, or a new one."""
+    async def _look_for(self, session: Session, name: str, is_new: bool = False) -> None:
+        """See whether there is a sandbox of this session, left by an earlier host perhaps in the middle of a call."""
+        if session.ongoing:
+            return
         if session.sandbox and session.sandbox.gone.is_set():
-            session.sandbox = await self._find_session(name)  # perhaps only the connection ended, by a killed client
-            session.lost = None if session.sandbox else "its container ended"
+            await self._look_again(session, name)
         elif not session.sandbox and not is_new:
             session.sandbox = await self._find_session(name)
+        if session.sandbox and session.sandbox.has_unread:
+            session.ongoing = Ongoing(name, None, session.sandbox.ran_before)
+            self._tasks.start_soon(session.ongoing.run, functools.partial(self._read_unread, session.sandbox))
+
+    async def _look_again(self, session: Session, name: str) -> None:
+        """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
+        session.sandbox = await self._find_session(name)
+        session.lost = None if session.sandbox else "its container ended"
+
+    async def _read_unread(self, sandbox: Sandbox, on_output: OnOutput) -> Result:
+        """What an earlier host was not told of the session's call any more."""
+        gap = (Omitted(sandbox.told_before),) if sandbox.told_before else ()
+        for item in gap:
+            await on_output(item)
+        with self._counted():
+            result = await sandbox.read_unread(on_output)
+        return dataclasses.replace(result, output=(*gap, *result.output))
+
+    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False) -> Sandbox:
+        """The session's sandbox, a new one if it has none."""
+        if session.sandbox and session.sandbox.gone.is_set():
+            await self._look_again(session, name)
         if not session.sandbox:
             await self._make_room()
-            session.sandbox = await self._pool.lease()
+            session.is_coming = True
+            try:
+                session.sandbox = await self._pool.lease()
+            finally:
+                session.is_coming = False
             self._pool.let_go(session.sandbox)
             if is_new:
                 self._tasks.start_soon(self._claim_later, session, name)
@@ -3899,10 +4123,10 @@ class Runner:
     async def _make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
         most = self.config.session.max
-        there = {name: one for name, one in self._sessions.items() if one.sandbox and not one.sandbox.gone.is_set()}
+        there = {name: one for name, one in self._sessions.items() if one.is_there}
         if len(there) < most:
             return
-        idle = [name for name, one in there.items() if not one.lock.locked()]
+        idle = [name for name, one in there.items() if not one.is_busy]
         if not (self.config.session.evict and idle):
             raise SessionError(
                 f"There are {len(there)} sessions already, which is the most allowed (session.max): "
@@ -4025,6 +4249,9 @@ class Runner:
         else:
             entry = self._sessions.setdefault(session, Session())
             async with entry.lock:
+                await self._look_for(entry, session)
+                if entry.ongoing:
+                    await self._require_end(entry.ongoing)
                 sandbox = await self._sandbox_of(entry, session)
                 outcome = await self._install(name, text, sandbox)
                 if outcome.ok and outcome.folder:
@@ -4066,11 +4293,10 @@ class Runner:
             SessionError: there is no such session.
         """
         Request("", session)
-        entry = self._sessions.get(session)
-        if entry is None or entry.sandbox is None:
-            entry = self._sessions.setdefault(session, Session())
+        entry = self._sessions.setdefault(session, Session())
+        if entry.sandbox is None:
             async with entry.lock:
-                entry.sandbox = entry.sandbox or await self._find_session(session)
+                await self._look_for(entry, session)
         if entry.sandbox is None or entry.sandbox.gone.is_set():
             raise SessionError(f"There is no session {session!r}.")
         return await entry.sandbox.read_file(path, offset, length)
@@ -4078,19 +4304,26 @@ class Runner:
     async def list_sandboxes(self) -> list[SandboxInfo]:
         """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
         engine = await self._find_engine()
-        answers: list[SandboxInfo] = []
+        answers = await self._ask(engine, await engine.sandboxes())
+        return sorted((info for info in answers if isinstance(info, SandboxInfo)), key=lambda info: -info.age)
+
+    async def _ask(
+        self, engine: Engine, names: Sequence[str], settings: str | None = None
+    ) -> list[Sandbox | SandboxInfo]:
+        """What containers of ours say of themselves; of those made with the digest `settings`, the ones nobody has."""
+        answers: list[Sandbox | SandboxInfo] = []
         at_once = anyio.CapacityLimiter(MAX_PLUGS)
 
         async def ask(name: str) -> None:
             async with at_once:
-                answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks)
-            if isinstance(answer, SandboxInfo):
+                answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks, settings)
+            if answer:
                 answers.append(answer)
 
         async with anyio.create_task_group() as tasks:
-            for name in await engine.sandboxes():
+            for name in names:
                 tasks.start_soon(ask, name)
-        return sorted(answers, key=lambda info: -info.age)
+        return answers
 
     async def prune(self) -> list[str]:
         """Remove our containers that do not run, and did not a good while ago either; their names.
@@ -4124,6 +4357,20 @@ class Runner:
             self._sessions.pop(name, None)
         return sandbox is not None
 
+    async def _warm_up(self) -> None:
+        """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
+        with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
+            await self._prepare()
+            assert self.engine is not None
+            assert self.image is not None
+            settings = guest_settings(self.engine, self.image, self.config, self.config.pool.preload)["digest"]
+            names = await self.engine.sandboxes(settings=settings)
+            unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
+            for sandbox in await self._ask(self.engine, unnamed, settings):
+                if isinstance(sandbox, Sandbox):
+                    await self._pool.adopt(sandbox)
+        self._pool.keep_warm()
+
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
             for name in await self.prune():
@@ -4151,13 +4398,32 @@ async def open_runner(
     async with open_tasks() as tasks:
         runner = Runner(config or Config(), tasks, on_status)
         if warm:
-            runner._pool.keep_warm()
+            tasks.start_soon(runner._warm_up)
             tasks.start_soon(runner._tidy)
         try:
             yield runner
         finally:
             with anyio.CancelScope(shield=True):
                 await runner._leave()
+
+
+@asynccontextmanager
+async def interruptible(sandbox: Callable[[], Sandbox | None], interrupt: anyio.Event | None) -> AsyncIterator[None]:
+    """Within the block the setting of `interrupt` interrupts what runs in the sandbox that is there by then."""
+
+    async def interrupt_when_set(event: anyio.Event) -> None:
+        await event.wait()
+        while True:  # again and again, for what is to be interrupted may not have begun; once it has, only one counts
+            if target := sandbox():
+                await target.interrupt()
+            await anyio.sleep(GRACE / 4)
+
+    if interrupt is None:
+        yield
+        return
+    async with open_tasks() as tasks:
+        tasks.start_soon(interrupt_when_set, interrupt)
+        yield
 
 
 @asynccontextmanager
@@ -4500,6 +4766,9 @@ def _print_end(result: Result, value: bool) -> None:
     if result.exception and result.exception.type != "SystemExit":
         print(coloured_traceback(result.exception.traceback, sys.stderr), end="", file=sys.stderr)
     notes = [result.message, result.hint]
+    if result.unread:
+        print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)
+        notes.append(f"(that was the end of the session's previous call, left running: {result.unread.status})")
     if result.state == "lost":
         notes.append(f"the variables of the session {result.session} are lost; its next call starts afresh")
     if result.lost_before:

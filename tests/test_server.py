@@ -378,7 +378,7 @@ def test_each_tool_has_exactly_the_parameters_of_the_contract() -> None:
     assert list(schemas) == TOOLS
     assert [(list(schema["properties"]), schema["required"]) for schema in schemas.values()] == [
         (["code", "state", "timeout"], ["code"]),
-        (["code", "session_id", "timeout"], ["code"]),
+        (["code", "session_id", "timeout", "interrupt"], ["code"]),
         (["package_name", "session_id"], ["package_name"]),
         (["session_id"], ["session_id"]),
     ]
@@ -478,7 +478,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("execute-transient", {"code": "1", "state": {"a b": 1}}, "'a b' can't be the name of a variable."),
     ("execute-transient", {"code": "1", "timeout": "5"}, "timeout must be a number, not text."),
     ("execute-transient", {"code": "1", "timeout": 0}, "timeout is 0: it must be a number of seconds above 0."),
-    ("execute-persistent", {"code": "1", "timeout": 999}, "A timeout of 999 seconds is more than the 300 allowed"),
+    ("execute-transient", {"code": "1", "timeout": 301}, "A timeout of 301 seconds is more than the 300 allowed"),
+    ("execute-persistent", {"code": "1", "timeout": 1801}, "A timeout of 1801 seconds is more than the 1800 allowed"),
+    ("execute-persistent", {"code": ""}, "code is empty; pass Python source code, or the session_id of running code"),
+    ("execute-persistent", {"code": "1", "interrupt": True, "session_id": "x"}, "interrupt goes with empty code:"),
+    ("execute-persistent", {"code": "1", "interrupt": 1}, "interrupt must be true or false, not a number."),
     ("execute-persistent", {"code": "1", "session_id": "a b"}, "'a b' can't be a session_id: use 1 to 128 letters"),
     ("execute-persistent", {"code": "1", "session_id": "x" * 129}, "can't be a session_id"),
     ("install-package", {"package_name": "-r x"}, "'-r x' is not a package's name"),
@@ -496,6 +500,29 @@ async def test_what_is_wrong_with_an_argument_is_said_in_the_result_and_nothing_
             assert result.is_error
             assert words in text_of(result)
     assert not docker.log("run")
+
+
+async def test_a_client_comes_back_for_code_that_takes_long_and_can_stop_it(config: Config) -> None:
+    impatient = dataclasses.replace(config, session=dataclasses.replace(config.session, answer_within=0.3))
+    forever = "import time\nprint('begun')\nx = 5\nwhile True: time.sleep(0.01)"
+    async with connected(impatient) as client:
+        first = await client.call_tool("execute-persistent", {"code": forever, "session_id": "s", "timeout": 1000})
+        assert not first.is_error
+        assert first.structured_content["status"] == "running"
+        said = "Still running: the call has not ended after 0 seconds. Call execute-persistent with this session_id and"
+        assert text_of(first).startswith(said)
+        written = text_of(first)
+        while "begun" not in written:
+            wait = await client.call_tool("execute-persistent", {"code": "", "session_id": "s"})
+            assert wait.structured_content["status"] == "running"
+            written += text_of(wait)
+        stopped = await client.call_tool("execute-persistent", {"code": "", "session_id": "s", "interrupt": True})
+        assert stopped.is_error
+        assert text_of(stopped).startswith("Cancelled: the code was stopped.")
+        assert text_of(stopped).endswith("Session: s (its variables are kept)")
+        after = await client.call_tool("execute-persistent", {"code": "x", "session_id": "s"})
+        assert text_of(after) == "Value: 5\n\nSession: s"
+        await client.call_tool("cleanup-session", {"session_id": "s"})
 
 
 async def test_null_for_what_may_be_left_out_is_as_if_it_were(config: Config) -> None:
