@@ -70,6 +70,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import textwrap
 import threading
 import time
@@ -2464,7 +2465,8 @@ async def find_engine(command: str | None = None) -> Engine:
 def find_program(name: str) -> str | None:
     """Where a program is: on PATH or in one of the usual places."""
     places = [os.environ.get("PATH", os.defpath), *(str(Path(place).expanduser()) for place in USUAL_PLACES)]
-    return shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
+    found = shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
+    return os.path.abspath(found) if found else None  # commands are started elsewhere
 
 
 async def _probe(path: str) -> Engine:
@@ -2513,6 +2515,7 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
             start_new_session=True,
         )
     except OSError as error:
@@ -5841,13 +5844,13 @@ async def _build_command(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     engine = await find_engine(config.docker.command)
     if options.load:
-        print((await engine.run("load", "--input", options.load, timeout=PULL_TIMEOUT)).strip())
+        print((await engine.run("load", "--input", os.path.abspath(options.load), timeout=PULL_TIMEOUT)).strip())
     image = await derive_image(engine, config, _show_status)
     _show_status("")
     if image.problem:
         raise ImageError(f"{image.problem}.")
     if options.export:
-        await engine.run("save", "--output", options.export, image.name, timeout=PULL_TIMEOUT)
+        await engine.run("save", "--output", os.path.abspath(options.export), image.name, timeout=PULL_TIMEOUT)
     print(f"{image.name} is ready ({image.origin})" + (f", and in {options.export}" if options.export else ""))
     return 0
 
