@@ -5835,8 +5835,9 @@ async def _prune_command(options: argparse.Namespace) -> int:
 
 def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--export", metavar="FILE", help="also write the image to a file, for a host without network")
-    which.add_argument("--import", dest="load", metavar="FILE", help="take the image from such a file instead")
+    path = os.path.abspath
+    which.add_argument("--export", metavar="FILE", type=path, help="also write the image to a file, for other hosts")
+    which.add_argument("--import", dest="load", metavar="FILE", type=path, help="take it from such a file instead")
 
 
 async def _build_command(options: argparse.Namespace) -> int:
@@ -5844,13 +5845,13 @@ async def _build_command(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     engine = await find_engine(config.docker.command)
     if options.load:
-        print((await engine.run("load", "--input", os.path.abspath(options.load), timeout=PULL_TIMEOUT)).strip())
+        print((await engine.run("load", "--input", options.load, timeout=PULL_TIMEOUT)).strip())
     image = await derive_image(engine, config, _show_status)
     _show_status("")
     if image.problem:
         raise ImageError(f"{image.problem}.")
     if options.export:
-        await engine.run("save", "--output", os.path.abspath(options.export), image.name, timeout=PULL_TIMEOUT)
+        await engine.run("save", "--output", options.export, image.name, timeout=PULL_TIMEOUT)
     print(f"{image.name} is ready ({image.origin})" + (f", and in {options.export}" if options.export else ""))
     return 0
 
