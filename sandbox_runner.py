@@ -210,7 +210,7 @@ class DockerConfig:
         if self.runtime is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
         for mount in self.mounts:
-            mount_argument(mount)
+            mount_argument(mount, self.working_dir)
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
         ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
     """
     named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
-    file = Path(named or CONFIG_PATH).expanduser()
+    file = config_file(path, environ)
     settings: Any = {}
     if named or file.exists():
         import yaml
@@ -342,7 +342,14 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
             section, _, name = key.partition(".")
             if isinstance(settings.setdefault(section, {}) or {}, dict):
                 settings[section] = {**(settings[section] or {}), name: environ[variable]}
-    return _validated(settings, file, origin) if settings else Config()
+    config = _validated(settings, file, origin) if settings else Config()
+    refuse_mounts_of(file, config.docker.mounts)
+    return config
+
+
+def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the configuration is, or would be."""
+    return Path(path or environ.get("PYTHON_DOCKER_MCP_CONFIG") or CONFIG_PATH).expanduser()
 
 
 def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
@@ -408,19 +415,99 @@ def size_in_bytes(size: str) -> int:
     return int(float(match[1]) * {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[match[2]])
 
 
-def mount_argument(mount: str) -> str:
-    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows. Raises ValueError."""
+def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> str:
+    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
+
+    Raises ValueError if it is anything else, or would undo the sandbox: see the paths to keep.
+    """
+    place, source, target, mode = split_mount(mount)
+    if not source.exists():
+        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
+    if "," in str(source):
+        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
+    if reason := why_not_mounted(source):
+        raise ValueError(f"docker.mounts: {place!r} is refused, as {reason}: mount a folder that holds only data")
+    for taken, all_of_it in container_paths_to_keep(working_dir):
+        if ".." in target.split("/") or is_within(taken, target) or (all_of_it and is_within(target, taken)):
+            raise ValueError(
+                f"docker.mounts: {target!r} is refused, as it would hide {taken} of the container: "
+                f"name a place such as {working_dir}/data or /data"
+            )
+    return f"type=bind,source={source},target={target}" + ("" if mode == ":rw" else ",ro")
+
+
+def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
+    """The host's path of a mount as it is written and as it is, the container's path, and the mode."""
     match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
     if not match:
         raise ValueError(
             f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw behind it to let code write"
         )
-    source = Path(match[1]).expanduser().absolute()
-    if not source.exists():
-        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
-    if "," in str(source):
-        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
-    return f"type=bind,source={source},target={match[2]}" + ("" if match[3] == ":rw" else ",ro")
+    target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
+    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # the engine follows links: so do we
+
+
+def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
+    """Raise ConfigError if code would see the configuration in use, which may hold an index's password."""
+    for mount in mounts:
+        place, source, _, _ = split_mount(mount)
+        if is_within(file.resolve(), source):
+            raise ConfigError(f"docker.mounts: {place!r} is refused, as the configuration {file} is in it.")
+
+
+def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
+    """What no mount may hide in a container, and whether nothing may be mounted below it either."""
+    for path in ("/proc", "/sys", "/dev", PACKAGES):
+        yield path, True
+    for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
+        yield path, False
+    for prefix in ("/usr", "/usr/local"):  # Python itself
+        yield f"{prefix}/bin", False
+        yield f"{prefix}/lib", False
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder, or below it."""
+    return Path(path).is_relative_to(folder)
+
+
+def why_not_mounted(source: Path) -> str | None:
+    """Why no code may see this place of the host; None if it may. Links in `source` are resolved already."""
+    for place, what, all_of_it in host_paths_to_keep():
+        place = place.expanduser().resolve()
+        if is_within(place, source):
+            return f"it is {what}" if place == source else f"{what} is in it ({place})"
+        if all_of_it and is_within(source, place):
+            return f"it is part of {what} ({place})"
+    entries = [source]
+    with contextlib.suppress(OSError):  # a folder that this user can't list, or no folder
+        entries += source.iterdir()
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                return f"{entry} is a socket, and some program of this host listens to it"
+    return None
+
+
+def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
+    """Places of the host, what they are, and whether also no part of them may be mounted."""
+    yield Path("/"), "the host's root", False
+    yield Path.home(), "the home directory", False
+    yield Path("/etc"), "the host's configuration", False
+    for system in ("/proc", "/sys", "/dev"):
+        yield Path(system), "the host's kernel interface", True
+    yield CONFIG_PATH.parent, "this server's own configuration", True
+    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
+    for root in (Path("/var/lib"), data):
+        for engine in ("docker", "containers", "containerd"):
+            yield root / engine, "the engine's own data", True
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    for folder in ("/run", "/var/run", *([runtime] if runtime else []), "~/.docker/run", "~/.docker/desktop"):
+        yield Path(folder), "where sockets of this host's programs are", False
+    for variable in ("DOCKER_HOST", "CONTAINER_HOST"):
+        scheme, _, path = os.environ.get(variable, "").partition("://")
+        if scheme == "unix" and path:
+            yield Path(path), f"the engine's socket ({variable})", False
 
 
 # ── what a call returns ──
@@ -2191,6 +2278,7 @@ class Engine:
     command: str  # path of the executable
     kind: Literal["docker", "podman", "nerdctl"]
     version: str
+    runc: str = ""  # the version of its runc, if it says
 
     async def run(self, *arguments: str, timeout: float = ENGINE_TIMEOUT, stdin: Any = subprocess.DEVNULL) -> str:
         """Run a command to its end and return what it printed.
@@ -2251,13 +2339,19 @@ class Engine:
             "--stop-timeout=1",
             "--oom-score-adj=500",
             f"--mount=type=volume,source={config.package.volume},target={PACKAGES},ro",
-            *(f"--mount={mount_argument(mount)}" for mount in docker.mounts),
+            *self._mounts(docker),
             *(f"--env={key}={value}" for key, value in environment.items()),
             *([f"--runtime={docker.runtime}"] if docker.runtime else []),
             "--",
             image.name,
             *BOOTSTRAP_ARGUMENTS,
         ]
+
+    def _mounts(self, docker: DockerConfig) -> list[str]:
+        try:
+            return [f"--mount={mount_argument(mount, docker.working_dir)}" for mount in docker.mounts]
+        except ValueError as error:  # what is mounted has changed since the configuration was read
+            raise EngineError(f"A sandbox can't be started: {error}.") from None
 
     def installer_arguments(self, name: str, image: str, package: PackageConfig) -> list[str]:
         """The command that starts a helper container: with the network, as root, and without any code of the user's."""
@@ -2403,7 +2497,7 @@ async def _probe(path: str) -> Engine:
     major = re.match(r"\d+", version)
     if major and int(major[0]) < oldest:
         raise EngineError(f"{path} is {kind} {version}, which is too old: version {oldest} or later is needed.")
-    return Engine(path, kind, version)
+    return Engine(path, kind, version, component_version({"Server": server}, "runc"))
 
 
 async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
@@ -4373,6 +4467,10 @@ class Runner:
 
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
+            engine = await self._find_engine()
+            problem = runc_problem(engine.runc)
+            if problem and self.config.docker.runtime in (None, "runc"):
+                log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
             for name in await self.prune():
                 log.info("removed the container %s, which never ran", name)
 
@@ -4442,6 +4540,916 @@ async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
         raise error
 
 
+# ── doctor ──
+#
+# Whether the walls hold is found out by running into them: `examine` has the functions of the probe run in sandboxes
+# that are started and called like any other, and CHECKS judges what they met.
+
+
+# ════════ probe: from here to the closing line, the doctor runs this in a sandbox, as code like any other ════════
+
+
+def refusal(action: Callable[..., object], *arguments: Any) -> str | None:
+    """The name of the error with which the kernel refuses something; None if it lets it be done."""
+    try:
+        action(*arguments)
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, type(error).__name__)
+    return None
+
+
+def look_around(files: int) -> dict[str, Any]:
+    """What a sandbox is like from inside, and how it answers what can be tried at no cost."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    networks = [name for _, name in socket.if_nameindex()]
+    alone = networks in ([], ["lo"])  # if not, that tells enough, and waiting for a network's answer nothing more
+    return {
+        "status": dict(line.partition(":\t")[::2] for line in read("/proc/self/status").splitlines()),
+        "no_new_privs": libc.prctl(39, 0, 0, 0, 0),
+        "seccomp": libc.prctl(21, 0, 0, 0, 0),
+        "seccomp_of_1": "".join(line.split()[1] for line in read("/proc/1/status").splitlines() if "Seccomp:" in line),
+        "users": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
+        "user_map": read("/proc/self/uid_map").split(),
+        "environment": dict(os.environ),
+        "cgroups": {name: read_limit(name) for name in ("memory", "swap", "cpu", "pids")},
+        "cgroup_version": 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1,
+        "host_swap": "".join(line.split()[1] for line in read("/proc/meminfo").splitlines() if "SwapTotal" in line),
+        "cpus": os.cpu_count(),
+        "creating": {folder: create_in(folder) for folder in ("/", "/packages")},
+        "writable": list(writable_places()),
+        "devices": list(unusual_devices()),
+        "networks": networks,
+        "connecting": refusal(socket.create_connection, ("1.1.1.1", 53), 2) if alone else None,
+        "resolving": refusal(socket.gethostbyname, "example.com") if alone else None,
+        "process_1": dict(reach_for_process_1(libc)),
+        "system_calls": dict(call_the_kernel(libc)),
+        "files": open_all(files),
+        "becoming_root": refusal(os.setuid, 0),
+        "changing_root": refusal(os.chroot, "/"),
+        "making_a_device": refusal(make_device, "/tmp/python-docker-mcp-doctor"),
+    }
+
+
+def read(path: str) -> str:
+    """A file's text; nothing if there is none."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def read_limit(name: str) -> str:
+    """A limit as the container's cgroup has it, in either version's words; nothing if it is not shown."""
+    old = {
+        "memory": "memory/memory.limit_in_bytes",
+        "swap": "memory/memory.memsw.limit_in_bytes",
+        "cpu": "cpu/cpu.cfs_quota_us",
+        "pids": "pids/pids.max",
+    }
+    new = {"memory": "memory.max", "swap": "memory.swap.max", "cpu": "cpu.max", "pids": "pids.max"}
+    if text := read(f"/sys/fs/cgroup/{new[name]}"):
+        return text.strip()
+    period = f" {read('/sys/fs/cgroup/cpu/cpu.cfs_period_us')}" if name == "cpu" else ""
+    return (read(f"/sys/fs/cgroup/{old[name]}") + period).strip().replace("\n", "")
+
+
+def create_in(folder: str) -> str | None:
+    """The error with which creating something in a folder is refused."""
+    reason = refusal(os.mkdir, f"{folder}/python-docker-mcp-doctor")
+    if reason is None:
+        os.rmdir(f"{folder}/python-docker-mcp-doctor")
+    return reason
+
+
+def make_device(path: str) -> None:
+    """Make a device, the host's first disk, and open it."""
+    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(8, 0))
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    finally:
+        os.unlink(path)
+
+
+def writable_places() -> Iterator[str]:
+    """The mounted folders and files that may be written."""
+    for line in read("/proc/self/mountinfo").splitlines():
+        path = line.split()[4].replace("\\040", " ")
+        is_kernels = path.split("/")[1] in ("proc", "sys")
+        if not is_kernels and (os.path.isdir(path) or os.path.isfile(path)) and os.access(path, os.W_OK):
+            yield path
+
+
+def unusual_devices() -> Iterator[str]:
+    """Devices that may be read or written and are not those that every container has."""
+    usual = {"null", "zero", "full", "random", "urandom", "tty", "console", "ptmx"}
+    for folder, folders, names in os.walk("/dev"):
+        folders[:] = [name for name in folders if name not in ("pts", "shm", "mqueue", "fd")]
+        for path in (os.path.join(folder, name) for name in names if name not in usual):
+            with contextlib.suppress(OSError):
+                is_device = stat.S_IFMT(os.lstat(path).st_mode) in (stat.S_IFBLK, stat.S_IFCHR)
+                if is_device and (os.access(path, os.R_OK) or os.access(path, os.W_OK)):
+                    yield path
+
+
+def reach_for_process_1(libc: Any) -> Iterator[tuple[str, str | None]]:
+    """What refuses to let process 1 be looked into."""
+    for name in ("mem", "environ", "maps"):
+        yield name, refusal(os.open, f"/proc/1/{name}", os.O_RDONLY)
+    yield "fd", refusal(os.listdir, "/proc/1/fd")
+    attached = libc.ptrace(16, 1, 0, 0) == 0
+    yield "ptrace", None if attached else errno.errorcode.get(ctypes.get_errno(), "?")
+    if attached:
+        libc.ptrace(17, 1, 0, 0)
+
+
+def call_the_kernel(libc: Any) -> Iterator[tuple[str, str | None]]:
+    """How parts of the kernel that no ordinary program needs, and many escapes did, answer."""
+    keyctl = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
+    calls = [("io_uring", (425, 1, 0)), *([("keyrings", (keyctl, 0, -3, 0))] if keyctl else [])]
+    for name, arguments in calls:
+        answer = libc.syscall(*arguments)
+        yield name, None if answer >= 0 else errno.errorcode.get(ctypes.get_errno(), "?")
+    child = os.fork()
+    if child == 0:
+        os._exit(ctypes.get_errno() if libc.unshare(0x10000000) else 0)
+    code = os.waitpid(child, 0)[1] >> 8
+    yield "user namespaces", errno.errorcode.get(code, "?") if code else None
+    yield "vsock", refusal(lambda: socket.socket(40, socket.SOCK_STREAM).close())
+
+
+def open_all(most: int) -> int:
+    """How many files can be open at once, as far as `most`."""
+    opened: list[int] = []
+    with contextlib.suppress(OSError):
+        while len(opened) < most:
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+    for descriptor in opened:
+        os.close(descriptor)
+    return len(opened)
+
+
+def spend_cpu(processes: int, seconds: float) -> float:
+    """How many cores so many processes get that all want one."""
+    started = time.monotonic()
+    children = []
+    for _ in range(processes):
+        children.append(os.fork())
+        if not children[-1]:
+            while time.monotonic() < started + seconds:
+                pass
+            os._exit(0)
+    used = [os.wait4(child, 0)[2] for child in children]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used) / (time.monotonic() - started)
+
+
+def fork_all(most: int) -> list[Any]:
+    """How many children there can be at once, as far as `most`, and the error that ended it."""
+    gate, opener = os.pipe()
+    children: list[int] = []
+    reason = None
+    try:
+        while len(children) < most:
+            child = os.fork()
+            if child == 0:
+                os.close(opener)
+                os.read(gate, 1)
+                os._exit(0)
+            children.append(child)
+    except OSError as error:
+        reason = errno.errorcode.get(error.errno or 0, "?")
+    os.close(opener)
+    for child in children:
+        os.waitpid(child, 0)
+    os.close(gate)
+    return [len(children), reason]
+
+
+def fill(folder: str, most: int, by_writing: bool) -> list[Any]:
+    """How many bytes a folder takes, as far as `most`, and the error that ended it; or how it takes all at once."""
+    path = f"{folder}/python-docker-mcp-doctor"
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
+    written = 0
+    try:
+        if not by_writing:
+            return [None, refusal(os.posix_fallocate, descriptor, 0, most)]
+        piece = bytes(1 << 20)
+        while written < most:
+            written += os.write(descriptor, piece)
+    except OSError as error:
+        return [written, errno.errorcode.get(error.errno or 0, "?")]
+    finally:
+        os.close(descriptor)
+        os.unlink(path)
+    return [written, None]
+
+
+def hold_memory(size: int) -> int:
+    """Hold so many bytes of memory at once."""
+    return sum(map(len, [b"x" * (1 << 20) for _ in range(size >> 20)]))
+
+
+def import_all(names: list[str]) -> dict[str, str | None]:
+    """Why modules can't be imported; None for those that can."""
+    problems: dict[str, str | None] = {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+            problems[name] = None
+        except Exception as error:
+            problems[name] = f"{type(error).__name__}: {error}"[:200]
+    return problems
+
+
+# ════════ end of probe ════════
+
+PROBE_MODULES = "contextlib ctypes errno importlib os socket stat time".split()
+PROBE_SOURCE = _shipped("probe", PROBE_MODULES)
+
+# What is tried at most, so that an examination harms no host whose limits are high, or do not hold.
+TRIED_MEMORY = 1 << 30  # bytes
+TRIED_DISK = 128 << 20  # bytes written to a folder; they count as memory
+TRIED_OUTPUT = 64 << 20  # bytes
+TRIED_PROCESSES = 2000
+TRIED_FILES = 5000
+SPIN = 0.6  # seconds of computing; a few of the periods, of 0.1 seconds, by which the kernel doles CPU out
+SLOW_START = 5.0  # seconds
+
+Verdict = Literal["ok", "warning", "failed"]
+Judgement = tuple[Verdict, str, str]  # the verdict, what was seen, and unless all is well what to do about it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the doctor says about one thing."""
+
+    check: str
+    verdict: Verdict
+    seen: str
+    remedy: str = ""
+
+
+class UntoldError(Exception):
+    """An attempt ended before it could tell anything."""
+
+
+@dataclass
+class Examination:
+    """What the engine said and what its sandboxes met. The checks judge from this alone."""
+
+    config: Config
+    engine: Engine
+    image: Image
+    version: dict[str, Any]  # what the engine's commands `version` and `info` print
+    info: dict[str, Any]
+    own_runtime_version: str = ""  # of `docker.runtime`, which no engine tells
+    created: str = ""  # when the image was made
+    is_hosts: bool = False  # whether the image is made from this host's Python
+    variables: tuple[str, ...] = ()  # the environment that the image brings, as NAME=VALUE
+    start: float = 0.0  # seconds until the first sandbox had answered a call
+    call: float = 0.0  # seconds for a call after that
+    results: dict[str, Result] = field(default_factory=dict)  # by the name of the attempt, see `attempts`
+
+    def told(self, attempt: str) -> Any:
+        """What the probe found out. Raises UntoldError."""
+        result = self.results[attempt]
+        if result.status != "ok" or result.variables is None:
+            said = result.exception.message if result.exception else result.message
+            raise UntoldError(f"what tries it ended with {result.status}{f' ({said})' if said else ''}")
+        return result.variables["seen"]
+
+    @property
+    def host(self) -> dict[str, Any]:
+        """What Podman says of its host; empty for Docker."""
+        return self.info.get("host") or {}
+
+    @property
+    def runtime(self) -> str:
+        """The name of the OCI runtime for sandboxes."""
+        own = (self.host.get("ociRuntime") or {}).get("name") or self.info.get("DefaultRuntime")
+        return self.config.docker.runtime or str(own or "")
+
+    @property
+    def runtime_version(self) -> str:
+        """The version of that runtime, as far as it can be known."""
+        podman = self.host.get("ociRuntime") or {}
+        if self.runtime == podman.get("name"):
+            return version_in(str(podman.get("version")))
+        return component_version(self.version, self.runtime) or self.own_runtime_version
+
+    @property
+    def runtime_details(self) -> dict[str, Any]:
+        """How that runtime is set up in Docker."""
+        return (self.info.get("Runtimes") or {}).get(self.runtime) or {}
+
+    @property
+    def is_gvisor(self) -> bool:
+        """Whether the sandboxes have gVisor's kernel, and not the host's."""
+        return "runsc" in f"{self.runtime} {self.runtime_details.get('path')}"
+
+    @property
+    def is_rootless(self) -> bool:
+        """Whether the engine itself has no root's rights."""
+        security = self.info.get("SecurityOptions") or []
+        return bool((self.host.get("security") or {}).get("rootless")) or "name=rootless" in security
+
+
+def unkept(examination: Examination, flag: str) -> str:
+    """What to do if a sandbox was started with a flag, and is not as that says."""
+    by_cgroup = flag in ("--memory", "--memory-swap", "--cpus", "--pids-limit")
+    if by_cgroup and "--ignore-cgroups" in (examination.runtime_details.get("runtimeArgs") or []):
+        return (
+            "As gVisor is set up here these limits have no effect: remove --ignore-cgroups from the runtimeArgs of "
+            f"{examination.runtime} in /etc/docker/daemon.json, and restart Docker."
+        )
+    if by_cgroup and examination.is_rootless:
+        return (
+            "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu "
+            "cpuset io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
+        )
+    if examination.is_gvisor:
+        return f"This gVisor does not keep to {flag}: update it, and see https://gvisor.dev/docs for what it supports."
+    return (
+        f"The engine was given {flag} and does not keep to it: look for warnings in `{examination.engine.kind} info`, "
+        "update it, and until then run no code on it that you don't trust."
+    )
+
+
+# ── what is tried ──
+
+
+def attempts(config: Config) -> dict[str, tuple[str, float]]:
+    """What is run in one sandbox, a call after the other: by name, the code and the seconds it may take."""
+    docker = config.docker
+    memory, disk, output = map(size_in_bytes, (docker.memory_limit, docker.disk_limit, docker.output_limit))
+    spinners = max(1, math.ceil(docker.cpu_limit + 0.01))
+    folders = dict.fromkeys(("/tmp", docker.working_dir, "/dev/shm"))
+    filling = [(folder, disk + (2 << 20), disk <= min(TRIED_DISK, memory // 2)) for folder in folders]
+    return {
+        "look": (probe(f"look_around({TRIED_FILES})"), 30),
+        "cpu": (probe(f"spend_cpu(min({spinners}, os.cpu_count()), {SPIN})"), 30),
+        "processes": (probe(f"fork_all({min(docker.pids_limit + 50, TRIED_PROCESSES)})"), 60),
+        "disk": (probe(f"{{one[0]: fill(*one) for one in {filling}}}"), 60),
+        "output": (f"print('x' * {min(output + (1 << 20), TRIED_OUTPUT)})", 60),
+        "interrupt": ("while True: pass", 0.3),
+        "memory": (probe(f"hold_memory({min(memory * 5 // 4, TRIED_MEMORY)})"), 60),
+        "kill": (probe("refusal(os.kill, 1, 9)"), 10),
+    }
+
+
+STUBBORN = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
+
+
+def probe(expression: str) -> str:
+    """Code that leaves the value of an expression, made of the probe's functions, for the host to see."""
+    return f"{PROBE_SOURCE}\nseen = {expression}"
+
+
+async def examine(config: Config) -> list[Finding]:
+    """Try what is promised of a sandbox, in sandboxes with the configured limits, and judge what came of it.
+
+    Where there is no engine, no image or no sandbox to be had, that is the last finding.
+    """
+    # Import rules are no wall, and would only keep the probe out. Should this program be killed, its session ends soon.
+    open_rules = dataclasses.replace(
+        config, allowed_modules=(), blocked_modules=(), session=SessionConfig(idle_timeout=60)
+    )
+    async with open_runner(open_rules, on_status=_show_status) as runner:
+        try:
+            engine = await runner._find_engine()
+        except EngineError as error:
+            return [Finding("engine", "failed", "none that can be used", str(error))]
+        try:
+            await runner._prepare()
+        except SandboxError as error:
+            found = Finding("engine", "ok", f"{engine.kind} {engine.version} ({engine.command})")
+            return [found, Finding("image", "failed", "none that can be used", str(error))]
+        finally:
+            _show_status("")
+        assert runner.image is not None
+        examination = await _interrogate(config, engine, runner.image)
+        findings = [judge(name, check, examination) for name, check in ENGINE_CHECKS]
+        _show_status("trying its limits and walls, which takes some seconds")
+        try:
+            await _try_all(runner, examination)
+        except EngineError as error:
+            remedy = f"{error} {unkept(examination, '--cpus')}" if examination.is_rootless else str(error)
+            return [*findings, Finding("start-up", "failed", "no sandbox starts", remedy)]
+        finally:
+            _show_status("")
+    return findings + [judge(name, check, examination) for name, check in SANDBOX_CHECKS]
+
+
+async def _interrogate(config: Config, engine: Engine, image: Image) -> Examination:
+    """What the engine says of itself, its runtime and the image."""
+
+    async def ask(*command: str) -> Any:
+        try:
+            return json.loads(await engine.run(*command))
+        except (EngineError, ValueError, RecursionError):
+            return None
+
+    version, info = [await ask(command, "--format={{json .}}") for command in ("version", "info")]
+    variables = await ask("image", "inspect", "--format={{json .Config.Env}}", image.name)
+    examination = Examination(
+        config,
+        engine,
+        image,
+        version if isinstance(version, dict) else {},
+        info if isinstance(info, dict) else {},
+        created=await engine.inspect("image", image.name, "{{.Created}}") or "",
+        variables=tuple(map(str, variables or ())),
+    )
+    base = await engine.inspect("image", image.name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
+    hosts = await _image_id(engine, host_image_name())
+    examination.is_hosts = hosts is not None and hosts in (base, image.id)
+    if config.docker.runtime and (program := find_program(config.docker.runtime)):
+        with contextlib.suppress(EngineError):
+            _, said, _ = await run_command([program, "--version"], ENGINE_TIMEOUT)
+            examination.own_runtime_version = version_in(said)
+    return examination
+
+
+async def _try_all(runner: Runner, examination: Examination) -> None:
+    """Make the attempts: most in one sandbox, and the two that take long in one of its own each, meanwhile."""
+    config = examination.config
+    session = f"doctor-{secrets.token_hex(8)}"
+    modules = [import_name(requirement) for requirement in config.package.preinstalled]
+
+    async def attempt(name: str, code: str, timeout: float, session: str | None = None) -> None:
+        try:
+            result = await runner.execute(code, session=session, state={}, timeout=timeout)
+        except SandboxError as error:
+            result = Result("died", message=str(error))
+        examination.results[name] = result
+
+    async def timed_call(is_new: bool = False) -> float:
+        started = time.monotonic()
+        await runner.execute("0", session=session, is_new=is_new)
+        return time.monotonic() - started
+
+    try:
+        examination.start = await timed_call(is_new=True)
+        examination.call = sorted([await timed_call() for _ in range(5)])[2]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(attempt, "imports", probe(f"import_all({modules})"), 120)
+            tasks.start_soon(attempt, "stubborn", STUBBORN, 0.3)
+            for name, (code, timeout) in attempts(config).items():
+                await attempt(name, code, timeout, session)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await runner.close_session(session)
+
+
+# ── what is judged ──
+
+
+def judge(name: str, check: Callable[[Examination], Judgement], examination: Examination) -> Finding:
+    """What a check makes of the examination. Whatever can't be seen to hold does not count as holding."""
+    remedy = "Look at what the other checks say, then try again; if it stays, report it."
+    try:
+        verdict, seen, remedy = check(examination)
+    except UntoldError as error:
+        verdict, seen = "failed", str(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # as what a sandbox tells is not to be believed
+        verdict, seen = "failed", f"the probe told no sense ({type(error).__name__}: {error})"
+    return Finding(name, verdict, one_line(seen), one_line(remedy))
+
+
+def one_line(text: str) -> str:
+    """Text that may have come from a sandbox, fit to be shown on a terminal."""
+    return textwrap.shorten("".join(char if char.isprintable() else " " for char in text), 1000, placeholder=" …")
+
+
+def version_in(text: str) -> str:
+    """The version number in what a program says of itself."""
+    match = re.search(r"\d+\.\d+(\.\d+)?[^\s,]*", text)
+    return match[0] if match else ""
+
+
+def component_version(answer: Any, name: str) -> str:
+    """The version of a component (such as runc) in what `docker version` prints as JSON."""
+    try:
+        versions = {part["Name"]: str(part["Version"]) for part in answer["Server"]["Components"]}
+    except (KeyError, TypeError):
+        return ""
+    return versions.get(name, "")
+
+
+def runc_problem(version: str) -> str | None:
+    """The known ways out of a container that a version of runc leaves open; None if it leaves none open, or is none."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:-rc\.?(\d+))?", version)
+    if not match:
+        return None
+    number = (int(match[1]), int(match[2]), int(match[3]), int(match[4]) if match[4] else math.inf)
+    # https://github.com/opencontainers/runc/security/advisories
+    fixed_in_2025 = {(1, 2): (1, 2, 8), (1, 3): (1, 3, 3), (1, 4): (1, 4, 0, 3)}
+    problems = []
+    if number < (1, 1, 12):
+        problems.append("CVE-2024-21626")
+    if number < fixed_in_2025.get(number[:2], (1, 2, 8)):
+        problems.append("CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881")
+    return ", ".join(problems) or None
+
+
+RUNC_REMEDY = "Update runc to 1.2.8, 1.3.3 or 1.4.0 or later, unless your distribution has backported the fixes."
+
+
+def check_engine(examination: Examination) -> Judgement:
+    """What engine it is, and whether the command line is its own."""
+    engine = examination.engine
+    client = str((examination.version.get("Client") or {}).get("Version") or "").lstrip("v")
+    other = f", command line {client}" if client not in ("", engine.version) else ""
+    seen = f"{engine.kind} {engine.version}{other} ({engine.command})"
+    parts = (examination.version.get("Server") or {}).get("Components") or []
+    if engine.kind == "docker" and any("podman" in str(part.get("Name")).lower() for part in parts):
+        return "warning", f"{seen}, talking to Podman", "Set docker.command to podman: the two need different flags."
+    return "ok", seen, ""
+
+
+def check_runtime(examination: Examination) -> Judgement:
+    """What starts the containers, and whether there are known ways out of them."""
+    name, version = examination.runtime, examination.runtime_version
+    if not name:
+        remedy = f"See what `{examination.engine.kind} info` says; it should name a runtime such as runc."
+        return "warning", "the engine does not say which", remedy
+    if examination.is_gvisor:
+        return "ok", f"{name} {version}".strip() + ": gVisor, whose kernel stands between the code and the host's", ""
+    problem = runc_problem(version) if name == "runc" else None
+    if problem:
+        return "warning", f"runc {version}; known ways out of this version: {problem}", RUNC_REMEDY
+    return "ok", f"{name} {version}".strip(), ""
+
+
+def check_image(examination: Examination) -> Judgement:
+    """What the sandboxes are made from."""
+    image, wanted = examination.image, examination.config.docker.image
+    base = "this host's Python" if examination.is_hosts else wanted
+    made = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)", examination.created)
+    seen = f"{image.name}, from {base}" + (f", made {made[1]}" if made else "")
+    if image.problem:
+        return "failed", seen, f"{image.problem}. Try `build`, and set package.index_url if this host has a mirror."
+    if examination.is_hosts and wanted != "host":
+        remedy = f"Pull or load {wanted}, then `build`; or set docker.image to `host` if that is what you want."
+        return "warning", f"{seen}, in place of {wanted}", remedy
+    return "ok", seen, ""
+
+
+def check_start(examination: Examination) -> Judgement:
+    """What starting takes."""
+    seen = f"a sandbox is there in {examination.start:.1f} s, a call in it takes {examination.call * 1000:.1f} ms"
+    if examination.start > SLOW_START:
+        return "warning", seen, "See what else this host is doing; `pool.warm` sandboxes are started ahead of need."
+    return "ok", seen, ""
+
+
+def check_imports(examination: Examination) -> Judgement:
+    """Whether what should be preinstalled can be imported."""
+    wanted = examination.config.package.preinstalled
+    if not wanted:
+        return "ok", "none are to be preinstalled (package.preinstalled)", ""
+    problems = [reason for reason in examination.told("imports").values() if reason]
+    if problems:
+        return "failed", "; ".join(problems), examination.image.problem or "Prepare the image anew: `build`."
+    return "ok", f"{', '.join(wanted)}: imported", ""
+
+
+def import_name(requirement: str) -> str:
+    """What is imported of a distribution."""
+    name = re.split(r"[\[<>=!~]", parse_requirement(requirement)[1])[0]
+    known = {distribution.lower(): module for module, distribution in DISTRIBUTIONS.items()}
+    return known.get(name.lower(), name.replace("-", "_"))
+
+
+def check_volume(examination: Examination) -> Judgement:
+    """Whether code is kept from changing what others import."""
+    if examination.told("look")["creating"][PACKAGES] == "EROFS":
+        return "ok", f"{examination.config.package.volume} at {PACKAGES}, read-only", ""
+    return "failed", f"{PACKAGES} is not read-only", unkept(examination, "--mount=…,ro")
+
+
+def megabytes(size: float) -> str:
+    """A size for people."""
+    return f"{size / (1 << 20):.4g} MB"
+
+
+def check_memory(examination: Examination) -> Judgement:
+    """Whether a process that takes more memory than it may is ended."""
+    limit, result = size_in_bytes(examination.config.docker.memory_limit), examination.results["memory"]
+    if result.status in ("out_of_memory", "died") or (result.exception and result.exception.type == "MemoryError"):
+        return "ok", f"a process that took more than {megabytes(limit)} was ended", ""
+    held = examination.told("memory")
+    if held < limit and examination.told("look")["cgroups"]["memory"] == str(limit):
+        return "ok", f"{megabytes(limit)} are set, which is too much to try", ""
+    return "failed", f"a process could take {megabytes(held)}", unkept(examination, "--memory")
+
+
+def check_swap(examination: Examination) -> Judgement:
+    """Whether the memory limit could be passed by swapping."""
+    look = examination.told("look")
+    limit = size_in_bytes(examination.config.docker.memory_limit)
+    if look["cgroups"]["swap"] in ("0", str(limit)):
+        return "ok", "can't be used", ""
+    if not int(look["host_swap"] or 0):
+        return "ok", "this host has none", ""
+    if look["cgroups"]["swap"] or examination.info.get("SwapLimit") is False:
+        remedy = "Boot the kernel with `swapaccount=1` (or with cgroup version 2), or switch swap off."
+        return "failed", "is not counted, so the memory limit can be passed by it", remedy
+    if check_memory(examination)[0] == "ok":
+        return "ok", "did not save the process that took too much memory", ""
+    return "failed", "can be used", unkept(examination, "--memory-swap")
+
+
+def check_cpu(examination: Examination) -> Judgement:
+    """Whether processes together get no more CPU than they may."""
+    limit, look, used = examination.config.docker.cpu_limit, examination.told("look"), examination.told("cpu")
+    seen = f"of {limit:g} cores, processes that want more got {used:.2f}"
+    if limit >= look["cpus"]:
+        return "ok", f"{limit:g} cores, and the engine has {look['cpus']}: there is nothing to limit", ""
+    quota, _, period = look["cgroups"]["cpu"].partition(" ")
+    is_set = quota.isdigit() and abs(int(quota) / int(period) - limit) < 0.01
+    if used > limit * 1.3 + 0.05 or (quota and not is_set):
+        return "failed", seen, unkept(examination, "--cpus")
+    if used < limit * 0.7 and not is_set:
+        return "warning", f"{seen}, as others got the rest", "This host is too busy to tell: try again when it is not."
+    return "ok", seen, ""
+
+
+def check_processes(examination: Examination) -> Judgement:
+    """Whether there is an end to starting processes."""
+    limit = examination.config.docker.pids_limit
+    children, reason = examination.told("processes")
+    if reason == "EAGAIN" and children < limit:
+        return "ok", f"the {children + 1}th child was refused; the limit is {limit}, with the sandbox's own", ""
+    if not reason and children < limit and examination.told("look")["cgroups"]["pids"] == str(limit):
+        return "ok", f"{limit} are set, which is too many to try", ""
+    seen = f"{children} children could be started, then {reason}" if reason else f"{children} children could be started"
+    return "failed", f"{seen}; the limit is {limit}", unkept(examination, "--pids-limit")
+
+
+def check_disk(examination: Examination) -> Judgement:
+    """Whether the folders that code may write to fill up."""
+    limit = size_in_bytes(examination.config.docker.disk_limit)
+    told = examination.told("disk")
+    most = limit + (1 << 20)
+    open_ended = [folder for folder, (written, reason) in told.items() if reason != "ENOSPC" or (written or 0) > most]
+    if open_ended:
+        seen = f"{', '.join(open_ended)} took more than {megabytes(limit)}"
+        return "failed", seen, unkept(examination, "--tmpfs=…,size=… or --shm-size")
+    return "ok", f"{', '.join(told)} are full at {megabytes(limit)} each", ""
+
+
+def check_files(examination: Examination) -> Judgement:
+    """Whether there is an end to opening files."""
+    opened = examination.told("look")["files"]
+    if opened >= TRIED_FILES:
+        return "failed", f"{opened} could be open at once", unkept(examination, "--ulimit=nofile")
+    return "ok", f"{opened} at once, and no more", ""
+
+
+def check_output(examination: Examination) -> Judgement:
+    """Whether too much output is cut, and the call is none the worse for it."""
+    limit, result = size_in_bytes(examination.config.docker.output_limit), examination.results["output"]
+    kept = len(result.stdout)
+    omitted = sum(item.bytes for item in result.output if isinstance(item, Omitted))
+    if limit >= TRIED_OUTPUT and result.status == "ok":
+        return "ok", f"{megabytes(limit)} are allowed, which is too much to try", ""
+    if result.status == "ok" and omitted and kept <= limit:
+        return "ok", f"of {megabytes(kept + omitted)}, {megabytes(kept)} were kept", ""
+    return "failed", f"{megabytes(kept)} were kept, {result.status}", "Report it, with the output of `doctor --json`."
+
+
+def check_interrupt(examination: Examination) -> Judgement:
+    """Whether code that takes too long is interrupted, and its session is none the worse for it."""
+    result = examination.results["interrupt"]
+    if (result.status, result.state) == ("timeout", "preserved"):
+        return "ok", f"a loop was interrupted after {result.wall:.1f} s, and its session kept", ""
+    seen = f"a loop ended with {result.status}, and its session is {result.state}"
+    return "failed", seen, "See what else this host is doing, and try again."
+
+
+def check_kill(examination: Examination) -> Judgement:
+    """Whether code that can't be interrupted is killed."""
+    result = examination.results["stubborn"]
+    if result.status == "timeout":
+        return "ok", f"a loop that can't be interrupted was killed after {result.wall:.1f} s", ""
+    seen = f"a loop that can't be interrupted ended with {result.status}"
+    return "failed", seen, "See what else this host is doing, and try again."
+
+
+def check_file_system(examination: Examination) -> Judgement:
+    """Whether code can write to nothing but what it is given."""
+    docker, look = examination.config.docker, examination.told("look")
+    given = [docker.working_dir, "/tmp", "/dev/shm", "/dev/mqueue"]
+    given += [split_mount(mount)[2] for mount in docker.mounts if mount.endswith(":rw")]
+    others = sorted(set(look["writable"]) - set(given))
+    places = ", ".join(place for place in given if place in look["writable"])
+    if others:
+        return "failed", f"{', '.join(others)} can be written", unkept(examination, "--read-only and --tmpfs")
+    if not docker.read_only:
+        remedy = "Set docker.read_only to true."
+        return "warning", f"not read-only, by configuration (docker.read_only: false); {places} can be written", remedy
+    if look["creating"]["/"] != "EROFS":
+        return "failed", "the root is not read-only", unkept(examination, "--read-only")
+    return "ok", f"read-only but for {places}", ""
+
+
+def check_network(examination: Examination) -> Judgement:
+    """Whether there is nothing to reach."""
+    look = examination.told("look")
+    networks = ", ".join(look["networks"]) or "none"
+    if not examination.config.docker.network_disabled:
+        remedy = "Set docker.network_disabled to true, unless code has to reach the network."
+        return "warning", f"open, by configuration (docker.network_disabled: false): {networks}", remedy
+    if look["networks"] not in ([], ["lo"]) or not look["connecting"] or not look["resolving"]:
+        return "failed", f"there is one: {networks}", unkept(examination, "--network=none")
+    seen = f"no interface but {networks}; connecting fails ({look['connecting']}), so does resolving a name"
+    return "ok", seen, ""
+
+
+def check_user(examination: Examination) -> Judgement:
+    """Whether the code is nobody, and stays so."""
+    look = examination.told("look")
+    if 0 in look["users"] or not look["becoming_root"]:
+        return "failed", f"ids {look['users']}", unkept(examination, "--user")
+    return "ok", f"{look['users'][0]}; becoming root is refused ({look['becoming_root']})", ""
+
+
+def check_user_namespace(examination: Examination) -> Judgement:
+    """Whether root in a container would be root of the host."""
+    user_map = examination.told("look")["user_map"]
+    kind = "rootless" if examination.is_rootless else "rootful"
+    if user_map[:3] != ["0", "0", "4294967295"]:
+        return "ok", f"{kind}; root inside is {user_map[1]} outside", ""
+    if examination.is_gvisor:
+        return "ok", f"{kind}; gVisor's kernel has its own users", ""
+    if sys.platform != "linux" or examination.info.get("OperatingSystem") == "Docker Desktop":
+        return "ok", f"{kind}, in a virtual machine", ""
+    remedy = (
+        "The code is nobody either way; to have a second wall behind that use a rootless engine, or Docker's "
+        "userns-remap (https://docs.docker.com/engine/security/userns-remap)."
+    )
+    return "warning", f"none ({kind} engine): root in a container would be root of this host", remedy
+
+
+def check_capabilities(examination: Examination) -> Judgement:
+    """Whether the code has none of root's powers."""
+    look = examination.told("look")
+    sets = {name: value for name, value in look["status"].items() if name.startswith("Cap")}
+    powers = [f"{name} {value}" for name, value in sets.items() if int(value, 16)]
+    powers += [what.replace("_", " ") for what in ("changing_root", "making_a_device") if not look[what]]
+    if powers or not sets:
+        return "failed", ", ".join(powers) or "the kernel does not tell", unkept(examination, "--cap-drop=ALL")
+    return "ok", f"none; chroot is refused ({look['changing_root']}), so is mknod", ""
+
+
+def check_privileges(examination: Examination) -> Judgement:
+    """Whether no program that is started could have more rights."""
+    if examination.told("look")["no_new_privs"] == 1:
+        return "ok", "can't be gained, by programs such as sudo", ""
+    return "failed", "can be gained", unkept(examination, "--security-opt=no-new-privileges")
+
+
+def check_system_calls(examination: Examination) -> Judgement:
+    """Whether the kernel's rarer parts are out of reach."""
+    look = examination.told("look")
+    refused = ("EPERM", "EACCES", "ENOSYS", "EAFNOSUPPORT")
+    open_calls = ", ".join(name for name, reason in look["system_calls"].items() if reason not in refused)
+    if examination.is_gvisor:
+        return "ok", "answered by gVisor's kernel, not by the host's", ""
+    if look["seccomp"] != 2 or look["seccomp_of_1"] != "2":
+        remedy = "Have the engine use its default seccomp profile; it may have been built or set up without."
+        return "failed", "not filtered by the engine (seccomp)", remedy
+    if open_calls:
+        remedy = "Update the engine; where that does not help, give it a stricter seccomp profile."
+        return "warning", f"filtered (seccomp), but these are open: {open_calls}", remedy
+    return "ok", f"filtered (seccomp); refused are {', '.join(look['system_calls'])}", ""
+
+
+def check_devices(examination: Examination) -> Judgement:
+    """Whether there is no device that could be used."""
+    if devices := examination.told("look")["devices"]:
+        if examination.is_gvisor:
+            return "ok", f"gVisor's own: {', '.join(devices)}", ""
+        return "failed", ", ".join(devices), "See that no device is given to every container (`--device`, CDI)."
+    return "ok", "none but /dev/null and its like", ""
+
+
+def check_process_1(examination: Examination) -> Judgement:
+    """Whether the process that speaks for the sandbox can't be looked into, nor ended, by the code."""
+    open_parts = [name for name, reason in examination.told("look")["process_1"].items() if not reason]
+    if examination.results["kill"].status != "ok":
+        open_parts.append("kill")
+    if not open_parts:
+        return "ok", "can't be read, traced or killed by code", ""
+    seen = f"code gets at its {', '.join(open_parts)}"
+    if examination.is_gvisor:
+        remedy = (
+            "gVisor does not keep processes of one user apart: hostile code can end its sandbox, and speak for it. "
+            "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
+        )
+        return "warning", seen, remedy
+    return "failed", seen, "Report it, with the output of `doctor --json`."
+
+
+def check_environment(examination: Examination) -> Judgement:
+    """Whether nothing of the host's variables has come in."""
+    inside = examination.told("look")["environment"]
+    proxies = [name for name, value in inside.items() if name.lower().endswith("_proxy") and value]
+    images = dict(variable.partition("=")[::2] for variable in examination.variables)
+    ours = {"HOME", "PATH", "LANG", "TERM", "HOSTNAME", "TMPDIR", "LC_CTYPE"}
+    ours |= {name for name in inside if name.endswith("_NUM_THREADS") or name in ("MPLBACKEND", "MPLCONFIGDIR")}
+    hosts = [
+        name
+        for name, value in inside.items()
+        if value and name not in ours and value == os.environ.get(name) != images.get(name)
+    ]
+    if found := sorted({*proxies, *hosts}):
+        remedy = "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf)."
+        return "failed", f"from the host: {', '.join(found)}", remedy
+    return "ok", f"{len(inside)} variables, none of the host's; no proxies", ""
+
+
+def check_cgroups(examination: Examination) -> Judgement:
+    """By what the limits are kept."""
+    version = str(examination.host.get("cgroupVersion") or examination.info.get("CgroupVersion") or "").lstrip("v")
+    driver = examination.host.get("cgroupManager") or examination.info.get("CgroupDriver") or "?"
+    version = version or str(examination.told("look")["cgroup_version"])
+    seen = f"version {version}, managed by {driver}"
+    if version == "1":
+        remedy = (
+            "Version 1 works, but systemd and kernels are giving it up: boot with `systemd.unified_cgroup_hierarchy=1`."
+        )
+        return "warning", seen, remedy
+    return "ok", seen, ""
+
+
+# The order is the table's. What the first few judge can be seen before any sandbox is started.
+ENGINE_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
+    ("engine", check_engine),
+    ("runtime", check_runtime),
+    ("image", check_image),
+)
+SANDBOX_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
+    ("start-up", check_start),
+    ("imports", check_imports),
+    ("package volume", check_volume),
+    ("memory", check_memory),
+    ("swap", check_swap),
+    ("CPU", check_cpu),
+    ("processes", check_processes),
+    ("disk", check_disk),
+    ("open files", check_files),
+    ("output", check_output),
+    ("time-out", check_interrupt),
+    ("kill", check_kill),
+    ("file system", check_file_system),
+    ("network", check_network),
+    ("user", check_user),
+    ("capabilities", check_capabilities),
+    ("privileges", check_privileges),
+    ("system calls", check_system_calls),
+    ("devices", check_devices),
+    ("process 1", check_process_1),
+    ("environment", check_environment),
+    ("cgroups", check_cgroups),
+    ("user namespace", check_user_namespace),
+)
+
+
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+async def _doctor_command(options: argparse.Namespace) -> int:
+    """`doctor`: try what is promised of a sandbox; exit status 1 if something of it does not hold."""
+    started = time.monotonic()
+    findings = await examine(load_config(options.config))
+    seconds = time.monotonic() - started
+    count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}
+    if options.json:
+        checks = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"checks": checks, "count": count, "seconds": round(seconds, 1)}, indent=2))
+    else:
+        _print_findings(findings)
+        told = f"{count['ok']} ok, {count['warning']} with a warning, {count['failed']} failed"
+        print(f"\nchecked in {seconds:.1f} s: {told}")
+    if findings[-1].check != SANDBOX_CHECKS[-1][0]:
+        return 125
+    return 1 if count["failed"] else 0
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """A table, then what to do about what is not well in it."""
+    rows = [(one.check, one.verdict, one.seen) for one in findings]
+    print_table(("CHECK", "VERDICT", "SEEN"), rows, {"ok": GREEN, "warning": YELLOW, "failed": RED})
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
+        about = ", ".join(one.check for one in findings if one.remedy == remedy)
+        print()
+        print(textwrap.fill(f"{about}: {remedy}", width, subsequent_indent="  ", break_on_hyphens=False))
+
+
 # ── command line ──
 
 EXAMPLES = """\
@@ -4509,7 +5517,7 @@ def _parser(word: str = "") -> argparse.ArgumentParser:
         prog=program, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if word:
-        parser.description = COMMANDS[word].about
+        parser.description = textwrap.fill(COMMANDS[word].about, 80)
         parser.epilog = "examples:\n" + "\n".join(f"  {_program()} {example}" for example in COMMANDS[word].examples)
         COMMANDS[word].add_arguments(parser)
         parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
@@ -4582,6 +5590,7 @@ async def _run_command(options: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
+    refuse_mounts_of(config_file(options.config), docker.mounts)
     state = _read_state(Path(options.state)) if options.state else None
     screen = Screen(Path(options.images or "."), options.show)
     interrupt = anyio.Event()
@@ -4782,12 +5791,12 @@ def _complain(text: str) -> None:
     print(f"{coloured('sandbox_runner:', YELLOW, sys.stderr)} {text}", file=sys.stderr, flush=True)
 
 
-BOLD, DIM, RED, YELLOW = "1", "2", "1;31", "33"
+BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "1;31", "32", "33"
 
 
 def coloured(text: str, colour: str, stream: Any) -> str:
     """The text in a colour, if the stream is a terminal, and nobody objects (https://no-color.org)."""
-    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if not colour or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 
@@ -4799,7 +5808,7 @@ def coloured_traceback(text: str, stream: Any) -> str:
         colour = DIM if line.startswith(("Traceback", '  File "')) else ""
         if (line and not line.startswith(" ") and not colour) or (line.strip() and set(line) <= set(" ^~")):
             colour = RED
-        lines.append(coloured(line, colour, stream) if colour else line)
+        lines.append(coloured(line, colour, stream))
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -4887,11 +5896,20 @@ async def _list_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a head, in columns as wide as they need to be."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
-    print(coloured(lines[0], BOLD, sys.stdout), *lines[1:], sep="\n")
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str] | None = None) -> None:
+    """Print rows under a head, in columns; words get their colours. On a terminal the last column wraps."""
+    colours = {**dict.fromkeys(head, BOLD), **(colours or {})}
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)][:-1]
+    indent = sum(widths) + 2 * len(widths)
+    room = shutil.get_terminal_size().columns - indent
+    for *cells, last in (head, *rows):
+        shown = [
+            coloured(cell, colours.get(cell, ""), sys.stdout) + " " * (width - len(cell))
+            for cell, width in zip(cells, widths, strict=True)
+        ]
+        lines = textwrap.wrap(last, room) if sys.stdout.isatty() and room >= 20 else [last]
+        lines = [coloured(line, colours.get(last, ""), sys.stdout) for line in lines]
+        print("  ".join([*shown, f"\n{' ' * indent}".join(lines)]).rstrip())
 
 
 def duration(seconds: float) -> str:
@@ -4943,6 +5961,11 @@ COMMANDS = {
     "build": Command(
         "Prepare the image ahead of the first call, or carry it to a host without network.", _build_command,
         _add_build_arguments, ("build", "build --export image.tar", "build --import image.tar"),
+    ),
+    "doctor": Command(
+        "Try whether engine, image, limits and isolation are as they should be. The exit status is 0 if nothing failed "
+        "(there may be warnings), 1 if something did, 125 if there is no engine, image or sandbox to be had.",
+        _doctor_command, _add_doctor_arguments, ("doctor", "doctor --json"),
     ),
     "prune": Command(
         "Remove containers that died before they ran. If there are any, it looks twice, a minute apart.",

@@ -144,6 +144,7 @@ def test_the_exit_status_is_what_a_shell_would_have_it(result: Result, status: i
         (["-c", "1", "--config", "nowhere.yaml"], 2, "nowhere.yaml can't be read"),
         (["-c", "1", "--image", "none/such"], 125, "The image none/such is not here and can't be pulled"),
         (["-c", "1", "--mount", "nowhere:/x"], 2, "does not exist on this host"),
+        (["-c", "1", "--mount", "~:/x"], 2, "'~' is refused, as it is the home directory"),
         ([], 2, "a FILE, - for standard input, or -c CODE is needed"),
     ],
 )
@@ -152,6 +153,15 @@ def test_the_exit_status_tells_what_happened(run: Run, arguments: list[str], sta
     assert done.returncode == status
     assert says in done.stderr
     assert 'sandbox_runner.py", line' not in done.stderr
+
+
+def test_the_configuration_in_use_can_not_be_mounted(run: Run, home: Path) -> None:
+    (home / "work/settings.yaml").touch()
+    done = run("-c", "1", "--mount", "work:/x", "--config", "work/settings.yaml")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "sandbox_runner: docker.mounts: 'work' is refused, as the configuration work/settings.yaml is in it.\n",
+    )
 
 
 def test_an_engine_that_is_down_is_status_125_and_one_sentence(run: Run, docker: FakeEngine) -> None:

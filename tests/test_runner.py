@@ -929,6 +929,18 @@ def test_a_restriction_that_is_switched_off_is_not_there(setting: dict[str, bool
     assert flag not in arguments("docker", **setting)
 
 
+def test_a_mount_that_has_gone_or_become_another_since_is_the_engine_s_error(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    config = Config(DockerConfig(mounts=(f"{folder}:/data",)))
+    folder.rmdir()
+    with pytest.raises(EngineError, match=r"A sandbox can't be started: .* does not exist on this host\.$"):
+        Engine("/bin/x", "docker", "1").sandbox_arguments("NAME", Image("i", "id", "x"), config, {})
+    folder.symlink_to("/")
+    with pytest.raises(EngineError, match=r"A sandbox can't be started: .* it is the host's root"):
+        Engine("/bin/x", "docker", "1").sandbox_arguments("NAME", Image("i", "id", "x"), config, {})
+
+
 def test_runtime_and_mounts_are_passed_on(tmp_path: Path) -> None:
     options = arguments("docker", runtime="runsc", mounts=(f"{tmp_path}:/data",))
     assert "--runtime=runsc" in options
