@@ -997,7 +997,7 @@ class Progress:
 
 
 class Reporter:
-    """Has the calls under way report. One task for all: one for each would be a good part of what a short call costs."""
+    """Has the calls under way report. One task for all: one for each would be a good part of a short call's cost."""
 
     def __init__(self) -> None:
         self._calls: set[Progress] = set()

@@ -3579,7 +3579,7 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
 class Session:
     """A named sandbox that keeps its variables, and the queue of those who want to use it."""
 
-    lock: anyio.Lock = field(default_factory=anyio.Lock)
+    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
     sandbox: Sandbox | None = None
     lost: str | None = None  # why the last sandbox is gone, for the next call to tell
     used: float = 0.0  # when its last call began
@@ -3641,6 +3641,8 @@ class Pool:
         self._count = 0  # sandboxes there are, in whatever state, and those that are being created
         self._counted: set[Sandbox] = set()
         self._coming = 0  # of these, to be ready
+        self._returning = 0  # of these, being cleaned to be ready again
+        self._wanted_now = 0  # of these, being created for a call that waits
         self._kept_warm = False
         self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
 
@@ -3654,17 +3656,24 @@ class Pool:
                         self._fill()
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
-                if self._kept_warm:
-                    self._peak, self._peak_at = min(self._extra() + 1, self._config.size), time.monotonic()
+                self._changed = anyio.Event()
+                if self._returning:  # that takes milliseconds, and a new one a good part of a second
+                    await self._changed.wait()
+                    continue
                 if self._count < self._config.size:
                     self._count += 1
                     break
                 self._report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
-                self._changed = anyio.Event()
                 await self._changed.wait()
                 self._report("")
-        self._fill()
-        return await self._add(())  # whoever waits would have to wait for what is preloaded, too
+        self._wanted_now += 1
+        if self._kept_warm and self._wanted_now >= self._extra():
+            self._peak, self._peak_at = self._wanted_now, time.monotonic()
+        try:
+            return await self._add(())  # whoever waits would have to wait for what is preloaded, too
+        finally:
+            self._wanted_now -= 1
+            self._fill()
 
     def keep_warm(self) -> None:
         """From now on keep some ready, in the background."""
@@ -3673,11 +3682,15 @@ class Pool:
 
     async def give_back(self, sandbox: Sandbox) -> None:
         """Take a used sandbox back if nothing is left in it of its use; else end it."""
-        if (
-            self._config.enabled
-            and time.monotonic() - sandbox.created <= self._config.max_age
-            and await sandbox.recycle()
-        ):
+        clean = False
+        if self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age:
+            self._returning += 1
+            try:
+                clean = await sandbox.recycle()
+            finally:
+                self._returning -= 1
+                self._changed.set()
+        if clean:
             self._put(sandbox)
         else:
             await sandbox.end()
@@ -3691,8 +3704,10 @@ class Pool:
         return self._peak * max(0.0, 1 - (time.monotonic() - self._peak_at) / self._config.max_age)
 
     def _fill(self) -> None:
-        if self._kept_warm:
-            wanted = self._config.warm + round(self._extra()) - len(self.ready) - self._coming
+        """Start to make ready what is missing. Not while calls wait for new ones: those need the machine now."""
+        if self._kept_warm and not self._wanted_now:
+            there = self._count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
+            wanted = self._config.warm + round(self._extra()) - there
             for _ in range(min(wanted, self._config.size - self._count)):
                 self._coming += 1
                 self._count += 1
@@ -3738,6 +3753,7 @@ class Pool:
         if sandbox in self._counted:
             self._counted.remove(sandbox)
             self._free_place()
+            self._fill()
 
     def _free_place(self) -> None:
         self._count -= 1
