@@ -623,6 +623,7 @@ PART = 1 << 16  # characters of data in one frame; at worst JSON needs twelve by
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
 ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
+BREATH = 0.002  # seconds that output waits for more of it: to wake all who pass it on costs more than its bytes do
 EARLIER_LIMIT = 1 << 16  # bytes of output kept that appear while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while none is attached
 VALUE_LIMIT = 32_000  # characters of a value's repr
@@ -694,13 +695,17 @@ class Channel:
 
     def send(self, frame: dict[str, Any], data: str | None = None) -> None:
         """Queue a frame, its `data` in parts if it is long, and write what the descriptor takes."""
+        self.queue(frame, data)
+        self.flush()
+
+    def queue(self, frame: dict[str, Any], data: str | None = None) -> None:
+        """Queue a frame, to be written with what follows it."""
         if data is not None:
             last = max(0, len(data) - 1) // PART * PART
             for start in range(0, last, PART):
                 self._queue({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
             frame = {**frame, "data": data[last:]}
         self._queue(frame)
-        self.flush()
 
     def _queue(self, frame: dict[str, Any]) -> None:
         self.outbox += json.dumps(frame, separators=(",", ":")).encode() + b"\n"
@@ -801,6 +806,9 @@ class Supervisor:
         self.control: Channel | None = None
         self.worker_fds: set[int] = set()
         self.pipes: dict[str, int] = {}
+        self.waiting: str | None = None  # the stream whose output waits in its pipe for more
+        self.waits_until = math.inf
+        self.flows = False  # whether the last output filled a whole read, so that nothing is won by waiting
         self.decoders: dict[str, codecs.IncrementalDecoder] = {}
         self.worker_used = False
         self.worker_cpu = 0.0  # seconds, up to its last report
@@ -820,21 +828,26 @@ class Supervisor:
         self._listen()
         self._attach(self.channel)
         while True:
+            channels = [channel for channel in (self.channel, self.control) if channel]
+            for channel in channels:
+                channel.flush()
             if not self.worker and self.preload:
                 self._import_next()
             elif not self.worker:
                 self._fork()
-            channels = [channel for channel in (self.channel, self.control) if channel]
             congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
-            readers = [fd for fd in self.sources if not (congested and fd in self.worker_fds)]
+            resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
+            readers = [fd for fd in self.sources if fd not in resting]
             writers = [channel.writer for channel in channels if channel.outbox]
-            readable, writable, _ = select.select(readers, writers, [], self._patience())
-            for channel in channels:
-                if channel.writer in writable:
-                    channel.flush()
+            patience = self._patience()
+            if self.waiting and not congested:
+                patience = max(0.0, self.waits_until - time.monotonic())
+            readable, _, _ = select.select(readers, writers, [], patience)
             for fd in readable:
                 if fd in self.sources:
                     self.sources[fd]()
+            if self.waiting and not congested and time.monotonic() >= self.waits_until:
+                self._read_all_output()
             self._keep_time()
 
     def _import_next(self) -> None:
@@ -901,7 +914,7 @@ class Supervisor:
     def _tell(self, frame: dict[str, Any]) -> None:
         """Send a frame to the host, or keep it for the next one."""
         if self.channel:
-            self.channel.send(frame)
+            self.channel.queue(frame)  # the loop writes it, together with what follows at once
             if frame["kind"] == "done":
                 self.unread = None
             elif frame["kind"] in ("stdout", "stderr"):
@@ -1011,7 +1024,7 @@ class Supervisor:
         self.sources[fd] = self._from_worker
         for stream, pipe in self.pipes.items():
             os.set_blocking(pipe, False)
-            self.sources[pipe] = functools.partial(self._read_output, stream)
+            self.sources[pipe] = functools.partial(self._await_output, stream)
 
     def _to_worker(self, frame: dict[str, Any]) -> None:
         if self.control is None:
@@ -1071,11 +1084,19 @@ class Supervisor:
         except ValueError as error:
             self._abandon(f"the code broke the protocol between worker and supervisor: {error}")
 
+    def _await_output(self, stream: str) -> None:
+        """Let output wait for more; not while the other stream goes on, though, as this would change their order."""
+        if self.waiting:
+            self._read_all_output()
+        else:
+            self.waiting, self.waits_until = stream, time.monotonic() + (0.0 if self.flows else BREATH)
+
     def _read_all_output(self) -> None:
-        for stream in self.pipes:
+        for stream in sorted(self.pipes, key=lambda stream: stream != self.waiting):
             for _ in range(32):  # bounded: a child of the code's may write for ever
                 if not self._read_output(stream):
                     break
+        self.waiting = None
 
     def _read_output(self, stream: str) -> bool:
         pipe = self.pipes[stream]
@@ -1083,6 +1104,7 @@ class Supervisor:
             data = os.read(pipe, 65536)
         except BlockingIOError:
             return False
+        self.flows = len(data) == 65536
         if not data:
             self.sources.pop(pipe, None)
         elif self.call:
@@ -1217,7 +1239,7 @@ class Supervisor:
         for fd in self.worker_fds:
             self.sources.pop(fd, None)
             os.close(fd)
-        self.worker, self.control, self.worker_fds, self.pipes = 0, None, set(), {}
+        self.worker, self.control, self.worker_fds, self.pipes, self.waiting = 0, None, set(), {}, None
 
 
 def open_inside(folder: str, path: str) -> int:
@@ -1311,18 +1333,25 @@ def allow_inspection(allowed: bool) -> None:
 def count_oom_kills() -> int:
     """How many processes the kernel has killed in this container for want of memory; 0 where it does not say."""
     for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        with contextlib.suppress(OSError, ValueError, IndexError), open(path) as file:
-            for line in file:
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
+        with contextlib.suppress(OSError, IndexError):
+            return int(read_kernel_file(path).partition("\noom_kill ")[2].split()[0])
     return 0
+
+
+def read_kernel_file(path: str) -> str:
+    """A small file in /proc or /sys, in a third of the system calls that open() makes: each call reads some."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 1 << 16).decode()
+    finally:
+        os.close(fd)
 
 
 def memory_in_use() -> int | None:
     """Bytes charged to the container."""
     for path in ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"):
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            return int(file.read())
+        with contextlib.suppress(OSError, ValueError):
+            return int(read_kernel_file(path))
     return None
 
 
@@ -1818,16 +1847,14 @@ def cpu_seconds() -> float:
 
 def reset_peak_memory() -> None:
     """Let the kernel start this process's high-water mark anew."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as file:
+        file.write(b"5")
 
 
 def peak_memory() -> int | None:
     """Most bytes this process had resident since reset_peak_memory(); None where the kernel does not say."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, IndexError):
+        return int(read_kernel_file("/proc/self/status").partition("\nVmHWM:")[2].split()[0]) * 1024
     return None
 
 
@@ -3724,7 +3751,7 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
 class Session:
     """A named sandbox that keeps its variables, and the queue of those who want to use it."""
 
-    lock: anyio.Lock = field(default_factory=anyio.Lock)
+    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
     sandbox: Sandbox | None = None
     ongoing: Ongoing | None = None  # the call that was begun, until its result has been told
     lost: str | None = None  # why the last sandbox is gone, for the next call to tell
@@ -3849,6 +3876,8 @@ class Pool:
         self._count = 0  # sandboxes there are, in whatever state, and those that are being created
         self._counted: set[Sandbox] = set()
         self._coming = 0  # of these, to be ready
+        self._returning = 0  # of these, being cleaned to be ready again
+        self._wanted_now = 0  # of these, being created for a call that waits
         self._kept_warm = False
         self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
 
@@ -3862,17 +3891,24 @@ class Pool:
                         self._fill()
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
-                if self._kept_warm:
-                    self._peak, self._peak_at = min(self._extra() + 1, self._config.size), time.monotonic()
+                self._changed = anyio.Event()
+                if self._returning:  # that takes milliseconds, and a new one a good part of a second
+                    await self._changed.wait()
+                    continue
                 if self._count < self._config.size:
                     self._count += 1
                     break
                 self._report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
-                self._changed = anyio.Event()
                 await self._changed.wait()
                 self._report("")
-        self._fill()
-        return await self._add(())  # whoever waits would have to wait for what is preloaded, too
+        self._wanted_now += 1
+        if self._kept_warm and self._wanted_now >= self._extra():
+            self._peak, self._peak_at = self._wanted_now, time.monotonic()
+        try:
+            return await self._add(())  # whoever waits would have to wait for what is preloaded, too
+        finally:
+            self._wanted_now -= 1
+            self._fill()
 
     def keep_warm(self) -> None:
         """From now on keep some ready, in the background."""
@@ -3881,11 +3917,15 @@ class Pool:
 
     async def give_back(self, sandbox: Sandbox) -> None:
         """Take a used sandbox back if nothing is left in it of its use; else end it."""
-        if (
-            self._config.enabled
-            and time.monotonic() - sandbox.created <= self._config.max_age
-            and await sandbox.recycle()
-        ):
+        clean = False
+        if self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age:
+            self._returning += 1
+            try:
+                clean = await sandbox.recycle()
+            finally:
+                self._returning -= 1
+                self._changed.set()
+        if clean:
             self._put(sandbox)
         else:
             await sandbox.end()
@@ -3908,8 +3948,10 @@ class Pool:
         return self._peak * max(0.0, 1 - (time.monotonic() - self._peak_at) / self._config.max_age)
 
     def _fill(self) -> None:
-        if self._kept_warm:
-            wanted = self._config.warm + round(self._extra()) - len(self.ready) - self._coming
+        """Start to make ready what is missing. Not while calls wait for new ones: those need the machine now."""
+        if self._kept_warm and not self._wanted_now:
+            there = self._count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
+            wanted = self._config.warm + round(self._extra()) - there
             for _ in range(min(wanted, self._config.size - self._count)):
                 self._coming += 1
                 self._count += 1
@@ -3958,6 +4000,7 @@ class Pool:
         if sandbox in self._counted:
             self._counted.remove(sandbox)
             self._free_place()
+            self._fill()
 
     def _free_place(self) -> None:
         self._count -= 1
