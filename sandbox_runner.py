@@ -548,6 +548,30 @@ SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
 PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
 
+# System calls that code here can do without, and that exploits start from; their numbers on x86_64 and on aarch64.
+# Docker's own filter lets some pass, Podman's others, gVisor has none. clone3 has to go as a whole, as it keeps its
+# flags where no filter can see them; the C library falls back from it.
+REFUSED_CALLS = (
+    ("io_uring_setup", 425, 425, errno.EPERM),
+    ("io_uring_enter", 426, 426, errno.EPERM),
+    ("io_uring_register", 427, 427, errno.EPERM),
+    ("add_key", 248, 217, errno.EPERM),
+    ("request_key", 249, 218, errno.EPERM),
+    ("keyctl", 250, 219, errno.EPERM),
+    ("unshare", 272, 97, errno.EPERM),
+    ("setns", 308, 268, errno.EPERM),
+    ("bpf", 321, 280, errno.EPERM),
+    ("perf_event_open", 298, 241, errno.EPERM),
+    ("userfaultfd", 323, 282, errno.EPERM),
+    ("ptrace", 101, 117, errno.EPERM),
+    ("process_vm_readv", 310, 270, errno.EPERM),
+    ("process_vm_writev", 311, 271, errno.EPERM),
+    ("pidfd_getfd", 438, 438, errno.EPERM),
+    ("clone3", 435, 435, errno.ENOSYS),
+)
+SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
+NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
+
 
 class Channel:
     """JSON objects, one a line, over a descriptor to read from and one to write to.
@@ -720,9 +744,13 @@ class Supervisor:
         """Serve until the sandbox has no more reason to exist."""
         assert self.channel is not None
         allow_inspection(False)
+        unfiltered = filter_system_calls()
         self._catch_children()
         self._listen()
         self._attach(self.channel)
+        if unfiltered:
+            text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
+            self._tell({"id": "", "kind": "note", "text": text})
         while True:
             if not self.worker and self.preload:
                 self._import_next()
@@ -1190,6 +1218,54 @@ def allow_inspection(allowed: bool) -> None:
     """Set whether other processes of the same user may see this one's memory and descriptors (PR_SET_DUMPABLE)."""
     if ctypes.CDLL(None, use_errno=True).prctl(4, int(allowed), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+
+
+def filter_program(machine: str) -> bytes | None:
+    """A filter of system calls, in the kernel's BPF, for this kind of machine; None where the numbers are not known.
+
+    It refuses what REFUSED_CALLS names, new namespaces, sockets of other families, and all that comes by another door:
+    x86_64 kernels also take the calls of 32-bit programs, numbered otherwise, and those of x32, numbered from 2**30.
+    """
+    if machine not in ("x86_64", "aarch64"):
+        return None
+    first = machine == "x86_64"
+    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
+    argument, architecture = 16, 4  # offsets in the kernel's struct seccomp_data; the call's number is at 0
+    allow = (leave, 0, 0, 0x7FFF0000)
+
+    def refuse(reason: int) -> tuple[int, int, int, int]:
+        return leave, 0, 0, 0x00050000 | reason
+
+    steps = [
+        (load, 0, 0, architecture),
+        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # what follows are jumps: how many steps if so, if not
+        refuse(errno.ENOSYS),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 1 << 30),
+        refuse(errno.ENOSYS),
+    ]
+    for _, number, other, reason in REFUSED_CALLS:
+        steps += [(equal, 0, 1, number if first else other), refuse(reason)]
+    flags = [(any_bit, 0, 1, NAMESPACE_FLAGS), refuse(errno.EPERM), allow]
+    families = [(equal, len(SOCKET_FAMILIES) - place, 0, family) for place, family in enumerate(SOCKET_FAMILIES)]
+    families += [refuse(errno.EAFNOSUPPORT), allow]
+    clone, sock, socketpair = (56, 220), (41, 198), (53, 199)
+    for (number, other), rule in ((clone, flags), (sock, families), (socketpair, families)):
+        steps += [(equal, 0, 1 + len(rule), number if first else other), (load, 0, 0, argument), *rule]
+    return b"".join(struct.pack("HBBI", *step) for step in [*steps, allow])
+
+
+def filter_system_calls() -> str | None:
+    """Have the kernel refuse what `filter_program` says, to this process and all that it will fork; why not, if not."""
+    code = filter_program(os.uname().machine)
+    if code is None:
+        return f"its numbers are not known for {os.uname().machine}"
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    steps = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))
+    if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP
+        return os.strerror(ctypes.get_errno())
+    return None
 
 
 def count_oom_kills() -> int:
