@@ -569,6 +569,18 @@ REFUSED_CALLS = (
     ("pidfd_getfd", 438, 438, errno.EPERM),
     ("clone3", 435, 435, errno.ENOSYS),
 )
+NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; and gVisor lets anybody kill process 1
+    ("kill", 62, 129),
+    ("tkill", 200, 130),
+    ("tgkill", 234, 131),
+    ("rt_sigqueueinfo", 129, 138),
+    ("rt_tgsigqueueinfo", 297, 240),
+    ("prlimit64", 302, 261),
+    ("sched_setparam", 142, 118),
+    ("sched_setscheduler", 144, 119),
+    ("sched_setaffinity", 203, 122),
+    ("sched_setattr", 314, 274),
+)
 SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
 NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
@@ -1223,8 +1235,9 @@ def allow_inspection(allowed: bool) -> None:
 def filter_program(machine: str) -> bytes | None:
     """A filter of system calls, in the kernel's BPF, for this kind of machine; None where the numbers are not known.
 
-    It refuses what REFUSED_CALLS names, new namespaces, sockets of other families, and all that comes by another door:
-    x86_64 kernels also take the calls of 32-bit programs, numbered otherwise, and those of x32, numbered from 2**30.
+    It refuses what REFUSED_CALLS names, what is done to process 1, new namespaces, sockets of other families, and all
+    that comes by another door: x86_64 kernels also take the calls of 32-bit programs, numbered otherwise, and those of
+    x32, numbered from 2**30.
     """
     if machine not in ("x86_64", "aarch64"):
         return None
@@ -1238,7 +1251,7 @@ def filter_program(machine: str) -> bytes | None:
 
     steps = [
         (load, 0, 0, architecture),
-        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # what follows are jumps: how many steps if so, if not
+        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # in a jump: how many steps if so, and if not
         refuse(errno.ENOSYS),
         (load, 0, 0, 0),
         (at_least, 0, 1, 1 << 30),
@@ -1249,8 +1262,10 @@ def filter_program(machine: str) -> bytes | None:
     flags = [(any_bit, 0, 1, NAMESPACE_FLAGS), refuse(errno.EPERM), allow]
     families = [(equal, len(SOCKET_FAMILIES) - place, 0, family) for place, family in enumerate(SOCKET_FAMILIES)]
     families += [refuse(errno.EAFNOSUPPORT), allow]
-    clone, sock, socketpair = (56, 220), (41, 198), (53, 199)
-    for (number, other), rule in ((clone, flags), (sock, families), (socketpair, families)):
+    process = [(equal, 0, 1, 1), refuse(errno.EPERM), allow]
+    rules = [("clone", 56, 220, flags), ("socket", 41, 198, families), ("socketpair", 53, 199, families)]
+    rules += [(*call, process) for call in NOT_TO_PROCESS_1]
+    for _, number, other, rule in rules:  # each on the call's first argument
         steps += [(equal, 0, 1 + len(rule), number if first else other), (load, 0, 0, argument), *rule]
     return b"".join(struct.pack("HBBI", *step) for step in [*steps, allow])
 
