@@ -1052,7 +1052,10 @@ async def read_resource(context: Context, params: types.ReadResourceRequestParam
 
 def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
     """What an address says: itself without a range, session, kind, path, offset and length. Raises RequestError."""
-    parts = urllib.parse.urlsplit(uri)
+    try:
+        parts = urllib.parse.urlsplit(uri)
+    except ValueError:  # brackets that are no IPv6 address
+        parts = urllib.parse.urlsplit("")
     match = re.fullmatch(r"/(files|output)/(.+)", parts.path, re.DOTALL)
     if parts.scheme != "session" or not match:
         raise RequestError(

@@ -130,7 +130,12 @@ RETRY_AFTER = 600  # from an image that could not be completed to the next attem
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
+SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME whatever JSON makes of it
+PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
+PART_COST = 64  # characters that a part of data counts for beside its own: it is an object, however small
+PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
+NOTES_LOGGED = 100  # of what a sandbox remarks
 ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
 
 
@@ -534,6 +539,7 @@ VALUE_LIMIT = 32_000  # characters of a value's repr
 TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
+RICH_COST = 512  # characters that each of them counts for beside its own, so that there are not too many
 IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less than can be read
 IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
 STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
@@ -846,7 +852,7 @@ class Supervisor:
             if frame["kind"] == "done":
                 self.unread = None
         else:
-            self.backlog_left -= len(frame.get("text") or frame.get("data") or "")
+            self.backlog_left -= len(json.dumps(frame))  # of all of it: the code may have forged it
             if self.backlog_left > 0 or frame["kind"] == "done":
                 self.backlog.append(frame)
 
@@ -1598,11 +1604,13 @@ class Worker:
             self._publish({"text/plain": clip(repr(value), VALUE_LIMIT), **rich_forms(value)})
 
     def _publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
+        if self.rich_left < 0:
+            return  # the last one said so
         data = json.dumps(bundle)
-        if len(data) > self.rich_left:
+        if len(data) + RICH_COST > self.rich_left:
             note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
             data = json.dumps({"text/plain": note})
-        self.rich_left -= len(data)
+        self.rich_left -= len(data) + RICH_COST
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the code may have put anything there
                 stream.flush()
@@ -2291,6 +2299,8 @@ class Engine:
             f"--label={LABEL}.owner={owner}",
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
+            # Else Docker copies the host's resolv.conf, which tells a company's name servers and domains.
+            *(["--dns=0.0.0.0", "--dns-search=."] if docker.network_disabled and self.kind == "docker" else []),
             *(["--read-only"] if docker.read_only else []),
             # Podman would add writable directories without a limit of their own to a read-only root.
             *(["--read-only-tmpfs=false"] if self.kind == "podman" else []),
@@ -3041,7 +3051,7 @@ class Request:
             raise RequestError(
                 f"The code is {size} bytes long; the limit is {CODE_LIMIT}. Pass data in files or state."
             )
-        if self.session is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", self.session):
+        if self.session is not None and not re.fullmatch(SESSION_ID, self.session):
             raise RequestError(
                 f"{textwrap.shorten(repr(self.session), 60)} can't be a session's id: "
                 "use 1 to 128 letters, digits, dots, dashes and underscores."
@@ -3201,9 +3211,12 @@ class Sandbox:
         """What the sandbox said of itself when it was started or plugged into."""
         said = greeting or self._greeting
         assert said is not None
+        session = said.get("session", str, NONE)
+        if session is not None and not re.fullmatch(SESSION_ID, session):
+            raise ProtocolError("a session's id that can't be one")
         return SandboxInfo(
             name=self.name,
-            session=said.get("session", str, NONE),
+            session=session,
             attached=said.get("attached", bool),
             owner=said.get("owner", str),
             busy=said.get("busy", bool),
@@ -3238,12 +3251,14 @@ class Sandbox:
     async def _read_frames(self) -> None:
         assert self._process.stdout is not None
         lines = BufferedByteReceiveStream(self._process.stdout)
-        strays = 0
+        strays = notes = 0
         try:
             while True:
                 frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
                 kind = frame.get("kind", str)
                 if kind in ("ready", "status"):
+                    if self._greeting:
+                        raise ProtocolError("a second greeting")
                     unread = frame.get("unread", str, NONE)
                     self.info(frame)  # refuses what no supervisor says of itself
                     self.packages = frame.get("packages", str, NONE)
@@ -3255,7 +3270,8 @@ class Sandbox:
                     return
                 elif kind == "expired":
                     self.expired = True
-                elif kind == "note":
+                elif kind == "note" and notes < NOTES_LOGGED:
+                    notes += 1
                     log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
                 elif answer := self._answers.get(frame.get("id", str)):
                     with contextlib.suppress(
@@ -3376,6 +3392,8 @@ class Sandbox:
                 with anyio.fail_after(ATTACH_TIMEOUT):
                     async for frame in answer.frames:
                         data += frame.get("data", str)
+                        if len(data) > 2 * READ_LIMIT:  # base64 makes a third more of it
+                            raise ProtocolError("more data than was asked for")
                         if frame.get("kind", str) == "file":
                             break
                     else:
@@ -3487,6 +3505,7 @@ class Account:
             await self._show(Text(kind, frame.get("text", str)))
         elif kind == "part":
             self._gather(frame)
+            self._data_left -= PART_COST
         elif kind == "display":
             await self._show(Rich(texts(parse_within(self._gathered(frame))), frame.get("is_value", bool)))
         elif kind == "state":
@@ -3494,6 +3513,8 @@ class Account:
             if not isinstance(self._variables, dict):
                 raise ProtocolError("the state is not an object")
         elif kind == "content":
+            if len(self._contents) == FILES_LISTED:
+                raise ProtocolError("more files than are listed")
             self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
         elif kind == "omitted":
             await self._show(Omitted(frame.get("bytes", int)))
@@ -3508,9 +3529,27 @@ class Account:
             if self._text_left < 0:
                 raise ProtocolError("more output than the limit lets through")
         if self._keep or not isinstance(item, Text):
-            self.output.append(item)
+            self._enter(item)
         if self._on_output:
             await self._on_output(item)
+
+    def _enter(self, item: Text | Rich | Omitted) -> None:
+        """Keep a piece of output. There may be as many as there are characters, and each costs more than those."""
+        last = self.output[-1] if self.output else None
+        if (
+            isinstance(item, Text)
+            and isinstance(last, Text)
+            and item.stream == last.stream
+            and len(item.text) + len(last.text) < PIECE
+        ):
+            self.output[-1] = Text(item.stream, last.text + item.text)
+        elif len(self.output) < PIECES_LIMIT:
+            self.output.append(item)
+        elif isinstance(item, Text):
+            gap = sum(piece.bytes for piece in self.output[PIECES_LIMIT:] if isinstance(piece, Omitted))
+            self.output[PIECES_LIMIT:] = [Omitted(gap + len(item.text.encode("utf-8", "replace")))]
+        else:
+            raise ProtocolError("more pieces of output than a call can have")
 
     def _gather(self, frame: Frame) -> None:
         self._parts.append(frame.get("data", str))
