@@ -32,7 +32,6 @@ import argparse
 import ast
 import atexit
 import base64
-import binascii
 import builtins
 import codecs
 import contextlib
@@ -387,9 +386,10 @@ def parse_requirement(text: str) -> tuple[str, str]:
     """
     name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
-    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", text)
+    short = text[:201]  # matching takes the more time the longer the text is, and out of proportion
+    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", short)
     if not match or len(text) > 200:
-        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", text.strip())
+        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", short.strip())
         advice = (
             "ask for one package a call" if several else "give a name such as requests, pandas[excel] or pandas>=2,<3"
         )
@@ -544,6 +544,7 @@ IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less 
 IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
 STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
 STATE_DEPTH = 64
+STATE_PARTS = 1_000_000  # values within values
 FILES_LISTED = 100  # of those that a call made or changed
 FILES_SEEN = 5000  # more in the working directory are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
@@ -1737,21 +1738,34 @@ def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """The variables that JSON can hold, as its text; and of those it can't, the name and the reason (at most 100)."""
     kept: list[str] = []
     left_out: dict[str, str] = {}
-    size = 2
+    size = parts = 2
     for name, value in list(names.items()):
         if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
             continue
         try:
             text = f"{json.dumps(name)}:{json.dumps(plain(value, 0, set()))}"
             text.encode()
+            if parts_of(text) > STATE_PARTS - parts:
+                raise ValueError(f"too large: {parts_of(text)} values")
             size += len(text) + 1
             if size > STATE_LIMIT:
                 size -= len(text) + 1
                 raise ValueError(f"too large: {len(text)} characters of JSON")
             kept.append(text)
+            parts += parts_of(text)
         except (ValueError, RecursionError) as error:
             left_out[clip(name, 100)] = clip(str(error), 200)
     return "{" + ",".join(kept) + "}", dict(list(left_out.items())[:100])
+
+
+def parts_of(text: str) -> int:
+    """How many values JSON comes to, or some more. Takes no longer than its length needs, whatever the text is."""
+    count = sum(map(text.count, "[{,"))
+    if count > STATE_PARTS:  # look closer: those in strings do not count
+        bare = text.replace("\\\\", "").replace('\\"', "")
+        if bare.count('"') <= 4 * STATE_PARTS:  # a key and a value each, at most
+            count = sum(piece.count(mark) for piece in bare.split('"')[::2] for mark in "[{,")
+    return count
 
 
 def plain(value: Any, depth: int, parents: set[int]) -> Any:
@@ -2997,28 +3011,30 @@ class Frame:
 
     def seconds(self, name: str) -> float:
         """A duration."""
-        value = float(self.get(name, float, int))
-        if not 0 <= value < math.inf:
+        value = self.get(name, float, int)
+        if not 0 <= value < 1e12:  # nor is infinity, nor what is not a number
             raise ProtocolError(f"the field {name} is not a duration")
-        return value
+        return float(value)
 
 
 NONE = type(None)
 
 
-def parse_within(text: str, nodes: int = 1_000_000) -> Any:
+def parse_within(text: str) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
-    if sum(map(text.count, "[{,")) > nodes:
+    if parts_of(text) > STATE_PARTS + STATE_DEPTH:
         raise ProtocolError("JSON with too many parts")
-    depth = 0
-    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-        depth += 1 if bracket in "[{" else -1
-        if depth > STATE_DEPTH + 2:
-            raise ProtocolError("JSON that is nested too deeply")
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"data is not JSON ({error})") from None
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, (list, dict))]:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+        if depth > STATE_DEPTH + 2:
+            raise ProtocolError("JSON that is nested too deeply")
+    return value
 
 
 def texts(value: Any) -> dict[str, str]:
@@ -3420,7 +3436,7 @@ class Sandbox:
                 if frame.get("kind", str) == "done":
                     return account.close(frame, session)
                 await account.take(frame)
-        except (ProtocolError, binascii.Error) as error:
+        except ProtocolError as error:
             self._fault = str(error)
             self._kill_client()
             await self.remove()
@@ -3515,7 +3531,10 @@ class Account:
         elif kind == "content":
             if len(self._contents) == FILES_LISTED:
                 raise ProtocolError("more files than are listed")
-            self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
+            try:
+                self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
+            except ValueError as error:
+                raise ProtocolError(f"a file's content is not base64 ({error})") from None
         elif kind == "omitted":
             await self._show(Omitted(frame.get("bytes", int)))
         elif kind == "earlier":
@@ -3667,8 +3686,8 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
         called = f": the package is called {package}" if package else ""
         return f"{top} is not installed. Install it with install-package{called}."
     lines = code.splitlines()
-    if exception.type == "SyntaxError" and exception.line and exception.line <= len(lines):
-        line = lines[exception.line - 1].strip()
+    if exception.type == "SyntaxError" and 0 < (exception.line or 0) <= len(lines):
+        line = lines[(exception.line or 0) - 1].strip()
         if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):
             return "Packages are not installed from code here: use install-package, then import them."
         if re.match(r"!\s*\w", line):

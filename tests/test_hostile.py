@@ -213,7 +213,8 @@ ATTACKS = [
     Attack(
         "has capabilities",
         "each is a part of what root may do on the host",
-        "{status(name) for name in ('CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb')}, os.getresgid(), set(os.getgroups()) - {65534}",
+        "{status(name) for name in ('CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb')}, "
+        "os.getresgid(), set(os.getgroups()) - {65534}",
         "({'0000000000000000'}, (65534, 65534, 65534), set())",
         Defence("--cap-drop"),
     ),
