@@ -351,6 +351,8 @@ def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
     except pydantic.ValidationError as error:
         # A parameter that does not exist comes first: a required one that is missing is often its right spelling.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        if not problem["loc"]:
+            raise RequestError(f"{tool.name}: the name of a parameter has lone surrogates; leave them out.") from None
         raise RequestError(refusal(tool, str(problem["loc"][0]), problem["type"], problem["input"])) from None
 
 

@@ -2389,12 +2389,12 @@ class Engine:
 
     async def sandboxes(self) -> list[str]:
         """The names of all containers that carry our label, whoever started them."""
-        return (await self.run("ps", f"--filter=label={LABEL}", "--format={{.Names}}")).split()
+        return names_in(await self.run("ps", f"--filter=label={LABEL}", "--format={{.Names}}"))
 
     async def leftovers(self) -> list[str]:
         """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
         states = ("--filter=status=created", "--filter=status=exited")
-        return (await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}")).split()
+        return names_in(await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}"))
 
     async def remove(self, name: str) -> None:
         """Kill and remove a container; that it is gone already is fine."""
@@ -2550,6 +2550,11 @@ async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> Non
     async for data in stream:
         tail += data
         del tail[:-ERRORS_KEPT]
+
+
+def names_in(output: str) -> list[str]:
+    """The names of containers that an engine lists; what can't be one must not become an argument."""
+    return [name for name in output.split() if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}", name)]
 
 
 def last_line(text: str) -> str:
@@ -3007,7 +3012,7 @@ class Frame:
         value = self._fields.get(name)
         if type(value) not in types:
             raise ProtocolError(f"the field {name} is of type {type(value).__name__}")
-        return value
+        return encodable(value) if type(value) is str else value
 
     def seconds(self, name: str) -> float:
         """A duration."""
@@ -3020,12 +3025,17 @@ class Frame:
 NONE = type(None)
 
 
+def encodable(text: str) -> str:
+    """`text` with lone surrogates, which JSON can bring in and nothing can write, as their escape sequences."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 def parse_within(text: str) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
     if parts_of(text) > STATE_PARTS + STATE_DEPTH:
         raise ProtocolError("JSON with too many parts")
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"data is not JSON ({error})") from None
     level, depth = [value], 0
@@ -3037,11 +3047,16 @@ def parse_within(text: str) -> Any:
     return value
 
 
+def refuse_constant(name: str) -> Any:
+    """NaN and the infinities, which Python's JSON knows and nobody else's. Raises ValueError."""
+    raise ValueError(f"{name} is no number of JSON's")
+
+
 def texts(value: Any) -> dict[str, str]:
     """`value` if it is an object of texts. Raises ProtocolError."""
     if not isinstance(value, dict) or not all(type(item) is str for item in value.values()):
         raise ProtocolError("where an object of texts should be there is none")
-    return value
+    return {encodable(key): encodable(item) for key, item in value.items()}
 
 
 @dataclass(frozen=True)
@@ -3607,7 +3622,7 @@ class Account:
             variables_left_out=self._left_out,
             files=tuple(file_info(item) for item in frame.get("files", list, NONE) or ()),
             contents=self._contents,
-            stale=tuple(str(name) for name in frame.get("stale", list, NONE) or ()),
+            stale=tuple(encodable(str(name)) for name in frame.get("stale", list, NONE) or ()),
             wall=frame.seconds("wall"),
             cpu=frame.seconds("cpu"),
             memory=frame.get("memory", int, NONE),
@@ -3633,7 +3648,7 @@ def file_info(item: Any) -> FileInfo:
     """A file in a frame: path and size. Raises ProtocolError."""
     if type(item) is not list or [type(part) for part in item] != [str, int]:
         raise ProtocolError("a file is not a path and a size")
-    return FileInfo(*item)
+    return FileInfo(encodable(item[0]), item[1])
 
 
 def how_it_ended(code: int | None) -> str:
