@@ -7,7 +7,8 @@ the program around it. What happens to the code itself is told in `sandbox_runne
 What clients do shapes what they are sent. Some show the model `structuredContent` instead of the content, and so lose
 images, or the text's order: so each of the two says everything, and `structuredContent` is left out as soon as a result
 holds anything binary. Results near a megabyte are refused, images of more than 2000 pixels too, and long ones crowd out
-the conversation: so text is cut in the middle, with a word on where the rest is, and what does not fit is named.
+the conversation: so text is cut in the middle, with a word on where the rest is, and what does not fit is named. Calls
+that last a minute are given up: so one in a session is answered before that, and its code goes on.
 
 The handshake waits for nothing: the engine is looked for, and the image made, while the client goes on.
 """
@@ -42,6 +43,7 @@ from mcp.server import Server, ServerRequestContext
 from mcp.server.session import ServerSession
 from mcp.server.stdio import stdio_server
 from mcp.shared.exceptions import MCPError
+from opentelemetry import trace
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
 from sandbox_runner import (
@@ -62,6 +64,7 @@ from sandbox_runner import (
     open_runner,
     open_tasks,
     plain_text,
+    set_up_logging,
 )
 
 __all__ = ["make_server", "main"]
@@ -135,6 +138,7 @@ class Tool(pydantic.BaseModel):
     title: ClassVar[str]
     description: ClassVar[str]
     runs_code: ClassVar[bool] = False
+    keeps_sessions: ClassVar[bool] = False
     destructive: ClassVar[bool] = False
     idempotent: ClassVar[bool] = False
 
@@ -169,9 +173,10 @@ class ExecuteTransient(Tool):
         result = await service.runner.execute(
             self.code,
             state=self.state or {},
-            timeout=service.seconds(self.timeout),
+            timeout=seconds(self.timeout, service.runner.config.docker.max_timeout),
             on_output=progress.on_output,
         )
+        annotate(result)
         return render(result, state_budget=STATE_UNASKED if self.state is None else STATE_BUDGET)
 
 
@@ -184,11 +189,17 @@ class ExecutePersistent(Tool):
         "Run Python code in a session, where variables, functions, imports and files stay for the next call. Leave "
         "session_id out to start a session, then pass the session_id that the result names to go on in it. Returns "
         "what the code printed, the value of an expression at its end, and every Matplotlib figure as an image. After "
-        "a time-out or a crash the result says whether the session's variables were kept."
+        "a time-out or a crash the result says whether the session's variables were kept. Code that takes long goes on "
+        "after the call was answered: the result then says that it is running, and a call with the same session_id and "
+        "empty code waits for the rest."
     )
     runs_code = True
+    keeps_sessions = True
 
-    code: Code
+    code: str = pydantic.Field(
+        description="Python source code. print() what you want to see, or end with an expression; top-level await "
+        'works. Empty ("") to wait for code that is still running in the session.',
+    )
     session_id: SessionId | SkipJsonSchema[None] = pydantic.Field(
         default=None,
         json_schema_extra=without_default,
@@ -196,17 +207,34 @@ class ExecutePersistent(Tool):
         "underscores). Left out: a new session, whose id the result tells.",
     )
     timeout: Timeout = None
+    interrupt: bool | SkipJsonSchema[None] = pydantic.Field(
+        default=None,
+        json_schema_extra=without_default,
+        description="true, with empty code: stop the code that is still running, instead of waiting for it.",
+    )
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
         """Run the code, and keep for reading what the result only points at."""
+        waits = not self.code.strip()
+        if waits and not self.session_id:
+            raise RequestError("code is empty; pass Python source code, or the session_id of running code to wait for.")
+        if self.interrupt and not waits:
+            raise RequestError("interrupt goes with empty code: stop first what is running, then run other code.")
         session = self.session_id or new_session_id()
+        stop = anyio.Event()
+        if self.interrupt:
+            stop.set()
+        config = service.runner.config.session
         result = await service.runner.execute(
             self.code,
             session=session,
-            timeout=service.seconds(self.timeout),
+            timeout=seconds(self.timeout, config.max_timeout),
             on_output=progress.on_output,
+            interrupt=stop if self.interrupt else None,
             is_new=self.session_id is None,
+            answer_within=config.answer_within,
         )
+        annotate(result)
         return render(result, new_session=self.session_id is None, kept=service.shelf.add(result))
 
 
@@ -283,9 +311,10 @@ def describe(tool: type[Tool], config: Config) -> types.Tool:
     """A tool as `tools/list` has it."""
     schema = tool.model_json_schema(schema_generator=ParameterSchema)
     schema = {key: value for key, value in schema.items() if key not in ("title", "description")}
+    most = config.session.max_timeout if tool.keeps_sessions else config.docker.max_timeout
     if tool.runs_code:
-        schema["properties"]["timeout"].update(default=config.docker.timeout, maximum=config.docker.max_timeout)
-    remark = limits(config) if tool.runs_code else preinstalled(config) if tool is InstallPackage else ""
+        schema["properties"]["timeout"].update(default=config.docker.timeout, maximum=most)
+    remark = limits(config, most) if tool.runs_code else preinstalled(config) if tool is InstallPackage else ""
     return types.Tool(
         name=tool.name,
         title=tool.title,
@@ -304,11 +333,11 @@ def describe(tool: type[Tool], config: Config) -> types.Tool:
     )
 
 
-def limits(config: Config) -> str:
+def limits(config: Config, most: float) -> str:
     """What code may do and use, in words."""
     docker = config.docker
     words = [
-        f"Limits: {docker.timeout:g} seconds (up to {docker.max_timeout:g} with `timeout`), {docker.memory_limit} of "
+        f"Limits: {docker.timeout:g} seconds (up to {most:g} with `timeout`), {docker.memory_limit} of "
         f"memory, {docker.cpu_limit:g} CPU cores, {docker.disk_limit} of files in {docker.working_dir}, "
         + ("no network." if docker.network_disabled else "network allowed.")
     ]
@@ -338,7 +367,10 @@ next: variables, functions, imports and files are still there. A session ends af
 without savefig() or show(), and display(x) shows other images and rich values.
 - Files that a session writes into its working directory {config.docker.working_dir} are resources: \
 session://SESSION_ID/files/PATH.
-- {limits(config)}"""
+- Long work: execute-persistent with a `timeout` of up to {config.session.max_timeout:g} seconds. A call is answered \
+after {config.session.answer_within:g} seconds in any case, and its code goes on: call again with the same session_id \
+and empty code to wait for the rest, or with interrupt to stop it.
+- {limits(config, config.docker.max_timeout)}"""
 
 
 def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
@@ -372,9 +404,9 @@ def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
         return f"{parameter} is empty; pass this: {about}."
     if problem == "greater_than":
         return f"{parameter} is {given!r}: it must be a number of seconds above 0."
-    wanted = {"state": 'an object such as {"x": 1}', "timeout": "a number"}.get(parameter, "text")
+    wanted = {"state": 'an object such as {"x": 1}', "timeout": "a number", "interrupt": "true or false"}
     kind = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}.get(type(given))
-    return f"{parameter} must be {wanted}, not {kind or 'a number'}."
+    return f"{parameter} must be {wanted.get(parameter, 'text')}, not {kind or 'a number'}."
 
 
 def suggestion(tool: type[Tool], parameter: str) -> str:
@@ -385,6 +417,24 @@ def suggestion(tool: type[Tool], parameter: str) -> str:
     other = ExecutePersistent if tool is ExecuteTransient else ExecuteTransient
     meant = tool.runs_code and difflib.get_close_matches(parameter, other.model_fields, 1)
     return f"{known} Did you mean {other.name}?" if meant else known
+
+
+def annotate(result: Result) -> None:
+    """Add to the span that the SDK opens for a request what came of the code. Whoever exports spans sees it."""
+    facts = {"status": result.status, "session_id": result.session, "seconds": result.wall, "memory": result.memory}
+    trace.get_current_span().set_attributes(
+        {f"python_docker_mcp.{name}": value for name, value in facts.items() if value is not None}
+    )
+
+
+def seconds(asked: float | None, most: float) -> float | None:
+    """The timeout of a call. Raises RequestError."""
+    if asked is not None and asked > most:
+        raise RequestError(
+            f"A timeout of {asked:g} seconds is more than the {most:g} allowed here: ask for less, and do long work in "
+            "steps, in a session."
+        )
+    return asked
 
 
 def new_session_id() -> str:
@@ -447,7 +497,7 @@ def render(
         "session_state": result.state,
         "seconds": round(result.wall, 3),
     }
-    return answer(sections, structured, is_error=result.status != "ok")
+    return answer(sections, structured, is_error=result.status not in ("ok", "running"))
 
 
 def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error: bool = False) -> types.CallToolResult:
@@ -618,7 +668,7 @@ def before(result: Result) -> Iterator[str]:
     if result.unread:
         blocks = render(result.unread).content
         text = "\n\n".join(block.text for block in blocks if isinstance(block, types.TextContent))
-        yield f"The session's previous call, whose client left, ended so:\n{clip(text, VALUE_BUDGET)}\n(end of that)"
+        yield f"The session's previous call, left running, ended so:\n{clip(text, VALUE_BUDGET)}\n(end of that)"
     if result.earlier:
         text = clip(as_shown(result.earlier), VALUE_BUDGET).rstrip()
         yield f"Written since the previous call, by what that left running:\n{text}\n(end of that)"
@@ -633,6 +683,11 @@ def headline(result: Result) -> Iterator[str]:
         yield f"Failed{where}: {error.type}{f': {said}' if said else ''}"
     elif result.status == "error":
         yield f"Failed: the code exited with status {result.exit_code}."
+    elif result.status == "running":
+        yield (
+            f"Still running: {result.message}. Call execute-persistent with this session_id and empty code to wait for "
+            "more, with interrupt to stop it."
+        )
     elif result.status != "ok":
         label = {"timeout": "Timed out", "out_of_memory": "Out of memory", "cancelled": "Cancelled"}.get(result.status)
         yield f"{label or 'Crashed'}: {result.message or 'the code was stopped'}."
@@ -696,10 +751,10 @@ def session_section(result: Result, new_session: bool) -> Iterator[str]:
         words += " (its variables, functions and imports are lost: the next call starts without them)"
     elif new_session:
         words += f' (new; pass session_id "{result.session}" to go on in it)'
+    elif result.status not in ("ok", "error", "running"):
+        words += " (its variables are kept)"
     elif result.is_new:
         words += " (new: there was no session of this name)"
-    elif result.status not in ("ok", "error"):
-        words += " (its variables are kept)"
     yield words
 
 
@@ -909,16 +964,6 @@ class Service:
     runner: Runner
     shelf: Shelf = field(default_factory=Shelf)
 
-    def seconds(self, asked: float | None) -> float | None:
-        """The timeout of a call. Raises RequestError."""
-        most = self.runner.config.docker.max_timeout
-        if asked is not None and asked > most:
-            raise RequestError(
-                f"A timeout of {asked:g} seconds is more than the {most:g} allowed here: ask for less, and do long "
-                "work in steps, in a session."
-            )
-        return asked
-
 
 Context = ServerRequestContext[Service]
 
@@ -1087,8 +1132,7 @@ def cut(data: Any, length: int | None, size: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve on standard input and output until the client closes them, or a signal comes."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(format="python-docker-mcp: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("python_docker_mcp").setLevel(logging.INFO)
+    set_up_logging("python-docker-mcp: %(message)s", logging.INFO)
     try:
         config = load_config(options.config)
     except ConfigError as error:

@@ -15,8 +15,9 @@ to its own process, the supervisor lives to say what happened: the status of a `
 variables were kept follow from what that process did, not from what it printed.
 
 A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
-by one `docker exec` (see `plug`). A session that nobody comes back to ends by itself, from inside, after
-`session.idle_timeout`.
+by one `docker exec` (see `plug`). So does code that was running: its result waits. A session that nobody comes back to
+ends by itself, from inside, after `session.idle_timeout`; a sandbox that was kept ready and never used, a minute after
+its host was killed, unless the next host adopts it; any other at once.
 
     async with open_runner() as runner:
         result = await runner.execute("6 * 7")
@@ -57,6 +58,7 @@ import platform
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -67,6 +69,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import textwrap
 import threading
 import time
@@ -122,6 +125,7 @@ INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
 PRUNE_PAUSE = 75  # longer than any container takes from being created to running
 ATTACH_TIMEOUT = 15  # from `docker exec` to the same
+MOMENT = 1.0  # that a call is given to end before another one on its session is refused
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
 RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
@@ -208,10 +212,10 @@ class DockerConfig:
             raise ValueError(f"docker.working_dir: {self.working_dir!r} is not an absolute path such as /app")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", self.image):
             raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
-        if self.runtime is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
+        if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
         for mount in self.mounts:
-            mount_argument(mount)
+            mount_argument(mount, self.working_dir)
 
 
 @dataclass(frozen=True)
@@ -221,13 +225,16 @@ class SessionConfig:
     idle_timeout: float = 1800.0
     max: int = 64
     evict: bool = False
+    max_timeout: float = 1800.0
+    answer_within: float = 50.0
 
     def __post_init__(self) -> None:
         """Refuse a time that is none."""
         if self.max < 1:
             raise ValueError(f"session.max: {self.max!r} is not a number above zero")
-        if not 0 < self.idle_timeout < math.inf:
-            raise ValueError(f"session.idle_timeout: {self.idle_timeout!r} is not a number of seconds above zero")
+        for name in ("idle_timeout", "max_timeout", "answer_within"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"session.{name}: {getattr(self, name)!r} is not a number of seconds above zero")
 
 
 @dataclass(frozen=True)
@@ -318,7 +325,7 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
         ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
     """
     named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
-    file = Path(named or CONFIG_PATH).expanduser()
+    file = config_file(path, environ)
     settings: Any = {}
     if named or file.exists():
         import yaml
@@ -340,7 +347,14 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
             section, _, name = key.partition(".")
             if isinstance(settings.setdefault(section, {}) or {}, dict):
                 settings[section] = {**(settings[section] or {}), name: environ[variable]}
-    return _validated(settings, file, origin) if settings else Config()
+    config = _validated(settings, file, origin) if settings else Config()
+    refuse_mounts_of(file, config.docker.mounts)
+    return config
+
+
+def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the configuration is, or would be."""
+    return Path(path or environ.get("PYTHON_DOCKER_MCP_CONFIG") or CONFIG_PATH).expanduser()
 
 
 def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
@@ -407,24 +421,104 @@ def size_in_bytes(size: str) -> int:
     return int(float(match[1]) * {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[match[2]])
 
 
-def mount_argument(mount: str) -> str:
-    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows. Raises ValueError."""
+def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> str:
+    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
+
+    Raises ValueError if it is anything else, or would undo the sandbox: see the paths to keep.
+    """
+    place, source, target, mode = split_mount(mount)
+    if not source.exists():
+        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
+    if "," in str(source):
+        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
+    if reason := why_not_mounted(source):
+        raise ValueError(f"docker.mounts: {place!r} is refused, as {reason}: mount a folder that holds only data")
+    for taken, all_of_it in container_paths_to_keep(working_dir):
+        if ".." in target.split("/") or is_within(taken, target) or (all_of_it and is_within(target, taken)):
+            raise ValueError(
+                f"docker.mounts: {target!r} is refused, as it would hide {taken} of the container: "
+                f"name a place such as {working_dir}/data or /data"
+            )
+    return f"type=bind,source={source},target={target}" + ("" if mode == ":rw" else ",ro")
+
+
+def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
+    """The host's path of a mount as it is written and as it is, the container's path, and the mode."""
     match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
     if not match:
         raise ValueError(
             f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw behind it to let code write"
         )
-    source = Path(match[1]).expanduser().absolute()
-    if not source.exists():
-        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
-    if "," in str(source):
-        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
-    return f"type=bind,source={source},target={match[2]}" + ("" if match[3] == ":rw" else ",ro")
+    target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
+    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # the engine follows links: so do we
+
+
+def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
+    """Raise ConfigError if code would see the configuration in use, which may hold an index's password."""
+    for mount in mounts:
+        place, source, _, _ = split_mount(mount)
+        if is_within(file.resolve(), source):
+            raise ConfigError(f"docker.mounts: {place!r} is refused, as the configuration {file} is in it.")
+
+
+def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
+    """What no mount may hide in a container, and whether nothing may be mounted below it either."""
+    for path in ("/proc", "/sys", "/dev", PACKAGES):
+        yield path, True
+    for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
+        yield path, False
+    for prefix in ("/usr", "/usr/local"):  # Python itself
+        yield f"{prefix}/bin", False
+        yield f"{prefix}/lib", False
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder, or below it."""
+    return Path(path).is_relative_to(folder)
+
+
+def why_not_mounted(source: Path) -> str | None:
+    """Why no code may see this place of the host; None if it may. Links in `source` are resolved already."""
+    for place, what, all_of_it in host_paths_to_keep():
+        place = place.expanduser().resolve()
+        if is_within(place, source):
+            return f"it is {what}" if place == source else f"{what} is in it ({place})"
+        if all_of_it and is_within(source, place):
+            return f"it is part of {what} ({place})"
+    entries = [source]
+    with contextlib.suppress(OSError):  # a folder that this user can't list, or no folder
+        entries += source.iterdir()
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                return f"{entry} is a socket, and some program of this host listens to it"
+    return None
+
+
+def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
+    """Places of the host, what they are, and whether also no part of them may be mounted."""
+    yield Path("/"), "the host's root", False
+    yield Path.home(), "the home directory", False
+    yield Path("/etc"), "the host's configuration", False
+    for system in ("/proc", "/sys", "/dev"):
+        yield Path(system), "the host's kernel interface", True
+    yield CONFIG_PATH.parent, "this server's own configuration", True
+    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
+    for root in (Path("/var/lib"), data):
+        for engine in ("docker", "containers", "containerd"):
+            yield root / engine, "the engine's own data", True
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    for folder in ("/run", "/var/run", *([runtime] if runtime else []), "~/.docker/run", "~/.docker/desktop"):
+        yield Path(folder), "where sockets of this host's programs are", False
+    for variable in ("DOCKER_HOST", "CONTAINER_HOST"):
+        scheme, _, path = os.environ.get(variable, "").partition("://")
+        if scheme == "unix" and path:
+            yield Path(path), f"the engine's socket ({variable})", False
 
 
 # ── what a call returns ──
 
-Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died"]
+Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died", "running"]
 
 
 @dataclass(frozen=True)
@@ -484,10 +578,10 @@ class Result:
     hint: str | None = None  # what the caller could do about it
     session: str | None = None
     is_new: bool = False  # whether the session began with this call
-    state: Literal["preserved", "lost"] | None = None  # what became of the session's variables
+    state: Literal["preserved", "lost"] | None = None  # what became of the session's variables; None while code runs
     lost_before: str | None = None  # why they were lost between the previous call and this one, if they were
     earlier: str = ""  # what work left running by earlier calls wrote since the last one
-    unread: Result | None = None  # the end of a call whose host left before it came
+    unread: Result | None = None  # the end of the previous call, if nobody waited for that
     variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables JSON can hold
     variables_left_out: Mapping[str, str] = field(default_factory=dict)  # those it can't hold: name to reason
     files: tuple[FileInfo, ...] = ()  # that the call made or changed in the working directory, at most 100
@@ -533,6 +627,7 @@ MAX_FRAME = 1 << 20  # bytes; keeps what a hostile line can cost its reader in b
 PART = 1 << 16  # characters of data in one frame; at worst JSON needs twelve bytes for one
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
+ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
 EARLIER_LIMIT = 1 << 16  # bytes of output kept that appear while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while none is attached
 VALUE_LIMIT = 32_000  # characters of a value's repr
@@ -741,6 +836,7 @@ class Supervisor:
         self.call: Call | None = None
         self.begun: str | None = None  # id of the last call
         self.unread: str | None = None  # the same, until its end has been told to a host
+        self.told = 0  # bytes of that call's output that a host has been told
         self.backlog: deque[dict[str, Any]] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
@@ -839,8 +935,11 @@ class Supervisor:
             "owner": self.owner,
             "begun": self.begun,
             "unread": self.unread,
+            "told": self.told,
             "packages": self.packages,
             "busy": self.call is not None,
+            "ran": now - self.call.started if self.call else 0.0,  # seconds
+            "left": max(0.0, self.call.next_due() - now) + GRACE if self.call else 0.0,
             "age": round(now - self.started, 1),
             "idle": 0.0 if self.call else round(now - self.active, 1),
             "memory": memory_in_use(),
@@ -852,6 +951,8 @@ class Supervisor:
             self.channel.send(frame)
             if frame["kind"] == "done":
                 self.unread = None
+            elif frame["kind"] in ("stdout", "stderr"):
+                self.told += len(frame["text"].encode())
         else:
             self.backlog_left -= len(json.dumps(frame))  # of all of it: the code may have forged it
             if self.backlog_left > 0 or frame["kind"] == "done":
@@ -873,17 +974,18 @@ class Supervisor:
                     self._recycle(frame["id"])
                 elif frame["op"] == "farewell":
                     self.channel.send({"id": "", "kind": "farewell"})
-                    self._detach()
+                    self._detach(self.session is not None)
                     break
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
             # Our output goes to a command line whose reader has died, too: it notices, and ends, when it has to write.
             self.channel.send({"id": "", "kind": "farewell"})
-            self._detach()
+            self._detach(self.session is not None or self.begun is None)
 
-    def _detach(self) -> None:
-        if self.session is None:
+    def _detach(self, stay: bool) -> None:
+        """Let go of the host, and of life if nobody could want what is here, or come for it."""
+        if not stay or not peers_are_told():
             os._exit(0)
         assert self.channel is not None
         del self.sources[self.channel.reader]
@@ -911,7 +1013,7 @@ class Supervisor:
             message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(8))
             request = json.loads(message)
             reader, writer = struct.unpack("2i", ancillary[0][2])
-            if self.channel or self.session is None or request["session"] != self.session:
+            if self.channel or not self._is_meant(request):
                 os.write(writer, json.dumps({"id": "", "kind": "status", **self._status()}).encode() + b"\n")
                 os.close(reader)
                 os.close(writer)
@@ -923,6 +1025,12 @@ class Supervisor:
         finally:
             if self.plug is not connection:
                 connection.close()
+
+    def _is_meant(self, request: dict[str, Any]) -> bool:
+        """Whether a plug comes for this session or, as long as it is nobody's, for a sandbox made just like this."""
+        if self.session is None:
+            return bool(request["settings"] == self.settings["digest"])
+        return bool(request["session"] == self.session)
 
     # ── the worker ──
 
@@ -968,6 +1076,7 @@ class Supervisor:
             self.earlier.clear()
         self.call = Call(request)
         self.unread = self.begun = self.call.id
+        self.told = 0
         self._to_worker(request)
         self.worker_used = True
 
@@ -1069,7 +1178,7 @@ class Supervisor:
         kill_all_others()
         self._forget_worker()
         self.earlier.clear()
-        self.lost = self.packages = None
+        self.lost = self.packages = self.begun = None
         folders = (self.settings["working_dir"], *WRITABLE_FOLDERS)
         for folder in folders:
             empty_folder(folder)
@@ -1087,12 +1196,19 @@ class Supervisor:
             return 0.0
         if self.call:
             return max(0.0, self.call.next_due() - time.monotonic())
-        return None if self.session is None else max(0.0, self.active + self.idle_timeout - time.monotonic())
+        end = self._end()
+        return None if end == math.inf else max(0.0, end - time.monotonic())
+
+    def _end(self) -> float:
+        """When the sandbox ends by itself if nobody uses it."""
+        if self.session is not None:
+            return self.active + self.idle_timeout
+        return math.inf if self.channel else self.active + ADOPTION_TIME
 
     def _keep_time(self) -> None:
         now = time.monotonic()
         if self.call is None:
-            if self.session is not None and now >= self.active + self.idle_timeout:
+            if now >= self._end():
                 if self.channel:  # a call that is on its way has not begun, and the host should know
                     self.channel.send({"id": "", "kind": "expired"})
                 os._exit(0)
@@ -1149,6 +1265,32 @@ class Supervisor:
             self.sources.pop(fd, None)
             os.close(fd)
         self.worker, self.control, self.worker_fds, self.pipes = 0, None, set(), {}
+
+
+def peers_are_told() -> bool:
+    """Whether a socket tells who is at its other end. gVisor's (in 2022) tells who asks: then no plug can be known."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{PLUG_ADDRESS}-{os.urandom(8).hex()}")
+    listener.listen()
+    listener.settimeout(1)
+    child = os.fork()
+    if child == 0:
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(listener.getsockname())
+                connection.recv(1)
+        finally:
+            os._exit(0)
+    try:
+        with listener, listener.accept()[0] as connection:
+            told = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return bool(told[0] == child)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def open_inside(folder: str, path: str) -> int:
@@ -2276,6 +2418,7 @@ class Engine:
     command: str  # path of the executable
     kind: Literal["docker", "podman", "nerdctl"]
     version: str
+    runc: str = ""  # the version of its runc, if it says
 
     async def run(self, *arguments: str, timeout: float = ENGINE_TIMEOUT, stdin: Any = subprocess.DEVNULL) -> str:
         """Run a command to its end and return what it printed.
@@ -2292,7 +2435,7 @@ class Engine:
         """Start a command with pipes for its standard streams."""
         return await open_command([self.command, *arguments], subprocess.PIPE)
 
-    def sandbox_arguments(self, name: str, image: Image, config: Config, owner: str) -> list[str]:
+    def sandbox_arguments(self, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
         """The command that starts a sandbox; what its flags hold off is told under Security in the README."""
         docker = config.docker
         environment = {
@@ -2310,7 +2453,7 @@ class Engine:
         return [
             *self._run(name),
             f"--label={LABEL}={PROTOCOL}",
-            f"--label={LABEL}.owner={owner}",
+            *(f"--label={LABEL}.{key}={value}" for key, value in labels.items()),
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
             # Else Docker copies the host's resolv.conf, which tells a company's name servers and domains.
@@ -2338,13 +2481,19 @@ class Engine:
             "--stop-timeout=1",
             "--oom-score-adj=500",
             f"--mount=type=volume,source={config.package.volume},target={PACKAGES},ro",
-            *(f"--mount={mount_argument(mount)}" for mount in docker.mounts),
+            *self._mounts(docker),
             *(f"--env={key}={value}" for key, value in environment.items()),
             *([f"--runtime={docker.runtime}"] if docker.runtime else []),
             "--",
             image.name,
             *BOOTSTRAP_ARGUMENTS,
         ]
+
+    def _mounts(self, docker: DockerConfig) -> list[str]:
+        try:
+            return [f"--mount={mount_argument(mount, docker.working_dir)}" for mount in docker.mounts]
+        except ValueError as error:  # what is mounted has changed since the configuration was read
+            raise EngineError(f"A sandbox can't be started: {error}.") from None
 
     def installer_arguments(self, name: str, image: str, package: PackageConfig) -> list[str]:
         """The command that starts a helper container: with the network, as root, and without any code of the user's."""
@@ -2387,9 +2536,10 @@ class Engine:
         except EngineError:
             return None
 
-    async def sandboxes(self) -> list[str]:
-        """The names of all containers that carry our label, whoever started them."""
-        return names_in(await self.run("ps", f"--filter=label={LABEL}", "--format={{.Names}}"))
+    async def sandboxes(self, **labels: str) -> list[str]:
+        """The names of all containers that carry our label, and these ones of ours, whoever started them."""
+        filters = (f"--filter=label={LABEL}.{key}={value}" for key, value in labels.items())
+        return names_in(await self.run("ps", f"--filter=label={LABEL}", *filters, "--format={{.Names}}"))
 
     async def leftovers(self) -> list[str]:
         """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
@@ -2456,7 +2606,8 @@ async def find_engine(command: str | None = None) -> Engine:
 def find_program(name: str) -> str | None:
     """Where a program is: on PATH or in one of the usual places."""
     places = [os.environ.get("PATH", os.defpath), *(str(Path(place).expanduser()) for place in USUAL_PLACES)]
-    return shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
+    found = shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
+    return os.path.abspath(found) if found else None  # commands are started elsewhere
 
 
 async def _probe(path: str) -> Engine:
@@ -2489,7 +2640,7 @@ async def _probe(path: str) -> Engine:
     major = re.match(r"\d+", version)
     if major and int(major[0]) < oldest:
         raise EngineError(f"{path} is {kind} {version}, which is too old: version {oldest} or later is needed.")
-    return Engine(path, kind, version)
+    return Engine(path, kind, version, component_version({"Server": server}, "runc"))
 
 
 async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
@@ -2497,6 +2648,7 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
     if command[1] == "pull":  # the one command that may need a proxy itself
         environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    log.debug("starting: %s", shlex.join(clip(part, 200) for part in command))
     try:
         return await anyio.open_process(
             command,
@@ -2504,6 +2656,7 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
             start_new_session=True,
         )
     except OSError as error:
@@ -2517,6 +2670,7 @@ async def run_command(
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str, str]:
     """Run an engine command to its end; its exit status, output (MAX_FRAME bytes at most) and errors."""
+    started = time.monotonic()
     process = await open_command(command, stdin)
     output, errors = bytearray(), bytearray()
 
@@ -2542,6 +2696,7 @@ async def run_command(
             process.kill()
         with anyio.CancelScope(shield=True):
             await process.aclose()
+    log.debug("`%s` ended with exit status %s after %.3f s", command[1], code, time.monotonic() - started)
     return code, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
 
@@ -2557,10 +2712,15 @@ def names_in(output: str) -> list[str]:
     return [name for name in output.split() if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}", name)]
 
 
+def without_passwords(text: str) -> str:
+    """The text, with what an address has between its scheme and its host hidden."""
+    return re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
+
+
 def last_line(text: str) -> str:
-    """The last line with something in it, printable and short: engines say the reason last."""
+    """The last line with something in it, printable, short and without passwords: engines say the reason last."""
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    said = lines[-1] if lines else ""
+    said = without_passwords(lines[-1]) if lines else ""
     return textwrap.shorten("".join(char if char.isprintable() else " " for char in said), 300, placeholder=" …")
 
 
@@ -2601,7 +2761,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
             docker.image, host_image_name(), engine.kind, docker.image,
         )  # fmt: skip
         return Image(host_image_name(), identity, "made from this host's Python")
-    report(f"pulling {docker.image}")
+    report(f"pulling {docker.image} (once; the network decides how long that takes)")
     try:
         code, _, errors = await run_command(
             [engine.command, "pull", docker.image],
@@ -2809,12 +2969,11 @@ async def _build_now(
     engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
 ) -> str:
     packages = ", ".join(config.package.preinstalled)
-    report(f"preparing the image with {packages} (once; a minute or so)")
-    report(progress_bar(1, BUILD_STEPS, f"fetching {config.package.installer}"))
+    report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
     task = {"task": "build", "requirements": config.package.preinstalled}
     async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
         outcome.require_success(f"{packages} could not be installed")
-        report(progress_bar(BUILD_STEPS, BUILD_STEPS, "saving the image"))
+        report(build_status(BUILD_STEPS, "saving the image"))
         await engine.run(
             "commit",
             f"--change=LABEL {BASE_LABEL}={base.id}",
@@ -2832,9 +2991,10 @@ BUILD_ATTEMPTS = 3
 BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
 
 
-def progress_bar(step: int, steps: int, text: str) -> str:
-    """How far something long is, in a line."""
-    return f"{'█' * step}{'░' * (steps - step)} {text}"
+def build_status(step: int, text: str) -> str:
+    """How far the derived image is: each line says it all, as a client may show any of them, and only one."""
+    bar = "█" * step + "░" * (BUILD_STEPS - step)
+    return f"{bar} preparing the image (once; a minute or so): {text}"
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
@@ -2889,7 +3049,7 @@ def shorten_installer_output(output: str) -> str:
         for line in lines
         if re.match(r"(?i)error|hint:|cause:|caused by:|.*(was not found|has no |no matching)", line)
     ]
-    return "\n".join(telling[-8:] or lines[-8:])[:2000]
+    return without_passwords("\n".join(telling[-8:] or lines[-8:]))[:2000]
 
 
 @asynccontextmanager
@@ -2921,7 +3081,7 @@ async def helper_container(
                         break
                     step = frame.get("step", int, NONE) or step
                     text = last_line(frame.get("text", str))
-                    report(progress_bar(step, BUILD_STEPS, text) if step else text)
+                    report(build_status(step, text) if step else text)
             except (
                 anyio.EndOfStream,
                 anyio.IncompleteRead,
@@ -3134,9 +3294,26 @@ class SandboxInfo:
     memory: int | None  # bytes in use
 
 
+SESSION_CONTAINER = "python-docker-mcp-session-"
+
+
 def session_container(session: str) -> str:
     """The name of a session's container. Not the session's own: an id is no argument for an engine."""
-    return f"python-docker-mcp-session-{hashlib.sha256(session.encode()).hexdigest()[:24]}"
+    return f"{SESSION_CONTAINER}{hashlib.sha256(session.encode()).hexdigest()[:24]}"
+
+
+def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequence[str]) -> dict[str, Any]:
+    """What a supervisor is told, with a digest of all that makes its sandbox what it is, or would make another."""
+    settings = {
+        "working_dir": config.docker.working_dir,
+        "idle_timeout": config.session.idle_timeout,
+        "allowed_modules": config.allowed_modules,
+        "blocked_modules": config.blocked_modules,
+        "preload": preload,
+        "packages": image.packages,
+    }
+    everything = [engine.sandbox_arguments("", image, config, {}), image.id, GUEST_SOURCE, settings]
+    return {**settings, "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]}
 
 
 class Answer:
@@ -3169,10 +3346,11 @@ class Sandbox:
         self._greeted = anyio.Event()
         self.packages: str | None = None  # the folder with what was installed for its session
         self.expired = False  # whether the session was not used for too long, and has ended
+        self.left = False  # whether we have said farewell
         self._answers: dict[str, Answer] = {}
         self._unread: Answer | None = None
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
-        self.asked: str | None = None  # id of the last call that was sent
+        self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -3193,22 +3371,15 @@ class Sandbox:
         Raises:
             EngineError: the engine did not start it, or it did not come up.
         """
-        settings = {
-            "owner": owner,
-            "working_dir": config.docker.working_dir,
-            "idle_timeout": config.session.idle_timeout,
-            "allowed_modules": config.allowed_modules,
-            "blocked_modules": config.blocked_modules,
-            "preload": preload,
-            "packages": image.packages,
-        }
+        settings = guest_settings(engine, image, config, preload)
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
-        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, owner))
+        labels = {"owner": owner, "settings": settings["digest"]}
+        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, labels))
         sandbox = cls(engine, name, process, tasks)
         tasks.start_soon(sandbox._serve)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                await sandbox._write(program(GUEST_SOURCE, "supervise", settings))
+                await sandbox._write(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
                 await sandbox._greeted.wait()
             if sandbox._greeting is None:
                 raise EngineError(f"A sandbox could not be started: {sandbox._last_words()}")
@@ -3220,20 +3391,32 @@ class Sandbox:
         except BaseException:
             await sandbox.remove()
             raise
+        log.debug("the sandbox %s is ready after %.3f s", name, time.monotonic() - sandbox.created)
         return sandbox
 
     @classmethod
     async def plug_in(
-        cls, engine: Engine, name: str, session: str | None, owner: str, tasks: anyio.abc.TaskGroup
+        cls,
+        engine: Engine,
+        name: str,
+        session: str | None,
+        owner: str,
+        tasks: anyio.abc.TaskGroup,
+        settings: str | None = None,
     ) -> Sandbox | SandboxInfo | None:
-        """Take the sandbox over if it holds `session` and nobody has it; else what it says of itself, if anything."""
+        """Take over a sandbox that nobody has, if it holds `session`, or none and was made with the digest `settings`.
+
+        Else: what it says of itself, if anything.
+        """
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
         with anyio.move_on_after(ATTACH_TIMEOUT):
-            await sandbox._write(json.dumps({"session": session, "owner": owner}).encode() + b"\n")
+            await sandbox._send({"session": session, "settings": settings, "owner": owner})
             await sandbox._greeted.wait()
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
+            sandbox.created -= sandbox.info().age
+            log.debug("taken over: the session %s in the container %s", session, name)
             return sandbox
         sandbox._kill_client()
         return sandbox.info(greeting) if greeting else None
@@ -3294,6 +3477,7 @@ class Sandbox:
                     self.info(frame)  # refuses what no supervisor says of itself
                     self.packages = frame.get("packages", str, NONE)
                     self._unread = self._expect(unread) if unread and kind == "ready" else None
+                    self.asked = frame.get("begun", str, NONE)
                     self._greeting = frame
                     self._greeted.set()
                 elif kind == "farewell":
@@ -3339,49 +3523,46 @@ class Sandbox:
 
     # ── a call ──
 
-    async def call(
-        self, request: Request, on_output: OnOutput | None = None, interrupt: anyio.Event | None = None
-    ) -> Result:
-        """Run code, and tell what came of it. Setting `interrupt` stops the code; so does being cancelled."""
+    async def call(self, request: Request, on_output: OnOutput | None = None) -> Result:
+        """Run code, and tell what came of it. Being cancelled stops the code."""
         call_id = secrets.token_hex(8)
+        log.debug("call %s of %s in the container %s", call_id, request.session or "no session", self.name)
         *parts, run = request.frames(call_id)
         answer = self._expect(call_id)
-        stop = {"op": "interrupt", "id": call_id}
-
-        async def interrupt_when_set(event: anyio.Event) -> None:
-            await event.wait()
-            await self._send(stop)
-
         settled = True  # as long as nothing of it runs
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
-                async with contextlib.AsyncExitStack() as stack:
-                    await self._idle.wait()
-                    if interrupt is not None:
-                        tasks = await stack.enter_async_context(open_tasks())
-                        tasks.start_soon(interrupt_when_set, interrupt)
-                    for part in parts:
-                        await self._send(part)
-                    settled, self.asked = False, call_id
-                    await self._send(run)
-                    result = await self._collect(answer, request.session, on_output, request.output_limit)
-                    settled = True
-                    return result
+                await self._idle.wait()
+                for part in parts:
+                    await self._send(part)
+                settled, self.asked = False, call_id
+                await self._send(run)
+                result = await self._collect(answer, request.session, on_output, request.output_limit)
+                settled = True
+                log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
+                return result
             settled = True
-            await self.remove()
+            return await self._give_up(request.session)
         finally:
-            if settled:
+            if settled or self.left:
                 self._forget(answer)
             else:  # the caller does not wait any more: then the code must not go on either
                 self._idle = anyio.Event()
-                self._tasks.start_soon(self._settle, answer, stop, self._idle)
-        message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
-        return Result("timeout", message=message, session=request.session, state="lost" if request.session else None)
+                self._tasks.start_soon(self._settle, answer, self._idle)
 
-    async def _settle(self, answer: Answer, stop: dict[str, Any], idle: anyio.Event) -> None:
+    async def interrupt(self) -> None:
+        """Have the running code interrupted; how it ends is its call's result."""
+        await self._send({"op": "interrupt", "id": self.asked})
+
+    async def _give_up(self, session: str | None) -> Result:
+        await self.remove()
+        message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
+        return Result("timeout", message=message, session=session, state="lost" if session else None)
+
+    async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
         """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
         with anyio.move_on_after(GRACE + SLACK / 4) as patience:
-            await self._send(stop)
+            await self.interrupt()
             if (await self._collect(answer, None, None, None)).lost:
                 self.lost = "a call was cancelled, and its code did not stop in time"
         if patience.cancelled_caught:
@@ -3389,18 +3570,33 @@ class Sandbox:
         self._forget(answer)
         idle.set()
 
-    async def read_unread(self, on_output: OnOutput | None = None) -> Result | None:
-        """The end of the call that was running when its host left, as far as it was kept. Waits for it."""
-        if not self._unread:
-            return None
-        result = await self._collect(self._unread, self.info().session, on_output, BACKLOG_LIMIT)
-        self._forget(self._unread)
-        self._unread = None
-        return result
+    @property
+    def has_unread(self) -> bool:
+        """Whether there is a call that was running when its host left, and whose end nobody has been told."""
+        return self._unread is not None
 
-    def has_begun(self, call_id: str | None) -> bool:
-        """Whether the last call that came to the supervisor before we plugged into it was this one."""
-        return self._greeting is not None and self._greeting.get("begun", str, NONE) == call_id
+    @property
+    def told_before(self) -> int:
+        """Bytes of that call's output that its host was told."""
+        return int(self._greeting.get("told", int)) if self._greeting else 0
+
+    @property
+    def ran_before(self) -> float:
+        """Seconds that it had run when we plugged in."""
+        return self._greeting.seconds("ran") if self._greeting else 0.0
+
+    async def read_unread(self, on_output: OnOutput | None = None) -> Result:
+        """The end of such a call, as far as it was kept. Waits for it."""
+        assert self._unread is not None
+        assert self._greeting is not None
+        answer, self._unread = self._unread, None
+        session = self.info().session
+        try:
+            with anyio.move_on_after(self._greeting.seconds("left") + SLACK):
+                return await self._collect(answer, session, on_output, BACKLOG_LIMIT)
+            return await self._give_up(session)
+        finally:
+            self._forget(answer)
 
     def _expect(self, call_id: str) -> Answer:
         answer = self._answers[call_id] = Answer(call_id)
@@ -3470,6 +3666,7 @@ class Sandbox:
 
     async def leave(self) -> None:
         """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
+        self.left = True
         await self._part_with("farewell")
 
     async def end(self) -> None:
@@ -3495,6 +3692,7 @@ class Sandbox:
             with anyio.move_on_after(ATTACH_TIMEOUT):
                 async for frame in answer.frames:
                     if frame.get("kind", str) == "recycled":
+                        self.asked = None
                         return bool(frame.get("clean", bool))
         except ProtocolError as error:
             log.error("the sandbox %s is given up: %s", self.name, error)
@@ -3718,8 +3916,71 @@ class Session:
 
     lock: anyio.Lock = field(default_factory=anyio.Lock)
     sandbox: Sandbox | None = None
+    ongoing: Ongoing | None = None  # the call that was begun, until its result has been told
     lost: str | None = None  # why the last sandbox is gone, for the next call to tell
     used: float = 0.0  # when its last call began
+    is_coming: bool = False  # whether a sandbox is on its way
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has a sandbox, or is about to."""
+        return self.is_coming or (self.sandbox is not None and not self.sandbox.gone.is_set())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody is at it, or its code goes on without anybody."""
+        return self.lock.locked() or (self.ongoing is not None and not self.ongoing.ended.is_set())
+
+
+class Ongoing:
+    """A call in a session, apart from whoever waits for its result: it goes on when they don't any more."""
+
+    def __init__(self, session: str, request: Request | None, ran: float = 0.0) -> None:
+        self.session = session
+        self.request = request  # None if it was an earlier host's
+        self.on_output: OnOutput | None = None  # of whoever waits
+        self.ended = anyio.Event()
+        self._scope = anyio.CancelScope()
+        self._outcome: Result | Exception | None = None
+        self._started = time.monotonic() - ran
+        self._output: list[Text | Rich | Omitted] = []  # that nobody has been told
+        self._told = False
+
+    async def run(self, work: Callable[[OnOutput], Awaitable[Result]]) -> None:
+        """Do the work, which takes whom to give the output to."""
+        try:
+            with self._scope:
+                self._outcome = await work(self._hear)
+        except Exception as error:  # whatever it is: it is for those who wait, not for this task's parent
+            self._outcome = error
+        finally:
+            self.ended.set()
+
+    async def cancel(self) -> None:
+        """Stop it, and wait until nobody is at its sandbox any more."""
+        with anyio.CancelScope(shield=True):
+            self._scope.cancel()
+            await self.ended.wait()
+
+    async def _hear(self, item: Text | Rich | Omitted) -> None:
+        if self.request is None or self.request.output_limit is not None:
+            self._output.append(item)
+        if self.on_output:
+            await self.on_output(item)
+
+    def tell(self, waiting_for: str) -> Result:
+        """The result; as long as there is none, the output so far. What was told once is not told again."""
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        if self._outcome and not self._told:
+            return self._outcome
+        output, self._output = merge(self._output), []
+        if self._outcome:
+            return dataclasses.replace(self._outcome, output=output)
+        self._told = True
+        wall = time.monotonic() - self._started
+        message = f"the call has not ended after {wall:.0f} seconds" + (f": {waiting_for}" if waiting_for else "")
+        return Result("running", output, message=message, session=self.session, wall=wall)
 
 
 def describe_installation(
@@ -3819,6 +4080,15 @@ class Pool:
         else:
             await sandbox.end()
 
+    async def adopt(self, sandbox: Sandbox) -> None:
+        """Take in a ready sandbox that another host left, unless it is too old or too much."""
+        if self._count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
+            self._count += 1
+            self._own(sandbox)
+            self._put(sandbox)
+        else:
+            await sandbox.end()
+
     def _put(self, sandbox: Sandbox) -> None:
         self.ready.append(sandbox)
         self._changed.set()
@@ -3858,9 +4128,12 @@ class Pool:
         except BaseException:
             self._free_place()
             raise
+        self._own(sandbox)
+        return sandbox
+
+    def _own(self, sandbox: Sandbox) -> None:
         self._counted.add(sandbox)
         self._tasks.start_soon(self._watch, sandbox)
-        return sandbox
 
     async def _watch(self, sandbox: Sandbox) -> None:
         """Free the place of a sandbox that is gone; one that was ready is replaced."""
@@ -3914,11 +4187,13 @@ class Runner:
         filename: str | None = None,
         arguments: Sequence[str] = (),
         is_new: bool = False,
+        answer_within: float | None = None,
     ) -> Result:
         """Run code: in a fresh sandbox of its own, or in the session's.
 
         Args:
-            code: Python source; the value of an expression at its end is returned too.
+            code: Python source; the value of an expression at its end is returned too. If there is none, and a call is
+                going on in the session, the result is that call's.
             session: keeps variables, imports and files under this name from call to call; made if there is none yet.
                 Calls on one session queue; cancelling the awaiting task cancels the code.
             state: variables to start with; with it (even if empty) the result tells the variables at the end.
@@ -3929,28 +4204,35 @@ class Runner:
             filename: the name the code goes by in tracebacks; it also becomes `__file__`, in the working directory.
             arguments: for `sys.argv[1:]`.
             is_new: that there can't be such a session yet, as its id was just drawn: this saves looking for it.
+            answer_within: seconds after which, in a session, the status `running` is returned with the output so far.
+                The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
 
         Raises:
             RequestError: an argument can't be accepted.
             EngineError, ImageError: there is nothing to run the code in.
-            SessionError: another program is using the session.
+            SessionError: another program is using the session, or a call that was not waited for is going on in it.
         """
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
         request = Request(code, session, state, timeout, filename, tuple(arguments), limit)
         if session is None:
-            result = await self._execute_transient(request, on_output, interrupt)
-        else:
-            result = await self._execute_in_session(
-                self._sessions.setdefault(session, Session()), request, on_output, interrupt, is_new
-            )
+            return self._explain(await self._execute_transient(request, on_output, interrupt), request)
+        entry = self._sessions.setdefault(session, Session())
+        deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
+        return await self._execute_in_session(entry, request, on_output, interrupt, is_new, deadline)
+
+    def _explain(self, result: Result, request: Request | None) -> Result:
+        """The result with a word on what happened, and on what can be done about it, where that is known."""
         if result.status == "out_of_memory":
             message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
             hint = "Work on less data at a time, or have the operator raise docker.memory_limit."
             return dataclasses.replace(result, message=message, hint=hint)
         if result.status == "timeout" and not result.message:
-            result = dataclasses.replace(result, message=f"the code did not end within {timeout:g} seconds")
-        advice = advise(result.exception, code)
+            limit = f"within {request.timeout:g} seconds" if request else "in time"
+            result = dataclasses.replace(result, message=f"the code did not end {limit}")
+        if request and request.session and not request.code.strip():
+            return dataclasses.replace(result, hint="There was no code to run, and none running to wait for.")
+        advice = advise(result.exception, request.code if request else "")
         if advice and self.image and self.image.problem and result.exception and result.exception.missing:
             advice += f" ({self.image.problem})"
         return dataclasses.replace(result, hint=advice)
@@ -3963,7 +4245,8 @@ class Runner:
         dispose = sandbox.end
         try:
             with self._counted():
-                result = await sandbox.call(request, on_output, interrupt)
+                async with interruptible(lambda: sandbox, interrupt):
+                    result = await sandbox.call(request, on_output)
             if self.config.pool.reuse and result.status in ("ok", "error"):
                 dispose = functools.partial(self._pool.give_back, sandbox)
             return result
@@ -3981,23 +4264,74 @@ class Runner:
         on_output: OnOutput | None,
         interrupt: anyio.Event | None,
         is_new: bool,
+        deadline: float,
     ) -> Result:
         assert request.session is not None
+        earlier = None
         async with session.lock:
-            sandbox = await self._sandbox_of(session, request.session, is_new)
             session.used = time.monotonic()
-            with self._counted():
-                unread = await sandbox.read_unread()
-                is_new = sandbox.asked is None and sandbox.has_begun(None) and not session.lost
-                result = await sandbox.call(request, on_output, interrupt)
-                lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
-                if result.status == "died" and sandbox.expired:
-                    session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
-                    sandbox = await self._sandbox_of(session, request.session)
-                    result = await sandbox.call(request, on_output, interrupt)
-                elif result.status == "died" and sandbox.gone.is_set():
-                    result = await self._resume(session, sandbox, request, result, on_output, interrupt)
-            return dataclasses.replace(result, unread=unread, lost_before=result.lost_before or lost, is_new=is_new)
+            await self._look_for(session, request.session, is_new)
+            if session.ongoing:
+                if not request.code.strip():
+                    return await self._answer(session, on_output, interrupt, deadline)
+                await self._require_end(session.ongoing, can_wait=deadline == math.inf)
+                earlier = await self._answer(session, None, None, math.inf)
+            ongoing = session.ongoing = Ongoing(request.session, request)
+            self._tasks.start_soon(ongoing.run, functools.partial(self._call_in_session, session, request, is_new))
+            try:
+                result = await self._answer(session, on_output, interrupt, deadline)
+            except anyio.get_cancelled_exc_class():
+                session.ongoing = None
+                await ongoing.cancel()
+                raise
+        return dataclasses.replace(result, unread=earlier)
+
+    async def _answer(
+        self, session: Session, on_output: OnOutput | None, interrupt: anyio.Event | None, deadline: float
+    ) -> Result:
+        """The result of the session's call or, if it has none by the deadline, what there is of it."""
+        ongoing = session.ongoing
+        assert ongoing is not None
+        ongoing.on_output = on_output
+        try:
+            with anyio.CancelScope(deadline=deadline):
+                async with interruptible(lambda: session.sandbox, interrupt):
+                    await ongoing.ended.wait()
+        finally:
+            ongoing.on_output = None
+        if ongoing.ended.is_set():
+            session.ongoing = None
+        return self._explain(ongoing.tell(self.status), ongoing.request)
+
+    async def _require_end(self, ongoing: Ongoing, *, can_wait: bool = False) -> None:
+        """Wait for a session's call to end: a moment, for it may be just ending, or as long as it takes.
+
+        Raises:
+            SessionError: it goes on.
+        """
+        with anyio.move_on_after(None if can_wait else MOMENT):
+            await ongoing.ended.wait()
+        if not ongoing.ended.is_set():
+            raise SessionError(
+                f"In the session {ongoing.session!r} the code of an earlier call is still running: wait for it by a "
+                "call with empty code, which can also interrupt it, or use another session."
+            )
+
+    async def _call_in_session(self, session: Session, request: Request, is_new: bool, on_output: OnOutput) -> Result:
+        """Make the call in the session's sandbox, or, where that has come to an end, in another."""
+        assert request.session is not None
+        sandbox = await self._sandbox_of(session, request.session, is_new)
+        with self._counted():
+            is_new = sandbox.asked is None and not session.lost
+            result = await sandbox.call(request, on_output)
+            lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
+            if result.status == "died" and sandbox.expired:
+                session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
+                sandbox = await self._sandbox_of(session, request.session)
+                result = await sandbox.call(request, on_output)
+            elif result.status == "died" and sandbox.gone.is_set() and not sandbox.left:
+                result = await self._resume(session, sandbox, request, result, on_output)
+        return dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new)
 
     async def _resume(
         self,
@@ -4005,8 +4339,7 @@ class Runner:
         gone: Sandbox,
         request: Request,
         begun: Result,
-        on_output: OnOutput | None,
-        interrupt: anyio.Event | None,
+        on_output: OnOutput,
     ) -> Result:
         """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
         assert request.session is not None
@@ -4014,12 +4347,12 @@ class Runner:
         if not sandbox:
             session.lost = None  # `begun` tells it
             return begun
-        if not sandbox.has_begun(gone.asked):
-            return await sandbox.call(request, on_output, interrupt)
-        rest = await sandbox.read_unread(on_output)
-        if not rest:
+        if sandbox.asked != gone.asked:
+            return await sandbox.call(request, on_output)
+        if not sandbox.has_unread:
             message = "the connection to the container was cut, and the end of the call with it"
             return dataclasses.replace(begun, state="preserved", message=message)
+        rest = await sandbox.read_unread(on_output)
         return dataclasses.replace(rest, output=merge((*begun.output, *rest.output)))
 
     @contextlib.contextmanager
@@ -4030,16 +4363,43 @@ class Runner:
         finally:
             self.running -= 1
 
-    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False) -> Sandbox:
-        """The session's sandbox: the one we have, one that an earlier host left, or a new one."""
+    async def _look_for(self, session: Session, name: str, is_new: bool = False) -> None:
+        """See whether there is a sandbox of this session, left by an earlier host perhaps in the middle of a call."""
+        if session.ongoing:
+            return
         if session.sandbox and session.sandbox.gone.is_set():
-            session.sandbox = await self._find_session(name)  # perhaps only the connection ended, by a killed client
-            session.lost = None if session.sandbox else "its container ended"
+            await self._look_again(session, name)
         elif not session.sandbox and not is_new:
             session.sandbox = await self._find_session(name)
+        if session.sandbox and session.sandbox.has_unread:
+            session.ongoing = Ongoing(name, None, session.sandbox.ran_before)
+            self._tasks.start_soon(session.ongoing.run, functools.partial(self._read_unread, session.sandbox))
+
+    async def _look_again(self, session: Session, name: str) -> None:
+        """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
+        session.sandbox = await self._find_session(name)
+        session.lost = None if session.sandbox else "its container ended"
+
+    async def _read_unread(self, sandbox: Sandbox, on_output: OnOutput) -> Result:
+        """What an earlier host was not told of the session's call any more."""
+        gap = (Omitted(sandbox.told_before),) if sandbox.told_before else ()
+        for item in gap:
+            await on_output(item)
+        with self._counted():
+            result = await sandbox.read_unread(on_output)
+        return dataclasses.replace(result, output=(*gap, *result.output))
+
+    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False) -> Sandbox:
+        """The session's sandbox, a new one if it has none."""
+        if session.sandbox and session.sandbox.gone.is_set():
+            await self._look_again(session, name)
         if not session.sandbox:
             await self._make_room()
-            session.sandbox = await self._pool.lease()
+            session.is_coming = True
+            try:
+                session.sandbox = await self._pool.lease()
+            finally:
+                session.is_coming = False
             self._pool.let_go(session.sandbox)
             if is_new:
                 self._tasks.start_soon(self._claim_later, session, name)
@@ -4050,10 +4410,10 @@ class Runner:
     async def _make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
         most = self.config.session.max
-        there = {name: one for name, one in self._sessions.items() if one.sandbox and not one.sandbox.gone.is_set()}
+        there = {name: one for name, one in self._sessions.items() if one.is_there}
         if len(there) < most:
             return
-        idle = [name for name, one in there.items() if not one.lock.locked()]
+        idle = [name for name, one in there.items() if not one.is_busy]
         if not (self.config.session.evict and idle):
             raise SessionError(
                 f"There are {len(there)} sessions already, which is the most allowed (session.max): "
@@ -4145,8 +4505,11 @@ class Runner:
                 self._report("")
 
     def _report(self, status: str) -> None:
-        if status and status != self.status:
-            (self.on_status or log.info)(status)
+        if status != self.status:
+            if self.on_status:
+                self.on_status(status)
+            elif status:
+                log.info("%s", status)
         self.status = status
 
     async def install(self, requirement: str, *, session: str | None = None) -> Installation:
@@ -4173,6 +4536,9 @@ class Runner:
         else:
             entry = self._sessions.setdefault(session, Session())
             async with entry.lock:
+                await self._look_for(entry, session)
+                if entry.ongoing:
+                    await self._require_end(entry.ongoing)
                 sandbox = await self._sandbox_of(entry, session)
                 outcome = await self._install(name, text, sandbox)
                 if outcome.ok and outcome.folder:
@@ -4194,6 +4560,7 @@ class Runner:
             "image": self.image.packages.rpartition("/")[2],
         }
         helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
+        self._report(f"installing {requirement}")
         try:
             with anyio.fail_after(INSTALL_TIMEOUT):
                 async with helper_container(
@@ -4213,11 +4580,10 @@ class Runner:
             SessionError: there is no such session.
         """
         Request("", session)
-        entry = self._sessions.get(session)
-        if entry is None or entry.sandbox is None:
-            entry = self._sessions.setdefault(session, Session())
+        entry = self._sessions.setdefault(session, Session())
+        if entry.sandbox is None:
             async with entry.lock:
-                entry.sandbox = entry.sandbox or await self._find_session(session)
+                await self._look_for(entry, session)
         if entry.sandbox is None or entry.sandbox.gone.is_set():
             raise SessionError(f"There is no session {session!r}.")
         return await entry.sandbox.read_file(path, offset, length)
@@ -4225,19 +4591,26 @@ class Runner:
     async def list_sandboxes(self) -> list[SandboxInfo]:
         """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
         engine = await self._find_engine()
-        answers: list[SandboxInfo] = []
+        answers = await self._ask(engine, await engine.sandboxes())
+        return sorted((info for info in answers if isinstance(info, SandboxInfo)), key=lambda info: -info.age)
+
+    async def _ask(
+        self, engine: Engine, names: Sequence[str], settings: str | None = None
+    ) -> list[Sandbox | SandboxInfo]:
+        """What containers of ours say of themselves; of those made with the digest `settings`, the ones nobody has."""
+        answers: list[Sandbox | SandboxInfo] = []
         at_once = anyio.CapacityLimiter(MAX_PLUGS)
 
         async def ask(name: str) -> None:
             async with at_once:
-                answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks)
-            if isinstance(answer, SandboxInfo):
+                answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks, settings)
+            if answer:
                 answers.append(answer)
 
         async with anyio.create_task_group() as tasks:
-            for name in await engine.sandboxes():
+            for name in names:
                 tasks.start_soon(ask, name)
-        return sorted(answers, key=lambda info: -info.age)
+        return answers
 
     async def prune(self) -> list[str]:
         """Remove our containers that do not run, and did not a good while ago either; their names.
@@ -4271,8 +4644,26 @@ class Runner:
             self._sessions.pop(name, None)
         return sandbox is not None
 
+    async def _warm_up(self) -> None:
+        """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
+        with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
+            await self._prepare()
+            assert self.engine is not None
+            assert self.image is not None
+            settings = guest_settings(self.engine, self.image, self.config, self.config.pool.preload)["digest"]
+            names = await self.engine.sandboxes(settings=settings)
+            unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
+            for sandbox in await self._ask(self.engine, unnamed, settings):
+                if isinstance(sandbox, Sandbox):
+                    await self._pool.adopt(sandbox)
+        self._pool.keep_warm()
+
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
+            engine = await self._find_engine()
+            problem = runc_problem(engine.runc)
+            if problem and self.config.docker.runtime in (None, "runc"):
+                log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
             for name in await self.prune():
                 log.info("removed the container %s, which never ran", name)
 
@@ -4290,20 +4681,40 @@ async def open_runner(
     """A Runner for the time of an `async with`.
 
     It starts nothing by itself, the first call does; unless it is to be `warm`: then it prepares the image and a pool
-    of sandboxes in the background, while calls can come already. `on_status` is told what takes long.
+    of sandboxes in the background, while calls can come already. `on_status` is told what takes long, and an
+    empty text when that is over.
 
     At the end sessions are left detached: their containers wait `session.idle_timeout` for somebody to come back.
     """
     async with open_tasks() as tasks:
         runner = Runner(config or Config(), tasks, on_status)
         if warm:
-            runner._pool.keep_warm()
+            tasks.start_soon(runner._warm_up)
             tasks.start_soon(runner._tidy)
         try:
             yield runner
         finally:
             with anyio.CancelScope(shield=True):
                 await runner._leave()
+
+
+@asynccontextmanager
+async def interruptible(sandbox: Callable[[], Sandbox | None], interrupt: anyio.Event | None) -> AsyncIterator[None]:
+    """Within the block the setting of `interrupt` interrupts what runs in the sandbox that is there by then."""
+
+    async def interrupt_when_set(event: anyio.Event) -> None:
+        await event.wait()
+        while True:  # again and again, for what is to be interrupted may not have begun; once it has, only one counts
+            if target := sandbox():
+                await target.interrupt()
+            await anyio.sleep(GRACE / 4)
+
+    if interrupt is None:
+        yield
+        return
+    async with open_tasks() as tasks:
+        tasks.start_soon(interrupt_when_set, interrupt)
+        yield
 
 
 @asynccontextmanager
@@ -4322,19 +4733,926 @@ async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
         raise error
 
 
+# ── doctor ──
+#
+# Whether the walls hold is found out by running into them: `examine` has the functions of the probe run in sandboxes
+# that are started and called like any other, and CHECKS judges what they met.
+
+
+# ════════ probe: from here to the closing line, the doctor runs this in a sandbox, as code like any other ════════
+
+
+def refusal(action: Callable[..., object], *arguments: Any) -> str | None:
+    """The name of the error with which the kernel refuses something; None if it lets it be done."""
+    try:
+        action(*arguments)
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, type(error).__name__)
+    return None
+
+
+def look_around(files: int) -> dict[str, Any]:
+    """What a sandbox is like from inside, and how it answers what can be tried at no cost."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    networks = [name for _, name in socket.if_nameindex()]
+    alone = networks in ([], ["lo"])  # if not, that tells enough, and waiting for a network's answer nothing more
+    return {
+        "status": dict(line.partition(":\t")[::2] for line in read("/proc/self/status").splitlines()),
+        "no_new_privs": libc.prctl(39, 0, 0, 0, 0),
+        "seccomp": libc.prctl(21, 0, 0, 0, 0),
+        "seccomp_of_1": "".join(line.split()[1] for line in read("/proc/1/status").splitlines() if "Seccomp:" in line),
+        "users": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
+        "user_map": read("/proc/self/uid_map").split(),
+        "environment": dict(os.environ),
+        "cgroups": {name: read_limit(name) for name in ("memory", "swap", "cpu", "pids")},
+        "cgroup_version": 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1,
+        "host_swap": "".join(line.split()[1] for line in read("/proc/meminfo").splitlines() if "SwapTotal" in line),
+        "cpus": os.cpu_count(),
+        "creating": {folder: create_in(folder) for folder in ("/", "/packages")},
+        "writable": list(writable_places()),
+        "devices": list(unusual_devices()),
+        "networks": networks,
+        "connecting": refusal(socket.create_connection, ("1.1.1.1", 53), 2) if alone else None,
+        "resolving": refusal(socket.gethostbyname, "example.com") if alone else None,
+        "process_1": dict(reach_for_process_1(libc)),
+        "system_calls": dict(call_the_kernel(libc)),
+        "files": open_all(files),
+        "becoming_root": refusal(os.setuid, 0),
+        "changing_root": refusal(os.chroot, "/"),
+        "making_a_device": refusal(make_device, "/tmp/python-docker-mcp-doctor"),
+    }
+
+
+def read(path: str) -> str:
+    """A file's text; nothing if there is none."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def read_limit(name: str) -> str:
+    """A limit as the container's cgroup has it, in either version's words; nothing if it is not shown."""
+    old = {
+        "memory": "memory/memory.limit_in_bytes",
+        "swap": "memory/memory.memsw.limit_in_bytes",
+        "cpu": "cpu/cpu.cfs_quota_us",
+        "pids": "pids/pids.max",
+    }
+    new = {"memory": "memory.max", "swap": "memory.swap.max", "cpu": "cpu.max", "pids": "pids.max"}
+    if text := read(f"/sys/fs/cgroup/{new[name]}"):
+        return text.strip()
+    period = f" {read('/sys/fs/cgroup/cpu/cpu.cfs_period_us')}" if name == "cpu" else ""
+    return (read(f"/sys/fs/cgroup/{old[name]}") + period).strip().replace("\n", "")
+
+
+def create_in(folder: str) -> str | None:
+    """The error with which creating something in a folder is refused."""
+    reason = refusal(os.mkdir, f"{folder}/python-docker-mcp-doctor")
+    if reason is None:
+        os.rmdir(f"{folder}/python-docker-mcp-doctor")
+    return reason
+
+
+def make_device(path: str) -> None:
+    """Make a device, the host's first disk, and open it."""
+    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(8, 0))
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    finally:
+        os.unlink(path)
+
+
+def writable_places() -> Iterator[str]:
+    """The mounted folders and files that may be written."""
+    for line in read("/proc/self/mountinfo").splitlines():
+        path = line.split()[4].replace("\\040", " ")
+        is_kernels = path.split("/")[1] in ("proc", "sys")
+        if not is_kernels and (os.path.isdir(path) or os.path.isfile(path)) and os.access(path, os.W_OK):
+            yield path
+
+
+def unusual_devices() -> Iterator[str]:
+    """Devices that may be read or written and are not those that every container has."""
+    usual = {"null", "zero", "full", "random", "urandom", "tty", "console", "ptmx"}
+    for folder, folders, names in os.walk("/dev"):
+        folders[:] = [name for name in folders if name not in ("pts", "shm", "mqueue", "fd")]
+        for path in (os.path.join(folder, name) for name in names if name not in usual):
+            with contextlib.suppress(OSError):
+                is_device = stat.S_IFMT(os.lstat(path).st_mode) in (stat.S_IFBLK, stat.S_IFCHR)
+                if is_device and (os.access(path, os.R_OK) or os.access(path, os.W_OK)):
+                    yield path
+
+
+def reach_for_process_1(libc: Any) -> Iterator[tuple[str, str | None]]:
+    """What refuses to let process 1 be looked into."""
+    for name in ("mem", "environ", "maps"):
+        yield name, refusal(os.open, f"/proc/1/{name}", os.O_RDONLY)
+    yield "fd", refusal(os.listdir, "/proc/1/fd")
+    attached = libc.ptrace(16, 1, 0, 0) == 0
+    yield "ptrace", None if attached else errno.errorcode.get(ctypes.get_errno(), "?")
+    if attached:
+        libc.ptrace(17, 1, 0, 0)
+
+
+def call_the_kernel(libc: Any) -> Iterator[tuple[str, str | None]]:
+    """How parts of the kernel that no ordinary program needs, and many escapes did, answer."""
+    keyctl = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
+    calls = [("io_uring", (425, 1, 0)), *([("keyrings", (keyctl, 0, -3, 0))] if keyctl else [])]
+    for name, arguments in calls:
+        answer = libc.syscall(*arguments)
+        yield name, None if answer >= 0 else errno.errorcode.get(ctypes.get_errno(), "?")
+    child = os.fork()
+    if child == 0:
+        os._exit(ctypes.get_errno() if libc.unshare(0x10000000) else 0)
+    code = os.waitpid(child, 0)[1] >> 8
+    yield "user namespaces", errno.errorcode.get(code, "?") if code else None
+    yield "vsock", refusal(lambda: socket.socket(40, socket.SOCK_STREAM).close())
+
+
+def open_all(most: int) -> int:
+    """How many files can be open at once, as far as `most`."""
+    opened: list[int] = []
+    with contextlib.suppress(OSError):
+        while len(opened) < most:
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+    for descriptor in opened:
+        os.close(descriptor)
+    return len(opened)
+
+
+def spend_cpu(processes: int, seconds: float) -> float:
+    """How many cores so many processes get that all want one."""
+    started = time.monotonic()
+    children = []
+    for _ in range(processes):
+        children.append(os.fork())
+        if not children[-1]:
+            while time.monotonic() < started + seconds:
+                pass
+            os._exit(0)
+    used = [os.wait4(child, 0)[2] for child in children]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used) / (time.monotonic() - started)
+
+
+def fork_all(most: int) -> list[Any]:
+    """How many children there can be at once, as far as `most`, and the error that ended it."""
+    gate, opener = os.pipe()
+    children: list[int] = []
+    reason = None
+    try:
+        while len(children) < most:
+            child = os.fork()
+            if child == 0:
+                os.close(opener)
+                os.read(gate, 1)
+                os._exit(0)
+            children.append(child)
+    except OSError as error:
+        reason = errno.errorcode.get(error.errno or 0, "?")
+    os.close(opener)
+    for child in children:
+        os.waitpid(child, 0)
+    os.close(gate)
+    return [len(children), reason]
+
+
+def fill(folder: str, most: int, by_writing: bool) -> list[Any]:
+    """How many bytes a folder takes, as far as `most`, and the error that ended it; or how it takes all at once."""
+    path = f"{folder}/python-docker-mcp-doctor"
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
+    written = 0
+    try:
+        if not by_writing:
+            return [None, refusal(os.posix_fallocate, descriptor, 0, most)]
+        piece = bytes(1 << 20)
+        while written < most:
+            written += os.write(descriptor, piece)
+    except OSError as error:
+        return [written, errno.errorcode.get(error.errno or 0, "?")]
+    finally:
+        os.close(descriptor)
+        os.unlink(path)
+    return [written, None]
+
+
+def hold_memory(size: int) -> int:
+    """Hold so many bytes of memory at once."""
+    return sum(map(len, [b"x" * (1 << 20) for _ in range(size >> 20)]))
+
+
+def import_all(names: list[str]) -> dict[str, str | None]:
+    """Why modules can't be imported; None for those that can."""
+    problems: dict[str, str | None] = {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+            problems[name] = None
+        except Exception as error:
+            problems[name] = f"{type(error).__name__}: {error}"[:200]
+    return problems
+
+
+# ════════ end of probe ════════
+
+PROBE_MODULES = "contextlib ctypes errno importlib os socket stat time".split()
+PROBE_SOURCE = _shipped("probe", PROBE_MODULES)
+
+# What is tried at most, so that an examination harms no host whose limits are high, or do not hold.
+TRIED_MEMORY = 1 << 30  # bytes
+TRIED_DISK = 128 << 20  # bytes written to a folder; they count as memory
+TRIED_OUTPUT = 64 << 20  # bytes
+TRIED_PROCESSES = 2000
+TRIED_FILES = 5000
+SPIN = 0.6  # seconds of computing; a few of the periods, of 0.1 seconds, by which the kernel doles CPU out
+SLOW_START = 5.0  # seconds
+
+Verdict = Literal["ok", "warning", "failed"]
+Judgement = tuple[Verdict, str, str]  # the verdict, what was seen, and unless all is well what to do about it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the doctor says about one thing."""
+
+    check: str
+    verdict: Verdict
+    seen: str
+    remedy: str = ""
+
+
+class UntoldError(Exception):
+    """An attempt ended before it could tell anything."""
+
+
+@dataclass
+class Examination:
+    """What the engine said and what its sandboxes met. The checks judge from this alone."""
+
+    config: Config
+    engine: Engine
+    image: Image
+    version: dict[str, Any]  # what the engine's commands `version` and `info` print
+    info: dict[str, Any]
+    own_runtime_version: str = ""  # of `docker.runtime`, which no engine tells
+    created: str = ""  # when the image was made
+    is_hosts: bool = False  # whether the image is made from this host's Python
+    variables: tuple[str, ...] = ()  # the environment that the image brings, as NAME=VALUE
+    start: float = 0.0  # seconds until the first sandbox had answered a call
+    call: float = 0.0  # seconds for a call after that
+    results: dict[str, Result] = field(default_factory=dict)  # by the name of the attempt, see `attempts`
+
+    def told(self, attempt: str) -> Any:
+        """What the probe found out. Raises UntoldError."""
+        result = self.results[attempt]
+        if result.status != "ok" or result.variables is None:
+            said = result.exception.message if result.exception else result.message
+            raise UntoldError(f"what tries it ended with {result.status}{f' ({said})' if said else ''}")
+        return result.variables["seen"]
+
+    @property
+    def host(self) -> dict[str, Any]:
+        """What Podman says of its host; empty for Docker."""
+        return self.info.get("host") or {}
+
+    @property
+    def runtime(self) -> str:
+        """The name of the OCI runtime for sandboxes."""
+        own = (self.host.get("ociRuntime") or {}).get("name") or self.info.get("DefaultRuntime")
+        return self.config.docker.runtime or str(own or "")
+
+    @property
+    def runtime_version(self) -> str:
+        """The version of that runtime, as far as it can be known."""
+        podman = self.host.get("ociRuntime") or {}
+        if self.runtime == podman.get("name"):
+            return version_in(str(podman.get("version")))
+        return component_version(self.version, self.runtime) or self.own_runtime_version
+
+    @property
+    def runtime_details(self) -> dict[str, Any]:
+        """How that runtime is set up in Docker."""
+        return (self.info.get("Runtimes") or {}).get(self.runtime) or {}
+
+    @property
+    def is_gvisor(self) -> bool:
+        """Whether the sandboxes have gVisor's kernel, and not the host's."""
+        return "runsc" in f"{self.runtime} {self.runtime_details.get('path')}"
+
+    @property
+    def is_rootless(self) -> bool:
+        """Whether the engine itself has no root's rights."""
+        security = self.info.get("SecurityOptions") or []
+        return bool((self.host.get("security") or {}).get("rootless")) or "name=rootless" in security
+
+
+def unkept(examination: Examination, flag: str) -> str:
+    """What to do if a sandbox was started with a flag, and is not as that says."""
+    by_cgroup = flag in ("--memory", "--memory-swap", "--cpus", "--pids-limit")
+    if by_cgroup and "--ignore-cgroups" in (examination.runtime_details.get("runtimeArgs") or []):
+        return (
+            "As gVisor is set up here these limits have no effect: remove --ignore-cgroups from the runtimeArgs of "
+            f"{examination.runtime} in /etc/docker/daemon.json, and restart Docker."
+        )
+    if by_cgroup and examination.is_rootless:
+        return (
+            "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu "
+            "cpuset io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
+        )
+    if examination.is_gvisor:
+        return f"This gVisor does not keep to {flag}: update it, and see https://gvisor.dev/docs for what it supports."
+    return (
+        f"The engine was given {flag} and does not keep to it: look for warnings in `{examination.engine.kind} info`, "
+        "update it, and until then run no code on it that you don't trust."
+    )
+
+
+# ── what is tried ──
+
+
+def attempts(config: Config) -> dict[str, tuple[str, float]]:
+    """What is run in one sandbox, a call after the other: by name, the code and the seconds it may take."""
+    docker = config.docker
+    memory, disk, output = map(size_in_bytes, (docker.memory_limit, docker.disk_limit, docker.output_limit))
+    spinners = max(1, math.ceil(docker.cpu_limit + 0.01))
+    folders = dict.fromkeys(("/tmp", docker.working_dir, "/dev/shm"))
+    filling = [(folder, disk + (2 << 20), disk <= min(TRIED_DISK, memory // 2)) for folder in folders]
+    return {
+        "look": (probe(f"look_around({TRIED_FILES})"), 30),
+        "cpu": (probe(f"spend_cpu(min({spinners}, os.cpu_count()), {SPIN})"), 30),
+        "processes": (probe(f"fork_all({min(docker.pids_limit + 50, TRIED_PROCESSES)})"), 60),
+        "disk": (probe(f"{{one[0]: fill(*one) for one in {filling}}}"), 60),
+        "output": (f"print('x' * {min(output + (1 << 20), TRIED_OUTPUT)})", 60),
+        "interrupt": ("while True: pass", 0.3),
+        "memory": (probe(f"hold_memory({min(memory * 5 // 4, TRIED_MEMORY)})"), 60),
+        "kill": (probe("refusal(os.kill, 1, 9)"), 10),
+    }
+
+
+STUBBORN = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
+
+
+def probe(expression: str) -> str:
+    """Code that leaves the value of an expression, made of the probe's functions, for the host to see."""
+    return f"{PROBE_SOURCE}\nseen = {expression}"
+
+
+async def examine(config: Config) -> list[Finding]:
+    """Try what is promised of a sandbox, in sandboxes with the configured limits, and judge what came of it.
+
+    Where there is no engine, no image or no sandbox to be had, that is the last finding.
+    """
+    # Import rules are no wall, and would only keep the probe out. Should this program be killed, its session ends soon.
+    open_rules = dataclasses.replace(
+        config, allowed_modules=(), blocked_modules=(), session=SessionConfig(idle_timeout=60)
+    )
+    async with open_runner(open_rules, on_status=_show_status) as runner:
+        try:
+            engine = await runner._find_engine()
+        except EngineError as error:
+            return [Finding("engine", "failed", "none that can be used", str(error))]
+        try:
+            await runner._prepare()
+        except SandboxError as error:
+            found = Finding("engine", "ok", f"{engine.kind} {engine.version} ({engine.command})")
+            return [found, Finding("image", "failed", "none that can be used", str(error))]
+        finally:
+            _show_status("")
+        assert runner.image is not None
+        examination = await _interrogate(config, engine, runner.image)
+        findings = [judge(name, check, examination) for name, check in ENGINE_CHECKS]
+        _show_status("trying its limits and walls, which takes some seconds")
+        try:
+            await _try_all(runner, examination)
+        except EngineError as error:
+            remedy = f"{error} {unkept(examination, '--cpus')}" if examination.is_rootless else str(error)
+            return [*findings, Finding("start-up", "failed", "no sandbox starts", remedy)]
+        finally:
+            _show_status("")
+    return findings + [judge(name, check, examination) for name, check in SANDBOX_CHECKS]
+
+
+async def _interrogate(config: Config, engine: Engine, image: Image) -> Examination:
+    """What the engine says of itself, its runtime and the image."""
+
+    async def ask(*command: str) -> Any:
+        try:
+            return json.loads(await engine.run(*command))
+        except (EngineError, ValueError, RecursionError):
+            return None
+
+    version, info = [await ask(command, "--format={{json .}}") for command in ("version", "info")]
+    variables = await ask("image", "inspect", "--format={{json .Config.Env}}", image.name)
+    examination = Examination(
+        config,
+        engine,
+        image,
+        version if isinstance(version, dict) else {},
+        info if isinstance(info, dict) else {},
+        created=await engine.inspect("image", image.name, "{{.Created}}") or "",
+        variables=tuple(map(str, variables or ())),
+    )
+    base = await engine.inspect("image", image.name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
+    hosts = await _image_id(engine, host_image_name())
+    examination.is_hosts = hosts is not None and hosts in (base, image.id)
+    if config.docker.runtime and (program := find_program(config.docker.runtime)):
+        with contextlib.suppress(EngineError):
+            _, said, _ = await run_command([program, "--version"], ENGINE_TIMEOUT)
+            examination.own_runtime_version = version_in(said)
+    return examination
+
+
+async def _try_all(runner: Runner, examination: Examination) -> None:
+    """Make the attempts: most in one sandbox, and the two that take long in one of its own each, meanwhile."""
+    config = examination.config
+    session = f"doctor-{secrets.token_hex(8)}"
+    modules = [import_name(requirement) for requirement in config.package.preinstalled]
+
+    async def attempt(name: str, code: str, timeout: float, session: str | None = None) -> None:
+        try:
+            result = await runner.execute(code, session=session, state={}, timeout=timeout)
+        except SandboxError as error:
+            result = Result("died", message=str(error))
+        examination.results[name] = result
+
+    async def timed_call(is_new: bool = False) -> float:
+        started = time.monotonic()
+        await runner.execute("0", session=session, is_new=is_new)
+        return time.monotonic() - started
+
+    try:
+        examination.start = await timed_call(is_new=True)
+        examination.call = sorted([await timed_call() for _ in range(5)])[2]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(attempt, "imports", probe(f"import_all({modules})"), 120)
+            tasks.start_soon(attempt, "stubborn", STUBBORN, 0.3)
+            for name, (code, timeout) in attempts(config).items():
+                await attempt(name, code, timeout, session)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await runner.close_session(session)
+
+
+# ── what is judged ──
+
+
+def judge(name: str, check: Callable[[Examination], Judgement], examination: Examination) -> Finding:
+    """What a check makes of the examination. Whatever can't be seen to hold does not count as holding."""
+    remedy = "Look at what the other checks say, then try again; if it stays, report it."
+    try:
+        verdict, seen, remedy = check(examination)
+    except UntoldError as error:
+        verdict, seen = "failed", str(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # as what a sandbox tells is not to be believed
+        verdict, seen = "failed", f"the probe told no sense ({type(error).__name__}: {error})"
+    return Finding(name, verdict, one_line(seen), one_line(remedy))
+
+
+def one_line(text: str) -> str:
+    """Text that may have come from a sandbox, fit to be shown on a terminal."""
+    return textwrap.shorten("".join(char if char.isprintable() else " " for char in text), 1000, placeholder=" …")
+
+
+def version_in(text: str) -> str:
+    """The version number in what a program says of itself."""
+    match = re.search(r"\d+\.\d+(\.\d+)?[^\s,]*", text)
+    return match[0] if match else ""
+
+
+def component_version(answer: Any, name: str) -> str:
+    """The version of a component (such as runc) in what `docker version` prints as JSON."""
+    try:
+        versions = {part["Name"]: str(part["Version"]) for part in answer["Server"]["Components"]}
+    except (KeyError, TypeError):
+        return ""
+    return versions.get(name, "")
+
+
+def runc_problem(version: str) -> str | None:
+    """The known ways out of a container that a version of runc leaves open; None if it leaves none open, or is none."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:-rc\.?(\d+))?", version)
+    if not match:
+        return None
+    number = (int(match[1]), int(match[2]), int(match[3]), int(match[4]) if match[4] else math.inf)
+    # https://github.com/opencontainers/runc/security/advisories
+    fixed_in_2025 = {(1, 2): (1, 2, 8), (1, 3): (1, 3, 3), (1, 4): (1, 4, 0, 3)}
+    problems = []
+    if number < (1, 1, 12):
+        problems.append("CVE-2024-21626")
+    if number < fixed_in_2025.get(number[:2], (1, 2, 8)):
+        problems.append("CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881")
+    return ", ".join(problems) or None
+
+
+RUNC_REMEDY = "Update runc to 1.2.8, 1.3.3 or 1.4.0 or later, unless your distribution has backported the fixes."
+
+
+def check_engine(examination: Examination) -> Judgement:
+    """What engine it is, and whether the command line is its own."""
+    engine = examination.engine
+    client = str((examination.version.get("Client") or {}).get("Version") or "").lstrip("v")
+    other = f", command line {client}" if client not in ("", engine.version) else ""
+    seen = f"{engine.kind} {engine.version}{other} ({engine.command})"
+    parts = (examination.version.get("Server") or {}).get("Components") or []
+    if engine.kind == "docker" and any("podman" in str(part.get("Name")).lower() for part in parts):
+        return "warning", f"{seen}, talking to Podman", "Set docker.command to podman: the two need different flags."
+    return "ok", seen, ""
+
+
+def check_runtime(examination: Examination) -> Judgement:
+    """What starts the containers, and whether there are known ways out of them."""
+    name, version = examination.runtime, examination.runtime_version
+    if not name:
+        remedy = f"See what `{examination.engine.kind} info` says; it should name a runtime such as runc."
+        return "warning", "the engine does not say which", remedy
+    if examination.is_gvisor:
+        return "ok", f"{name} {version}".strip() + ": gVisor, whose kernel stands between the code and the host's", ""
+    problem = runc_problem(version) if name == "runc" else None
+    if problem:
+        return "warning", f"runc {version}; known ways out of this version: {problem}", RUNC_REMEDY
+    return "ok", f"{name} {version}".strip(), ""
+
+
+def check_image(examination: Examination) -> Judgement:
+    """What the sandboxes are made from."""
+    image, wanted = examination.image, examination.config.docker.image
+    base = "this host's Python" if examination.is_hosts else wanted
+    made = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)", examination.created)
+    seen = f"{image.name}, from {base}" + (f", made {made[1]}" if made else "")
+    if image.problem:
+        return "failed", seen, f"{image.problem}. Try `build`, and set package.index_url if this host has a mirror."
+    if examination.is_hosts and wanted != "host":
+        remedy = f"Pull or load {wanted}, then `build`; or set docker.image to `host` if that is what you want."
+        return "warning", f"{seen}, in place of {wanted}", remedy
+    return "ok", seen, ""
+
+
+def check_start(examination: Examination) -> Judgement:
+    """What starting takes."""
+    seen = f"a sandbox is there in {examination.start:.1f} s, a call in it takes {examination.call * 1000:.1f} ms"
+    if examination.start > SLOW_START:
+        return "warning", seen, "See what else this host is doing; `pool.warm` sandboxes are started ahead of need."
+    return "ok", seen, ""
+
+
+def check_imports(examination: Examination) -> Judgement:
+    """Whether what should be preinstalled can be imported."""
+    wanted = examination.config.package.preinstalled
+    if not wanted:
+        return "ok", "none are to be preinstalled (package.preinstalled)", ""
+    problems = [reason for reason in examination.told("imports").values() if reason]
+    if problems:
+        return "failed", "; ".join(problems), examination.image.problem or "Prepare the image anew: `build`."
+    return "ok", f"{', '.join(wanted)}: imported", ""
+
+
+def import_name(requirement: str) -> str:
+    """What is imported of a distribution."""
+    name = re.split(r"[\[<>=!~]", parse_requirement(requirement)[1])[0]
+    known = {distribution.lower(): module for module, distribution in DISTRIBUTIONS.items()}
+    return known.get(name.lower(), name.replace("-", "_"))
+
+
+def check_volume(examination: Examination) -> Judgement:
+    """Whether code is kept from changing what others import."""
+    if examination.told("look")["creating"][PACKAGES] == "EROFS":
+        return "ok", f"{examination.config.package.volume} at {PACKAGES}, read-only", ""
+    return "failed", f"{PACKAGES} is not read-only", unkept(examination, "--mount=…,ro")
+
+
+def megabytes(size: float) -> str:
+    """A size for people."""
+    return f"{size / (1 << 20):.4g} MB"
+
+
+def check_memory(examination: Examination) -> Judgement:
+    """Whether a process that takes more memory than it may is ended."""
+    limit, result = size_in_bytes(examination.config.docker.memory_limit), examination.results["memory"]
+    if result.status in ("out_of_memory", "died") or (result.exception and result.exception.type == "MemoryError"):
+        return "ok", f"a process that took more than {megabytes(limit)} was ended", ""
+    held = examination.told("memory")
+    if held < limit and examination.told("look")["cgroups"]["memory"] == str(limit):
+        return "ok", f"{megabytes(limit)} are set, which is too much to try", ""
+    return "failed", f"a process could take {megabytes(held)}", unkept(examination, "--memory")
+
+
+def check_swap(examination: Examination) -> Judgement:
+    """Whether the memory limit could be passed by swapping."""
+    look = examination.told("look")
+    limit = size_in_bytes(examination.config.docker.memory_limit)
+    if look["cgroups"]["swap"] in ("0", str(limit)):
+        return "ok", "can't be used", ""
+    if not int(look["host_swap"] or 0):
+        return "ok", "this host has none", ""
+    if look["cgroups"]["swap"] or examination.info.get("SwapLimit") is False:
+        remedy = "Boot the kernel with `swapaccount=1` (or with cgroup version 2), or switch swap off."
+        return "failed", "is not counted, so the memory limit can be passed by it", remedy
+    if check_memory(examination)[0] == "ok":
+        return "ok", "did not save the process that took too much memory", ""
+    return "failed", "can be used", unkept(examination, "--memory-swap")
+
+
+def check_cpu(examination: Examination) -> Judgement:
+    """Whether processes together get no more CPU than they may."""
+    limit, look, used = examination.config.docker.cpu_limit, examination.told("look"), examination.told("cpu")
+    seen = f"of {limit:g} cores, processes that want more got {used:.2f}"
+    if limit >= look["cpus"]:
+        return "ok", f"{limit:g} cores, and the engine has {look['cpus']}: there is nothing to limit", ""
+    quota, _, period = look["cgroups"]["cpu"].partition(" ")
+    is_set = quota.isdigit() and abs(int(quota) / int(period) - limit) < 0.01
+    if used > limit * 1.3 + 0.05 or (quota and not is_set):
+        return "failed", seen, unkept(examination, "--cpus")
+    if used < limit * 0.7 and not is_set:
+        return "warning", f"{seen}, as others got the rest", "This host is too busy to tell: try again when it is not."
+    return "ok", seen, ""
+
+
+def check_processes(examination: Examination) -> Judgement:
+    """Whether there is an end to starting processes."""
+    limit = examination.config.docker.pids_limit
+    children, reason = examination.told("processes")
+    if reason == "EAGAIN" and children < limit:
+        return "ok", f"the {children + 1}th child was refused; the limit is {limit}, with the sandbox's own", ""
+    if not reason and children < limit and examination.told("look")["cgroups"]["pids"] == str(limit):
+        return "ok", f"{limit} are set, which is too many to try", ""
+    seen = f"{children} children could be started, then {reason}" if reason else f"{children} children could be started"
+    return "failed", f"{seen}; the limit is {limit}", unkept(examination, "--pids-limit")
+
+
+def check_disk(examination: Examination) -> Judgement:
+    """Whether the folders that code may write to fill up."""
+    limit = size_in_bytes(examination.config.docker.disk_limit)
+    told = examination.told("disk")
+    most = limit + (1 << 20)
+    open_ended = [folder for folder, (written, reason) in told.items() if reason != "ENOSPC" or (written or 0) > most]
+    if open_ended:
+        seen = f"{', '.join(open_ended)} took more than {megabytes(limit)}"
+        return "failed", seen, unkept(examination, "--tmpfs=…,size=… or --shm-size")
+    return "ok", f"{', '.join(told)} are full at {megabytes(limit)} each", ""
+
+
+def check_files(examination: Examination) -> Judgement:
+    """Whether there is an end to opening files."""
+    opened = examination.told("look")["files"]
+    if opened >= TRIED_FILES:
+        return "failed", f"{opened} could be open at once", unkept(examination, "--ulimit=nofile")
+    return "ok", f"{opened} at once, and no more", ""
+
+
+def check_output(examination: Examination) -> Judgement:
+    """Whether too much output is cut, and the call is none the worse for it."""
+    limit, result = size_in_bytes(examination.config.docker.output_limit), examination.results["output"]
+    kept = len(result.stdout)
+    omitted = sum(item.bytes for item in result.output if isinstance(item, Omitted))
+    if limit >= TRIED_OUTPUT and result.status == "ok":
+        return "ok", f"{megabytes(limit)} are allowed, which is too much to try", ""
+    if result.status == "ok" and omitted and kept <= limit:
+        return "ok", f"of {megabytes(kept + omitted)}, {megabytes(kept)} were kept", ""
+    return "failed", f"{megabytes(kept)} were kept, {result.status}", "Report it, with the output of `doctor --json`."
+
+
+def check_interrupt(examination: Examination) -> Judgement:
+    """Whether code that takes too long is interrupted, and its session is none the worse for it."""
+    result = examination.results["interrupt"]
+    if (result.status, result.state) == ("timeout", "preserved"):
+        return "ok", f"a loop was interrupted after {result.wall:.1f} s, and its session kept", ""
+    seen = f"a loop ended with {result.status}, and its session is {result.state}"
+    return "failed", seen, "See what else this host is doing, and try again."
+
+
+def check_kill(examination: Examination) -> Judgement:
+    """Whether code that can't be interrupted is killed."""
+    result = examination.results["stubborn"]
+    if result.status == "timeout":
+        return "ok", f"a loop that can't be interrupted was killed after {result.wall:.1f} s", ""
+    seen = f"a loop that can't be interrupted ended with {result.status}"
+    return "failed", seen, "See what else this host is doing, and try again."
+
+
+def check_file_system(examination: Examination) -> Judgement:
+    """Whether code can write to nothing but what it is given."""
+    docker, look = examination.config.docker, examination.told("look")
+    given = [docker.working_dir, "/tmp", "/dev/shm", "/dev/mqueue"]
+    given += [split_mount(mount)[2] for mount in docker.mounts if mount.endswith(":rw")]
+    others = sorted(set(look["writable"]) - set(given))
+    places = ", ".join(place for place in given if place in look["writable"])
+    if others:
+        return "failed", f"{', '.join(others)} can be written", unkept(examination, "--read-only and --tmpfs")
+    if not docker.read_only:
+        remedy = "Set docker.read_only to true."
+        return "warning", f"not read-only, by configuration (docker.read_only: false); {places} can be written", remedy
+    if look["creating"]["/"] != "EROFS":
+        return "failed", "the root is not read-only", unkept(examination, "--read-only")
+    return "ok", f"read-only but for {places}", ""
+
+
+def check_network(examination: Examination) -> Judgement:
+    """Whether there is nothing to reach."""
+    look = examination.told("look")
+    networks = ", ".join(look["networks"]) or "none"
+    if not examination.config.docker.network_disabled:
+        remedy = "Set docker.network_disabled to true, unless code has to reach the network."
+        return "warning", f"open, by configuration (docker.network_disabled: false): {networks}", remedy
+    if look["networks"] not in ([], ["lo"]) or not look["connecting"] or not look["resolving"]:
+        return "failed", f"there is one: {networks}", unkept(examination, "--network=none")
+    seen = f"no interface but {networks}; connecting fails ({look['connecting']}), so does resolving a name"
+    return "ok", seen, ""
+
+
+def check_user(examination: Examination) -> Judgement:
+    """Whether the code is nobody, and stays so."""
+    look = examination.told("look")
+    if 0 in look["users"] or not look["becoming_root"]:
+        return "failed", f"ids {look['users']}", unkept(examination, "--user")
+    return "ok", f"{look['users'][0]}; becoming root is refused ({look['becoming_root']})", ""
+
+
+def check_user_namespace(examination: Examination) -> Judgement:
+    """Whether root in a container would be root of the host."""
+    user_map = examination.told("look")["user_map"]
+    kind = "rootless" if examination.is_rootless else "rootful"
+    if user_map[:3] != ["0", "0", "4294967295"]:
+        return "ok", f"{kind}; root inside is {user_map[1]} outside", ""
+    if examination.is_gvisor:
+        return "ok", f"{kind}; gVisor's kernel has its own users", ""
+    if sys.platform != "linux" or examination.info.get("OperatingSystem") == "Docker Desktop":
+        return "ok", f"{kind}, in a virtual machine", ""
+    remedy = (
+        "The code is nobody either way; to have a second wall behind that use a rootless engine, or Docker's "
+        "userns-remap (https://docs.docker.com/engine/security/userns-remap)."
+    )
+    return "warning", f"none ({kind} engine): root in a container would be root of this host", remedy
+
+
+def check_capabilities(examination: Examination) -> Judgement:
+    """Whether the code has none of root's powers."""
+    look = examination.told("look")
+    sets = {name: value for name, value in look["status"].items() if name.startswith("Cap")}
+    powers = [f"{name} {value}" for name, value in sets.items() if int(value, 16)]
+    powers += [what.replace("_", " ") for what in ("changing_root", "making_a_device") if not look[what]]
+    if powers or not sets:
+        return "failed", ", ".join(powers) or "the kernel does not tell", unkept(examination, "--cap-drop=ALL")
+    return "ok", f"none; chroot is refused ({look['changing_root']}), so is mknod", ""
+
+
+def check_privileges(examination: Examination) -> Judgement:
+    """Whether no program that is started could have more rights."""
+    if examination.told("look")["no_new_privs"] == 1:
+        return "ok", "can't be gained, by programs such as sudo", ""
+    return "failed", "can be gained", unkept(examination, "--security-opt=no-new-privileges")
+
+
+def check_system_calls(examination: Examination) -> Judgement:
+    """Whether the kernel's rarer parts are out of reach."""
+    look = examination.told("look")
+    refused = ("EPERM", "EACCES", "ENOSYS", "EAFNOSUPPORT")
+    open_calls = ", ".join(name for name, reason in look["system_calls"].items() if reason not in refused)
+    if examination.is_gvisor:
+        return "ok", "answered by gVisor's kernel, not by the host's", ""
+    if look["seccomp"] != 2 or look["seccomp_of_1"] != "2":
+        remedy = "Have the engine use its default seccomp profile; it may have been built or set up without."
+        return "failed", "not filtered by the engine (seccomp)", remedy
+    if open_calls:
+        remedy = "Update the engine; where that does not help, give it a stricter seccomp profile."
+        return "warning", f"filtered (seccomp), but these are open: {open_calls}", remedy
+    return "ok", f"filtered (seccomp); refused are {', '.join(look['system_calls'])}", ""
+
+
+def check_devices(examination: Examination) -> Judgement:
+    """Whether there is no device that could be used."""
+    if devices := examination.told("look")["devices"]:
+        if examination.is_gvisor:
+            return "ok", f"gVisor's own: {', '.join(devices)}", ""
+        return "failed", ", ".join(devices), "See that no device is given to every container (`--device`, CDI)."
+    return "ok", "none but /dev/null and its like", ""
+
+
+def check_process_1(examination: Examination) -> Judgement:
+    """Whether the process that speaks for the sandbox can't be looked into, nor ended, by the code."""
+    open_parts = [name for name, reason in examination.told("look")["process_1"].items() if not reason]
+    if examination.results["kill"].status != "ok":
+        open_parts.append("kill")
+    if not open_parts:
+        return "ok", "can't be read, traced or killed by code", ""
+    seen = f"code gets at its {', '.join(open_parts)}"
+    if examination.is_gvisor:
+        remedy = (
+            "gVisor does not keep processes of one user apart: hostile code can end its sandbox, and speak for it. "
+            "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
+        )
+        return "warning", seen, remedy
+    return "failed", seen, "Report it, with the output of `doctor --json`."
+
+
+def check_environment(examination: Examination) -> Judgement:
+    """Whether nothing of the host's variables has come in."""
+    inside = examination.told("look")["environment"]
+    proxies = [name for name, value in inside.items() if name.lower().endswith("_proxy") and value]
+    images = dict(variable.partition("=")[::2] for variable in examination.variables)
+    ours = {"HOME", "PATH", "LANG", "TERM", "HOSTNAME", "TMPDIR", "LC_CTYPE"}
+    ours |= {name for name in inside if name.endswith("_NUM_THREADS") or name in ("MPLBACKEND", "MPLCONFIGDIR")}
+    hosts = [
+        name
+        for name, value in inside.items()
+        if value and name not in ours and value == os.environ.get(name) != images.get(name)
+    ]
+    if found := sorted({*proxies, *hosts}):
+        remedy = "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf)."
+        return "failed", f"from the host: {', '.join(found)}", remedy
+    return "ok", f"{len(inside)} variables, none of the host's; no proxies", ""
+
+
+def check_cgroups(examination: Examination) -> Judgement:
+    """By what the limits are kept."""
+    version = str(examination.host.get("cgroupVersion") or examination.info.get("CgroupVersion") or "").lstrip("v")
+    driver = examination.host.get("cgroupManager") or examination.info.get("CgroupDriver") or "?"
+    version = version or str(examination.told("look")["cgroup_version"])
+    seen = f"version {version}, managed by {driver}"
+    if version == "1":
+        remedy = (
+            "Version 1 works, but systemd and kernels are giving it up: boot with `systemd.unified_cgroup_hierarchy=1`."
+        )
+        return "warning", seen, remedy
+    return "ok", seen, ""
+
+
+# The order is the table's. What the first few judge can be seen before any sandbox is started.
+ENGINE_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
+    ("engine", check_engine),
+    ("runtime", check_runtime),
+    ("image", check_image),
+)
+SANDBOX_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
+    ("start-up", check_start),
+    ("imports", check_imports),
+    ("package volume", check_volume),
+    ("memory", check_memory),
+    ("swap", check_swap),
+    ("CPU", check_cpu),
+    ("processes", check_processes),
+    ("disk", check_disk),
+    ("open files", check_files),
+    ("output", check_output),
+    ("time-out", check_interrupt),
+    ("kill", check_kill),
+    ("file system", check_file_system),
+    ("network", check_network),
+    ("user", check_user),
+    ("capabilities", check_capabilities),
+    ("privileges", check_privileges),
+    ("system calls", check_system_calls),
+    ("devices", check_devices),
+    ("process 1", check_process_1),
+    ("environment", check_environment),
+    ("cgroups", check_cgroups),
+    ("user namespace", check_user_namespace),
+)
+
+
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+async def _doctor_command(options: argparse.Namespace) -> int:
+    """`doctor`: try what is promised of a sandbox; exit status 1 if something of it does not hold."""
+    started = time.monotonic()
+    findings = await examine(load_config(options.config))
+    seconds = time.monotonic() - started
+    count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}
+    if options.json:
+        checks = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"checks": checks, "count": count, "seconds": round(seconds, 1)}, indent=2))
+    else:
+        _print_findings(findings)
+        told = f"{count['ok']} ok, {count['warning']} with a warning, {count['failed']} failed"
+        print(f"\nchecked in {seconds:.1f} s: {told}")
+    if findings[-1].check != SANDBOX_CHECKS[-1][0]:
+        return 125
+    return 1 if count["failed"] else 0
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """A table, then what to do about what is not well in it."""
+    rows = [(one.check, one.verdict, one.seen) for one in findings]
+    print_table(("CHECK", "VERDICT", "SEEN"), rows, {"ok": GREEN, "warning": YELLOW, "failed": RED})
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
+        about = ", ".join(one.check for one in findings if one.remedy == remedy)
+        print()
+        print(textwrap.fill(f"{about}: {remedy}", width, subsequent_indent="  ", break_on_hyphens=False))
+
+
 # ── command line ──
 
-USAGE = """\
+EXAMPLES = """\
 examples:
-  python sandbox_runner.py script.py one two       run a script, with arguments
-  python sandbox_runner.py -c 'print(6 * 7)'       run a piece of code
-  … | python sandbox_runner.py -                   run what comes on standard input
-  python sandbox_runner.py --session work -c 'x = 1'
-  python sandbox_runner.py --session work -c 'x + 1'   the session kept x
-  python sandbox_runner.py ps                      the sandboxes there are
-  python sandbox_runner.py rm work                 end a session
-  python sandbox_runner.py install requests        make a package importable in every sandbox
-  python sandbox_runner.py build                   prepare the image ahead of the first call
+  {program} script.py one two             run a script, with arguments
+  {program} -c 'print(6 * 7)'             run a piece of code
+  … | {program} -                         run what comes on standard input
+  {program} --mount data:/data report.py  let it read a folder, and save its plots as figure-N.png
+  {program} --session work -c 'x = 1'
+  {program} --session work -c 'x + 1'     the session kept x
 
 The exit status is the code's own; 124 after a time-out, 137 out of memory, 130 interrupted, 128 + N killed by signal N,
 125 if there is nothing to run it in, 2 if a setting or an argument is wrong."""
@@ -4344,67 +5662,117 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; ends the process with the exit status that `--help` describes."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     clear_status = "\r\x1b[K" if sys.stderr.isatty() else ""
-    logging.basicConfig(format=f"{clear_status}%(message)s", level=logging.INFO, stream=sys.stderr)
+    set_up_logging(f"{clear_status}%(message)s", logging.INFO)
     try:
-        command = {
-            "ps": _list_command,
-            "prune": _prune_command,
-            "rm": _remove_command,
-            "build": _build_command,
-            "install": _install_command,
-        }.get(arguments[0] if arguments else "")
+        word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+        options = _parser(word).parse_args(arguments[1:] if word else arguments)
         try:
-            code = anyio.run(command, arguments[1:]) if command else anyio.run(_run_command, arguments)
+            code = anyio.run(COMMANDS[word].run if word else _run_command, options)
         except SandboxError as error:
-            print(f"sandbox_runner: {error}", file=sys.stderr)
+            _complain(str(error))
             code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has gone; the exit must not write again
         code = 141
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def set_up_logging(form: str, level: int) -> None:
+    """Have what happens told on standard error, a line for each event; with PYTHON_DOCKER_MCP_DEBUG everything."""
+    debug = os.environ.get("PYTHON_DOCKER_MCP_DEBUG", "").lower() not in ("", "0", "false", "no")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine(f"%(asctime)s.%(msecs)03d {form}" if debug else form, "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.setLevel(logging.DEBUG if debug else level)
+
+
+class OneLine(logging.Formatter):
+    """A line for each event, without the passwords that addresses may hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return without_passwords(super().formatMessage(record).replace("\n", "\\n"))
+
+
+def _program() -> str:
+    """What this was started as."""
+    name = Path(sys.argv[0]).name
+    return f"python {name}" if name.endswith(".py") else name
+
+
+def _parser(word: str = "") -> argparse.ArgumentParser:
+    """The parser of a command; without a word, of what runs code."""
+    program = f"{_program()} {word}".rstrip()
     parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py",
-        description="Run Python in a locked-down container: no network, read-only, limited memory, CPU and time.",
-        epilog=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog=program, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("-c", dest="code", metavar="CODE", help="run this code instead of a file")
-    parser.add_argument("--session", metavar="NAME", help="keep variables, imports and files under this name")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long the code may take")
-    parser.add_argument(
+    if word:
+        parser.description = textwrap.fill(COMMANDS[word].about, 80)
+        parser.epilog = "examples:\n" + "\n".join(f"  {_program()} {example}" for example in COMMANDS[word].examples)
+        COMMANDS[word].add_arguments(parser)
+        parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    else:
+        parser.usage = f"{program} [options] (FILE | - | -c CODE) [ARGUMENT …]\n       {program} COMMAND …"
+        parser.description = (
+            "Run Python in a locked-down container: no network, read-only, limited memory, CPU and time.\n\ncommands:\n"
+            + "\n".join(
+                f"  {name:22}{command.about.partition('. ')[0].rstrip('.')}" for name, command in COMMANDS.items()
+            )
+        )
+        parser.epilog = EXAMPLES.format(program=program)
+        _add_run_arguments(parser)
+    return parser
+
+
+CONFIG_HELP = "settings; by default $PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml"
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is run")
+    what.add_argument("-c", dest="code", metavar="CODE", help="run this code instead of a file")
+    what.add_argument("file", nargs="?", metavar="FILE", help="a script, or - for standard input")
+    what.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="for the script")
+    where = parser.add_argument_group("in which sandbox")
+    where.add_argument("--session", metavar="NAME", help="keep variables, imports and files under this name")
+    where.add_argument(
         "--state", metavar="FILE", help="JSON object of variables to start with; written anew at the end"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object that holds everything")
-    parser.add_argument("--image", help="the image to use; `host` for one made from this host's Python")
-    parser.add_argument(
+    where.add_argument("--timeout", type=float, metavar="SECONDS", help="how long the code may take")
+    where.add_argument("--image", help="the image to use; `host` for one made from this host's Python")
+    where.add_argument(
         "--mount",
         action="append",
         default=[],
         metavar="HOST:CONTAINER[:rw]",
         help="make a folder or file visible inside",
     )
-    parser.add_argument("--config", metavar="FILE", help="configuration; by default ~/.python-docker-mcp/config.yaml")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("file", nargs="?", metavar="FILE", help="a script, or - for standard input")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="the script's arguments")
-    return parser
+    where.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--images", metavar="DIR", help="where figures and other pictures are saved; by default the current folder"
+    )
+    shown.add_argument(
+        "--show", action="store_true", help="also show pictures in the terminal (Kitty, iTerm2, or by chafa)"
+    )
+    shown.add_argument("--json", action="store_true", help="print one JSON object that holds everything, and no more")
+    shown.add_argument("--completion", choices=("bash", "zsh", "fish"), help="print what makes this shell complete")
+    shown.add_argument("--version", action="version", version=__version__)
 
 
-async def _run_command(argv: Sequence[str]) -> int:
+async def _run_command(options: argparse.Namespace) -> int:
     """Run code; return the exit status."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    if options.completion:
+        print(completion(options.completion), end="")
+        return 0
     arguments = options.arguments
     if options.code is not None:
         code, name = options.code, "<string>"
         arguments = [*([options.file] if options.file else []), *arguments]
     elif options.file is None:
-        parser.error("a FILE, - for standard input, or -c CODE is needed")
+        _parser().error("a FILE, - for standard input, or -c CODE is needed")
     else:
         code, name = _read_source(options.file)
     config = load_config(options.config)
@@ -4415,7 +5783,9 @@ async def _run_command(argv: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
+    refuse_mounts_of(config_file(options.config), docker.mounts)
     state = _read_state(Path(options.state)) if options.state else None
+    screen = Screen(Path(options.images or "."), options.show)
     interrupt = anyio.Event()
     result = None
     config = dataclasses.replace(config, docker=docker)
@@ -4427,7 +5797,7 @@ async def _run_command(argv: Sequence[str]) -> int:
             session=options.session,
             state=state,
             timeout=options.timeout,
-            on_output=None if options.json else _print_output,
+            on_output=None if options.json else screen.print,
             keep_output=options.json,
             interrupt=interrupt,
             filename=name,
@@ -4441,7 +5811,7 @@ async def _run_command(argv: Sequence[str]) -> int:
         about = {"engine": f"{runner.engine.kind} {runner.engine.version}", "image": dataclasses.asdict(runner.image)}
         print(json.dumps({**result.as_dict(), **about}, indent=2))
     else:
-        _print_end(result)
+        _print_end(result, value=not screen.has_shown_value)
     if options.state and result.variables is not None:
         _write_state(Path(options.state), result)
     return exit_status(result)
@@ -4464,7 +5834,9 @@ def _read_source(file: str) -> tuple[str, str]:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return importlib.util.decode_source(data), "<stdin>" if file == "-" else Path(file).name
     except OSError as error:
-        raise RequestError(f"{file} can't be read: {error.strerror}.") from error
+        alike = difflib.get_close_matches(file, COMMANDS, 1)
+        meant = f" Did you mean the command {alike[0]}?" if alike else ""
+        raise RequestError(f"{file} can't be read: {error.strerror}.{meant}") from error
     except (SyntaxError, UnicodeDecodeError) as error:
         raise RequestError(f"{file} is not Python source: {error}.") from error
 
@@ -4481,7 +5853,7 @@ def _read_state(file: Path) -> dict[str, Any]:
 
 def _write_state(file: Path, result: Result) -> None:
     for name, reason in result.variables_left_out.items():
-        print(f"sandbox_runner: the variable {name} is not in {file}: {reason}", file=sys.stderr)
+        _complain(f"the variable {name} is not in {file}: {reason}")
     written = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         written.write_text(json.dumps(result.variables, indent=2) + "\n", encoding="utf-8")
@@ -4490,41 +5862,147 @@ def _write_state(file: Path, result: Result) -> None:
         raise RequestError(f"{file} can't be written: {error.strerror}.") from error
 
 
-async def _print_output(item: Text | Rich | Omitted) -> None:
-    stream = sys.stderr if isinstance(item, Text) and item.stream == "stderr" else sys.stdout
-    await anyio.to_thread.run_sync(_print_now, stream, plain_text(item))
+class Screen:
+    """Where output goes as it comes: text to the standard streams, pictures into files and, if wanted, the terminal."""
+
+    def __init__(self, folder: Path, show: bool) -> None:
+        self.folder = folder
+        self.show = show
+        self.has_shown_value = False  # as a picture, so that its repr would tell nothing more
+        self._pictures = 0
+
+    async def print(self, item: Text | Rich | Omitted) -> None:
+        """Print a piece of output. In a thread, as a pipe that nobody reads must not keep the rest waiting."""
+        await anyio.to_thread.run_sync(self._print_now, item)
+
+    def _print_now(self, item: Text | Rich | Omitted) -> None:
+        if isinstance(item, Rich) and (found := picture(item.forms)):
+            self._pictures += 1
+            if self._pictures <= MAX_PICTURES:
+                self._print_picture(*found)
+            elif self._pictures == MAX_PICTURES + 1:
+                _complain(f"more than {MAX_PICTURES} pictures: the others are not saved")
+            self.has_shown_value |= item.is_value
+            return
+        stream = sys.stderr if isinstance(item, Text) and item.stream == "stderr" else sys.stdout
+        stream.write(plain_text(item))
+        stream.flush()
+
+    def _print_picture(self, data: bytes, ending: str) -> None:
+        shown = self.show and sys.stdout.isatty()
+        if shown and (drawing := for_terminal(data, os.environ)):
+            sys.stdout.write(drawing + "\n")
+            sys.stdout.flush()
+        elif shown:
+            _complain(
+                "this terminal can't show pictures: Kitty, Ghostty, iTerm2, WezTerm can, or any if chafa is installed"
+            )
+            self.show = False
+        try:
+            _complain(f"saved {_save_picture(self.folder, data, ending)}")
+        except OSError as error:
+            _complain(f"a picture can't be saved in {self.folder}: {error.strerror}; --images DIR names another folder")
 
 
-def _print_now(stream: Any, text: str) -> None:
-    stream.write(text)
-    stream.flush()
+MAX_PICTURES = 100  # of one run: code that nobody trusts must not fill the host's disk
+
+
+def picture(forms: Mapping[str, str]) -> tuple[bytes, str] | None:
+    """The picture among a value's forms, and how its file's name ends; None if there is none."""
+    for mime, ending in (("image/png", "png"), ("image/jpeg", "jpg"), ("image/gif", "gif"), ("image/webp", "webp")):
+        if mime in forms:
+            with contextlib.suppress(ValueError):
+                return base64.b64decode(forms[mime], validate=True), ending
+    return (forms["image/svg+xml"].encode("utf-8", "replace"), "svg") if "image/svg+xml" in forms else None
+
+
+def _save_picture(folder: Path, data: bytes, ending: str) -> Path:
+    """Write a picture under the first number that no file has yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        if not any((folder / f"figure-{number}.{other}").exists() for other in ("png", "jpg", "gif", "webp", "svg")):
+            with contextlib.suppress(FileExistsError), open(folder / f"figure-{number}.{ending}", "xb") as file:
+                file.write(data)
+                return Path(file.name)
+    raise AssertionError("there are always more numbers")
+
+
+def for_terminal(data: bytes, environ: Mapping[str, str]) -> str | None:
+    """What makes the terminal show a picture, by what the environment tells of it; None if nothing does.
+
+    Kitty's protocol (https://sw.kovidgoyal.net/kitty/graphics-protocol/), which takes PNG; iTerm2's
+    (https://iterm2.com/documentation-images.html); else chafa's drawing, if that is installed: it asks the terminal
+    whether it knows Sixel, and makes do with characters if not.
+    """
+    term, name = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
+    encoded = base64.b64encode(data).decode()
+    inside = environ.get("TMUX") or term.startswith(("screen", "tmux"))  # these pass neither protocol on
+    is_kitty = environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or name == "ghostty"
+    if is_kitty and not inside and data.startswith(b"\x89PNG"):
+        parts = [encoded[start : start + 4096] for start in range(0, len(encoded), 4096)]
+        keys = [f"m={int(number < len(parts) - 1)}" for number in range(len(parts))]
+        keys[0] = f"a=T,f=100,q=2,{keys[0]}"
+        return "".join(f"\x1b_G{key};{part}\x1b\\" for key, part in zip(keys, parts, strict=True))
+    if (name in ("iTerm.app", "WezTerm") or environ.get("LC_TERMINAL") == "iTerm2") and not inside:
+        return f"\x1b]1337;File=inline=1;size={len(data)}:{encoded}\x07"
+    if chafa := shutil.which("chafa", path=environ.get("PATH")):
+        drawn = subprocess.run([chafa, "-"], input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+        return drawn.stdout.decode("utf-8", "replace") or None
+    return None
 
 
 def plain_text(item: Text | Rich | Omitted) -> str:
-    """A piece of output as text; of a picture, that there is one."""
+    """A piece of output as text."""
     if isinstance(item, Text):
         return item.text
     if isinstance(item, Omitted):
         return f"\n[… {item.bytes} bytes left out …]\n"
-    pictures = [mime for mime in item.forms if mime.startswith("image/")]
-    about = f"  [{pictures[0]}: --json has it]" if pictures else ""
-    return "" if item.is_value else f"{item.forms.get('text/plain', '')}{about}\n"
+    return "" if item.is_value else f"{item.forms.get('text/plain', '')}\n"
 
 
-def _print_end(result: Result) -> None:
+def _print_end(result: Result, value: bool) -> None:
     """What is to be said after the output: value, traceback, and what happened to code and session."""
-    if result.value is not None:
+    if result.value is not None and value:
         print(result.value)
     sys.stdout.flush()
     if result.exception and result.exception.type != "SystemExit":
-        print(result.exception.traceback, end="", file=sys.stderr)
+        print(coloured_traceback(result.exception.traceback, sys.stderr), end="", file=sys.stderr)
     notes = [result.message, result.hint]
+    if result.unread:
+        print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)
+        notes.append(f"(that was the end of the session's previous call, left running: {result.unread.status})")
     if result.state == "lost":
         notes.append(f"the variables of the session {result.session} are lost; its next call starts afresh")
     if result.lost_before:
         notes.append(f"the session's variables had been lost before this call ({result.lost_before})")
     for note in filter(None, notes):
-        print(f"sandbox_runner: {note}", file=sys.stderr)
+        _complain(note)
+
+
+def _complain(text: str) -> None:
+    """Say something that is not the code's output."""
+    print(f"{coloured('sandbox_runner:', YELLOW, sys.stderr)} {text}", file=sys.stderr, flush=True)
+
+
+BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "1;31", "32", "33"
+
+
+def coloured(text: str, colour: str, stream: Any) -> str:
+    """The text in a colour, if the stream is a terminal, and nobody objects (https://no-color.org)."""
+    if not colour or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def coloured_traceback(text: str, stream: Any) -> str:
+    """A traceback with what was raised, and the marks below the code, in red, and where it was dimmed."""
+    lines = []
+    for line in text.splitlines():
+        colour = DIM if line.startswith(("Traceback", '  File "')) else ""
+        if (line and not line.startswith(" ") and not colour) or (line.strip() and set(line) <= set(" ^~")):
+            colour = RED
+        lines.append(coloured(line, colour, stream))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def exit_status(result: Result) -> int:
@@ -4537,51 +6015,43 @@ def exit_status(result: Result) -> int:
     return result.exit_code & 0xFF if result.exit_code >= 0 else 128 - result.exit_code
 
 
-async def _prune_command(argv: Sequence[str]) -> int:
+async def _prune_command(options: argparse.Namespace) -> int:
     """`prune`: remove what died before it ran."""
-    parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py prune",
-        description="Remove containers of ours that never ran. If there are any, it looks twice, a minute apart.",
-    )
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
     async with open_runner(load_config(options.config)) as runner:
         for name in await runner.prune():
             print(name)
     return 0
 
 
-async def _build_command(argv: Sequence[str]) -> int:
-    """`build`: prepare the image ahead of time, or move it to or from a file."""
-    parser = argparse.ArgumentParser(prog="sandbox_runner.py build", description="Prepare the image for sandboxes.")
+def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--export", metavar="FILE", help="also write the image to a file, for a host without network")
     which.add_argument("--import", dest="load", metavar="FILE", help="take the image from such a file instead")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
+
+
+async def _build_command(options: argparse.Namespace) -> int:
+    """`build`: prepare the image ahead of time, or move it to or from a file."""
     config = load_config(options.config)
     engine = await find_engine(config.docker.command)
     if options.load:
-        print((await engine.run("load", "--input", options.load, timeout=PULL_TIMEOUT)).strip())
+        print((await engine.run("load", "--input", os.path.abspath(options.load), timeout=PULL_TIMEOUT)).strip())
     image = await derive_image(engine, config, _show_status)
     _show_status("")
     if image.problem:
         raise ImageError(f"{image.problem}.")
     if options.export:
-        await engine.run("save", "--output", options.export, image.name, timeout=PULL_TIMEOUT)
+        await engine.run("save", "--output", os.path.abspath(options.export), image.name, timeout=PULL_TIMEOUT)
     print(f"{image.name} is ready ({image.origin})" + (f", and in {options.export}" if options.export else ""))
     return 0
 
 
-async def _install_command(argv: Sequence[str]) -> int:
-    """`install`: a package for a session, or for every later execution."""
-    parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py install", description="Install a package for the sandboxes."
-    )
+def _add_install_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("requirement", metavar="PACKAGE", help="such as requests or 'pandas[excel]>=2,<3'")
     parser.add_argument("--session", metavar="NAME", help="only for this session")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
+
+
+async def _install_command(options: argparse.Namespace) -> int:
+    """`install`: a package for a session, or for every later execution."""
     async with open_runner(load_config(options.config), on_status=_show_status) as runner:
         installation = await runner.install(options.requirement, session=options.session)
     _show_status("")
@@ -4599,41 +6069,160 @@ def _show_status(status: str) -> None:
         print(status, file=sys.stderr)
 
 
-async def _list_command(argv: Sequence[str]) -> int:
-    """`ps`: a table of the sandboxes on this engine."""
-    parser = argparse.ArgumentParser(prog="sandbox_runner.py ps", description="List the sandboxes on this host.")
+def _add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON array")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
+
+
+async def _list_command(options: argparse.Namespace) -> int:
+    """`ps`: a table of the sandboxes on this engine."""
     async with open_runner(load_config(options.config)) as runner:
         sandboxes = await runner.list_sandboxes()
     if options.json:
         print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
         return 0
-    rows = [("SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER")]
+    rows = []
     for info in sandboxes:
         state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
         memory = f"{info.memory / 1048576:.0f} MB" if info.memory else "?"
-        rows.append((info.session or "-", state, f"{info.age:.0f} s", f"{info.idle:.0f} s", memory, info.name))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        rows.append((info.session or "-", state, duration(info.age), duration(info.idle), memory, info.name))
+    print_table(("SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER"), rows)
     return 0
 
 
-async def _remove_command(argv: Sequence[str]) -> int:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str] | None = None) -> None:
+    """Print rows under a head, in columns; words get their colours. On a terminal the last column wraps."""
+    colours = {**dict.fromkeys(head, BOLD), **(colours or {})}
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)][:-1]
+    indent = sum(widths) + 2 * len(widths)
+    room = shutil.get_terminal_size().columns - indent
+    for *cells, last in (head, *rows):
+        shown = [
+            coloured(cell, colours.get(cell, ""), sys.stdout) + " " * (width - len(cell))
+            for cell, width in zip(cells, widths, strict=True)
+        ]
+        lines = textwrap.wrap(last, room) if sys.stdout.isatty() and room >= 20 else [last]
+        lines = [coloured(line, colours.get(last, ""), sys.stdout) for line in lines]
+        print("  ".join([*shown, f"\n{' ' * indent}".join(lines)]).rstrip())
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: in its two largest units."""
+    for length, unit, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} {seconds % length // smaller:.0f} {part}"
+    return f"{seconds:.0f} s"
+
+
+def _add_remove_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sessions", nargs="+", metavar="NAME", help="a session; `ps` lists them")
+
+
+async def _remove_command(options: argparse.Namespace) -> int:
     """`rm`: end sessions; exit status 1 if one of them was not there."""
-    parser = argparse.ArgumentParser(prog="sandbox_runner.py rm", description="End sessions, with all that they keep.")
-    parser.add_argument("sessions", nargs="+", metavar="NAME")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
     missing = 0
     async with open_runner(load_config(options.config)) as runner:
         for name in options.sessions:
             if not await runner.close_session(name):
-                print(f"sandbox_runner: there is no session {name!r}: `ps` lists those there are", file=sys.stderr)
+                _complain(f"there is no session {name!r}: `ps` lists those there are")
                 missing = 1
     return missing
+
+
+@dataclass(frozen=True)
+class Command:
+    """A first word that does something else than run code."""
+
+    about: str
+    run: Callable[[argparse.Namespace], Awaitable[int]]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    examples: tuple[str, ...]
+
+
+def _add_nothing(_: argparse.ArgumentParser) -> None:
+    pass
+
+
+COMMANDS = {
+    "ps": Command("List the sandboxes on this host.", _list_command, _add_list_arguments, ("ps", "ps --json")),
+    "rm": Command(
+        "End sessions, with all that they keep.", _remove_command, _add_remove_arguments, ("rm work", "rm one two")
+    ),
+    "install": Command(
+        "Install a package for the sandboxes, or for one session.", _install_command, _add_install_arguments,
+        ("install requests", "install 'polars>=1,<2' --session work"),
+    ),
+    "build": Command(
+        "Prepare the image ahead of the first call, or carry it to a host without network.", _build_command,
+        _add_build_arguments, ("build", "build --export image.tar", "build --import image.tar"),
+    ),
+    "doctor": Command(
+        "Try whether engine, image, limits and isolation are as they should be. The exit status is 0 if nothing failed "
+        "(there may be warnings), 1 if something did, 125 if there is no engine, image or sandbox to be had.",
+        _doctor_command, _add_doctor_arguments, ("doctor", "doctor --json"),
+    ),
+    "prune": Command(
+        "Remove containers that died before they ran. If there are any, it looks twice, a minute apart.",
+        _prune_command, _add_nothing, ("prune",),
+    ),
+}  # fmt: skip
+
+
+COMPLETED = "python-docker-sandbox"  # the installed command: shells complete no argument of `python`
+SESSIONS = rf"""{COMPLETED} ps --json 2>/dev/null | sed -n 's/^ *"session": "\([A-Za-z0-9._-]*\)".*/\1/p'"""
+BASH_COMPLETION = """\
+_python_docker_sandbox() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} options others=
+    case ${{COMP_WORDS[1]}} in
+{cases}
+    esac
+    [ "$COMP_CWORD" = 1 ] && others='{commands}'
+    case $previous in
+        --session) others=$({sessions}) ;;
+        --completion) others='bash zsh fish' ;;
+    esac
+    case $current in -*) others=$options ;; esac
+    COMPREPLY=($(compgen -W "$others" -- "$current"))
+}}
+complete -o default -F _python_docker_sandbox {program}
+"""
+
+
+def completion(shell: str) -> str:
+    """A script that makes a shell complete `python-docker-sandbox`: commands, options, and sessions by asking `ps`."""
+    if shell == "fish":
+        return _fish_completion()
+    cases = []
+    for word in (*COMMANDS, ""):
+        actions = _parser(word)._actions
+        options = " ".join(itertools.chain.from_iterable(action.option_strings for action in actions))
+        others = f" others=$({SESSIONS})" if any(map(_is_session, actions)) else ""
+        cases.append(f"        {word or '*'}) options='{options}'{others} ;;")
+    script = BASH_COMPLETION.format(
+        cases="\n".join(cases), commands=" ".join(COMMANDS), sessions=SESSIONS, program=COMPLETED
+    )
+    return script if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{script}"
+
+
+def _is_session(action: argparse.Action) -> bool:
+    return action.metavar == "NAME" and not action.option_strings
+
+
+def _fish_completion() -> str:
+    start = f"complete -c {COMPLETED}"
+    lines = [f"{start} -n __fish_use_subcommand -a {word} -d {shlex.quote(COMMANDS[word].about)}" for word in COMMANDS]
+    for word in ("", *COMMANDS):
+        seen = f"{'' if word else 'not '}__fish_seen_subcommand_from {word or ' '.join(COMMANDS)}"
+        for action in _parser(word)._actions:
+            flags = [
+                re.sub("^--", "-l ", flag) if flag.startswith("--") else f"-s {flag[1]}"
+                for flag in action.option_strings
+            ]
+            values = "-r" if action.nargs != 0 else ""
+            if action.choices or action.metavar == "NAME":
+                values = f"-x -a {shlex.quote(' '.join(action.choices) if action.choices else f'({SESSIONS})')}"
+            if flags or _is_session(action):
+                lines.append(f"{start} -n '{seen}' {' '.join([*flags, values])} -d {shlex.quote(action.help or '')}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ async def measure(engine: str, calls: int) -> dict[str, list[float]]:
         name = (
             await runner.engine.run("ps", f"--filter=label={LABEL}.owner={runner.owner}", "--format={{.Names}}")
         ).strip()
-        sandbox = runner.engine.sandbox_arguments("NAME", runner.image, config, "bench")
+        sandbox = runner.engine.sandbox_arguments("NAME", runner.image, config, {})
         flags = [flag for flag in sandbox[: sandbox.index("--")] if not flag.startswith(("--name=", "--interactive"))]
         ways: dict[str, Callable[[], Awaitable[None]]] = {
             "a call on a warm session": lambda: execute(runner, session),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,11 @@ def test_the_example_that_people_copy_means_what_it_says(file: Path) -> None:
         file,
         "allowed_modules: [math, datetime, random, json, re, collections]\n"
         "blocked_modules: [os, sys, subprocess, shutil, pathlib]\n"
-        "docker: {image: 'python:3.11', network_disabled: false, mounts: ['/:/host']}",
+        "docker: {image: 'python:3.11', network_disabled: false, mounts: ['/usr/share:/host']}",
     )
     assert config.allowed_modules == ("math", "datetime", "random", "json", "re", "collections")
     assert config.blocked_modules == ("os", "sys", "subprocess", "shutil", "pathlib")
-    assert config.docker == DockerConfig(image="python:3.11", network_disabled=False, mounts=("/:/host",))
+    assert config.docker == DockerConfig(image="python:3.11", network_disabled=False, mounts=("/usr/share:/host",))
 
 
 SAMPLES = {  # for each variable: text, and the value that it stands for
@@ -230,6 +231,101 @@ def test_a_mount_starts_from_the_home_or_from_here(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     for source in ("~/data", "data", "./data"):
         assert mount_argument(f"{source}:/x").startswith(f"type=bind,source={tmp_path}/")
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home with the places in it that no mount may show."""
+    for folder in ("data", ".python-docker-mcp", ".local/share/docker/volumes/x", "run"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / ".python-docker-mcp/config.yaml").touch()
+    (tmp_path / "sockets").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(tmp_path / "sockets")  # as the path of a socket must be short
+        listener.bind("engine.sock")
+    (tmp_path / "data/link").symlink_to("../sockets")
+    (tmp_path / "data/home").symlink_to("..")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/away/podman.sock")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("/", "it is the host's root"),
+        ("/.", "it is the host's root"),
+        ("/proc/..", "it is the host's root"),
+        ("~", "it is the home directory"),
+        ("~/data/home", "it is the home directory"),
+        ("~/..", "the home directory is in it"),
+        ("/etc", "it is the host's configuration"),
+        ("/proc", "it is the host's kernel interface"),
+        ("/proc/self", "it is part of the host's kernel interface (/proc)"),
+        ("/sys/kernel", "it is part of the host's kernel interface (/sys)"),
+        ("/dev/null", "it is part of the host's kernel interface (/dev)"),
+        ("/run", "it is where sockets of this host's programs are"),
+        ("~/run", "it is where sockets of this host's programs are"),
+        ("/var", "is in it (/var/lib/docker)"),
+        ("~/.local", "the engine's own data is in it"),
+        ("~/.local/share/docker/volumes/x", "it is part of the engine's own data"),
+        ("~/.python-docker-mcp", "it is this server's own configuration"),
+        ("~/.python-docker-mcp/config.yaml", "it is part of this server's own configuration"),
+        ("~/sockets/engine.sock", "engine.sock is a socket"),
+        ("~/sockets", "engine.sock is a socket"),
+        ("~/data/link", "engine.sock is a socket"),
+        ("~/data/link/engine.sock", "engine.sock is a socket"),
+    ],
+)
+def test_a_place_of_the_host_that_would_undo_the_sandbox_is_not_mounted(home: Path, source: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        mount_argument(f"{source}:/x")
+    assert str(caught.value).startswith(f"docker.mounts: {source!r} is refused, as ")
+    assert mount_argument("~/data:/x").startswith(f"type=bind,source={home}/data,")
+
+
+def test_where_docker_host_says_that_the_engine_listens_is_not_mounted(home: Path) -> None:
+    (home / "away").mkdir()
+    with pytest.raises(ValueError, match=r"the engine's socket \(DOCKER_HOST\) is in it"):
+        mount_argument("~/away:/x")
+
+
+def test_the_configuration_in_use_is_not_mounted_wherever_it_is(home: Path) -> None:
+    file = home / "data/settings.yaml"
+    for source in ("~/data", "~/data/settings.yaml"):
+        message = refusal(file, f"docker: {{mounts: ['{source}:/x']}}")
+        assert message == f"docker.mounts: {source!r} is refused, as the configuration {file} is in it."
+    assert load(home / "run/settings.yaml", "docker: {mounts: ['~/data:/x']}").docker.mounts
+
+
+@pytest.mark.parametrize(
+    ("target", "hides"),
+    [
+        ("/", "/proc"),
+        ("//", "/proc"),
+        ("/proc/1", "/proc"),
+        ("/sys", "/sys"),
+        ("/dev/shm", "/dev"),
+        ("/packages/x", "/packages"),
+        ("/tmp", "/tmp"),
+        ("/./work/", "/work/dir"),
+        ("/work/dir", "/work/dir"),
+        ("/usr", "/usr/bin"),
+        ("/usr/local/lib", "/usr/local/lib"),
+        ("/opt", "/opt/python-docker-mcp"),
+        ("/data/../proc", "/proc"),
+    ],
+)
+def test_a_mount_hides_nothing_that_the_sandbox_needs(tmp_path: Path, target: str, hides: str) -> None:
+    with pytest.raises(ValueError, match=rf"docker.mounts: '.*' is refused, as it would hide {hides} of the container"):
+        DockerConfig(working_dir="/work/dir", mounts=(f"{tmp_path}:{target}",))
+
+
+@pytest.mark.parametrize("target", ["/data", "/work/dir/data", "/tmp/data", "/usr/share/fonts", "/work/other", "/tmpx"])
+def test_a_mount_may_be_anywhere_else(tmp_path: Path, target: str) -> None:
+    assert mount_argument(f"{tmp_path}:{target}", "/work/dir").endswith(f",target={target},ro")
 
 
 def test_a_mount_with_a_comma_is_refused_for_the_command_line_can_not_take_it(tmp_path: Path) -> None:

@@ -468,7 +468,7 @@ def test_a_sessions_id_is_no_part_of_a_command(session: str) -> None:
 def test_settings_are_refused_or_stay_in_their_place_on_the_command_line(name: str, text: str) -> None:
     def command(docker: DockerConfig) -> list[str]:
         engine = Engine("docker", "docker", "20")
-        return engine.sandbox_arguments("NAME", Image(docker.image, "id", ""), Config(docker=docker), "OWNER")
+        return engine.sandbox_arguments("NAME", Image(docker.image, "id", ""), Config(docker=docker), {})
 
     try:
         docker = DockerConfig(**{name: text})  # type: ignore[arg-type]

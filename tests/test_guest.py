@@ -594,7 +594,7 @@ class Guest:
     def __init__(self, docker: FakeEngine, python: str, home: Path, **settings: Any) -> None:
         docker.script(python=python)
         self.home = home
-        self.settings = {"owner": "us", "working_dir": str(home), "idle_timeout": 60.0}
+        self.settings = {"owner": "us", "digest": "d", "working_dir": str(home), "idle_timeout": 60.0}
         self.settings |= {
             "allowed_modules": [],
             "blocked_modules": [],
@@ -606,7 +606,7 @@ class Guest:
         config = Config(docker=DockerConfig(working_dir=str(home)))
         name = f"guest-{next(self.numbers)}"
         self.record = docker.folder / "containers" / name
-        arguments = engine.sandbox_arguments(name, Image("image", "id", "present"), config, "us")
+        arguments = engine.sandbox_arguments(name, Image("image", "id", "present"), config, {})
         self.process = subprocess.Popen([docker.command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin
         assert self.process.stdout
@@ -1290,8 +1290,26 @@ def test_a_guest_without_session_ends_with_its_host(
     make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
 ) -> None:
     guest = Guest(make_fake_engine("docker"), python, tmp_path)
+    guest.run("1", session=None, final=True)
     guest.process.communicate(timeout=20)  # closes its standard input
     assert guest.process.returncode == 0
+
+
+def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
+    make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docker = make_fake_engine("docker")
+    impatient = GUEST_SOURCE.replace("\nADOPTION_TIME = 60.0 ", "\nADOPTION_TIME = 0.5 ")
+    assert impatient != GUEST_SOURCE
+    monkeypatch.setattr("test_guest.GUEST_SOURCE", impatient)
+    guest = Guest(docker, python, tmp_path)
+    with guest.process:
+        assert guest.process.stdin
+        guest.process.stdin.close()
+        assert next(guest.frames) == {"id": "", "kind": "farewell"}
+        assert docker.containers() != []
+        guest.process.wait(timeout=20)
+    until(lambda: docker.containers() == [])
 
 
 def test_a_session_that_nobody_comes_back_to_ends_by_itself(

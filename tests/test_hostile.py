@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -600,8 +600,8 @@ def remove(defence: Defence, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     complete = Engine.sandbox_arguments
 
-    def without(engine: Engine, name: str, image: Image, config: Config, owner: str) -> list[str]:
-        flags = complete(engine, name, image, config, owner)
+    def without(engine: Engine, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
+        flags = complete(engine, name, image, config, labels)
         if not defence.instead:
             return [flag for flag in flags if not flag.startswith(defence.piece)]
         return [flag.replace(defence.piece, defence.instead) for flag in flags]

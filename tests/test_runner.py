@@ -414,6 +414,108 @@ async def test_an_image_without_python_is_an_error_in_the_engines_words(runner: 
         await runner.execute("1")
 
 
+# ── calls that go on after they were answered ──
+
+
+async def test_a_call_that_takes_long_is_answered_with_what_there_is_and_goes_on(
+    runner: Runner, settings: Config
+) -> None:
+    answers = [await runner.execute(f"{WAIT_FOR_GO}print('off')\n7", session="s", answer_within=0.3)]
+    answers.append(await runner.execute("", session="s", answer_within=0.01))
+    assert [(answer.status, answer.state) for answer in answers] == [("running", None)] * 2
+    go(settings)
+    answers.append(await runner.execute("", session="s"))
+    assert (answers[-1].status, answers[-1].value, answers[-1].state) == ("ok", "7", "preserved")
+    assert "".join(answer.stdout for answer in answers) == "on\noff\n"
+    idle = await runner.execute("", session="s")
+    assert (idle.status, idle.hint) == ("ok", "There was no code to run, and none running to wait for.")
+
+
+async def answers_until(runner: Runner, text: str) -> str:
+    """What the session `s` has written, at least up to this text."""
+    written = ""
+    while text not in written:
+        answer = await runner.execute("", session="s", answer_within=0.05)
+        assert answer.status == "running"
+        written += answer.stdout
+    return written
+
+
+async def test_code_that_goes_on_can_be_interrupted_and_keeps_its_variables(runner: Runner) -> None:
+    stop = anyio.Event()
+    await runner.execute(f"x = 1\n{WAIT_FOR_GO}", session="s", answer_within=0.01)
+    await answers_until(runner, "on")
+    stop.set()
+    result = await runner.execute("", session="s", interrupt=stop)
+    assert (result.status, result.state) == ("cancelled", "preserved")
+    assert (await runner.execute("x", session="s")).value == "1"
+
+
+async def test_an_interruption_that_comes_before_the_code_has_begun_counts(runner: Runner) -> None:
+    stop = anyio.Event()
+    stop.set()
+    begun = await runner.execute(WAIT_FOR_GO, session="s", answer_within=0)
+    assert begun.status == "running"
+    assert (await runner.execute("", session="s", interrupt=stop)).status == "cancelled"
+
+
+async def test_while_code_goes_on_nothing_else_runs_in_its_session(runner: Runner, settings: Config) -> None:
+    await runner.execute(WAIT_FOR_GO, session="s", answer_within=0.3)
+    words = "In the session 's' the code of an earlier call is still running: wait for it by a call with empty code"
+    with pytest.raises(SessionError, match=words):
+        await runner.execute("1", session="s", answer_within=5)
+    with pytest.raises(SessionError, match=words):
+        await runner.install("requests", session="s")
+    go(settings)
+    assert (await runner.execute("", session="s")).status == "ok"
+
+
+async def test_the_next_call_tells_the_end_of_one_that_nobody_waited_for(runner: Runner, settings: Config) -> None:
+    first = await runner.execute(f"{WAIT_FOR_GO}print('off')\nx = 1\n1 / 0", session="s", answer_within=0.3)
+    go(settings)
+    result = await runner.execute("x", session="s")  # one without answer_within waits for its turn
+    assert (result.value, result.lost_before) == ("1", None)
+    assert result.unread is not None
+    assert (result.unread.status, first.stdout + result.unread.stdout) == ("error", "on\noff\n")
+    assert (await runner.execute("x", session="s")).unread is None
+
+
+async def test_who_stops_waiting_for_code_that_goes_on_does_not_stop_the_code(runner: Runner, settings: Config) -> None:
+    await runner.execute(f"{WAIT_FOR_GO}x = 1", session="s", answer_within=0.01)
+    with anyio.move_on_after(0.05) as patience:
+        await runner.execute("", session="s")
+    assert patience.cancelled_caught
+    go(settings)
+    assert (await runner.execute("", session="s")).status == "ok"
+    assert (await runner.execute("x", session="s")).value == "1"
+
+
+async def test_code_that_goes_on_does_so_when_its_host_leaves_and_the_next_one_gets_the_rest(settings: Config) -> None:
+    async with open_runner(settings) as first:
+        await first.execute(f"{WAIT_FOR_GO}print('off')\n7", session="s", answer_within=0.01)
+        assert await answers_until(first, "on") == "on\n"
+    async with open_runner(settings) as second:
+        still = await second.execute("", session="s", answer_within=0.1)
+        go(settings)
+        rest = await second.execute("", session="s")
+        await second.close_session("s")
+    assert (still.status, rest.status, rest.value) == ("running", "ok", "7")
+    assert still.output == (Omitted(3),)  # the first host was told these, and perhaps passed them on
+    assert rest.stdout == "off\n"
+
+
+async def test_what_keeps_a_call_from_beginning_is_told_to_who_waits_for_it(runner: Runner, docker: FakeEngine) -> None:
+    docker.script(run={"exit": 125, "stderr": "no space left on device\n"})
+    with pytest.raises(EngineError, match="no space left on device"):
+        await runner.execute("1", session="s", answer_within=20)
+    docker.script(run={"hang": True})
+    assert (await runner.execute("2", session="s", answer_within=0.05)).status == "running"
+    await runner.close_session("s")
+    docker.script(run={})
+    await until(lambda: not docker.containers())
+    assert (await runner.execute("3", session="t", answer_within=20)).value == "3"
+
+
 # ── hostile sandboxes ──
 
 
@@ -574,7 +676,7 @@ async def test_the_end_of_a_call_whose_host_was_killed_is_told_to_the_next(setti
     assert (result.value, result.lost_before) == ("5", None)
     assert result.unread is not None
     assert (result.unread.status, result.unread.value) == ("ok", "7")
-    assert result.unread.stdout.endswith("off\n")
+    assert result.unread.output == (Omitted(3), Text("stdout", "off\n"))
 
 
 async def test_closing_a_session_ends_its_container(runner: Runner, docker: FakeEngine) -> None:
@@ -771,7 +873,8 @@ async def test_an_image_that_can_not_be_made_is_told_with_the_engines_reason(
 def arguments(kind: Any, **docker: Any) -> list[str]:
     engine = Engine("/bin/x", kind, "1")
     config = Config(docker=DockerConfig(**docker))
-    return engine.sandbox_arguments("NAME", Image("IMAGE", "sha256:0123456789abcdef", "present"), config, "OWNER")
+    image = Image("IMAGE", "sha256:0123456789abcdef", "present")
+    return engine.sandbox_arguments("NAME", image, config, {"owner": "OWNER"})
 
 
 @pytest.mark.parametrize("kind", ["docker", "podman", "nerdctl"])
@@ -824,6 +927,18 @@ def test_podman_is_told_what_docker_does_not_know() -> None:
 )
 def test_a_restriction_that_is_switched_off_is_not_there(setting: dict[str, bool], flag: str) -> None:
     assert flag not in arguments("docker", **setting)
+
+
+def test_a_mount_that_has_gone_or_become_another_since_is_the_engine_s_error(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    config = Config(DockerConfig(mounts=(f"{folder}:/data",)))
+    folder.rmdir()
+    with pytest.raises(EngineError, match=r"A sandbox can't be started: .* does not exist on this host\.$"):
+        Engine("/bin/x", "docker", "1").sandbox_arguments("NAME", Image("i", "id", "x"), config, {})
+    folder.symlink_to("/")
+    with pytest.raises(EngineError, match=r"A sandbox can't be started: .* it is the host's root"):
+        Engine("/bin/x", "docker", "1").sandbox_arguments("NAME", Image("i", "id", "x"), config, {})
 
 
 def test_runtime_and_mounts_are_passed_on(tmp_path: Path) -> None:
@@ -887,6 +1002,18 @@ async def test_more_sessions_than_allowed_are_refused_with_the_list_of_those_the
             await runner.close_session(name)
 
 
+async def test_a_session_whose_code_is_running_does_not_make_room(settings: Config) -> None:
+    config = dataclasses.replace(settings, session=SessionConfig(max=1, evict=True))
+    async with open_runner(config) as runner:
+        assert (await runner.execute(WAIT_FOR_GO, session="one", answer_within=0.01)).status == "running"
+        with pytest.raises(SessionError, match="1 sessions already"):
+            await runner.execute("1", session="two")
+        go(settings)
+        assert (await runner.execute("", session="one")).status == "ok"
+        assert (await runner.execute("2", session="two")).value == "2"
+        await runner.close_session("two")
+
+
 async def test_if_that_is_allowed_the_longest_idle_session_makes_room_and_its_next_call_is_told(
     settings: Config,
 ) -> None:
@@ -919,6 +1046,30 @@ async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Conf
                 await anyio.sleep(0.01)
     assert sorted(filter(None, values)) == ["0", "1", "2", "3"]
     assert any("pool.size" in line for line in status)
+
+
+async def leave_without_a_word(_: Runner) -> None:
+    """Stands in for a host that is killed."""
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_a_ready_sandbox_whose_host_was_killed_is_adopted_if_it_is_as_the_next_host_makes_them(
+    settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=("json",)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "_leave", leave_without_a_word)
+        async with open_runner(config, warm=True) as first:
+            await until(lambda: len(first._pool.ready) == 1)
+            left = first._pool.ready[0].name
+    assert docker.containers() == [left]
+    if not same:
+        config = dataclasses.replace(config, docker=dataclasses.replace(config.docker, memory_limit="100m"))
+    async with open_runner(config, warm=True) as second:
+        await until(lambda: len(second._pool.ready) == 1)
+        assert (second._pool.ready[0].name == left) == same
+        assert (await second.execute("40 + 2")).value == "42"
+    await until(lambda: docker.containers() == ([] if same else [left]))
 
 
 async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config, docker: FakeEngine) -> None:

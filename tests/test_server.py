@@ -13,10 +13,10 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 import anyio.abc
@@ -26,6 +26,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from conftest import FakeEngine
 from mcp import Client, StdioServerParameters
 from mcp.shared.exceptions import MCPError
+from opentelemetry import trace
 from test_packages import Index, fill
 
 import python_docker_mcp
@@ -377,7 +378,7 @@ def test_each_tool_has_exactly_the_parameters_of_the_contract() -> None:
     assert list(schemas) == TOOLS
     assert [(list(schema["properties"]), schema["required"]) for schema in schemas.values()] == [
         (["code", "state", "timeout"], ["code"]),
-        (["code", "session_id", "timeout"], ["code"]),
+        (["code", "session_id", "timeout", "interrupt"], ["code"]),
         (["package_name", "session_id"], ["package_name"]),
         (["session_id"], ["session_id"]),
     ]
@@ -477,7 +478,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("execute-transient", {"code": "1", "state": {"a b": 1}}, "'a b' can't be the name of a variable."),
     ("execute-transient", {"code": "1", "timeout": "5"}, "timeout must be a number, not text."),
     ("execute-transient", {"code": "1", "timeout": 0}, "timeout is 0: it must be a number of seconds above 0."),
-    ("execute-persistent", {"code": "1", "timeout": 999}, "A timeout of 999 seconds is more than the 300 allowed"),
+    ("execute-transient", {"code": "1", "timeout": 301}, "A timeout of 301 seconds is more than the 300 allowed"),
+    ("execute-persistent", {"code": "1", "timeout": 1801}, "A timeout of 1801 seconds is more than the 1800 allowed"),
+    ("execute-persistent", {"code": ""}, "code is empty; pass Python source code, or the session_id of running code"),
+    ("execute-persistent", {"code": "1", "interrupt": True, "session_id": "x"}, "interrupt goes with empty code:"),
+    ("execute-persistent", {"code": "1", "interrupt": 1}, "interrupt must be true or false, not a number."),
     ("execute-persistent", {"code": "1", "session_id": "a b"}, "'a b' can't be a session_id: use 1 to 128 letters"),
     ("execute-persistent", {"code": "1", "session_id": "x" * 129}, "can't be a session_id"),
     ("install-package", {"package_name": "-r x"}, "'-r x' is not a package's name"),
@@ -495,6 +500,29 @@ async def test_what_is_wrong_with_an_argument_is_said_in_the_result_and_nothing_
             assert result.is_error
             assert words in text_of(result)
     assert not docker.log("run")
+
+
+async def test_a_client_comes_back_for_code_that_takes_long_and_can_stop_it(config: Config) -> None:
+    impatient = dataclasses.replace(config, session=dataclasses.replace(config.session, answer_within=0.3))
+    forever = "import time\nprint('begun')\nx = 5\nwhile True: time.sleep(0.01)"
+    async with connected(impatient) as client:
+        first = await client.call_tool("execute-persistent", {"code": forever, "session_id": "s", "timeout": 1000})
+        assert not first.is_error
+        assert first.structured_content["status"] == "running"
+        said = "Still running: the call has not ended after 0 seconds. Call execute-persistent with this session_id and"
+        assert text_of(first).startswith(said)
+        written = text_of(first)
+        while "begun" not in written:
+            wait = await client.call_tool("execute-persistent", {"code": "", "session_id": "s"})
+            assert wait.structured_content["status"] == "running"
+            written += text_of(wait)
+        stopped = await client.call_tool("execute-persistent", {"code": "", "session_id": "s", "interrupt": True})
+        assert stopped.is_error
+        assert text_of(stopped).startswith("Cancelled: the code was stopped.")
+        assert text_of(stopped).endswith("Session: s (its variables are kept)")
+        after = await client.call_tool("execute-persistent", {"code": "x", "session_id": "s"})
+        assert text_of(after) == "Value: 5\n\nSession: s"
+        await client.call_tool("cleanup-session", {"session_id": "s"})
 
 
 async def test_null_for_what_may_be_left_out_is_as_if_it_were(config: Config) -> None:
@@ -563,7 +591,7 @@ async def test_a_call_that_waits_for_an_image_tells_what_it_waits_for(config: Co
     async with connected(config) as client, anyio.create_task_group() as tasks:
         listener = Listener()
         call = await start(tasks, client, "execute-transient", listener, code="1")
-        await listener.wait_for("pulling elsewhere:1")
+        await listener.wait_for("pulling elsewhere:1 (once; ")
         call.cancel()
 
 
@@ -591,6 +619,34 @@ async def test_a_silent_call_is_kept_alive_by_notifications(config: Config, monk
         call = await start(tasks, client, "execute-transient", listener, code="import time; time.sleep(100)")
         await listener.wait_for("1 seconds")
         call.cancel()
+
+
+async def test_the_span_of_a_request_tells_what_came_of_the_code(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: list[dict[str, Any]] = []
+
+    class Span(trace.NonRecordingSpan):
+        def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+            spans.append(dict(attributes))
+
+    class Tracer(trace.NoOpTracer):
+        @contextmanager
+        def start_as_current_span(self, *_: Any, **__: Any) -> Iterator[trace.Span]:  # type: ignore[override]
+            with trace.use_span(Span(trace.INVALID_SPAN_CONTEXT)) as span:
+                yield span
+
+    monkeypatch.setattr("mcp.shared._otel._tracer", Tracer())
+    async with connected(config) as client:
+        await client.call_tool("execute-persistent", {"code": "1", "session_id": "s"})
+        await client.call_tool("execute-transient", {"code": "1 / 0"})
+    told = [{key: value for key, value in span.items() if key.startswith("python_docker_mcp.")} for span in spans]
+    persistent, transient = (span for span in told if span)
+    assert persistent["python_docker_mcp.session_id"] == "s"
+    assert persistent["python_docker_mcp.status"] == "ok"
+    assert transient["python_docker_mcp.status"] == "error"
+    assert "python_docker_mcp.session_id" not in transient
+    assert all(span["python_docker_mcp.seconds"] > 0 for span in (persistent, transient))
 
 
 async def test_calls_run_side_by_side(config: Config) -> None:
@@ -696,10 +752,12 @@ class RawClient:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: Config, folder: Path, version: str = "2025-11-25") -> AsyncIterator[RawClient]:
+    async def open(
+        cls, config: Config, folder: Path, version: str = "2025-11-25", log: IO[str] | None = None
+    ) -> AsyncIterator[RawClient]:
         """A client that has shaken hands."""
         command = [sys.executable, str(ROOT / "python_docker_mcp.py")]
-        async with await anyio.open_process(command, env=environment(config, folder), stderr=None) as process:
+        async with await anyio.open_process(command, env=environment(config, folder), stderr=log) as process:
             with anyio.fail_after(PATIENCE):
                 client = cls(process)
                 about = {"name": "raw", "version": "1"}
@@ -784,6 +842,47 @@ async def test_a_client_of_the_first_protocol_gets_only_what_it_knows(config: Co
     async with RawClient.open(config, tmp_path, "2024-11-05") as client:
         await client.call(1, "execute-persistent", code="open('a', 'w').close()", session_id="s")
         assert {block["type"] for block in (await client.result(1))["content"]} == {"text"}
+
+
+@pytest.mark.slow
+async def test_the_log_follows_a_call_through_a_line_for_each_event_without_what_is_secret(
+    config: Config, docker: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHON_DOCKER_MCP_DEBUG", "1")
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        async with RawClient.open(config, tmp_path, log=log) as client:
+            await client.call(1, "execute-persistent", code="secret = 'in\\nthe code'", session_id="followed")
+            await client.result(1)
+            await client.call(2, "execute-transient", code="1", state={"key": "in the state"})
+            await client.result(2)
+            assert await client.leave(None) == 0
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d\.\d{3} python-docker-mcp: ", line) for line in lines), lines
+    (call,) = (line for line in lines if " of followed in the container " in line)
+    container = call.rpartition(" ")[2]
+    number = call.partition(": call ")[2].partition(" ")[0]
+    assert any(f"call {number} ended: ok after 0." in line for line in lines)
+    assert any(re.search(rf"starting: {docker.command} rename .* {container}$", line) for line in lines)
+    assert any(re.search(r"`rename` ended with exit status 0 after \d", line) for line in lines)
+    assert not any("in the state" in line or "the code" in line for line in lines)
+
+
+@pytest.mark.slow
+async def test_the_log_has_news_only_and_no_passwords_of_addresses(
+    config: Config, docker: FakeEngine, tmp_path: Path
+) -> None:
+    docker.script(images=[], pull={"exit": 1, "stderr": "no answer from http://me:secret@proxy:1/ nor user@host\n"})
+    config = dataclasses.replace(config, docker=dataclasses.replace(config.docker, image="elsewhere:1"))
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        async with RawClient.open(config, tmp_path, log=log) as client:
+            await client.call(1, "execute-transient", code="1")
+            (block,) = (await client.result(1))["content"]
+            assert "can't be pulled: no answer from http://***@proxy:1/ nor user@host" in block["text"]
+            assert await client.leave(None) == 0
+    assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == [
+        "python-docker-mcp: pulling elsewhere:1 (once; the network decides how long that takes)",
+        "python-docker-mcp: pulling elsewhere:1: no answer from http://***@proxy:1/ nor user@host",
+    ]
 
 
 LEAVINGS = [(None, 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)]
