@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: help demo test unit integration lint docs bench clean
+.PHONY: help demo test unit integration lint docs bench fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ docs: .venv/.dev ## the README's tables of settings, written anew from the code
 bench: .venv/.dev ## what a call costs, beside the engine's own commands
 	@sh tests/engines.sh test
 	. ./.engines/env && $(PY) -m tests.bench docker && $(PY) -m tests.bench podman
+
+fuzz: .venv/.dev ## look for input that breaks the frame parsers, for SECONDS (300)
+	$(PIP) install -q --group fuzz
+	$(PY) -m tests.fuzz_frames $(or $(SECONDS),300)
 
 clean: ## remove the virtual environment, caches and build results
 	rm -rf .venv .engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

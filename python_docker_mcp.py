@@ -382,6 +382,8 @@ def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
     except pydantic.ValidationError as error:
         # A parameter that does not exist comes first: a required one that is missing is often its right spelling.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        if not problem["loc"]:
+            raise RequestError(f"{tool.name}: the name of a parameter has lone surrogates; leave them out.") from None
         raise RequestError(refusal(tool, str(problem["loc"][0]), problem["type"], problem["input"])) from None
 
 
@@ -1123,7 +1125,10 @@ async def read_resource(context: Context, params: types.ReadResourceRequestParam
 
 def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
     """What an address says: itself without a range, session, kind, path, offset and length. Raises RequestError."""
-    parts = urllib.parse.urlsplit(uri)
+    try:
+        parts = urllib.parse.urlsplit(uri)
+    except ValueError:  # brackets that are no IPv6 address
+        parts = urllib.parse.urlsplit("")
     match = re.fullmatch(r"/(files|output)/(.+)", parts.path, re.DOTALL)
     if parts.scheme != "session" or not match:
         raise RequestError(

@@ -33,7 +33,6 @@ import argparse
 import ast
 import atexit
 import base64
-import binascii
 import builtins
 import codecs
 import contextlib
@@ -134,7 +133,12 @@ RETRY_AFTER = 600  # from an image that could not be completed to the next attem
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
+SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME whatever JSON makes of it
+PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
+PART_COST = 64  # characters that a part of data counts for beside its own: it is an object, however small
+PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
+NOTES_LOGGED = 100  # of what a sandbox remarks
 ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
 
 
@@ -208,7 +212,7 @@ class DockerConfig:
             raise ValueError(f"docker.working_dir: {self.working_dir!r} is not an absolute path such as /app")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", self.image):
             raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
-        if self.runtime is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
+        if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
         for mount in self.mounts:
             mount_argument(mount, self.working_dir)
@@ -396,9 +400,10 @@ def parse_requirement(text: str) -> tuple[str, str]:
     """
     name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
-    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", text)
+    short = text[:201]  # matching takes the more time the longer the text is, and out of proportion
+    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", short)
     if not match or len(text) > 200:
-        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", text.strip())
+        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", short.strip())
         advice = (
             "ask for one package a call" if several else "give a name such as requests, pandas[excel] or pandas>=2,<3"
         )
@@ -630,10 +635,12 @@ VALUE_LIMIT = 32_000  # characters of a value's repr
 TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
+RICH_COST = 512  # characters that each of them counts for beside its own, so that there are not too many
 IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less than can be read
 IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
 STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
 STATE_DEPTH = 64
+STATE_PARTS = 1_000_000  # values within values
 FILES_LISTED = 100  # of those that a call made or changed
 FILES_SEEN = 5000  # more in the working directory are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
@@ -643,6 +650,42 @@ WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # beside the working dir
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
 PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
+
+# System calls that code here can do without, and that exploits start from; their numbers on x86_64 and on aarch64.
+# Docker's own filter lets some pass, Podman's others, gVisor has none. clone3 has to go as a whole, as it keeps its
+# flags where no filter can see them; the C library falls back from it.
+REFUSED_CALLS = (
+    ("io_uring_setup", 425, 425, errno.EPERM),
+    ("io_uring_enter", 426, 426, errno.EPERM),
+    ("io_uring_register", 427, 427, errno.EPERM),
+    ("add_key", 248, 217, errno.EPERM),
+    ("request_key", 249, 218, errno.EPERM),
+    ("keyctl", 250, 219, errno.EPERM),
+    ("unshare", 272, 97, errno.EPERM),
+    ("setns", 308, 268, errno.EPERM),
+    ("bpf", 321, 280, errno.EPERM),
+    ("perf_event_open", 298, 241, errno.EPERM),
+    ("userfaultfd", 323, 282, errno.EPERM),
+    ("ptrace", 101, 117, errno.EPERM),
+    ("process_vm_readv", 310, 270, errno.EPERM),
+    ("process_vm_writev", 311, 271, errno.EPERM),
+    ("pidfd_getfd", 438, 438, errno.EPERM),
+    ("clone3", 435, 435, errno.ENOSYS),
+)
+NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; and gVisor lets anybody kill process 1
+    ("kill", 62, 129),
+    ("tkill", 200, 130),
+    ("tgkill", 234, 131),
+    ("rt_sigqueueinfo", 129, 138),
+    ("rt_tgsigqueueinfo", 297, 240),
+    ("prlimit64", 302, 261),
+    ("sched_setparam", 142, 118),
+    ("sched_setscheduler", 144, 119),
+    ("sched_setaffinity", 203, 122),
+    ("sched_setattr", 314, 274),
+)
+SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
+NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
 
 class Channel:
@@ -824,9 +867,13 @@ class Supervisor:
         """Serve until the sandbox has no more reason to exist."""
         assert self.channel is not None
         allow_inspection(False)
+        unfiltered = filter_system_calls()
         self._catch_children()
         self._listen()
         self._attach(self.channel)
+        if unfiltered:
+            text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
+            self._tell({"id": "", "kind": "note", "text": text})
         while True:
             channels = [channel for channel in (self.channel, self.control) if channel]
             for channel in channels:
@@ -920,7 +967,7 @@ class Supervisor:
             elif frame["kind"] in ("stdout", "stderr"):
                 self.told += len(frame["text"].encode())
         else:
-            self.backlog_left -= len(frame.get("text") or frame.get("data") or "")
+            self.backlog_left -= len(json.dumps(frame))  # of all of it: the code may have forged it
             if self.backlog_left > 0 or frame["kind"] == "done":
                 self.backlog.append(frame)
 
@@ -950,8 +997,8 @@ class Supervisor:
             self._detach(self.session is not None or self.begun is None)
 
     def _detach(self, stay: bool) -> None:
-        """Let go of the host, and of life if nobody could want what is here."""
-        if not stay:
+        """Let go of the host, and of life if nobody could want what is here, or come for it."""
+        if not stay or not peers_are_told():
             os._exit(0)
         assert self.channel is not None
         del self.sources[self.channel.reader]
@@ -1242,6 +1289,32 @@ class Supervisor:
         self.worker, self.control, self.worker_fds, self.pipes, self.waiting = 0, None, set(), {}, None
 
 
+def peers_are_told() -> bool:
+    """Whether a socket tells who is at its other end. gVisor's (in 2022) tells who asks: then no plug can be known."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{PLUG_ADDRESS}-{os.urandom(8).hex()}")
+    listener.listen()
+    listener.settimeout(1)
+    child = os.fork()
+    if child == 0:
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(listener.getsockname())
+                connection.recv(1)
+        finally:
+            os._exit(0)
+    try:
+        with listener, listener.accept()[0] as connection:
+            told = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return bool(told[0] == child)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
 def open_inside(folder: str, path: str) -> int:
     """A descriptor of a regular file below `folder`, reached without following a link or leaving it. Raises OSError."""
     parts = path.split("/")
@@ -1328,6 +1401,57 @@ def allow_inspection(allowed: bool) -> None:
     """Set whether other processes of the same user may see this one's memory and descriptors (PR_SET_DUMPABLE)."""
     if ctypes.CDLL(None, use_errno=True).prctl(4, int(allowed), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+
+
+def filter_program(machine: str) -> bytes | None:
+    """A filter of system calls, in the kernel's BPF, for this kind of machine; None where the numbers are not known.
+
+    It refuses what REFUSED_CALLS names, what is done to process 1, new namespaces, sockets of other families, and all
+    that comes by another door: x86_64 kernels also take the calls of 32-bit programs, numbered otherwise, and those of
+    x32, numbered from 2**30.
+    """
+    if machine not in ("x86_64", "aarch64"):
+        return None
+    first = machine == "x86_64"
+    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
+    argument, architecture = 16, 4  # offsets in the kernel's struct seccomp_data; the call's number is at 0
+    allow = (leave, 0, 0, 0x7FFF0000)
+
+    def refuse(reason: int) -> tuple[int, int, int, int]:
+        return leave, 0, 0, 0x00050000 | reason
+
+    steps = [
+        (load, 0, 0, architecture),
+        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # in a jump: how many steps if so, and if not
+        refuse(errno.ENOSYS),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 1 << 30),
+        refuse(errno.ENOSYS),
+    ]
+    for _, number, other, reason in REFUSED_CALLS:
+        steps += [(equal, 0, 1, number if first else other), refuse(reason)]
+    flags = [(any_bit, 0, 1, NAMESPACE_FLAGS), refuse(errno.EPERM), allow]
+    families = [(equal, len(SOCKET_FAMILIES) - place, 0, family) for place, family in enumerate(SOCKET_FAMILIES)]
+    families += [refuse(errno.EAFNOSUPPORT), allow]
+    process = [(equal, 0, 1, 1), refuse(errno.EPERM), allow]
+    rules = [("clone", 56, 220, flags), ("socket", 41, 198, families), ("socketpair", 53, 199, families)]
+    rules += [(*call, process) for call in NOT_TO_PROCESS_1]
+    for _, number, other, rule in rules:  # each on the call's first argument
+        steps += [(equal, 0, 1 + len(rule), number if first else other), (load, 0, 0, argument), *rule]
+    return b"".join(struct.pack("HBBI", *step) for step in [*steps, allow])
+
+
+def filter_system_calls() -> str | None:
+    """Have the kernel refuse what `filter_program` says, to this process and all that it will fork; why not, if not."""
+    code = filter_program(os.uname().machine)
+    if code is None:
+        return f"its numbers are not known for {os.uname().machine}"
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    steps = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))
+    if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP
+        return os.strerror(ctypes.get_errno())
+    return None
 
 
 def count_oom_kills() -> int:
@@ -1652,11 +1776,13 @@ class Worker:
             self._publish({"text/plain": clip(repr(value), VALUE_LIMIT), **rich_forms(value)})
 
     def _publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
+        if self.rich_left < 0:
+            return  # the last one said so
         data = json.dumps(bundle)
-        if len(data) > self.rich_left:
+        if len(data) + RICH_COST > self.rich_left:
             note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
             data = json.dumps({"text/plain": note})
-        self.rich_left -= len(data)
+        self.rich_left -= len(data) + RICH_COST
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the code may have put anything there
                 stream.flush()
@@ -1783,21 +1909,34 @@ def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """The variables that JSON can hold, as its text; and of those it can't, the name and the reason (at most 100)."""
     kept: list[str] = []
     left_out: dict[str, str] = {}
-    size = 2
+    size = parts = 2
     for name, value in list(names.items()):
         if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
             continue
         try:
             text = f"{json.dumps(name)}:{json.dumps(plain(value, 0, set()))}"
             text.encode()
+            if parts_of(text) > STATE_PARTS - parts:
+                raise ValueError(f"too large: {parts_of(text)} values")
             size += len(text) + 1
             if size > STATE_LIMIT:
                 size -= len(text) + 1
                 raise ValueError(f"too large: {len(text)} characters of JSON")
             kept.append(text)
+            parts += parts_of(text)
         except (ValueError, RecursionError) as error:
             left_out[clip(name, 100)] = clip(str(error), 200)
     return "{" + ",".join(kept) + "}", dict(list(left_out.items())[:100])
+
+
+def parts_of(text: str) -> int:
+    """How many values JSON comes to, or some more. Takes no longer than its length needs, whatever the text is."""
+    count = sum(map(text.count, "[{,"))
+    if count > STATE_PARTS:  # look closer: those in strings do not count
+        bare = text.replace("\\\\", "").replace('\\"', "")
+        if bare.count('"') <= 4 * STATE_PARTS:  # a key and a value each, at most
+            count = sum(piece.count(mark) for piece in bare.split('"')[::2] for mark in "[{,")
+    return count
 
 
 def plain(value: Any, depth: int, parents: set[int]) -> Any:
@@ -2344,6 +2483,8 @@ class Engine:
             *(f"--label={LABEL}.{key}={value}" for key, value in labels.items()),
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
+            # Else Docker copies the host's resolv.conf, which tells a company's name servers and domains.
+            *(["--dns=0.0.0.0", "--dns-search=."] if docker.network_disabled and self.kind == "docker" else []),
             *(["--read-only"] if docker.read_only else []),
             # Podman would add writable directories without a limit of their own to a read-only root.
             *(["--read-only-tmpfs=false"] if self.kind == "podman" else []),
@@ -2425,12 +2566,12 @@ class Engine:
     async def sandboxes(self, **labels: str) -> list[str]:
         """The names of all containers that carry our label, and these ones of ours, whoever started them."""
         filters = (f"--filter=label={LABEL}.{key}={value}" for key, value in labels.items())
-        return (await self.run("ps", f"--filter=label={LABEL}", *filters, "--format={{.Names}}")).split()
+        return names_in(await self.run("ps", f"--filter=label={LABEL}", *filters, "--format={{.Names}}"))
 
     async def leftovers(self) -> list[str]:
         """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
         states = ("--filter=status=created", "--filter=status=exited")
-        return (await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}")).split()
+        return names_in(await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}"))
 
     async def remove(self, name: str) -> None:
         """Kill and remove a container; that it is gone already is fine."""
@@ -2591,6 +2732,11 @@ async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> Non
     async for data in stream:
         tail += data
         del tail[:-ERRORS_KEPT]
+
+
+def names_in(output: str) -> list[str]:
+    """The names of containers that an engine lists; what can't be one must not become an argument."""
+    return [name for name in output.split() if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}", name)]
 
 
 def without_passwords(text: str) -> str:
@@ -3053,39 +3199,51 @@ class Frame:
         value = self._fields.get(name)
         if type(value) not in types:
             raise ProtocolError(f"the field {name} is of type {type(value).__name__}")
-        return value
+        return encodable(value) if type(value) is str else value
 
     def seconds(self, name: str) -> float:
         """A duration."""
-        value = float(self.get(name, float, int))
-        if not 0 <= value < math.inf:
+        value = self.get(name, float, int)
+        if not 0 <= value < 1e12:  # nor is infinity, nor what is not a number
             raise ProtocolError(f"the field {name} is not a duration")
-        return value
+        return float(value)
 
 
 NONE = type(None)
 
 
-def parse_within(text: str, nodes: int = 1_000_000) -> Any:
+def encodable(text: str) -> str:
+    """`text` with lone surrogates, which JSON can bring in and nothing can write, as their escape sequences."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def parse_within(text: str) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
-    if sum(map(text.count, "[{,")) > nodes:
+    if parts_of(text) > STATE_PARTS + STATE_DEPTH:
         raise ProtocolError("JSON with too many parts")
-    depth = 0
-    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-        depth += 1 if bracket in "[{" else -1
-        if depth > STATE_DEPTH + 2:
-            raise ProtocolError("JSON that is nested too deeply")
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"data is not JSON ({error})") from None
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, (list, dict))]:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+        if depth > STATE_DEPTH + 2:
+            raise ProtocolError("JSON that is nested too deeply")
+    return value
+
+
+def refuse_constant(name: str) -> Any:
+    """NaN and the infinities, which Python's JSON knows and nobody else's. Raises ValueError."""
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def texts(value: Any) -> dict[str, str]:
     """`value` if it is an object of texts. Raises ProtocolError."""
     if not isinstance(value, dict) or not all(type(item) is str for item in value.values()):
         raise ProtocolError("where an object of texts should be there is none")
-    return value
+    return {encodable(key): encodable(item) for key, item in value.items()}
 
 
 @dataclass(frozen=True)
@@ -3111,7 +3269,7 @@ class Request:
             raise RequestError(
                 f"The code is {size} bytes long; the limit is {CODE_LIMIT}. Pass data in files or state."
             )
-        if self.session is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", self.session):
+        if self.session is not None and not re.fullmatch(SESSION_ID, self.session):
             raise RequestError(
                 f"{textwrap.shorten(repr(self.session), 60)} can't be a session's id: "
                 "use 1 to 128 letters, digits, dots, dashes and underscores."
@@ -3294,9 +3452,12 @@ class Sandbox:
         """What the sandbox said of itself when it was started or plugged into."""
         said = greeting or self._greeting
         assert said is not None
+        session = said.get("session", str, NONE)
+        if session is not None and not re.fullmatch(SESSION_ID, session):
+            raise ProtocolError("a session's id that can't be one")
         return SandboxInfo(
             name=self.name,
-            session=said.get("session", str, NONE),
+            session=session,
             attached=said.get("attached", bool),
             owner=said.get("owner", str),
             busy=said.get("busy", bool),
@@ -3331,12 +3492,14 @@ class Sandbox:
     async def _read_frames(self) -> None:
         assert self._process.stdout is not None
         lines = BufferedByteReceiveStream(self._process.stdout)
-        strays = 0
+        strays = notes = 0
         try:
             while True:
                 frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
                 kind = frame.get("kind", str)
                 if kind in ("ready", "status"):
+                    if self._greeting:
+                        raise ProtocolError("a second greeting")
                     unread = frame.get("unread", str, NONE)
                     self.info(frame)  # refuses what no supervisor says of itself
                     self.packages = frame.get("packages", str, NONE)
@@ -3349,7 +3512,8 @@ class Sandbox:
                     return
                 elif kind == "expired":
                     self.expired = True
-                elif kind == "note":
+                elif kind == "note" and notes < NOTES_LOGGED:
+                    notes += 1
                     log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
                 elif answer := self._answers.get(frame.get("id", str)):
                     with contextlib.suppress(
@@ -3482,6 +3646,8 @@ class Sandbox:
                 with anyio.fail_after(ATTACH_TIMEOUT):
                     async for frame in answer.frames:
                         data += frame.get("data", str)
+                        if len(data) > 2 * READ_LIMIT:  # base64 makes a third more of it
+                            raise ProtocolError("more data than was asked for")
                         if frame.get("kind", str) == "file":
                             break
                     else:
@@ -3508,7 +3674,7 @@ class Sandbox:
                 if frame.get("kind", str) == "done":
                     return account.close(frame, session)
                 await account.take(frame)
-        except (ProtocolError, binascii.Error) as error:
+        except ProtocolError as error:
             self._fault = str(error)
             self._kill_client()
             await self.remove()
@@ -3595,6 +3761,7 @@ class Account:
             await self._show(Text(kind, frame.get("text", str)))
         elif kind == "part":
             self._gather(frame)
+            self._data_left -= PART_COST
         elif kind == "display":
             await self._show(Rich(texts(parse_within(self._gathered(frame))), frame.get("is_value", bool)))
         elif kind == "state":
@@ -3602,7 +3769,12 @@ class Account:
             if not isinstance(self._variables, dict):
                 raise ProtocolError("the state is not an object")
         elif kind == "content":
-            self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
+            if len(self._contents) == FILES_LISTED:
+                raise ProtocolError("more files than are listed")
+            try:
+                self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
+            except ValueError as error:
+                raise ProtocolError(f"a file's content is not base64 ({error})") from None
         elif kind == "omitted":
             await self._show(Omitted(frame.get("bytes", int)))
         elif kind == "earlier":
@@ -3616,9 +3788,27 @@ class Account:
             if self._text_left < 0:
                 raise ProtocolError("more output than the limit lets through")
         if self._keep or not isinstance(item, Text):
-            self.output.append(item)
+            self._enter(item)
         if self._on_output:
             await self._on_output(item)
+
+    def _enter(self, item: Text | Rich | Omitted) -> None:
+        """Keep a piece of output. There may be as many as there are characters, and each costs more than those."""
+        last = self.output[-1] if self.output else None
+        if (
+            isinstance(item, Text)
+            and isinstance(last, Text)
+            and item.stream == last.stream
+            and len(item.text) + len(last.text) < PIECE
+        ):
+            self.output[-1] = Text(item.stream, last.text + item.text)
+        elif len(self.output) < PIECES_LIMIT:
+            self.output.append(item)
+        elif isinstance(item, Text):
+            gap = sum(piece.bytes for piece in self.output[PIECES_LIMIT:] if isinstance(piece, Omitted))
+            self.output[PIECES_LIMIT:] = [Omitted(gap + len(item.text.encode("utf-8", "replace")))]
+        else:
+            raise ProtocolError("more pieces of output than a call can have")
 
     def _gather(self, frame: Frame) -> None:
         self._parts.append(frame.get("data", str))
@@ -3657,7 +3847,7 @@ class Account:
             variables_left_out=self._left_out,
             files=tuple(file_info(item) for item in frame.get("files", list, NONE) or ()),
             contents=self._contents,
-            stale=tuple(str(name) for name in frame.get("stale", list, NONE) or ()),
+            stale=tuple(encodable(str(name)) for name in frame.get("stale", list, NONE) or ()),
             wall=frame.seconds("wall"),
             cpu=frame.seconds("cpu"),
             memory=frame.get("memory", int, NONE),
@@ -3683,7 +3873,7 @@ def file_info(item: Any) -> FileInfo:
     """A file in a frame: path and size. Raises ProtocolError."""
     if type(item) is not list or [type(part) for part in item] != [str, int]:
         raise ProtocolError("a file is not a path and a size")
-    return FileInfo(*item)
+    return FileInfo(encodable(item[0]), item[1])
 
 
 def how_it_ended(code: int | None) -> str:
@@ -3736,8 +3926,8 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
         called = f": the package is called {package}" if package else ""
         return f"{top} is not installed. Install it with install-package{called}."
     lines = code.splitlines()
-    if exception.type == "SyntaxError" and exception.line and exception.line <= len(lines):
-        line = lines[exception.line - 1].strip()
+    if exception.type == "SyntaxError" and 0 < (exception.line or 0) <= len(lines):
+        line = lines[(exception.line or 0) - 1].strip()
         if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):
             return "Packages are not installed from code here: use install-package, then import them."
         if re.match(r"!\s*\w", line):
@@ -5764,7 +5954,7 @@ def picture(forms: Mapping[str, str]) -> tuple[bytes, str] | None:
     """The picture among a value's forms, and how its file's name ends; None if there is none."""
     for mime, ending in (("image/png", "png"), ("image/jpeg", "jpg"), ("image/gif", "gif"), ("image/webp", "webp")):
         if mime in forms:
-            with contextlib.suppress(binascii.Error, ValueError):
+            with contextlib.suppress(ValueError):
                 return base64.b64decode(forms[mime], validate=True), ending
     return (forms["image/svg+xml"].encode("utf-8", "replace"), "svg") if "image/svg+xml" in forms else None
 

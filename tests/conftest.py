@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests marked `engine` on this engine, and fail if it is not there; may be given more than once "
         "(default: on those that answer; if CI is set, on all)",
     )
+    parser.addoption("--runtime", help="run the containers of Docker's with this runtime, such as runsc")
     parser.addoption(
         "--every-python", action="store_true", help="try the guest on every Python found, not just on this one"
     )
@@ -68,9 +69,10 @@ def why_unusable(command: str) -> str | None:
 
 
 @pytest.fixture
-def config(engine_command: str) -> Config:
+def config(engine_command: str, request: pytest.FixtureRequest) -> Config:
     """Settings for a real engine, with the image that needs no registry and nothing preinstalled in it."""
-    docker = DockerConfig(command=engine_command, image="host")
+    runtime = request.config.getoption("--runtime") if engine_command == "docker" else None
+    docker = DockerConfig(command=engine_command, image="host", runtime=runtime)
     return Config(docker=docker, package=PackageConfig(preinstalled=()))
 
 
