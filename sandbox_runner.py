@@ -5327,7 +5327,7 @@ def check_process_1(examination: Examination) -> Judgement:
     seen = f"code gets at its {', '.join(open_parts)}"
     if examination.is_gvisor:
         remedy = (
-            "gVisor does not keep processes of one user apart: hostile code can end its sandbox, and speak for it. "
+            "gVisor does not keep processes of one user apart: hostile code can speak for its sandbox, perhaps end it. "
             "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
         )
         return "warning", seen, remedy
