@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: help demo test unit integration lint bench clean
+.PHONY: help demo test unit integration lint docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ integration: .venv/.dev ## tests on real Docker and real Podman
 lint: .venv/.dev ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m mypy
+
+docs: .venv/.dev ## the README's tables of settings, written anew from the code
+	$(PY) -m tests.readme
 
 bench: .venv/.dev ## what a call costs, beside the engine's own commands
 	@sh tests/engines.sh test

@@ -43,6 +43,7 @@ from mcp.server import Server, ServerRequestContext
 from mcp.server.session import ServerSession
 from mcp.server.stdio import stdio_server
 from mcp.shared.exceptions import MCPError
+from opentelemetry import trace
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
 from sandbox_runner import (
@@ -63,6 +64,7 @@ from sandbox_runner import (
     open_runner,
     open_tasks,
     plain_text,
+    set_up_logging,
 )
 
 __all__ = ["make_server", "main"]
@@ -174,6 +176,7 @@ class ExecuteTransient(Tool):
             timeout=seconds(self.timeout, service.runner.config.docker.max_timeout),
             on_output=progress.on_output,
         )
+        annotate(result)
         return render(result, state_budget=STATE_UNASKED if self.state is None else STATE_BUDGET)
 
 
@@ -231,6 +234,7 @@ class ExecutePersistent(Tool):
             is_new=self.session_id is None,
             answer_within=config.answer_within,
         )
+        annotate(result)
         return render(result, new_session=self.session_id is None, kept=service.shelf.add(result))
 
 
@@ -411,6 +415,14 @@ def suggestion(tool: type[Tool], parameter: str) -> str:
     other = ExecutePersistent if tool is ExecuteTransient else ExecuteTransient
     meant = tool.runs_code and difflib.get_close_matches(parameter, other.model_fields, 1)
     return f"{known} Did you mean {other.name}?" if meant else known
+
+
+def annotate(result: Result) -> None:
+    """Add to the span that the SDK opens for a request what came of the code. Whoever exports spans sees it."""
+    facts = {"status": result.status, "session_id": result.session, "seconds": result.wall, "memory": result.memory}
+    trace.get_current_span().set_attributes(
+        {f"python_docker_mcp.{name}": value for name, value in facts.items() if value is not None}
+    )
 
 
 def seconds(asked: float | None, most: float) -> float | None:
@@ -1115,8 +1127,7 @@ def cut(data: Any, length: int | None, size: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve on standard input and output until the client closes them, or a signal comes."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(format="python-docker-mcp: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("python_docker_mcp").setLevel(logging.INFO)
+    set_up_logging("python-docker-mcp: %(message)s", logging.INFO)
     try:
         config = load_config(options.config)
     except ConfigError as error:

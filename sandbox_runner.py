@@ -59,6 +59,7 @@ import platform
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -2504,6 +2505,7 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
     if command[1] == "pull":  # the one command that may need a proxy itself
         environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    log.debug("starting: %s", shlex.join(clip(part, 200) for part in command))
     try:
         return await anyio.open_process(
             command,
@@ -2524,6 +2526,7 @@ async def run_command(
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str, str]:
     """Run an engine command to its end; its exit status, output (MAX_FRAME bytes at most) and errors."""
+    started = time.monotonic()
     process = await open_command(command, stdin)
     output, errors = bytearray(), bytearray()
 
@@ -2549,6 +2552,7 @@ async def run_command(
             process.kill()
         with anyio.CancelScope(shield=True):
             await process.aclose()
+    log.debug("`%s` ended with exit status %s after %.3f s", command[1], code, time.monotonic() - started)
     return code, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
 
@@ -2559,10 +2563,15 @@ async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> Non
         del tail[:-ERRORS_KEPT]
 
 
+def without_passwords(text: str) -> str:
+    """The text, with what an address has between its scheme and its host hidden."""
+    return re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
+
+
 def last_line(text: str) -> str:
-    """The last line with something in it, printable and short: engines say the reason last."""
+    """The last line with something in it, printable, short and without passwords: engines say the reason last."""
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    said = lines[-1] if lines else ""
+    said = without_passwords(lines[-1]) if lines else ""
     return textwrap.shorten("".join(char if char.isprintable() else " " for char in said), 300, placeholder=" …")
 
 
@@ -2603,7 +2612,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
             docker.image, host_image_name(), engine.kind, docker.image,
         )  # fmt: skip
         return Image(host_image_name(), identity, "made from this host's Python")
-    report(f"pulling {docker.image}")
+    report(f"pulling {docker.image} (once; the network decides how long that takes)")
     try:
         code, _, errors = await run_command(
             [engine.command, "pull", docker.image],
@@ -2811,12 +2820,11 @@ async def _build_now(
     engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
 ) -> str:
     packages = ", ".join(config.package.preinstalled)
-    report(f"preparing the image with {packages} (once; a minute or so)")
-    report(progress_bar(1, BUILD_STEPS, f"fetching {config.package.installer}"))
+    report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
     task = {"task": "build", "requirements": config.package.preinstalled}
     async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
         outcome.require_success(f"{packages} could not be installed")
-        report(progress_bar(BUILD_STEPS, BUILD_STEPS, "saving the image"))
+        report(build_status(BUILD_STEPS, "saving the image"))
         await engine.run(
             "commit",
             f"--change=LABEL {BASE_LABEL}={base.id}",
@@ -2834,9 +2842,10 @@ BUILD_ATTEMPTS = 3
 BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
 
 
-def progress_bar(step: int, steps: int, text: str) -> str:
-    """How far something long is, in a line."""
-    return f"{'█' * step}{'░' * (steps - step)} {text}"
+def build_status(step: int, text: str) -> str:
+    """How far the derived image is: each line says it all, as a client may show any of them, and only one."""
+    bar = "█" * step + "░" * (BUILD_STEPS - step)
+    return f"{bar} preparing the image (once; a minute or so): {text}"
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
@@ -2891,7 +2900,7 @@ def shorten_installer_output(output: str) -> str:
         for line in lines
         if re.match(r"(?i)error|hint:|cause:|caused by:|.*(was not found|has no |no matching)", line)
     ]
-    return "\n".join(telling[-8:] or lines[-8:])[:2000]
+    return without_passwords("\n".join(telling[-8:] or lines[-8:]))[:2000]
 
 
 @asynccontextmanager
@@ -2923,7 +2932,7 @@ async def helper_container(
                         break
                     step = frame.get("step", int, NONE) or step
                     text = last_line(frame.get("text", str))
-                    report(progress_bar(step, BUILD_STEPS, text) if step else text)
+                    report(build_status(step, text) if step else text)
             except (
                 anyio.EndOfStream,
                 anyio.IncompleteRead,
@@ -3221,6 +3230,7 @@ class Sandbox:
         except BaseException:
             await sandbox.remove()
             raise
+        log.debug("the sandbox %s is ready after %.3f s", name, time.monotonic() - sandbox.created)
         return sandbox
 
     @classmethod
@@ -3245,6 +3255,7 @@ class Sandbox:
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
             sandbox.created -= sandbox.info().age
+            log.debug("taken over: the session %s in the container %s", session, name)
             return sandbox
         sandbox._kill_client()
         return sandbox.info(greeting) if greeting else None
@@ -3348,6 +3359,7 @@ class Sandbox:
     async def call(self, request: Request, on_output: OnOutput | None = None) -> Result:
         """Run code, and tell what came of it. Being cancelled stops the code."""
         call_id = secrets.token_hex(8)
+        log.debug("call %s of %s in the container %s", call_id, request.session or "no session", self.name)
         *parts, run = request.frames(call_id)
         answer = self._expect(call_id)
         settled = True  # as long as nothing of it runs
@@ -3360,6 +3372,7 @@ class Sandbox:
                 await self._send(run)
                 result = await self._collect(answer, request.session, on_output, request.output_limit)
                 settled = True
+                log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
                 return result
             settled = True
             return await self._give_up(request.session)
@@ -4299,8 +4312,11 @@ class Runner:
                 self._report("")
 
     def _report(self, status: str) -> None:
-        if status and status != self.status:
-            (self.on_status or log.info)(status)
+        if status != self.status:
+            if self.on_status:
+                self.on_status(status)
+            elif status:
+                log.info("%s", status)
         self.status = status
 
     async def install(self, requirement: str, *, session: str | None = None) -> Installation:
@@ -4351,6 +4367,7 @@ class Runner:
             "image": self.image.packages.rpartition("/")[2],
         }
         helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
+        self._report(f"installing {requirement}")
         try:
             with anyio.fail_after(INSTALL_TIMEOUT):
                 async with helper_container(
@@ -4471,7 +4488,8 @@ async def open_runner(
     """A Runner for the time of an `async with`.
 
     It starts nothing by itself, the first call does; unless it is to be `warm`: then it prepares the image and a pool
-    of sandboxes in the background, while calls can come already. `on_status` is told what takes long.
+    of sandboxes in the background, while calls can come already. `on_status` is told what takes long, and an
+    empty text when that is over.
 
     At the end sessions are left detached: their containers wait `session.idle_timeout` for somebody to come back.
     """
@@ -5399,17 +5417,12 @@ SANDBOX_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
 )
 
 
-async def _doctor_command(argv: Sequence[str]) -> int:
-    """`doctor`: try what is promised of a sandbox; exit status 1 if something of it does not hold."""
-    parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py doctor",
-        description="Check engine, image, limits and isolation, by trying them in sandboxes as they are configured.",
-        epilog="The exit status is 0 if nothing failed (there may be warnings), 1 if something did, 125 if there is no "
-        "engine, image or sandbox to be had, 2 if a setting is wrong.",
-    )
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
+
+
+async def _doctor_command(options: argparse.Namespace) -> int:
+    """`doctor`: try what is promised of a sandbox; exit status 1 if something of it does not hold."""
     started = time.monotonic()
     findings = await examine(load_config(options.config))
     seconds = time.monotonic() - started
@@ -5439,18 +5452,14 @@ def _print_findings(findings: Sequence[Finding]) -> None:
 
 # ── command line ──
 
-USAGE = """\
+EXAMPLES = """\
 examples:
-  python sandbox_runner.py script.py one two       run a script, with arguments
-  python sandbox_runner.py -c 'print(6 * 7)'       run a piece of code
-  … | python sandbox_runner.py -                   run what comes on standard input
-  python sandbox_runner.py --session work -c 'x = 1'
-  python sandbox_runner.py --session work -c 'x + 1'   the session kept x
-  python sandbox_runner.py ps                      the sandboxes there are
-  python sandbox_runner.py rm work                 end a session
-  python sandbox_runner.py install requests        make a package importable in every sandbox
-  python sandbox_runner.py build                   prepare the image ahead of the first call
-  python sandbox_runner.py doctor                  try whether every limit and wall holds on this host
+  {program} script.py one two             run a script, with arguments
+  {program} -c 'print(6 * 7)'             run a piece of code
+  … | {program} -                         run what comes on standard input
+  {program} --mount data:/data report.py  let it read a folder, and save its plots as figure-N.png
+  {program} --session work -c 'x = 1'
+  {program} --session work -c 'x + 1'     the session kept x
 
 The exit status is the code's own; 124 after a time-out, 137 out of memory, 130 interrupted, 128 + N killed by signal N,
 125 if there is nothing to run it in, 2 if a setting or an argument is wrong."""
@@ -5460,20 +5469,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; ends the process with the exit status that `--help` describes."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     clear_status = "\r\x1b[K" if sys.stderr.isatty() else ""
-    logging.basicConfig(format=f"{clear_status}%(message)s", level=logging.INFO, stream=sys.stderr)
+    set_up_logging(f"{clear_status}%(message)s", logging.INFO)
     try:
-        command = {
-            "ps": _list_command,
-            "prune": _prune_command,
-            "rm": _remove_command,
-            "build": _build_command,
-            "install": _install_command,
-            "doctor": _doctor_command,
-        }.get(arguments[0] if arguments else "")
+        word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+        options = _parser(word).parse_args(arguments[1:] if word else arguments)
         try:
-            code = anyio.run(command, arguments[1:]) if command else anyio.run(_run_command, arguments)
+            code = anyio.run(COMMANDS[word].run if word else _run_command, options)
         except SandboxError as error:
-            print(f"sandbox_runner: {error}", file=sys.stderr)
+            _complain(str(error))
             code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
         sys.stdout.flush()
     except BrokenPipeError:
@@ -5484,46 +5487,99 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def set_up_logging(form: str, level: int) -> None:
+    """Have what happens told on standard error, a line for each event; with PYTHON_DOCKER_MCP_DEBUG everything."""
+    debug = os.environ.get("PYTHON_DOCKER_MCP_DEBUG", "").lower() not in ("", "0", "false", "no")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine(f"%(asctime)s.%(msecs)03d {form}" if debug else form, "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.setLevel(logging.DEBUG if debug else level)
+
+
+class OneLine(logging.Formatter):
+    """A line for each event, without the passwords that addresses may hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return without_passwords(super().formatMessage(record).replace("\n", "\\n"))
+
+
+def _program() -> str:
+    """What this was started as."""
+    name = Path(sys.argv[0]).name
+    return f"python {name}" if name.endswith(".py") else name
+
+
+def _parser(word: str = "") -> argparse.ArgumentParser:
+    """The parser of a command; without a word, of what runs code."""
+    program = f"{_program()} {word}".rstrip()
     parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py",
-        description="Run Python in a locked-down container: no network, read-only, limited memory, CPU and time.",
-        epilog=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog=program, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("-c", dest="code", metavar="CODE", help="run this code instead of a file")
-    parser.add_argument("--session", metavar="NAME", help="keep variables, imports and files under this name")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long the code may take")
-    parser.add_argument(
+    if word:
+        parser.description = textwrap.fill(COMMANDS[word].about, 80)
+        parser.epilog = "examples:\n" + "\n".join(f"  {_program()} {example}" for example in COMMANDS[word].examples)
+        COMMANDS[word].add_arguments(parser)
+        parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    else:
+        parser.usage = f"{program} [options] (FILE | - | -c CODE) [ARGUMENT …]\n       {program} COMMAND …"
+        parser.description = (
+            "Run Python in a locked-down container: no network, read-only, limited memory, CPU and time.\n\ncommands:\n"
+            + "\n".join(
+                f"  {name:22}{command.about.partition('. ')[0].rstrip('.')}" for name, command in COMMANDS.items()
+            )
+        )
+        parser.epilog = EXAMPLES.format(program=program)
+        _add_run_arguments(parser)
+    return parser
+
+
+CONFIG_HELP = "settings; by default $PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml"
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is run")
+    what.add_argument("-c", dest="code", metavar="CODE", help="run this code instead of a file")
+    what.add_argument("file", nargs="?", metavar="FILE", help="a script, or - for standard input")
+    what.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="for the script")
+    where = parser.add_argument_group("in which sandbox")
+    where.add_argument("--session", metavar="NAME", help="keep variables, imports and files under this name")
+    where.add_argument(
         "--state", metavar="FILE", help="JSON object of variables to start with; written anew at the end"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object that holds everything")
-    parser.add_argument("--image", help="the image to use; `host` for one made from this host's Python")
-    parser.add_argument(
+    where.add_argument("--timeout", type=float, metavar="SECONDS", help="how long the code may take")
+    where.add_argument("--image", help="the image to use; `host` for one made from this host's Python")
+    where.add_argument(
         "--mount",
         action="append",
         default=[],
         metavar="HOST:CONTAINER[:rw]",
         help="make a folder or file visible inside",
     )
-    parser.add_argument("--config", metavar="FILE", help="configuration; by default ~/.python-docker-mcp/config.yaml")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("file", nargs="?", metavar="FILE", help="a script, or - for standard input")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="the script's arguments")
-    return parser
+    where.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--images", metavar="DIR", help="where figures and other pictures are saved; by default the current folder"
+    )
+    shown.add_argument(
+        "--show", action="store_true", help="also show pictures in the terminal (Kitty, iTerm2, or by chafa)"
+    )
+    shown.add_argument("--json", action="store_true", help="print one JSON object that holds everything, and no more")
+    shown.add_argument("--completion", choices=("bash", "zsh", "fish"), help="print what makes this shell complete")
+    shown.add_argument("--version", action="version", version=__version__)
 
 
-async def _run_command(argv: Sequence[str]) -> int:
+async def _run_command(options: argparse.Namespace) -> int:
     """Run code; return the exit status."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    if options.completion:
+        print(completion(options.completion), end="")
+        return 0
     arguments = options.arguments
     if options.code is not None:
         code, name = options.code, "<string>"
         arguments = [*([options.file] if options.file else []), *arguments]
     elif options.file is None:
-        parser.error("a FILE, - for standard input, or -c CODE is needed")
+        _parser().error("a FILE, - for standard input, or -c CODE is needed")
     else:
         code, name = _read_source(options.file)
     config = load_config(options.config)
@@ -5536,6 +5592,7 @@ async def _run_command(argv: Sequence[str]) -> int:
         raise ConfigError(f"{error}.") from None
     refuse_mounts_of(config_file(options.config), docker.mounts)
     state = _read_state(Path(options.state)) if options.state else None
+    screen = Screen(Path(options.images or "."), options.show)
     interrupt = anyio.Event()
     result = None
     config = dataclasses.replace(config, docker=docker)
@@ -5547,7 +5604,7 @@ async def _run_command(argv: Sequence[str]) -> int:
             session=options.session,
             state=state,
             timeout=options.timeout,
-            on_output=None if options.json else _print_output,
+            on_output=None if options.json else screen.print,
             keep_output=options.json,
             interrupt=interrupt,
             filename=name,
@@ -5561,7 +5618,7 @@ async def _run_command(argv: Sequence[str]) -> int:
         about = {"engine": f"{runner.engine.kind} {runner.engine.version}", "image": dataclasses.asdict(runner.image)}
         print(json.dumps({**result.as_dict(), **about}, indent=2))
     else:
-        _print_end(result)
+        _print_end(result, value=not screen.has_shown_value)
     if options.state and result.variables is not None:
         _write_state(Path(options.state), result)
     return exit_status(result)
@@ -5584,7 +5641,9 @@ def _read_source(file: str) -> tuple[str, str]:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return importlib.util.decode_source(data), "<stdin>" if file == "-" else Path(file).name
     except OSError as error:
-        raise RequestError(f"{file} can't be read: {error.strerror}.") from error
+        alike = difflib.get_close_matches(file, COMMANDS, 1)
+        meant = f" Did you mean the command {alike[0]}?" if alike else ""
+        raise RequestError(f"{file} can't be read: {error.strerror}.{meant}") from error
     except (SyntaxError, UnicodeDecodeError) as error:
         raise RequestError(f"{file} is not Python source: {error}.") from error
 
@@ -5601,7 +5660,7 @@ def _read_state(file: Path) -> dict[str, Any]:
 
 def _write_state(file: Path, result: Result) -> None:
     for name, reason in result.variables_left_out.items():
-        print(f"sandbox_runner: the variable {name} is not in {file}: {reason}", file=sys.stderr)
+        _complain(f"the variable {name} is not in {file}: {reason}")
     written = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         written.write_text(json.dumps(result.variables, indent=2) + "\n", encoding="utf-8")
@@ -5610,34 +5669,111 @@ def _write_state(file: Path, result: Result) -> None:
         raise RequestError(f"{file} can't be written: {error.strerror}.") from error
 
 
-async def _print_output(item: Text | Rich | Omitted) -> None:
-    stream = sys.stderr if isinstance(item, Text) and item.stream == "stderr" else sys.stdout
-    await anyio.to_thread.run_sync(_print_now, stream, plain_text(item))
+class Screen:
+    """Where output goes as it comes: text to the standard streams, pictures into files and, if wanted, the terminal."""
+
+    def __init__(self, folder: Path, show: bool) -> None:
+        self.folder = folder
+        self.show = show
+        self.has_shown_value = False  # as a picture, so that its repr would tell nothing more
+        self._pictures = 0
+
+    async def print(self, item: Text | Rich | Omitted) -> None:
+        """Print a piece of output. In a thread, as a pipe that nobody reads must not keep the rest waiting."""
+        await anyio.to_thread.run_sync(self._print_now, item)
+
+    def _print_now(self, item: Text | Rich | Omitted) -> None:
+        if isinstance(item, Rich) and (found := picture(item.forms)):
+            self._pictures += 1
+            if self._pictures <= MAX_PICTURES:
+                self._print_picture(*found)
+            elif self._pictures == MAX_PICTURES + 1:
+                _complain(f"more than {MAX_PICTURES} pictures: the others are not saved")
+            self.has_shown_value |= item.is_value
+            return
+        stream = sys.stderr if isinstance(item, Text) and item.stream == "stderr" else sys.stdout
+        stream.write(plain_text(item))
+        stream.flush()
+
+    def _print_picture(self, data: bytes, ending: str) -> None:
+        shown = self.show and sys.stdout.isatty()
+        if shown and (drawing := for_terminal(data, os.environ)):
+            sys.stdout.write(drawing + "\n")
+            sys.stdout.flush()
+        elif shown:
+            _complain(
+                "this terminal can't show pictures: Kitty, Ghostty, iTerm2, WezTerm can, or any if chafa is installed"
+            )
+            self.show = False
+        try:
+            _complain(f"saved {_save_picture(self.folder, data, ending)}")
+        except OSError as error:
+            _complain(f"a picture can't be saved in {self.folder}: {error.strerror}; --images DIR names another folder")
 
 
-def _print_now(stream: Any, text: str) -> None:
-    stream.write(text)
-    stream.flush()
+MAX_PICTURES = 100  # of one run: code that nobody trusts must not fill the host's disk
+
+
+def picture(forms: Mapping[str, str]) -> tuple[bytes, str] | None:
+    """The picture among a value's forms, and how its file's name ends; None if there is none."""
+    for mime, ending in (("image/png", "png"), ("image/jpeg", "jpg"), ("image/gif", "gif"), ("image/webp", "webp")):
+        if mime in forms:
+            with contextlib.suppress(binascii.Error, ValueError):
+                return base64.b64decode(forms[mime], validate=True), ending
+    return (forms["image/svg+xml"].encode("utf-8", "replace"), "svg") if "image/svg+xml" in forms else None
+
+
+def _save_picture(folder: Path, data: bytes, ending: str) -> Path:
+    """Write a picture under the first number that no file has yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        if not any((folder / f"figure-{number}.{other}").exists() for other in ("png", "jpg", "gif", "webp", "svg")):
+            with contextlib.suppress(FileExistsError), open(folder / f"figure-{number}.{ending}", "xb") as file:
+                file.write(data)
+                return Path(file.name)
+    raise AssertionError("there are always more numbers")
+
+
+def for_terminal(data: bytes, environ: Mapping[str, str]) -> str | None:
+    """What makes the terminal show a picture, by what the environment tells of it; None if nothing does.
+
+    Kitty's protocol (https://sw.kovidgoyal.net/kitty/graphics-protocol/), which takes PNG; iTerm2's
+    (https://iterm2.com/documentation-images.html); else chafa's drawing, if that is installed: it asks the terminal
+    whether it knows Sixel, and makes do with characters if not.
+    """
+    term, name = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
+    encoded = base64.b64encode(data).decode()
+    inside = environ.get("TMUX") or term.startswith(("screen", "tmux"))  # these pass neither protocol on
+    is_kitty = environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or name == "ghostty"
+    if is_kitty and not inside and data.startswith(b"\x89PNG"):
+        parts = [encoded[start : start + 4096] for start in range(0, len(encoded), 4096)]
+        keys = [f"m={int(number < len(parts) - 1)}" for number in range(len(parts))]
+        keys[0] = f"a=T,f=100,q=2,{keys[0]}"
+        return "".join(f"\x1b_G{key};{part}\x1b\\" for key, part in zip(keys, parts, strict=True))
+    if (name in ("iTerm.app", "WezTerm") or environ.get("LC_TERMINAL") == "iTerm2") and not inside:
+        return f"\x1b]1337;File=inline=1;size={len(data)}:{encoded}\x07"
+    if chafa := shutil.which("chafa", path=environ.get("PATH")):
+        drawn = subprocess.run([chafa, "-"], input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+        return drawn.stdout.decode("utf-8", "replace") or None
+    return None
 
 
 def plain_text(item: Text | Rich | Omitted) -> str:
-    """A piece of output as text; of a picture, that there is one."""
+    """A piece of output as text."""
     if isinstance(item, Text):
         return item.text
     if isinstance(item, Omitted):
         return f"\n[… {item.bytes} bytes left out …]\n"
-    pictures = [mime for mime in item.forms if mime.startswith("image/")]
-    about = f"  [{pictures[0]}: --json has it]" if pictures else ""
-    return "" if item.is_value else f"{item.forms.get('text/plain', '')}{about}\n"
+    return "" if item.is_value else f"{item.forms.get('text/plain', '')}\n"
 
 
-def _print_end(result: Result) -> None:
+def _print_end(result: Result, value: bool) -> None:
     """What is to be said after the output: value, traceback, and what happened to code and session."""
-    if result.value is not None:
+    if result.value is not None and value:
         print(result.value)
     sys.stdout.flush()
     if result.exception and result.exception.type != "SystemExit":
-        print(result.exception.traceback, end="", file=sys.stderr)
+        print(coloured_traceback(result.exception.traceback, sys.stderr), end="", file=sys.stderr)
     notes = [result.message, result.hint]
     if result.unread:
         print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)
@@ -5647,7 +5783,33 @@ def _print_end(result: Result) -> None:
     if result.lost_before:
         notes.append(f"the session's variables had been lost before this call ({result.lost_before})")
     for note in filter(None, notes):
-        print(f"sandbox_runner: {note}", file=sys.stderr)
+        _complain(note)
+
+
+def _complain(text: str) -> None:
+    """Say something that is not the code's output."""
+    print(f"{coloured('sandbox_runner:', YELLOW, sys.stderr)} {text}", file=sys.stderr, flush=True)
+
+
+BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "1;31", "32", "33"
+
+
+def coloured(text: str, colour: str, stream: Any) -> str:
+    """The text in a colour, if the stream is a terminal, and nobody objects (https://no-color.org)."""
+    if not colour or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def coloured_traceback(text: str, stream: Any) -> str:
+    """A traceback with what was raised, and the marks below the code, in red, and where it was dimmed."""
+    lines = []
+    for line in text.splitlines():
+        colour = DIM if line.startswith(("Traceback", '  File "')) else ""
+        if (line and not line.startswith(" ") and not colour) or (line.strip() and set(line) <= set(" ^~")):
+            colour = RED
+        lines.append(coloured(line, colour, stream))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def exit_status(result: Result) -> int:
@@ -5660,28 +5822,22 @@ def exit_status(result: Result) -> int:
     return result.exit_code & 0xFF if result.exit_code >= 0 else 128 - result.exit_code
 
 
-async def _prune_command(argv: Sequence[str]) -> int:
+async def _prune_command(options: argparse.Namespace) -> int:
     """`prune`: remove what died before it ran."""
-    parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py prune",
-        description="Remove containers of ours that never ran. If there are any, it looks twice, a minute apart.",
-    )
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
     async with open_runner(load_config(options.config)) as runner:
         for name in await runner.prune():
             print(name)
     return 0
 
 
-async def _build_command(argv: Sequence[str]) -> int:
-    """`build`: prepare the image ahead of time, or move it to or from a file."""
-    parser = argparse.ArgumentParser(prog="sandbox_runner.py build", description="Prepare the image for sandboxes.")
+def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--export", metavar="FILE", help="also write the image to a file, for a host without network")
     which.add_argument("--import", dest="load", metavar="FILE", help="take the image from such a file instead")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
+
+
+async def _build_command(options: argparse.Namespace) -> int:
+    """`build`: prepare the image ahead of time, or move it to or from a file."""
     config = load_config(options.config)
     engine = await find_engine(config.docker.command)
     if options.load:
@@ -5696,15 +5852,13 @@ async def _build_command(argv: Sequence[str]) -> int:
     return 0
 
 
-async def _install_command(argv: Sequence[str]) -> int:
-    """`install`: a package for a session, or for every later execution."""
-    parser = argparse.ArgumentParser(
-        prog="sandbox_runner.py install", description="Install a package for the sandboxes."
-    )
+def _add_install_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("requirement", metavar="PACKAGE", help="such as requests or 'pandas[excel]>=2,<3'")
     parser.add_argument("--session", metavar="NAME", help="only for this session")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
+
+
+async def _install_command(options: argparse.Namespace) -> int:
+    """`install`: a package for a session, or for every later execution."""
     async with open_runner(load_config(options.config), on_status=_show_status) as runner:
         installation = await runner.install(options.requirement, session=options.session)
     _show_status("")
@@ -5722,12 +5876,12 @@ def _show_status(status: str) -> None:
         print(status, file=sys.stderr)
 
 
-async def _list_command(argv: Sequence[str]) -> int:
-    """`ps`: a table of the sandboxes on this engine."""
-    parser = argparse.ArgumentParser(prog="sandbox_runner.py ps", description="List the sandboxes on this host.")
+def _add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON array")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
+
+
+async def _list_command(options: argparse.Namespace) -> int:
+    """`ps`: a table of the sandboxes on this engine."""
     async with open_runner(load_config(options.config)) as runner:
         sandboxes = await runner.list_sandboxes()
     if options.json:
@@ -5737,7 +5891,7 @@ async def _list_command(argv: Sequence[str]) -> int:
     for info in sandboxes:
         state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
         memory = f"{info.memory / 1048576:.0f} MB" if info.memory else "?"
-        rows.append((info.session or "-", state, f"{info.age:.0f} s", f"{info.idle:.0f} s", memory, info.name))
+        rows.append((info.session or "-", state, duration(info.age), duration(info.idle), memory, info.name))
     print_table(("SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER"), rows)
     return 0
 
@@ -5758,29 +5912,124 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], colours: Map
         print("  ".join([*shown, f"\n{' ' * indent}".join(lines)]).rstrip())
 
 
-BOLD, RED, GREEN, YELLOW = "1", "1;31", "32", "33"
+def duration(seconds: float) -> str:
+    """A time as people say it: in its two largest units."""
+    for length, unit, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} {seconds % length // smaller:.0f} {part}"
+    return f"{seconds:.0f} s"
 
 
-def coloured(text: str, colour: str, stream: Any) -> str:
-    """The text in a colour, if the stream is a terminal, and nobody objects (https://no-color.org)."""
-    if not colour or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
+def _add_remove_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sessions", nargs="+", metavar="NAME", help="a session; `ps` lists them")
 
 
-async def _remove_command(argv: Sequence[str]) -> int:
+async def _remove_command(options: argparse.Namespace) -> int:
     """`rm`: end sessions; exit status 1 if one of them was not there."""
-    parser = argparse.ArgumentParser(prog="sandbox_runner.py rm", description="End sessions, with all that they keep.")
-    parser.add_argument("sessions", nargs="+", metavar="NAME")
-    parser.add_argument("--config", metavar="FILE")
-    options = parser.parse_args(argv)
     missing = 0
     async with open_runner(load_config(options.config)) as runner:
         for name in options.sessions:
             if not await runner.close_session(name):
-                print(f"sandbox_runner: there is no session {name!r}: `ps` lists those there are", file=sys.stderr)
+                _complain(f"there is no session {name!r}: `ps` lists those there are")
                 missing = 1
     return missing
+
+
+@dataclass(frozen=True)
+class Command:
+    """A first word that does something else than run code."""
+
+    about: str
+    run: Callable[[argparse.Namespace], Awaitable[int]]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    examples: tuple[str, ...]
+
+
+def _add_nothing(_: argparse.ArgumentParser) -> None:
+    pass
+
+
+COMMANDS = {
+    "ps": Command("List the sandboxes on this host.", _list_command, _add_list_arguments, ("ps", "ps --json")),
+    "rm": Command(
+        "End sessions, with all that they keep.", _remove_command, _add_remove_arguments, ("rm work", "rm one two")
+    ),
+    "install": Command(
+        "Install a package for the sandboxes, or for one session.", _install_command, _add_install_arguments,
+        ("install requests", "install 'polars>=1,<2' --session work"),
+    ),
+    "build": Command(
+        "Prepare the image ahead of the first call, or carry it to a host without network.", _build_command,
+        _add_build_arguments, ("build", "build --export image.tar", "build --import image.tar"),
+    ),
+    "doctor": Command(
+        "Try whether engine, image, limits and isolation are as they should be. The exit status is 0 if nothing failed "
+        "(there may be warnings), 1 if something did, 125 if there is no engine, image or sandbox to be had.",
+        _doctor_command, _add_doctor_arguments, ("doctor", "doctor --json"),
+    ),
+    "prune": Command(
+        "Remove containers that died before they ran. If there are any, it looks twice, a minute apart.",
+        _prune_command, _add_nothing, ("prune",),
+    ),
+}  # fmt: skip
+
+
+COMPLETED = "python-docker-sandbox"  # the installed command: shells complete no argument of `python`
+SESSIONS = rf"""{COMPLETED} ps --json 2>/dev/null | sed -n 's/^ *"session": "\([A-Za-z0-9._-]*\)".*/\1/p'"""
+BASH_COMPLETION = """\
+_python_docker_sandbox() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} options others=
+    case ${{COMP_WORDS[1]}} in
+{cases}
+    esac
+    [ "$COMP_CWORD" = 1 ] && others='{commands}'
+    case $previous in
+        --session) others=$({sessions}) ;;
+        --completion) others='bash zsh fish' ;;
+    esac
+    case $current in -*) others=$options ;; esac
+    COMPREPLY=($(compgen -W "$others" -- "$current"))
+}}
+complete -o default -F _python_docker_sandbox {program}
+"""
+
+
+def completion(shell: str) -> str:
+    """A script that makes a shell complete `python-docker-sandbox`: commands, options, and sessions by asking `ps`."""
+    if shell == "fish":
+        return _fish_completion()
+    cases = []
+    for word in (*COMMANDS, ""):
+        actions = _parser(word)._actions
+        options = " ".join(itertools.chain.from_iterable(action.option_strings for action in actions))
+        others = f" others=$({SESSIONS})" if any(map(_is_session, actions)) else ""
+        cases.append(f"        {word or '*'}) options='{options}'{others} ;;")
+    script = BASH_COMPLETION.format(
+        cases="\n".join(cases), commands=" ".join(COMMANDS), sessions=SESSIONS, program=COMPLETED
+    )
+    return script if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{script}"
+
+
+def _is_session(action: argparse.Action) -> bool:
+    return action.metavar == "NAME" and not action.option_strings
+
+
+def _fish_completion() -> str:
+    start = f"complete -c {COMPLETED}"
+    lines = [f"{start} -n __fish_use_subcommand -a {word} -d {shlex.quote(COMMANDS[word].about)}" for word in COMMANDS]
+    for word in ("", *COMMANDS):
+        seen = f"{'' if word else 'not '}__fish_seen_subcommand_from {word or ' '.join(COMMANDS)}"
+        for action in _parser(word)._actions:
+            flags = [
+                re.sub("^--", "-l ", flag) if flag.startswith("--") else f"-s {flag[1]}"
+                for flag in action.option_strings
+            ]
+            values = "-r" if action.nargs != 0 else ""
+            if action.choices or action.metavar == "NAME":
+                values = f"-x -a {shlex.quote(' '.join(action.choices) if action.choices else f'({SESSIONS})')}"
+            if flags or _is_session(action):
+                lines.append(f"{start} -n '{seen}' {' '.join([*flags, values])} -d {shlex.quote(action.help or '')}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

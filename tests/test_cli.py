@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
+import os
+import pty
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +21,16 @@ from typing import Any
 import pytest
 import yaml
 from conftest import FakeEngine
+from pytest_subprocess import FakeProcess
 
 import sandbox_runner
-from sandbox_runner import Result, exit_status
+from sandbox_runner import Result, Rich, Screen, exit_status
 
 pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, sandbox_runner.__file__]
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 ON = "print('on', flush=True)\n"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, lambda *_: print('no'))\n{ON}while True: signal.pause()"
 
@@ -216,6 +226,219 @@ def test_json_holds_everything_and_nothing_else_is_printed(run: Run) -> None:
     assert (told["image"]["name"], told["image"]["origin"]) == ("python:3.12.2-slim", "present")
 
 
+# ── pictures ──
+
+
+@pytest.fixture
+def drawing(home: Path) -> str:
+    """A script that shows a picture, and ends in another one."""
+    (home / "drawing.py").write_text(
+        f"class Picture:\n    def _repr_png_(self): return bytes.fromhex({PNG.hex()!r})\n"
+        "    def __repr__(self): return '<Picture>'\n"
+        "display(Picture())\nprint('between')\nPicture()",
+        encoding="utf-8",
+    )
+    return "drawing.py"
+
+
+def test_pictures_are_saved_under_the_first_free_numbers_and_told_beside_the_output(
+    run: Run, home: Path, drawing: str
+) -> None:
+    (home / "figure-1.jpg").write_text("mine", encoding="utf-8")
+    done = run(drawing)
+    assert done.stdout == "between\n"
+    assert done.stderr == "sandbox_runner: saved figure-2.png\nsandbox_runner: saved figure-3.png\n"
+    assert (home / "figure-2.png").read_bytes() == (home / "figure-3.png").read_bytes() == PNG
+    assert (home / "figure-1.jpg").read_text(encoding="utf-8") == "mine"
+
+
+def test_pictures_are_saved_where_it_is_said_and_not_at_all_with_json(run: Run, home: Path, drawing: str) -> None:
+    assert run("--images", "new/plots", drawing).stderr.count("saved new/plots/figure-") == 2
+    assert len(list((home / "new/plots").iterdir())) == 2
+    told = json.loads(run("--json", drawing).stdout)
+    assert ["image/png" in item["forms"] for item in told["output"] if "forms" in item] == [True, True]
+    assert list(home.glob("figure-*")) == []
+
+
+def test_a_folder_that_can_not_be_written_costs_the_pictures_and_nothing_else(
+    run: Run, home: Path, drawing: str
+) -> None:
+    (home / "taken").touch()
+    done = run("--images", "taken", drawing)
+    assert (done.returncode, done.stdout) == (0, "between\n")
+    assert "sandbox_runner: a picture can't be saved in taken: File exists; --images DIR names another" in done.stderr
+
+
+def test_only_so_many_pictures_are_saved_and_what_is_no_picture_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "MAX_PICTURES", 2)
+    screen = Screen(tmp_path, show=False)
+    screen._print_now(Rich({"text/plain": "broken", "image/png": "?"}))
+    for _ in range(4):
+        screen._print_now(Rich({"image/svg+xml": "<svg/>"}))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["figure-1.svg", "figure-2.svg"]
+    said = capsys.readouterr()
+    assert said.out == "broken\n"
+    assert said.err.splitlines()[2:] == ["sandbox_runner: more than 2 pictures: the others are not saved"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "start"),
+    [
+        ({"TERM": "xterm-kitty"}, "\x1b_Ga=T,f=100,q=2,m=1;"),
+        ({"TERM": "xterm-256color", "KITTY_WINDOW_ID": "1"}, "\x1b_Ga=T,f=100,q=2,m=1;"),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "ghostty"}, "\x1b_Ga=T,f=100,q=2,m=1;"),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, "\x1b]1337;File=inline=1;size=6070:"),
+        ({"TERM": "xterm-256color", "LC_TERMINAL": "iTerm2"}, "\x1b]1337;File=inline=1;size=6070:"),
+        ({"TERM": "tmux-256color", "TMUX": "/tmp/tmux", "KITTY_WINDOW_ID": "1", "LC_TERMINAL": "iTerm2"}, None),
+        ({"TERM": "xterm-256color"}, None),
+    ],
+)
+def test_a_terminal_is_sent_pictures_by_the_protocol_that_it_knows(environ: dict[str, str], start: str | None) -> None:
+    data = PNG + bytes(6000)
+    sent = sandbox_runner.for_terminal(data, {"PATH": "/nowhere", **environ})
+    assert (sent and sent[: len(start or "")]) == start
+    if sent:
+        payload = re.sub(r"\x1b_G[^;]*;|\x1b\\|\x1b\][^:]*:|\x07", "", sent)
+        assert base64.b64decode(payload) == data
+        assert all(len(part) < 4200 for part in sent.split("\x1b\\")) or "1337" in sent
+
+
+def test_a_jpeg_is_not_sent_by_kittys_protocol_which_takes_png() -> None:
+    assert sandbox_runner.for_terminal(b"\xff\xd8", {"TERM": "xterm-kitty", "PATH": "/nowhere"}) is None
+
+
+def test_chafa_draws_where_no_protocol_is_known(tmp_path: Path, tripwire: FakeProcess) -> None:
+    (tmp_path / "chafa").write_text(f"#!{sys.executable}\nimport sys\nprint('drawn', len(sys.stdin.buffer.read()))\n")
+    (tmp_path / "chafa").chmod(0o755)
+    tripwire.pass_command([str(tmp_path / "chafa"), "-"])
+    assert sandbox_runner.for_terminal(PNG, {"TERM": "foot", "PATH": str(tmp_path)}) == f"drawn {len(PNG)}\n"
+
+
+def test_show_sends_pictures_to_the_terminal_and_saves_them_too(
+    home: Path, drawing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    shown = on_terminal("--show", drawing)
+    assert shown.count("\x1b_Ga=T") == 2
+    assert len(list(home.glob("figure-*.png"))) == 2
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert on_terminal("--show", drawing).count("this terminal can't show pictures") == 1
+
+
+# ── on a terminal ──
+
+
+def on_terminal(*arguments: str) -> str:
+    """What the command line shows on a terminal, to its end."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([*PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # what a terminal says when nobody writes to it any more
+            while data := os.read(ours, 65536):
+                shown += data
+    os.close(ours)
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_terminal_sees_colours_unless_it_or_its_user_does_not_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = on_terminal("-c", "def f():\n    return 1 / 0\nf()")
+    assert "\x1b[1;31mZeroDivisionError: division by zero\x1b[0m\n" in coloured
+    assert '\x1b[2m  File "<string>", line 2, in f\x1b[0m\n    return 1 / 0\n' in coloured
+    for variable, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        monkeypatch.setenv(variable, value)
+        plain = on_terminal("-c", "def f():\n    return 1 / 0\nf()")
+        assert "\x1b[1" not in plain
+        assert "\nZeroDivisionError: division by zero\n" in plain
+        monkeypatch.delenv(variable)
+
+
+@pytest.mark.usefixtures("home")
+def test_on_a_terminal_what_is_waited_for_takes_one_line_that_is_gone_in_the_end(docker: FakeEngine) -> None:
+    docker.script(images=[])
+    shown = on_terminal("-c", "print('done')")
+    assert "\r\x1b[Kpulling python:3.12.2-slim" in shown
+    assert shown.endswith("\r\x1b[Kdone\n")
+
+
+# ── help and completion ──
+
+
+@pytest.mark.parametrize("word", ["", *sandbox_runner.COMMANDS])
+def test_every_command_has_help_with_examples_that_it_takes(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/python-docker-sandbox"])
+    parser = sandbox_runner._parser(word)
+    examples = parser.format_help().partition("examples:\n")[2].partition("\n\n")[0].splitlines()
+    assert examples
+    for example in examples:
+        program, *arguments = shlex.split(example.partition("   ")[0] if not word else example)
+        if program == "…":
+            program, *arguments = arguments[1:]
+        assert program == "python-docker-sandbox"
+        parser.parse_args(arguments[1:] if word else arguments)
+
+
+def test_the_help_names_every_command_and_what_it_was_started_as(run: Run) -> None:
+    said = run("--help").stdout
+    assert all(f"\n  {word} " in said for word in sandbox_runner.COMMANDS)
+    assert "usage: python sandbox_runner.py [options]" in said
+
+
+def test_a_misspelt_command_is_not_just_a_file_that_is_missing(run: Run) -> None:
+    assert "Did you mean the command install?" in run("instal", "requests").stderr
+    assert "Did you mean" not in run("nowhere.py").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        (["in"], ["install"]),
+        (["rm", "wo"], ["work"]),
+        (["--session", ""], ["work"]),
+        (["ps", "--"], ["--help", "--json", "--config"]),
+        (["--comp"], ["--completion"]),
+        (["--completion", "z"], ["zsh"]),
+        (["rm", "work", "x"], []),
+    ],
+)
+def test_bash_completes_commands_options_and_sessions(
+    run: Run, home: Path, tripwire: FakeProcess, words: list[str], completions: list[str]
+) -> None:
+    sessions = '[\n  {\n    "session": "work",\n    "name": "x"\n  },\n  {\n    "session": "$(touch bad)"\n  }\n]'
+    (home / "python-docker-sandbox").write_text(f"#!/bin/sh\ncat <<'E'\n{sessions}\nE\n", encoding="utf-8")
+    (home / "python-docker-sandbox").chmod(0o755)
+    line = (
+        " ".join(["COMP_WORDS=(python-docker-sandbox", *(f"'{word}'" for word in words)])
+        + f"); COMP_CWORD={len(words)}"
+    )
+    script = f'{run("--completion", "bash").stdout}\n{line}\n_python_docker_sandbox; echo "${{COMPREPLY[*]}}"'
+    tripwire.pass_command(["bash", tripwire.any()])
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script],
+        env={"PATH": f"{home}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        cwd=home,
+        check=True,
+    )
+    assert (done.stdout.split(), done.stderr) == (completions, "")
+    assert not (home / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3_720, "1 h 2 min"), (90_000, "1 d 1 h")],
+)
+def test_times_are_said_in_their_two_largest_units(seconds: float, said: str) -> None:
+    assert sandbox_runner.duration(seconds) == said
+
+
 # ── signals and pipes ──
 
 
@@ -244,6 +467,17 @@ def test_a_second_signal_leaves_and_nothing_stays_behind(docker: FakeEngine, sec
         child.send_signal(second)
         assert child.wait(20) == 128 + second
     until(lambda: not docker.containers())
+
+
+@pytest.mark.usefixtures("home")
+def test_ctrl_c_ends_a_command_without_a_word(docker: FakeEngine) -> None:
+    docker.script(ps={"hang": True})
+    with started("ps") as child:
+        until(lambda: docker.log("ps") != [])
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130
+        assert child.stderr
+        assert child.stderr.read() == ""
 
 
 @pytest.mark.usefixtures("home")

@@ -274,7 +274,9 @@ async def test_the_derived_image_holds_what_is_preinstalled_compiled(
         assert runner.image is not None
         assert runner.image.problem is None
         first = runner.image.id
-    assert any("preparing the image" in line for line in status)
+    building = [line for line in status if "░" in line]
+    assert building[0].startswith(f"█░░░░ preparing the image (once; a minute or so): fetching {installer}, for alpha")
+    assert all("preparing the image (once; a minute or so): " in line for line in building)
     before = len(index.requests)
     async with open_runner(settings) as runner:
         await runner.execute("1")

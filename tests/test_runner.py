@@ -480,9 +480,7 @@ async def test_the_next_call_tells_the_end_of_one_that_nobody_waited_for(runner:
     assert (await runner.execute("x", session="s")).unread is None
 
 
-async def test_who_stops_waiting_for_code_that_goes_on_does_not_stop_the_code(
-    runner: Runner, settings: Config
-) -> None:
+async def test_who_stops_waiting_for_code_that_goes_on_does_not_stop_the_code(runner: Runner, settings: Config) -> None:
     await runner.execute(f"{WAIT_FOR_GO}x = 1", session="s", answer_within=0.01)
     with anyio.move_on_after(0.05) as patience:
         await runner.execute("", session="s")

@@ -13,10 +13,10 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 import anyio.abc
@@ -26,6 +26,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from conftest import FakeEngine
 from mcp import Client, StdioServerParameters
 from mcp.shared.exceptions import MCPError
+from opentelemetry import trace
 from test_packages import Index, fill
 
 import python_docker_mcp
@@ -590,7 +591,7 @@ async def test_a_call_that_waits_for_an_image_tells_what_it_waits_for(config: Co
     async with connected(config) as client, anyio.create_task_group() as tasks:
         listener = Listener()
         call = await start(tasks, client, "execute-transient", listener, code="1")
-        await listener.wait_for("pulling elsewhere:1")
+        await listener.wait_for("pulling elsewhere:1 (once; ")
         call.cancel()
 
 
@@ -618,6 +619,34 @@ async def test_a_silent_call_is_kept_alive_by_notifications(config: Config, monk
         call = await start(tasks, client, "execute-transient", listener, code="import time; time.sleep(100)")
         await listener.wait_for("1 seconds")
         call.cancel()
+
+
+async def test_the_span_of_a_request_tells_what_came_of_the_code(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: list[dict[str, Any]] = []
+
+    class Span(trace.NonRecordingSpan):
+        def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+            spans.append(dict(attributes))
+
+    class Tracer(trace.NoOpTracer):
+        @contextmanager
+        def start_as_current_span(self, *_: Any, **__: Any) -> Iterator[trace.Span]:  # type: ignore[override]
+            with trace.use_span(Span(trace.INVALID_SPAN_CONTEXT)) as span:
+                yield span
+
+    monkeypatch.setattr("mcp.shared._otel._tracer", Tracer())
+    async with connected(config) as client:
+        await client.call_tool("execute-persistent", {"code": "1", "session_id": "s"})
+        await client.call_tool("execute-transient", {"code": "1 / 0"})
+    told = [{key: value for key, value in span.items() if key.startswith("python_docker_mcp.")} for span in spans]
+    persistent, transient = (span for span in told if span)
+    assert persistent["python_docker_mcp.session_id"] == "s"
+    assert persistent["python_docker_mcp.status"] == "ok"
+    assert transient["python_docker_mcp.status"] == "error"
+    assert "python_docker_mcp.session_id" not in transient
+    assert all(span["python_docker_mcp.seconds"] > 0 for span in (persistent, transient))
 
 
 async def test_calls_run_side_by_side(config: Config) -> None:
@@ -723,10 +752,12 @@ class RawClient:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: Config, folder: Path, version: str = "2025-11-25") -> AsyncIterator[RawClient]:
+    async def open(
+        cls, config: Config, folder: Path, version: str = "2025-11-25", log: IO[str] | None = None
+    ) -> AsyncIterator[RawClient]:
         """A client that has shaken hands."""
         command = [sys.executable, str(ROOT / "python_docker_mcp.py")]
-        async with await anyio.open_process(command, env=environment(config, folder), stderr=None) as process:
+        async with await anyio.open_process(command, env=environment(config, folder), stderr=log) as process:
             with anyio.fail_after(PATIENCE):
                 client = cls(process)
                 about = {"name": "raw", "version": "1"}
@@ -811,6 +842,47 @@ async def test_a_client_of_the_first_protocol_gets_only_what_it_knows(config: Co
     async with RawClient.open(config, tmp_path, "2024-11-05") as client:
         await client.call(1, "execute-persistent", code="open('a', 'w').close()", session_id="s")
         assert {block["type"] for block in (await client.result(1))["content"]} == {"text"}
+
+
+@pytest.mark.slow
+async def test_the_log_follows_a_call_through_a_line_for_each_event_without_what_is_secret(
+    config: Config, docker: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHON_DOCKER_MCP_DEBUG", "1")
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        async with RawClient.open(config, tmp_path, log=log) as client:
+            await client.call(1, "execute-persistent", code="secret = 'in\\nthe code'", session_id="followed")
+            await client.result(1)
+            await client.call(2, "execute-transient", code="1", state={"key": "in the state"})
+            await client.result(2)
+            assert await client.leave(None) == 0
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d\.\d{3} python-docker-mcp: ", line) for line in lines), lines
+    (call,) = (line for line in lines if " of followed in the container " in line)
+    container = call.rpartition(" ")[2]
+    number = call.partition(": call ")[2].partition(" ")[0]
+    assert any(f"call {number} ended: ok after 0." in line for line in lines)
+    assert any(re.search(rf"starting: {docker.command} rename .* {container}$", line) for line in lines)
+    assert any(re.search(r"`rename` ended with exit status 0 after \d", line) for line in lines)
+    assert not any("in the state" in line or "the code" in line for line in lines)
+
+
+@pytest.mark.slow
+async def test_the_log_has_news_only_and_no_passwords_of_addresses(
+    config: Config, docker: FakeEngine, tmp_path: Path
+) -> None:
+    docker.script(images=[], pull={"exit": 1, "stderr": "no answer from http://me:secret@proxy:1/ nor user@host\n"})
+    config = dataclasses.replace(config, docker=dataclasses.replace(config.docker, image="elsewhere:1"))
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        async with RawClient.open(config, tmp_path, log=log) as client:
+            await client.call(1, "execute-transient", code="1")
+            (block,) = (await client.result(1))["content"]
+            assert "can't be pulled: no answer from http://***@proxy:1/ nor user@host" in block["text"]
+            assert await client.leave(None) == 0
+    assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == [
+        "python-docker-mcp: pulling elsewhere:1 (once; the network decides how long that takes)",
+        "python-docker-mcp: pulling elsewhere:1: no answer from http://***@proxy:1/ nor user@host",
+    ]
 
 
 LEAVINGS = [(None, 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)]

@@ -1,0 +1,191 @@
+"""What is published: files that agree with each other, and a wheel and a source distribution that lack nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import readme
+from pytest_subprocess import FakeProcess
+
+import python_docker_mcp
+from sandbox_runner import DockerConfig, __version__
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["python_docker_mcp", "sandbox_runner"]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command's end, without the variables that would lead a Python back to this project."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST"))}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environ, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+# ── files that agree ──
+
+
+def test_all_files_name_the_same_version() -> None:
+    server, manifest = json.loads(read("server.json")), json.loads(read("manifest.json"))
+    newest = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)
+    assert newest
+    assert {
+        "pyproject.toml": tomllib.loads(read("pyproject.toml"))["project"]["version"],
+        "server.json": server["version"],
+        "server.json, package": server["packages"][0]["version"],
+        "manifest.json": manifest["version"],
+        "CHANGELOG.md": newest[1],
+    } == dict.fromkeys(
+        ["pyproject.toml", "server.json", "server.json, package", "manifest.json", "CHANGELOG.md"], __version__
+    )
+
+
+def test_the_readme_shows_every_setting_as_it_is() -> None:
+    assert read("README.md") == readme.updated(read("README.md")), "run `make docs`, which writes the tables anew"
+
+
+def test_every_file_and_heading_that_the_readme_links_to_is_there() -> None:
+    text = read("README.md")
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\((?!https?:|vscode:|cursor:)([^)]+)\)|src=\"(?!https?:)([^\"]+)\"", text):
+        link = "".join(target)
+        assert (link[1:] in headings) if link.startswith("#") else (ROOT / link).exists(), link
+
+
+def test_the_registry_finds_the_name_that_it_checks_in_the_readme_that_pypi_shows() -> None:
+    project, server = tomllib.loads(read("pyproject.toml"))["project"], json.loads(read("server.json"))
+    assert f"<!-- mcp-name: {server['name']} -->" in read(project["readme"])
+    assert [package["identifier"] for package in server["packages"]] == [project["name"]]
+    assert f"{project['name']} = " in read("pyproject.toml").partition("[project.scripts]")[2]  # what `uvx` runs
+
+
+def test_the_registry_entry_keeps_to_the_registrys_limits() -> None:
+    # https://static.modelcontextprotocol.io/schemas/2025-12-11/server.schema.json
+    server = json.loads(read("server.json"))
+    assert re.fullmatch(r"[a-zA-Z0-9.-]+/[a-zA-Z0-9._-]+", server["name"])
+    assert 1 <= len(server["description"]) <= 100
+    assert 1 <= len(server["title"]) <= 100
+
+
+def test_what_the_registry_and_the_desktop_bundle_offer_to_set_has_the_defaults_of_the_code() -> None:
+    defaults = {"memory_limit": DockerConfig.memory_limit, "cpu_limit": DockerConfig.cpu_limit}
+    manifest = json.loads(read("manifest.json"))
+    assert {name: option["default"] for name, option in manifest["user_config"].items()} == defaults
+    variables = json.loads(read("server.json"))["packages"][0]["environmentVariables"]
+    offered = {item["name"].removeprefix("PYTHON_DOCKER_MCP_").lower(): item.get("default") for item in variables}
+    assert offered == {"config": None, **{name: str(value) for name, value in defaults.items()}}
+    assert set(manifest["server"]["mcp_config"]["env"]) < {item["name"] for item in variables}
+
+
+def test_the_desktop_bundle_names_the_tools_there_are_and_a_file_that_is_there() -> None:
+    manifest = json.loads(read("manifest.json"))
+    assert [tool["name"] for tool in manifest["tools"]] == list(python_docker_mcp.TOOLS)
+    assert (ROOT / manifest["server"]["entry_point"]).is_file()
+    assert manifest["server"]["mcp_config"]["args"][-1] == manifest["server"]["entry_point"]
+
+
+# ── what is built ──
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "hatchling", "build", "-d", folder, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel in it; what it depends on is lent from the one that runs this."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    python = folder / "bin/python"
+    (wheel,) = built.glob("*.whl")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "lent.pth").write_text(str(Path(pytest.__file__).parents[1]), encoding="utf-8")
+    return python
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_modules_their_stubs_and_the_metadata(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert sorted(names) == sorted(
+            [f"{module}{end}" for module in MODULES for end in (".py", "-stubs/__init__.pyi")]
+        )
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert "mcp-name: " in archive.read(metadata).decode()
+        for module in MODULES:
+            assert archive.read(f"{module}-stubs/__init__.pyi") == archive.read(f"{module}.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only Git knows which files are the project's")
+def test_the_source_distribution_holds_every_file_of_the_project(built: Path, tripwire: FakeProcess) -> None:
+    (source,) = built.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    tripwire.pass_command(["git", "ls-files"])
+    tracked = run("git", "ls-files", cwd=ROOT).stdout.splitlines()
+    assert [name for name in tracked if name not in packed and not name.startswith(".ci/")] == []
+
+
+@pytest.mark.slow
+def test_both_commands_start_from_an_environment_that_has_only_the_wheel(installed: Path, tmp_path: Path) -> None:
+    for command, name in (("python-docker-mcp", "python-docker-mcp "), ("python-docker-sandbox", "")):
+        assert (
+            run(installed, "-P", installed.with_name(command), "--version", cwd=tmp_path).stdout
+            == f"{name}{__version__}\n"
+        )
+    where = run(installed, "-P", "-c", "import sandbox_runner; print(sandbox_runner.__file__)", cwd=tmp_path).stdout
+    assert where.startswith(str(installed.parents[1]))
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_types_of_the_installed_modules(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(
+        "from python_docker_mcp import make_server\n"
+        "from sandbox_runner import open_runner\n"
+        "async def main() -> None:\n"
+        "    async with open_runner() as runner:\n"
+        "        reveal_type((await runner.execute('1')).value)\n"
+        "        reveal_type(make_server(runner))\n"
+        "        await runner.execute(1)  # type: ignore[arg-type]\n",
+        encoding="utf-8",
+    )
+    checked = run(
+        sys.executable, "-m", "mypy", "--strict", "--config-file=", "--python-executable", installed, "user.py",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert 'Revealed type is "str | None"' in checked.stdout
+    assert 'Server[python_docker_mcp.Service]"' in checked.stdout
+
+
+@pytest.mark.slow
+def test_the_tests_run_from_an_unpacked_source_distribution(built: Path, tmp_path: Path) -> None:
+    (source,) = built.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_config.py", cwd=folder)
+    assert " passed" in done.stdout
+    assert "failed" not in done.stdout
