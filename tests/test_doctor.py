@@ -429,7 +429,7 @@ def test_where_nothing_is_limited_the_doctor_sees_it_and_leaves_nothing_behind(
     assert not docker.containers()
 
 
-UNLIMITED = ("memory", "CPU", "processes", "disk", "capabilities", "privileges", "system calls", "package volume")
+UNLIMITED = ("memory", "CPU", "processes", "disk", "capabilities", "package volume")
 
 
 def test_without_an_engine_that_is_the_finding(doctor: Doctor, docker: FakeEngine) -> None:
@@ -515,7 +515,6 @@ SABOTAGED = {  # flags that are left out, and the check that must see it
     "--cpus": "CPU",
     "--pids-limit": "processes",
     "--cap-drop": "capabilities",
-    "--security-opt": "privileges",
     "--network": "network",
     "--read-only": "file system",
     "--tmpfs": "disk",
