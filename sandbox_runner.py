@@ -70,6 +70,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import textwrap
 import threading
 import time
@@ -2464,7 +2465,8 @@ async def find_engine(command: str | None = None) -> Engine:
 def find_program(name: str) -> str | None:
     """Where a program is: on PATH or in one of the usual places."""
     places = [os.environ.get("PATH", os.defpath), *(str(Path(place).expanduser()) for place in USUAL_PLACES)]
-    return shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
+    found = shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
+    return os.path.abspath(found) if found else None  # commands are started elsewhere
 
 
 async def _probe(path: str) -> Engine:
@@ -2513,6 +2515,7 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
             start_new_session=True,
         )
     except OSError as error:
@@ -5839,8 +5842,9 @@ async def _prune_command(options: argparse.Namespace) -> int:
 
 def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--export", metavar="FILE", help="also write the image to a file, for a host without network")
-    which.add_argument("--import", dest="load", metavar="FILE", help="take the image from such a file instead")
+    path = os.path.abspath
+    which.add_argument("--export", metavar="FILE", type=path, help="also write the image to a file, for other hosts")
+    which.add_argument("--import", dest="load", metavar="FILE", type=path, help="take it from such a file instead")
 
 
 async def _build_command(options: argparse.Namespace) -> int:
