@@ -4800,10 +4800,10 @@ def look_around(files: int) -> dict[str, Any]:
     networks = [name for _, name in socket.if_nameindex()]
     alone = networks in ([], ["lo"])  # if not, that tells enough, and waiting for a network's answer nothing more
     return {
-        "status": dict(line.partition(":\t")[::2] for line in read("/proc/self/status").splitlines()),
+        "status": read_status(os.getpid()),
         "no_new_privs": libc.prctl(39, 0, 0, 0, 0),
         "seccomp": libc.prctl(21, 0, 0, 0, 0),
-        "seccomp_of_1": "".join(line.split()[1] for line in read("/proc/1/status").splitlines() if "Seccomp:" in line),
+        "status_of_1": read_status(1),
         "users": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
         "user_map": read("/proc/self/uid_map").split(),
         "environment": dict(os.environ),
@@ -4833,6 +4833,12 @@ def read(path: str) -> str:
             return file.read()
     except OSError:
         return ""
+
+
+def read_status(process: int) -> dict[str, str]:
+    """What the kernel tells of a process' rights."""
+    fields = dict(line.partition(":\t")[::2] for line in read(f"/proc/{process}/status").splitlines())
+    return {name: value for name, value in fields.items() if name.startswith(("Cap", "NoNewPrivs", "Seccomp"))}
 
 
 def read_limit(name: str) -> str:
@@ -5541,7 +5547,8 @@ def check_capabilities(examination: Examination) -> Judgement:
 
 def check_privileges(examination: Examination) -> Judgement:
     """Whether no program that is started could have more rights."""
-    if examination.told("look")["no_new_privs"] == 1:
+    look = examination.told("look")  # process 1 is as the engine made it; gVisor does not tell of it
+    if look["no_new_privs"] == 1 and look["status_of_1"].get("NoNewPrivs", "1") == "1":
         return "ok", "can't be gained, by programs such as sudo", ""
     return "failed", "can be gained", unkept(examination, "--security-opt=no-new-privileges")
 
@@ -5553,7 +5560,7 @@ def check_system_calls(examination: Examination) -> Judgement:
     open_calls = ", ".join(name for name, reason in look["system_calls"].items() if reason not in refused)
     if examination.is_gvisor:
         return "ok", "answered by gVisor's kernel, not by the host's", ""
-    if look["seccomp"] != 2 or look["seccomp_of_1"] != "2":
+    if look["seccomp"] != 2 or look["status_of_1"].get("Seccomp") != "2":  # what process 1 has is the engine's
         remedy = "Have the engine use its default seccomp profile; it may have been built or set up without."
         return "failed", "not filtered by the engine (seccomp)", remedy
     if open_calls:
@@ -5581,7 +5588,7 @@ def check_process_1(examination: Examination) -> Judgement:
     seen = f"code gets at its {', '.join(open_parts)}"
     if examination.is_gvisor:
         remedy = (
-            "gVisor does not keep processes of one user apart: hostile code can end its sandbox, and speak for it. "
+            "gVisor does not keep processes of one user apart: hostile code can speak for its sandbox, perhaps end it. "
             "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
         )
         return "warning", seen, remedy
