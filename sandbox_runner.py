@@ -2282,7 +2282,9 @@ class Engine:
             "--log-driver=none",
             "--entrypoint=python3",
             *NO_PROXIES,
-            *(["--http-proxy=false"] if self.kind == "podman" else []),
+            # To proxy signals Podman's client catches SIGPIPE, too. Then it survives its reader's, that is our, death,
+            # fails to write what the container says on that, and removes the container.
+            *(["--http-proxy=false", "--sig-proxy=false"] if self.kind == "podman" else []),
         ]
 
     def plug_arguments(self, name: str) -> list[str]:
@@ -3085,6 +3087,7 @@ class Sandbox:
         self._unread: Answer | None = None
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
         self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
+        self.cancelled: str | None = None  # id of the last call that nobody waited for
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -3143,9 +3146,13 @@ class Sandbox:
         """
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await sandbox._send({"session": session, "settings": settings, "owner": owner})
-            await sandbox._greeted.wait()
+        try:
+            with anyio.move_on_after(ATTACH_TIMEOUT):
+                await sandbox._send({"session": session, "settings": settings, "owner": owner})
+                await sandbox._greeted.wait()
+        except BaseException:
+            sandbox._kill_client()  # it would plug in nevertheless, and nobody would know of it
+            raise
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
             sandbox.created -= sandbox.info().age
@@ -3285,6 +3292,7 @@ class Sandbox:
 
     async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
         """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
+        self.cancelled = answer.id
         with anyio.move_on_after(GRACE + SLACK / 4) as patience:
             await self.interrupt()
             if (await self._collect(answer, None, None, None)).lost:
@@ -3293,6 +3301,13 @@ class Sandbox:
             await self.remove()
         self._forget(answer)
         idle.set()
+
+    def stop_unread(self) -> None:
+        """Stop the code of a call that was cancelled over another connection, which ended before that came through."""
+        assert self._unread is not None
+        answer, self._unread = self._unread, None
+        self._idle = anyio.Event()
+        self._tasks.start_soon(self._settle, answer, self._idle)
 
     @property
     def has_unread(self) -> bool:
@@ -4043,12 +4058,15 @@ class Runner:
     ) -> Result:
         """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
         assert request.session is not None
-        session.sandbox = sandbox = await self._find_session(request.session)
+        await self._look_again(session, request.session)
+        sandbox = session.sandbox
         if not sandbox:
             session.lost = None  # `begun` tells it
             return begun
         if sandbox.asked != gone.asked:
-            return await sandbox.call(request, on_output)
+            result = await sandbox.call(request, on_output)
+            lost, sandbox.lost = sandbox.lost, None
+            return dataclasses.replace(result, lost_before=result.lost_before or lost)
         if not sandbox.has_unread:
             message = "the connection to the container was cut, and the end of the call with it"
             return dataclasses.replace(begun, state="preserved", message=message)
@@ -4076,8 +4094,10 @@ class Runner:
 
     async def _look_again(self, session: Session, name: str) -> None:
         """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
-        session.sandbox = await self._find_session(name)
+        gone, session.sandbox = session.sandbox, await self._find_session(name)
         session.lost = None if session.sandbox else "its container ended"
+        if gone and session.sandbox and session.sandbox.has_unread and session.sandbox.asked == gone.cancelled:
+            session.sandbox.stop_unread()
 
     async def _read_unread(self, sandbox: Sandbox, on_output: OnOutput) -> Result:
         """What an earlier host was not told of the session's call any more."""

@@ -6,6 +6,7 @@ but plain Pythons and the fake engine (see `fake_docker`), which gives what runs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -144,6 +145,16 @@ class FakeEngine:
     def containers(self) -> list[str]:
         """The names of the containers that run, without a command."""
         return [file.name for file in (self.folder / "containers").iterdir() if self._is_alive(file)]
+
+    def commands(self, verb: str) -> list[int]:
+        """The process ids of the commands with this verb that have not ended."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it may end while we look
+                line = (folder / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+                if self.command in line and verb == line[line.index(self.command) + 1]:
+                    found.append(int(folder.name))
+        return found
 
     @staticmethod
     def _is_alive(file: Path) -> bool:

@@ -254,6 +254,39 @@ async def test_a_call_is_cancelled_in_the_middle_and_the_session_used_again(runn
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_noticed", [False, True], ids=["at once", "once the connection's end is noticed"])
+async def test_a_cancelled_call_whose_client_is_killed_at_that_moment_stops_nevertheless(
+    runner: Runner, is_noticed: bool
+) -> None:
+    await runner.execute("x = 1", session="s")
+    sandbox = runner._sessions["s"].sandbox
+    assert sandbox
+    hears = Hears()
+    code = "x = 2\nprint('on')\nwhile True: pass"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: runner.execute(code, session="s", on_output=hears, timeout=5))
+        await hears.first.wait()
+        os.kill(client(runner, "s"), signal.SIGKILL)
+        tasks.cancel_scope.cancel()
+    if is_noticed:
+        await sandbox.gone.wait()
+    result = await runner.execute("x", session="s", timeout=5)
+    assert (result.status, result.value, result.lost_before, result.unread) == ("ok", "2", None, None)
+
+
+async def test_a_call_that_is_cancelled_while_it_looks_for_its_session_leaves_no_plug(
+    settings: Config, docker: FakeEngine
+) -> None:
+    async with open_runner(settings) as runner:
+        docker.script(exec={"hang": True})
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: runner.execute("1", session="s"))
+            await until(lambda: bool(docker.log("exec")))
+            tasks.cancel_scope.cancel()
+        await until(lambda: not docker.commands("exec"))
+
+
+@pytest.mark.slow
 async def test_cancelling_code_that_does_not_stop_loses_the_variables_and_the_next_call_says_so(runner: Runner) -> None:
     await runner.execute("x = 1", session="s")
     hears = Hears()
@@ -919,7 +952,7 @@ def test_root_and_working_directory_are_writable_only_within_limits() -> None:
 
 
 def test_podman_is_told_what_docker_does_not_know() -> None:
-    only_podman = {"--read-only-tmpfs=false", "--http-proxy=false"}
+    only_podman = {"--read-only-tmpfs=false", "--http-proxy=false", "--sig-proxy=false"}
     assert only_podman <= set(arguments("podman"))
     assert not only_podman & set(arguments("docker"))
 
