@@ -4203,25 +4203,24 @@ class Runner:
         return self.engine
 
     async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
-        await self._prepare()
-        assert self.engine is not None
-        assert self.image is not None
+        engine, image = await self._prepare()
         try:
-            return await Sandbox.start(self.engine, self.image, self.config, self.owner, self._tasks, preload)
+            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
         except EngineError:
             self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
             raise
 
-    async def _prepare(self) -> None:
-        """See that there are an engine and an image."""
+    async def _prepare(self) -> tuple[Engine, Image]:
+        """The engine and an image. (Another call that fails meanwhile may have the runner look for both anew.)"""
         async with self._preparing:
-            engine = await self._find_engine()
+            engine, image = await self._find_engine(), self.image
             try:
-                if not self.image or (self.image.problem and time.monotonic() > self._retry_at):
+                if not image or (image.problem and time.monotonic() > self._retry_at):
                     self._retry_at = time.monotonic() + RETRY_AFTER
-                    self.image = await derive_image(engine, self.config, self._report)
+                    image = self.image = await derive_image(engine, self.config, self._report)
             finally:
                 self._report("")
+            return engine, image
 
     def _report(self, status: str) -> None:
         if status and status != self.status:
@@ -4265,21 +4264,20 @@ class Runner:
 
     async def _install(self, name: str, requirement: str, sandbox: Sandbox | None) -> Outcome:
         """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        assert self.engine is not None
-        assert self.image is not None
+        engine, image = await self._prepare()
         task = {
             "task": "install",
             "name": name,
             "requirement": requirement,
             "base": sandbox.packages if sandbox else None,
             "shared": sandbox is None,
-            "image": self.image.packages.rpartition("/")[2],
+            "image": image.packages.rpartition("/")[2],
         }
         helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
         try:
             with anyio.fail_after(INSTALL_TIMEOUT):
                 async with helper_container(
-                    self.engine, helper, self.image.name, self.config.package, task, self._report
+                    engine, helper, image.name, self.config.package, task, self._report
                 ) as outcome:
                     return outcome
         except TimeoutError:
@@ -4362,13 +4360,11 @@ class Runner:
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
         with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
-            await self._prepare()
-            assert self.engine is not None
-            assert self.image is not None
-            settings = guest_settings(self.engine, self.image, self.config, self.config.pool.preload)["digest"]
-            names = await self.engine.sandboxes(settings=settings)
+            engine, image = await self._prepare()
+            settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
+            names = await engine.sandboxes(settings=settings)
             unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
-            for sandbox in await self._ask(self.engine, unnamed, settings):
+            for sandbox in await self._ask(engine, unnamed, settings):
                 if isinstance(sandbox, Sandbox):
                     await self._pool.adopt(sandbox)
         self._pool.keep_warm()

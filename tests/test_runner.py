@@ -428,6 +428,20 @@ async def test_a_container_that_is_killed_under_a_call_is_told_of(runner: Runner
     assert (await runner.execute("1", session="s")).value == "1"
 
 
+async def test_a_call_that_fails_does_not_disturb_one_that_waits_for_the_image(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    derive = sandbox_runner.derive_image
+
+    async def while_another_fails(*arguments: Any) -> Image:
+        image = await derive(*arguments)
+        runner.engine = runner.image = None  # as whoever could not start a sandbox leaves it
+        return image
+
+    monkeypatch.setattr(sandbox_runner, "derive_image", while_another_fails)
+    assert (await runner.execute("1 + 1")).value == "2"
+
+
 async def test_a_container_that_does_not_start_is_an_error_in_the_engines_words(
     runner: Runner, docker: FakeEngine
 ) -> None:
