@@ -41,10 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test that uses an engine once for each of them."""
+    """Run each test that uses an engine once for each of them; with xdist's `--dist loadgroup` they work side by side.
+
+    Each engine has its own containers, images and volumes, so the two do not meet. There is one process for each engine
+    and not more: some tests need it to answer soon. A test that may not run on both at once names a group of its own.
+    """
     if "engine_command" in metafunc.fixturenames:
         engines = dict.fromkeys(metafunc.config.getoption("--engine") or ENGINES)
-        metafunc.parametrize("engine_command", list(engines), indirect=True, scope="session")
+        grouped = bool(list(metafunc.definition.iter_markers("xdist_group")))
+        values = [pytest.param(engine, marks=() if grouped else pytest.mark.xdist_group(engine)) for engine in engines]
+        metafunc.parametrize("engine_command", values, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
