@@ -2548,7 +2548,9 @@ class Engine:
             "--log-driver=none",
             "--entrypoint=python3",
             *NO_PROXIES,
-            *(["--http-proxy=false"] if self.kind == "podman" else []),
+            # To proxy signals Podman's client catches SIGPIPE, too. Then it survives its reader's, that is our, death,
+            # fails to write what the container says on that, and removes the container.
+            *(["--http-proxy=false", "--sig-proxy=false"] if self.kind == "podman" else []),
         ]
 
     def plug_arguments(self, name: str) -> list[str]:
@@ -3378,6 +3380,7 @@ class Sandbox:
         self._unread: Answer | None = None
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
         self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
+        self.cancelled: str | None = None  # id of the last call that nobody waited for
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -3437,9 +3440,13 @@ class Sandbox:
         """
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await sandbox._send({"session": session, "settings": settings, "owner": owner})
-            await sandbox._greeted.wait()
+        try:
+            with anyio.move_on_after(ATTACH_TIMEOUT):
+                await sandbox._send({"session": session, "settings": settings, "owner": owner})
+                await sandbox._greeted.wait()
+        except BaseException:
+            sandbox._kill_client()  # it would plug in nevertheless, and nobody would know of it
+            raise
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
             sandbox.created -= sandbox.info().age
@@ -3588,6 +3595,7 @@ class Sandbox:
 
     async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
         """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
+        self.cancelled = answer.id
         with anyio.move_on_after(GRACE + SLACK / 4) as patience:
             await self.interrupt()
             if (await self._collect(answer, None, None, None)).lost:
@@ -3596,6 +3604,13 @@ class Sandbox:
             await self.remove()
         self._forget(answer)
         idle.set()
+
+    def stop_unread(self) -> None:
+        """Stop the code of a call that was cancelled over another connection, which ended before that came through."""
+        assert self._unread is not None
+        answer, self._unread = self._unread, None
+        self._idle = anyio.Event()
+        self._tasks.start_soon(self._settle, answer, self._idle)
 
     @property
     def has_unread(self) -> bool:
@@ -4386,12 +4401,15 @@ class Runner:
     ) -> Result:
         """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
         assert request.session is not None
-        session.sandbox = sandbox = await self._find_session(request.session)
+        await self._look_again(session, request.session)
+        sandbox = session.sandbox
         if not sandbox:
             session.lost = None  # `begun` tells it
             return begun
         if sandbox.asked != gone.asked:
-            return await sandbox.call(request, on_output)
+            result = await sandbox.call(request, on_output)
+            lost, sandbox.lost = sandbox.lost, None
+            return dataclasses.replace(result, lost_before=result.lost_before or lost)
         if not sandbox.has_unread:
             message = "the connection to the container was cut, and the end of the call with it"
             return dataclasses.replace(begun, state="preserved", message=message)
@@ -4420,8 +4438,10 @@ class Runner:
 
     async def _look_again(self, session: Session, name: str) -> None:
         """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
-        session.sandbox = await self._find_session(name)
+        gone, session.sandbox = session.sandbox, await self._find_session(name)
         session.lost = None if session.sandbox else "its container ended"
+        if gone and session.sandbox and session.sandbox.has_unread and session.sandbox.asked == gone.cancelled:
+            session.sandbox.stop_unread()
 
     async def _read_unread(self, sandbox: Sandbox, on_output: OnOutput) -> Result:
         """What an earlier host was not told of the session's call any more."""
@@ -4527,25 +4547,24 @@ class Runner:
         return self.engine
 
     async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
-        await self._prepare()
-        assert self.engine is not None
-        assert self.image is not None
+        engine, image = await self._prepare()
         try:
-            return await Sandbox.start(self.engine, self.image, self.config, self.owner, self._tasks, preload)
+            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
         except EngineError:
             self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
             raise
 
-    async def _prepare(self) -> None:
-        """See that there are an engine and an image."""
+    async def _prepare(self) -> tuple[Engine, Image]:
+        """The engine and an image. (Another call that fails meanwhile may have the runner look for both anew.)"""
         async with self._preparing:
-            engine = await self._find_engine()
+            engine, image = await self._find_engine(), self.image
             try:
-                if not self.image or (self.image.problem and time.monotonic() > self._retry_at):
+                if not image or (image.problem and time.monotonic() > self._retry_at):
                     self._retry_at = time.monotonic() + RETRY_AFTER
-                    self.image = await derive_image(engine, self.config, self._report)
+                    image = self.image = await derive_image(engine, self.config, self._report)
             finally:
                 self._report("")
+            return engine, image
 
     def _report(self, status: str) -> None:
         if status != self.status:
@@ -4592,22 +4611,21 @@ class Runner:
 
     async def _install(self, name: str, requirement: str, sandbox: Sandbox | None) -> Outcome:
         """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        assert self.engine is not None
-        assert self.image is not None
+        engine, image = await self._prepare()
         task = {
             "task": "install",
             "name": name,
             "requirement": requirement,
             "base": sandbox.packages if sandbox else None,
             "shared": sandbox is None,
-            "image": self.image.packages.rpartition("/")[2],
+            "image": image.packages.rpartition("/")[2],
         }
         helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
         self._report(f"installing {requirement}")
         try:
             with anyio.fail_after(INSTALL_TIMEOUT):
                 async with helper_container(
-                    self.engine, helper, self.image.name, self.config.package, task, self._report
+                    engine, helper, image.name, self.config.package, task, self._report
                 ) as outcome:
                     return outcome
         except TimeoutError:
@@ -4690,13 +4708,11 @@ class Runner:
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
         with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
-            await self._prepare()
-            assert self.engine is not None
-            assert self.image is not None
-            settings = guest_settings(self.engine, self.image, self.config, self.config.pool.preload)["digest"]
-            names = await self.engine.sandboxes(settings=settings)
+            engine, image = await self._prepare()
+            settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
+            names = await engine.sandboxes(settings=settings)
             unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
-            for sandbox in await self._ask(self.engine, unnamed, settings):
+            for sandbox in await self._ask(engine, unnamed, settings):
                 if isinstance(sandbox, Sandbox):
                     await self._pool.adopt(sandbox)
         self._pool.keep_warm()

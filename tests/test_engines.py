@@ -485,6 +485,24 @@ async def test_a_session_survives_the_sigkill_of_its_host(
     assert (result.value, result.lost_before) == ("42", None)
 
 
+async def test_a_session_survives_the_sigkill_of_the_host_that_started_it(
+    runner: Runner, session: str, command_line: CommandLine, engine: Engine
+) -> None:
+    async with command_line("--session", session, "-c", f"x = 41\nprint('begun', flush=True)\n{WAIT}x += 1") as program:
+        await program.says("begun")
+        mine = [pid for pid, parent, _ in processes() if parent == program.process.pid]
+        program.process.kill()
+
+    async def are_gone() -> bool:
+        return not {*mine} & {pid for pid, *_ in processes()}
+
+    assert mine
+    await eventually(are_gone)  # Podman's client may take the container along
+    await engine.let_go(sandbox_runner.session_container(session))
+    result = await runner.execute("x", session=session)
+    assert (result.value, result.lost_before) == ("42", None)
+
+
 async def test_a_session_survives_the_sigkill_of_the_client_that_started_it(
     runner: Runner, session: str, engine: Engine
 ) -> None:

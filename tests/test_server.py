@@ -1078,6 +1078,7 @@ async def test_twenty_calls_at_once_get_twenty_answers(served: Client) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.xdist_group("docker")  # npx fetches the Inspector into a cache that two must not fill at once
 def test_the_official_inspector_lists_the_tools_and_calls_one(real: Config, tmp_path: Path) -> None:
     npx = shutil.which("npx")
     if not npx:
