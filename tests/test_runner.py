@@ -254,6 +254,39 @@ async def test_a_call_is_cancelled_in_the_middle_and_the_session_used_again(runn
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_noticed", [False, True], ids=["at once", "once the connection's end is noticed"])
+async def test_a_cancelled_call_whose_client_is_killed_at_that_moment_stops_nevertheless(
+    runner: Runner, is_noticed: bool
+) -> None:
+    await runner.execute("x = 1", session="s")
+    sandbox = runner._sessions["s"].sandbox
+    assert sandbox
+    hears = Hears()
+    code = "x = 2\nprint('on')\nwhile True: pass"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: runner.execute(code, session="s", on_output=hears, timeout=5))
+        await hears.first.wait()
+        os.kill(client(runner, "s"), signal.SIGKILL)
+        tasks.cancel_scope.cancel()
+    if is_noticed:
+        await sandbox.gone.wait()
+    result = await runner.execute("x", session="s", timeout=5)
+    assert (result.status, result.value, result.lost_before, result.unread) == ("ok", "2", None, None)
+
+
+async def test_a_call_that_is_cancelled_while_it_looks_for_its_session_leaves_no_plug(
+    settings: Config, docker: FakeEngine
+) -> None:
+    async with open_runner(settings) as runner:
+        docker.script(exec={"hang": True})
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: runner.execute("1", session="s"))
+            await until(lambda: bool(docker.log("exec")))
+            tasks.cancel_scope.cancel()
+        await until(lambda: not docker.commands("exec"))
+
+
+@pytest.mark.slow
 async def test_cancelling_code_that_does_not_stop_loses_the_variables_and_the_next_call_says_so(runner: Runner) -> None:
     await runner.execute("x = 1", session="s")
     hears = Hears()
@@ -393,6 +426,20 @@ async def test_a_container_that_is_killed_under_a_call_is_told_of(runner: Runner
     assert (result.status, result.state, result.stdout) == ("died", "lost", "on\n")
     assert result.message == "the container ended during the call (its process ended with exit status 137)"
     assert (await runner.execute("1", session="s")).value == "1"
+
+
+async def test_a_call_that_fails_does_not_disturb_one_that_waits_for_the_image(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    derive = sandbox_runner.derive_image
+
+    async def while_another_fails(*arguments: Any) -> Image:
+        image = await derive(*arguments)
+        runner.engine = runner.image = None  # as whoever could not start a sandbox leaves it
+        return image
+
+    monkeypatch.setattr(sandbox_runner, "derive_image", while_another_fails)
+    assert (await runner.execute("1 + 1")).value == "2"
 
 
 async def test_a_container_that_does_not_start_is_an_error_in_the_engines_words(
@@ -917,7 +964,7 @@ def test_root_and_working_directory_are_writable_only_within_limits() -> None:
 
 
 def test_podman_is_told_what_docker_does_not_know() -> None:
-    only_podman = {"--read-only-tmpfs=false", "--http-proxy=false"}
+    only_podman = {"--read-only-tmpfs=false", "--http-proxy=false", "--sig-proxy=false"}
     assert only_podman <= set(arguments("podman"))
     assert not only_podman & set(arguments("docker"))
 
