@@ -5032,6 +5032,7 @@ TRIED_PROCESSES = 2000
 TRIED_FILES = 5000
 SPIN = 0.6  # seconds of computing; a few of the periods, of 0.1 seconds, by which the kernel doles CPU out
 SLOW_START = 5.0  # seconds
+IMPORT_TIMEOUT = 120  # seconds
 
 Verdict = Literal["ok", "warning", "failed"]
 Judgement = tuple[Verdict, str, str]  # the verdict, what was seen, and unless all is well what to do about it
@@ -5250,7 +5251,7 @@ async def _try_all(runner: Runner, examination: Examination) -> None:
         examination.start = await timed_call(is_new=True)
         examination.call = sorted([await timed_call() for _ in range(5)])[2]
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(attempt, "imports", probe(f"import_all({modules})"), 120)
+            tasks.start_soon(attempt, "imports", probe(f"import_all({modules})"), IMPORT_TIMEOUT)
             tasks.start_soon(attempt, "stubborn", STUBBORN, 0.3)
             for name, (code, timeout) in attempts(config).items():
                 await attempt(name, code, timeout, session)
@@ -5366,6 +5367,9 @@ def check_imports(examination: Examination) -> Judgement:
     wanted = examination.config.package.preinstalled
     if not wanted:
         return "ok", "none are to be preinstalled (package.preinstalled)", ""
+    if examination.results["imports"].status == "timeout":
+        seen = f"not all in {IMPORT_TIMEOUT} s: {', '.join(wanted)}"
+        return "warning", seen, "See what else this host is doing, and try again."
     problems = [reason for reason in examination.told("imports").values() if reason]
     if problems:
         return "failed", "; ".join(problems), examination.image.problem or "Prepare the image anew: `build`."

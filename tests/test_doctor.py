@@ -140,6 +140,7 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
             {"results": {"imports": telling({"numpy": "ModuleNotFoundError: No module named 'numpy'"})}},
         ),
         ("imports", "failed", {"results": {"imports": Result("out_of_memory")}}),
+        ("imports", "warning", {"results": {"imports": Result("timeout")}}),
         ("package volume", "failed", {"creating": {"/": "EROFS", "/packages": "EACCES"}}),
         ("memory", "failed", {"results": {"memory": telling(335544320)}}),
         ("memory", "failed", {"docker": {"memory_limit": "4g"}, "results": {"memory": telling(1 << 30)}}),
