@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -1131,6 +1132,71 @@ async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config
             result = await runner.execute(f"{look}, 'x' in globals()")
     assert result.value == "(False, False, False)", result
     assert len(docker.log("run")) == 1, "it was not used again"
+
+
+async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_new_one(
+    settings: Config, docker: FakeEngine
+) -> None:
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=(), reuse=True))
+    async with open_runner(config, warm=True) as runner, anyio.create_task_group() as tasks:
+        for _ in range(5):
+            await runner.execute("1")
+        at_once: list[str | None] = []
+
+        async def call() -> None:
+            at_once.append((await runner.execute("2")).value)
+
+        for _ in range(2):
+            tasks.start_soon(call)
+    assert at_once == ["2", "2"]
+    assert len(docker.log("run")) <= 3, "one that was wanted at once, one kept ready, one more for two at once"
+
+
+async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes_and_then_as_many_as_did() -> None:
+    class Stub:
+        created = math.inf
+        gone = anyio.Event()
+
+    created: list[Sequence[str]] = []
+    go = anyio.Event()
+
+    async def create(preload: Sequence[str]) -> Any:
+        created.append(preload)
+        await go.wait()
+        return Stub()
+
+    async with anyio.create_task_group() as tasks:
+        pool = sandbox_runner.Pool(create, PoolConfig(warm=0, preload=("numpy",)), tasks, print)
+        pool.keep_warm()
+        for _ in range(3):
+            tasks.start_soon(pool.lease)
+        await anyio.wait_all_tasks_blocked()
+        pool.keep_warm()  # as whatever else lets the pool look what is missing
+        await anyio.wait_all_tasks_blocked()
+        assert created == [()] * 3
+        go.set()
+        await anyio.wait_all_tasks_blocked()
+        assert created == [(), (), (), ("numpy",), ("numpy",), ("numpy",)]
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"csv": "' + "a,b\\n" * 400_000 + '"}', None),
+        ("[" + "0," * 1_100_000 + "0]", "too many parts"),
+        ("[" * 66 + "]" * 66, None),
+        ("[" * 67 + "]" * 67, "nested too deeply"),
+        ("[" * 1_000_000, "not JSON"),
+        ('"' + '\\"' * 2_000_000 + ",[", "not JSON"),  # that a search for strings must not try from each quote anew
+    ],
+)
+def test_json_from_the_sandbox_is_held_within_bounds(text: str, problem: str | None) -> None:
+    if problem:
+        with pytest.raises(sandbox_runner.ProtocolError, match=problem):
+            sandbox_runner.parse_within(text)
+    else:
+        assert sandbox_runner.parse_within(text) == json.loads(text)
 
 
 async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
