@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: help demo test unit integration lint docs bench clean
+.PHONY: help demo test unit integration lint docs bench soak fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -22,9 +22,9 @@ test: lint ## everything: ruff, mypy, unit tests on every Python that is found, 
 unit: .venv/.dev ## the quick tests, which need no container engine
 	$(PY) -m pytest -n auto -m "not engine and not slow"
 
-integration: .venv/.dev ## tests on real Docker and real Podman
+integration: .venv/.dev ## tests on real Docker and real Podman, side by side
 	@sh tests/engines.sh test
-	. ./.engines/env && $(PY) -m pytest -m engine --engine docker --engine podman
+	. ./.engines/env && $(PY) -m pytest -n 2 --dist loadgroup -m engine --engine docker --engine podman
 
 lint: .venv/.dev ## ruff and mypy
 	$(PY) -m ruff check
@@ -36,6 +36,14 @@ docs: .venv/.dev ## the README's tables of settings, written anew from the code
 bench: .venv/.dev ## what a call costs, beside the engine's own commands
 	@sh tests/engines.sh test
 	. ./.engines/env && $(PY) -m tests.bench docker && $(PY) -m tests.bench podman
+
+fuzz: .venv/.dev ## look for input that breaks the frame parsers, for SECONDS (300)
+	$(PIP) install -q --group fuzz
+	$(PY) -m tests.fuzz_frames $(or $(SECONDS),300)
+
+soak: .venv/.dev ## half an hour of calls while things are killed; ENGINE=podman MINUTES=5 for another one
+	@sh tests/engines.sh test
+	. ./.engines/env && $(PY) -m tests.soak $(or $(ENGINE),docker) $(MINUTES)
 
 clean: ## remove the virtual environment, caches and build results
 	rm -rf .venv .engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -86,7 +86,6 @@ OUTPUT_KEPT_ALL = 64 << 20  # characters of output for all of them
 READ_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double them
 
 PROGRESS_INTERVAL = 0.1  # seconds between two notifications of progress
-STATUS_INTERVAL = 0.5  # seconds between two looks at what a call without output waits for
 KEEP_ALIVE = 5.0  # seconds without news after which there is one nevertheless: clients give silent calls up
 
 LINKS_SINCE = "2025-06-18"  # the protocol's version; older clients refuse a result that holds a resource_link
@@ -383,6 +382,8 @@ def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
     except pydantic.ValidationError as error:
         # A parameter that does not exist comes first: a required one that is missing is often its right spelling.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        if not problem["loc"]:
+            raise RequestError(f"{tool.name}: the name of a parameter has lone surrogates; leave them out.") from None
         raise RequestError(refusal(tool, str(problem["loc"][0]), problem["type"], problem["input"])) from None
 
 
@@ -961,6 +962,7 @@ class Service:
 
     runner: Runner
     shelf: Shelf = field(default_factory=Shelf)
+    reporter: Reporter = field(default_factory=lambda: Reporter())
 
 
 Context = ServerRequestContext[Service]
@@ -971,7 +973,10 @@ def make_server(runner: Runner) -> Server[Service]:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Server[Service]) -> AsyncIterator[Service]:
-        yield Service(runner)
+        service = Service(runner)
+        async with open_tasks() as tasks:
+            tasks.start_soon(service.reporter.run)
+            yield service
 
     return Server(
         "python-docker-mcp",
@@ -1000,9 +1005,8 @@ async def call_tool(context: Context, params: types.CallToolRequestParams) -> ty
     service = context.lifespan_context
     try:
         tool = parse(params.name, params.arguments or {})
-        async with open_tasks() as tasks:
-            progress = Progress(context.session, service.runner)
-            tasks.start_soon(progress.report)
+        progress = Progress(context.session, service.runner)
+        with service.reporter.follow(progress):
             result = await tool.call(service, progress)
     except SandboxError as error:
         return failure(str(error))
@@ -1018,30 +1022,54 @@ class Progress:
         self._session = session
         self._runner = runner
         self._text = ""
-        self._news = anyio.Event()
+        self._started = self._said_at = time.monotonic()
+        self._said = ""
+        self._count = itertools.count(1)
 
     async def on_output(self, item: Text | Rich | Omitted) -> None:
         """Take note of a piece of output."""
         self._text = f"{self._text}{plain_text(item)}"[-1000:]
-        self._news.set()
 
     async def report(self) -> None:
-        """Send notifications until cancelled. A client that did not ask for them gets none."""
-        started = said_at = time.monotonic()
-        said = ""
-        for count in itertools.count(1):
-            await anyio.sleep(PROGRESS_INTERVAL)
-            with anyio.move_on_after(STATUS_INTERVAL):
-                await self._news.wait()
-            self._news = anyio.Event()
-            message, now = self._latest(), time.monotonic()
-            if message != said or now - said_at >= KEEP_ALIVE:
-                said, said_at = message, now
-                await self._session.report_progress(count, message=message or f"{now - started:.0f} seconds")
+        """Send a notification if there is news, or was none for long. A client that did not ask for it gets none."""
+        message, now = self._latest(), time.monotonic()
+        if now - self._started >= PROGRESS_INTERVAL and (message != self._said or now - self._said_at >= KEEP_ALIVE):
+            self._said, self._said_at = message, now
+            text = message or f"{now - self._started:.0f} seconds"
+            await self._session.report_progress(next(self._count), message=text)
 
     def _latest(self) -> str:
         lines = as_shown(self._text).strip().splitlines()
         return encodable(lines[-1][-200:]) if lines else self._runner.status
+
+
+class Reporter:
+    """Has the calls under way report. One task for all: one for each would be a good part of a short call's cost."""
+
+    def __init__(self) -> None:
+        self._calls: set[Progress] = set()
+        self._begun = anyio.Event()
+
+    @contextlib.contextmanager
+    def follow(self, call: Progress) -> Iterator[None]:
+        """Have a call report during the block."""
+        self._calls.add(call)
+        self._begun.set()
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+
+    async def run(self) -> None:
+        """Go on until cancelled; without calls, at no cost."""
+        while True:
+            await self._begun.wait()
+            self._begun = anyio.Event()
+            while self._calls:
+                await anyio.sleep(PROGRESS_INTERVAL)
+                for call in list(self._calls):
+                    if call in self._calls:  # others may have ended while one was reported
+                        await call.report()
 
 
 async def list_resources(context: Context, _: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
@@ -1097,7 +1125,10 @@ async def read_resource(context: Context, params: types.ReadResourceRequestParam
 
 def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
     """What an address says: itself without a range, session, kind, path, offset and length. Raises RequestError."""
-    parts = urllib.parse.urlsplit(uri)
+    try:
+        parts = urllib.parse.urlsplit(uri)
+    except ValueError:  # brackets that are no IPv6 address
+        parts = urllib.parse.urlsplit("")
     match = re.fullmatch(r"/(files|output)/(.+)", parts.path, re.DOTALL)
     if parts.scheme != "session" or not match:
         raise RequestError(

@@ -33,7 +33,6 @@ import argparse
 import ast
 import atexit
 import base64
-import binascii
 import builtins
 import codecs
 import contextlib
@@ -134,7 +133,12 @@ RETRY_AFTER = 600  # from an image that could not be completed to the next attem
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
+SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME whatever JSON makes of it
+PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
+PART_COST = 64  # characters that a part of data counts for beside its own: it is an object, however small
+PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
+NOTES_LOGGED = 100  # of what a sandbox remarks
 ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
 
 
@@ -208,7 +212,7 @@ class DockerConfig:
             raise ValueError(f"docker.working_dir: {self.working_dir!r} is not an absolute path such as /app")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", self.image):
             raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
-        if self.runtime is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
+        if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
         for mount in self.mounts:
             mount_argument(mount, self.working_dir)
@@ -409,9 +413,10 @@ def parse_requirement(text: str) -> tuple[str, str]:
     """
     name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
-    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", text)
+    short = text[:201]  # matching takes the more time the longer the text is, and out of proportion
+    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", short)
     if not match or len(text) > 200:
-        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", text.strip())
+        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", short.strip())
         advice = (
             "ask for one package a call" if several else "give a name such as requests, pandas[excel] or pandas>=2,<3"
         )
@@ -636,16 +641,19 @@ PART = 1 << 16  # characters of data in one frame; at worst JSON needs twelve by
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
 ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
+BREATH = 0.002  # seconds that output waits for more of it: to wake all who pass it on costs more than its bytes do
 EARLIER_LIMIT = 1 << 16  # bytes of output kept that appear while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while none is attached
 VALUE_LIMIT = 32_000  # characters of a value's repr
 TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
+RICH_COST = 512  # characters that each of them counts for beside its own, so that there are not too many
 IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less than can be read
 IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
 STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
 STATE_DEPTH = 64
+STATE_PARTS = 1_000_000  # values within values
 FILES_LISTED = 100  # of those that a call made or changed
 FILES_SEEN = 5000  # more in the working directory are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
@@ -655,6 +663,42 @@ WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # beside the working dir
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
 PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
+
+# System calls that code here can do without, and that exploits start from; their numbers on x86_64 and on aarch64.
+# Docker's own filter lets some pass, Podman's others, gVisor has none. clone3 has to go as a whole, as it keeps its
+# flags where no filter can see them; the C library falls back from it.
+REFUSED_CALLS = (
+    ("io_uring_setup", 425, 425, errno.EPERM),
+    ("io_uring_enter", 426, 426, errno.EPERM),
+    ("io_uring_register", 427, 427, errno.EPERM),
+    ("add_key", 248, 217, errno.EPERM),
+    ("request_key", 249, 218, errno.EPERM),
+    ("keyctl", 250, 219, errno.EPERM),
+    ("unshare", 272, 97, errno.EPERM),
+    ("setns", 308, 268, errno.EPERM),
+    ("bpf", 321, 280, errno.EPERM),
+    ("perf_event_open", 298, 241, errno.EPERM),
+    ("userfaultfd", 323, 282, errno.EPERM),
+    ("ptrace", 101, 117, errno.EPERM),
+    ("process_vm_readv", 310, 270, errno.EPERM),
+    ("process_vm_writev", 311, 271, errno.EPERM),
+    ("pidfd_getfd", 438, 438, errno.EPERM),
+    ("clone3", 435, 435, errno.ENOSYS),
+)
+NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; and gVisor lets anybody kill process 1
+    ("kill", 62, 129),
+    ("tkill", 200, 130),
+    ("tgkill", 234, 131),
+    ("rt_sigqueueinfo", 129, 138),
+    ("rt_tgsigqueueinfo", 297, 240),
+    ("prlimit64", 302, 261),
+    ("sched_setparam", 142, 118),
+    ("sched_setscheduler", 144, 119),
+    ("sched_setaffinity", 203, 122),
+    ("sched_setattr", 314, 274),
+)
+SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
+NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
 
 class Channel:
@@ -707,13 +751,17 @@ class Channel:
 
     def send(self, frame: dict[str, Any], data: str | None = None) -> None:
         """Queue a frame, its `data` in parts if it is long, and write what the descriptor takes."""
+        self.queue(frame, data)
+        self.flush()
+
+    def queue(self, frame: dict[str, Any], data: str | None = None) -> None:
+        """Queue a frame, to be written with what follows it."""
         if data is not None:
             last = max(0, len(data) - 1) // PART * PART
             for start in range(0, last, PART):
                 self._queue({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
             frame = {**frame, "data": data[last:]}
         self._queue(frame)
-        self.flush()
 
     def _queue(self, frame: dict[str, Any]) -> None:
         self.outbox += json.dumps(frame, separators=(",", ":")).encode() + b"\n"
@@ -814,6 +862,9 @@ class Supervisor:
         self.control: Channel | None = None
         self.worker_fds: set[int] = set()
         self.pipes: dict[str, int] = {}
+        self.waiting: str | None = None  # the stream whose output waits in its pipe for more
+        self.waits_until = math.inf
+        self.flows = False  # whether the last output filled a whole read, so that nothing is won by waiting
         self.decoders: dict[str, codecs.IncrementalDecoder] = {}
         self.worker_used = False
         self.worker_cpu = 0.0  # seconds, up to its last report
@@ -829,25 +880,34 @@ class Supervisor:
         """Serve until the sandbox has no more reason to exist."""
         assert self.channel is not None
         allow_inspection(False)
+        unfiltered = filter_system_calls()
         self._catch_children()
         self._listen()
         self._attach(self.channel)
+        if unfiltered:
+            text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
+            self._tell({"id": "", "kind": "note", "text": text})
         while True:
+            channels = [channel for channel in (self.channel, self.control) if channel]
+            for channel in channels:
+                channel.flush()
             if not self.worker and self.preload:
                 self._import_next()
             elif not self.worker:
                 self._fork()
-            channels = [channel for channel in (self.channel, self.control) if channel]
             congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
-            readers = [fd for fd in self.sources if not (congested and fd in self.worker_fds)]
+            resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
+            readers = [fd for fd in self.sources if fd not in resting]
             writers = [channel.writer for channel in channels if channel.outbox]
-            readable, writable, _ = select.select(readers, writers, [], self._patience())
-            for channel in channels:
-                if channel.writer in writable:
-                    channel.flush()
+            patience = self._patience()
+            if self.waiting and not congested:
+                patience = max(0.0, self.waits_until - time.monotonic())
+            readable, _, _ = select.select(readers, writers, [], patience)
             for fd in readable:
                 if fd in self.sources:
                     self.sources[fd]()
+            if self.waiting and not congested and time.monotonic() >= self.waits_until:
+                self._read_all_output()
             self._keep_time()
 
     def _import_next(self) -> None:
@@ -914,13 +974,13 @@ class Supervisor:
     def _tell(self, frame: dict[str, Any]) -> None:
         """Send a frame to the host, or keep it for the next one."""
         if self.channel:
-            self.channel.send(frame)
+            self.channel.queue(frame)  # the loop writes it, together with what follows at once
             if frame["kind"] == "done":
                 self.unread = None
             elif frame["kind"] in ("stdout", "stderr"):
                 self.told += len(frame["text"].encode())
         else:
-            self.backlog_left -= len(frame.get("text") or frame.get("data") or "")
+            self.backlog_left -= len(json.dumps(frame))  # of all of it: the code may have forged it
             if self.backlog_left > 0 or frame["kind"] == "done":
                 self.backlog.append(frame)
 
@@ -950,8 +1010,8 @@ class Supervisor:
             self._detach(self.session is not None or self.begun is None)
 
     def _detach(self, stay: bool) -> None:
-        """Let go of the host, and of life if nobody could want what is here."""
-        if not stay:
+        """Let go of the host, and of life if nobody could want what is here, or come for it."""
+        if not stay or not peers_are_told():
             os._exit(0)
         assert self.channel is not None
         del self.sources[self.channel.reader]
@@ -1024,7 +1084,7 @@ class Supervisor:
         self.sources[fd] = self._from_worker
         for stream, pipe in self.pipes.items():
             os.set_blocking(pipe, False)
-            self.sources[pipe] = functools.partial(self._read_output, stream)
+            self.sources[pipe] = functools.partial(self._await_output, stream)
 
     def _to_worker(self, frame: dict[str, Any]) -> None:
         if self.control is None:
@@ -1084,11 +1144,19 @@ class Supervisor:
         except ValueError as error:
             self._abandon(f"the code broke the protocol between worker and supervisor: {error}")
 
+    def _await_output(self, stream: str) -> None:
+        """Let output wait for more; not while the other stream goes on, though, as this would change their order."""
+        if self.waiting:
+            self._read_all_output()
+        else:
+            self.waiting, self.waits_until = stream, time.monotonic() + (0.0 if self.flows else BREATH)
+
     def _read_all_output(self) -> None:
-        for stream in self.pipes:
+        for stream in sorted(self.pipes, key=lambda stream: stream != self.waiting):
             for _ in range(32):  # bounded: a child of the code's may write for ever
                 if not self._read_output(stream):
                     break
+        self.waiting = None
 
     def _read_output(self, stream: str) -> bool:
         pipe = self.pipes[stream]
@@ -1096,6 +1164,7 @@ class Supervisor:
             data = os.read(pipe, 65536)
         except BlockingIOError:
             return False
+        self.flows = len(data) == 65536
         if not data:
             self.sources.pop(pipe, None)
         elif self.call:
@@ -1230,7 +1299,33 @@ class Supervisor:
         for fd in self.worker_fds:
             self.sources.pop(fd, None)
             os.close(fd)
-        self.worker, self.control, self.worker_fds, self.pipes = 0, None, set(), {}
+        self.worker, self.control, self.worker_fds, self.pipes, self.waiting = 0, None, set(), {}, None
+
+
+def peers_are_told() -> bool:
+    """Whether a socket tells who is at its other end. gVisor's (in 2022) tells who asks: then no plug can be known."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{PLUG_ADDRESS}-{os.urandom(8).hex()}")
+    listener.listen()
+    listener.settimeout(1)
+    child = os.fork()
+    if child == 0:
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(listener.getsockname())
+                connection.recv(1)
+        finally:
+            os._exit(0)
+    try:
+        with listener, listener.accept()[0] as connection:
+            told = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return bool(told[0] == child)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def open_inside(folder: str, path: str) -> int:
@@ -1321,21 +1416,79 @@ def allow_inspection(allowed: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
 
 
+def filter_program(machine: str) -> bytes | None:
+    """A filter of system calls, in the kernel's BPF, for this kind of machine; None where the numbers are not known.
+
+    It refuses what REFUSED_CALLS names, what is done to process 1, new namespaces, sockets of other families, and all
+    that comes by another door: x86_64 kernels also take the calls of 32-bit programs, numbered otherwise, and those of
+    x32, numbered from 2**30.
+    """
+    if machine not in ("x86_64", "aarch64"):
+        return None
+    first = machine == "x86_64"
+    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
+    argument, architecture = 16, 4  # offsets in the kernel's struct seccomp_data; the call's number is at 0
+    allow = (leave, 0, 0, 0x7FFF0000)
+
+    def refuse(reason: int) -> tuple[int, int, int, int]:
+        return leave, 0, 0, 0x00050000 | reason
+
+    steps = [
+        (load, 0, 0, architecture),
+        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # in a jump: how many steps if so, and if not
+        refuse(errno.ENOSYS),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 1 << 30),
+        refuse(errno.ENOSYS),
+    ]
+    for _, number, other, reason in REFUSED_CALLS:
+        steps += [(equal, 0, 1, number if first else other), refuse(reason)]
+    flags = [(any_bit, 0, 1, NAMESPACE_FLAGS), refuse(errno.EPERM), allow]
+    families = [(equal, len(SOCKET_FAMILIES) - place, 0, family) for place, family in enumerate(SOCKET_FAMILIES)]
+    families += [refuse(errno.EAFNOSUPPORT), allow]
+    process = [(equal, 0, 1, 1), refuse(errno.EPERM), allow]
+    rules = [("clone", 56, 220, flags), ("socket", 41, 198, families), ("socketpair", 53, 199, families)]
+    rules += [(*call, process) for call in NOT_TO_PROCESS_1]
+    for _, number, other, rule in rules:  # each on the call's first argument
+        steps += [(equal, 0, 1 + len(rule), number if first else other), (load, 0, 0, argument), *rule]
+    return b"".join(struct.pack("HBBI", *step) for step in [*steps, allow])
+
+
+def filter_system_calls() -> str | None:
+    """Have the kernel refuse what `filter_program` says, to this process and all that it will fork; why not, if not."""
+    code = filter_program(os.uname().machine)
+    if code is None:
+        return f"its numbers are not known for {os.uname().machine}"
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    steps = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))
+    if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP
+        return os.strerror(ctypes.get_errno())
+    return None
+
+
 def count_oom_kills() -> int:
     """How many processes the kernel has killed in this container for want of memory; 0 where it does not say."""
     for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        with contextlib.suppress(OSError, ValueError, IndexError), open(path) as file:
-            for line in file:
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
+        with contextlib.suppress(OSError, IndexError):
+            return int(read_kernel_file(path).partition("\noom_kill ")[2].split()[0])
     return 0
+
+
+def read_kernel_file(path: str) -> str:
+    """A small file in /proc or /sys, in a third of the system calls that open() makes: each call reads some."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 1 << 16).decode()
+    finally:
+        os.close(fd)
 
 
 def memory_in_use() -> int | None:
     """Bytes charged to the container."""
     for path in ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"):
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            return int(file.read())
+        with contextlib.suppress(OSError, ValueError):
+            return int(read_kernel_file(path))
     return None
 
 
@@ -1636,11 +1789,13 @@ class Worker:
             self._publish({"text/plain": clip(repr(value), VALUE_LIMIT), **rich_forms(value)})
 
     def _publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
+        if self.rich_left < 0:
+            return  # the last one said so
         data = json.dumps(bundle)
-        if len(data) > self.rich_left:
+        if len(data) + RICH_COST > self.rich_left:
             note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
             data = json.dumps({"text/plain": note})
-        self.rich_left -= len(data)
+        self.rich_left -= len(data) + RICH_COST
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the code may have put anything there
                 stream.flush()
@@ -1767,21 +1922,34 @@ def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """The variables that JSON can hold, as its text; and of those it can't, the name and the reason (at most 100)."""
     kept: list[str] = []
     left_out: dict[str, str] = {}
-    size = 2
+    size = parts = 2
     for name, value in list(names.items()):
         if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
             continue
         try:
             text = f"{json.dumps(name)}:{json.dumps(plain(value, 0, set()))}"
             text.encode()
+            if parts_of(text) > STATE_PARTS - parts:
+                raise ValueError(f"too large: {parts_of(text)} values")
             size += len(text) + 1
             if size > STATE_LIMIT:
                 size -= len(text) + 1
                 raise ValueError(f"too large: {len(text)} characters of JSON")
             kept.append(text)
+            parts += parts_of(text)
         except (ValueError, RecursionError) as error:
             left_out[clip(name, 100)] = clip(str(error), 200)
     return "{" + ",".join(kept) + "}", dict(list(left_out.items())[:100])
+
+
+def parts_of(text: str) -> int:
+    """How many values JSON comes to, or some more. Takes no longer than its length needs, whatever the text is."""
+    count = sum(map(text.count, "[{,"))
+    if count > STATE_PARTS:  # look closer: those in strings do not count
+        bare = text.replace("\\\\", "").replace('\\"', "")
+        if bare.count('"') <= 4 * STATE_PARTS:  # a key and a value each, at most
+            count = sum(piece.count(mark) for piece in bare.split('"')[::2] for mark in "[{,")
+    return count
 
 
 def plain(value: Any, depth: int, parents: set[int]) -> Any:
@@ -1831,16 +1999,14 @@ def cpu_seconds() -> float:
 
 def reset_peak_memory() -> None:
     """Let the kernel start this process's high-water mark anew."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as file:
+        file.write(b"5")
 
 
 def peak_memory() -> int | None:
     """Most bytes this process had resident since reset_peak_memory(); None where the kernel does not say."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, IndexError):
+        return int(read_kernel_file("/proc/self/status").partition("\nVmHWM:")[2].split()[0]) * 1024
     return None
 
 
@@ -2330,6 +2496,8 @@ class Engine:
             *(f"--label={LABEL}.{key}={value}" for key, value in labels.items()),
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
+            # Else Docker copies the host's resolv.conf, which tells a company's name servers and domains.
+            *(["--dns=0.0.0.0", "--dns-search=."] if docker.network_disabled and self.kind == "docker" else []),
             *(["--read-only"] if docker.read_only else []),
             # Podman would add writable directories without a limit of their own to a read-only root.
             *(["--read-only-tmpfs=false"] if self.kind == "podman" else []),
@@ -2393,7 +2561,9 @@ class Engine:
             "--log-driver=none",
             "--entrypoint=python3",
             *NO_PROXIES,
-            *(["--http-proxy=false"] if self.kind == "podman" else []),
+            # To proxy signals Podman's client catches SIGPIPE, too. Then it survives its reader's, that is our, death,
+            # fails to write what the container says on that, and removes the container.
+            *(["--http-proxy=false", "--sig-proxy=false"] if self.kind == "podman" else []),
         ]
 
     def plug_arguments(self, name: str) -> list[str]:
@@ -2411,12 +2581,12 @@ class Engine:
     async def sandboxes(self, **labels: str) -> list[str]:
         """The names of all containers that carry our label, and these ones of ours, whoever started them."""
         filters = (f"--filter=label={LABEL}.{key}={value}" for key, value in labels.items())
-        return (await self.run("ps", f"--filter=label={LABEL}", *filters, "--format={{.Names}}")).split()
+        return names_in(await self.run("ps", f"--filter=label={LABEL}", *filters, "--format={{.Names}}"))
 
     async def leftovers(self) -> list[str]:
         """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
         states = ("--filter=status=created", "--filter=status=exited")
-        return (await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}")).split()
+        return names_in(await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}"))
 
     async def remove(self, name: str) -> None:
         """Kill and remove a container; that it is gone already is fine."""
@@ -2584,6 +2754,11 @@ async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> Non
     async for data in stream:
         tail += data
         del tail[:-ERRORS_KEPT]
+
+
+def names_in(output: str) -> list[str]:
+    """The names of containers that an engine lists; what can't be one must not become an argument."""
+    return [name for name in output.split() if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}", name)]
 
 
 def without_passwords(text: str) -> str:
@@ -3049,39 +3224,51 @@ class Frame:
         value = self._fields.get(name)
         if type(value) not in types:
             raise ProtocolError(f"the field {name} is of type {type(value).__name__}")
-        return value
+        return encodable(value) if type(value) is str else value
 
     def seconds(self, name: str) -> float:
         """A duration."""
-        value = float(self.get(name, float, int))
-        if not 0 <= value < math.inf:
+        value = self.get(name, float, int)
+        if not 0 <= value < 1e12:  # nor is infinity, nor what is not a number
             raise ProtocolError(f"the field {name} is not a duration")
-        return value
+        return float(value)
 
 
 NONE = type(None)
 
 
-def parse_within(text: str, nodes: int = 1_000_000) -> Any:
+def encodable(text: str) -> str:
+    """`text` with lone surrogates, which JSON can bring in and nothing can write, as their escape sequences."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def parse_within(text: str) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
-    if sum(map(text.count, "[{,")) > nodes:
+    if parts_of(text) > STATE_PARTS + STATE_DEPTH:
         raise ProtocolError("JSON with too many parts")
-    depth = 0
-    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-        depth += 1 if bracket in "[{" else -1
-        if depth > STATE_DEPTH + 2:
-            raise ProtocolError("JSON that is nested too deeply")
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"data is not JSON ({error})") from None
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, (list, dict))]:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+        if depth > STATE_DEPTH + 2:
+            raise ProtocolError("JSON that is nested too deeply")
+    return value
+
+
+def refuse_constant(name: str) -> Any:
+    """NaN and the infinities, which Python's JSON knows and nobody else's. Raises ValueError."""
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def texts(value: Any) -> dict[str, str]:
     """`value` if it is an object of texts. Raises ProtocolError."""
     if not isinstance(value, dict) or not all(type(item) is str for item in value.values()):
         raise ProtocolError("where an object of texts should be there is none")
-    return value
+    return {encodable(key): encodable(item) for key, item in value.items()}
 
 
 @dataclass(frozen=True)
@@ -3107,7 +3294,7 @@ class Request:
             raise RequestError(
                 f"The code is {size} bytes long; the limit is {CODE_LIMIT}. Pass data in files or state."
             )
-        if self.session is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", self.session):
+        if self.session is not None and not re.fullmatch(SESSION_ID, self.session):
             raise RequestError(
                 f"{textwrap.shorten(repr(self.session), 60)} can't be a session's id: "
                 "use 1 to 128 letters, digits, dots, dashes and underscores."
@@ -3219,6 +3406,7 @@ class Sandbox:
         self._unread: Answer | None = None
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
         self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
+        self.cancelled: str | None = None  # id of the last call that nobody waited for
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -3281,9 +3469,13 @@ class Sandbox:
         """
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await sandbox._send({"session": session, "settings": settings, "owner": owner})
-            await sandbox._greeted.wait()
+        try:
+            with anyio.move_on_after(ATTACH_TIMEOUT):
+                await sandbox._send({"session": session, "settings": settings, "owner": owner})
+                await sandbox._greeted.wait()
+        except BaseException:
+            sandbox._kill_client()  # it would plug in nevertheless, and nobody would know of it
+            raise
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
             sandbox.created -= sandbox.info().age
@@ -3296,9 +3488,12 @@ class Sandbox:
         """What the sandbox said of itself when it was started or plugged into."""
         said = greeting or self._greeting
         assert said is not None
+        session = said.get("session", str, NONE)
+        if session is not None and not re.fullmatch(SESSION_ID, session):
+            raise ProtocolError("a session's id that can't be one")
         return SandboxInfo(
             name=self.name,
-            session=said.get("session", str, NONE),
+            session=session,
             attached=said.get("attached", bool),
             owner=said.get("owner", str),
             busy=said.get("busy", bool),
@@ -3333,12 +3528,14 @@ class Sandbox:
     async def _read_frames(self) -> None:
         assert self._process.stdout is not None
         lines = BufferedByteReceiveStream(self._process.stdout)
-        strays = 0
+        strays = notes = 0
         try:
             while True:
                 frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
                 kind = frame.get("kind", str)
                 if kind in ("ready", "status"):
+                    if self._greeting:
+                        raise ProtocolError("a second greeting")
                     unread = frame.get("unread", str, NONE)
                     self.info(frame)  # refuses what no supervisor says of itself
                     self.packages = frame.get("packages", str, NONE)
@@ -3351,7 +3548,8 @@ class Sandbox:
                     return
                 elif kind == "expired":
                     self.expired = True
-                elif kind == "note":
+                elif kind == "note" and notes < NOTES_LOGGED:
+                    notes += 1
                     log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
                 elif answer := self._answers.get(frame.get("id", str)):
                     with contextlib.suppress(
@@ -3426,6 +3624,7 @@ class Sandbox:
 
     async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
         """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
+        self.cancelled = answer.id
         with anyio.move_on_after(GRACE + SLACK / 4) as patience:
             await self.interrupt()
             if (await self._collect(answer, None, None, None)).lost:
@@ -3434,6 +3633,13 @@ class Sandbox:
             await self.remove()
         self._forget(answer)
         idle.set()
+
+    def stop_unread(self) -> None:
+        """Stop the code of a call that was cancelled over another connection, which ended before that came through."""
+        assert self._unread is not None
+        answer, self._unread = self._unread, None
+        self._idle = anyio.Event()
+        self._tasks.start_soon(self._settle, answer, self._idle)
 
     @property
     def has_unread(self) -> bool:
@@ -3484,6 +3690,8 @@ class Sandbox:
                 with anyio.fail_after(ATTACH_TIMEOUT):
                     async for frame in answer.frames:
                         data += frame.get("data", str)
+                        if len(data) > 2 * READ_LIMIT:  # base64 makes a third more of it
+                            raise ProtocolError("more data than was asked for")
                         if frame.get("kind", str) == "file":
                             break
                     else:
@@ -3510,7 +3718,7 @@ class Sandbox:
                 if frame.get("kind", str) == "done":
                     return account.close(frame, session)
                 await account.take(frame)
-        except (ProtocolError, binascii.Error) as error:
+        except ProtocolError as error:
             self._fault = str(error)
             self._kill_client()
             await self.remove()
@@ -3597,6 +3805,7 @@ class Account:
             await self._show(Text(kind, frame.get("text", str)))
         elif kind == "part":
             self._gather(frame)
+            self._data_left -= PART_COST
         elif kind == "display":
             await self._show(Rich(texts(parse_within(self._gathered(frame))), frame.get("is_value", bool)))
         elif kind == "state":
@@ -3604,7 +3813,12 @@ class Account:
             if not isinstance(self._variables, dict):
                 raise ProtocolError("the state is not an object")
         elif kind == "content":
-            self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
+            if len(self._contents) == FILES_LISTED:
+                raise ProtocolError("more files than are listed")
+            try:
+                self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
+            except ValueError as error:
+                raise ProtocolError(f"a file's content is not base64 ({error})") from None
         elif kind == "omitted":
             await self._show(Omitted(frame.get("bytes", int)))
         elif kind == "earlier":
@@ -3618,9 +3832,27 @@ class Account:
             if self._text_left < 0:
                 raise ProtocolError("more output than the limit lets through")
         if self._keep or not isinstance(item, Text):
-            self.output.append(item)
+            self._enter(item)
         if self._on_output:
             await self._on_output(item)
+
+    def _enter(self, item: Text | Rich | Omitted) -> None:
+        """Keep a piece of output. There may be as many as there are characters, and each costs more than those."""
+        last = self.output[-1] if self.output else None
+        if (
+            isinstance(item, Text)
+            and isinstance(last, Text)
+            and item.stream == last.stream
+            and len(item.text) + len(last.text) < PIECE
+        ):
+            self.output[-1] = Text(item.stream, last.text + item.text)
+        elif len(self.output) < PIECES_LIMIT:
+            self.output.append(item)
+        elif isinstance(item, Text):
+            gap = sum(piece.bytes for piece in self.output[PIECES_LIMIT:] if isinstance(piece, Omitted))
+            self.output[PIECES_LIMIT:] = [Omitted(gap + len(item.text.encode("utf-8", "replace")))]
+        else:
+            raise ProtocolError("more pieces of output than a call can have")
 
     def _gather(self, frame: Frame) -> None:
         self._parts.append(frame.get("data", str))
@@ -3659,7 +3891,7 @@ class Account:
             variables_left_out=self._left_out,
             files=tuple(file_info(item) for item in frame.get("files", list, NONE) or ()),
             contents=self._contents,
-            stale=tuple(str(name) for name in frame.get("stale", list, NONE) or ()),
+            stale=tuple(encodable(str(name)) for name in frame.get("stale", list, NONE) or ()),
             wall=frame.seconds("wall"),
             cpu=frame.seconds("cpu"),
             memory=frame.get("memory", int, NONE),
@@ -3685,7 +3917,7 @@ def file_info(item: Any) -> FileInfo:
     """A file in a frame: path and size. Raises ProtocolError."""
     if type(item) is not list or [type(part) for part in item] != [str, int]:
         raise ProtocolError("a file is not a path and a size")
-    return FileInfo(*item)
+    return FileInfo(encodable(item[0]), item[1])
 
 
 def how_it_ended(code: int | None) -> str:
@@ -3741,8 +3973,8 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
         called = f": the package is called {package}" if package else ""
         return f"{top} is not installed. Install it with install-package{called}."
     lines = code.splitlines()
-    if exception.type == "SyntaxError" and exception.line and exception.line <= len(lines):
-        line = lines[exception.line - 1].strip()
+    if exception.type == "SyntaxError" and 0 < (exception.line or 0) <= len(lines):
+        line = lines[(exception.line or 0) - 1].strip()
         if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):
             return "Packages are not installed from code here: use install-package, then import them."
         if re.match(r"!\s*\w", line):
@@ -3770,7 +4002,7 @@ def advise_on_walls(message: str, docker: DockerConfig) -> str | None:
 class Session:
     """A named sandbox that keeps its variables, and the queue of those who want to use it."""
 
-    lock: anyio.Lock = field(default_factory=anyio.Lock)
+    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
     sandbox: Sandbox | None = None
     ongoing: Ongoing | None = None  # the call that was begun, until its result has been told
     lost: str | None = None  # why the last sandbox is gone, for the next call to tell
@@ -3895,6 +4127,8 @@ class Pool:
         self._count = 0  # sandboxes there are, in whatever state, and those that are being created
         self._counted: set[Sandbox] = set()
         self._coming = 0  # of these, to be ready
+        self._returning = 0  # of these, being cleaned to be ready again
+        self._wanted_now = 0  # of these, being created for a call that waits
         self._kept_warm = False
         self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
 
@@ -3908,17 +4142,24 @@ class Pool:
                         self._fill()
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
-                if self._kept_warm:
-                    self._peak, self._peak_at = min(self._extra() + 1, self._config.size), time.monotonic()
+                self._changed = anyio.Event()
+                if self._returning:  # that takes milliseconds, and a new one a good part of a second
+                    await self._changed.wait()
+                    continue
                 if self._count < self._config.size:
                     self._count += 1
                     break
                 self._report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
-                self._changed = anyio.Event()
                 await self._changed.wait()
                 self._report("")
-        self._fill()
-        return await self._add(())  # whoever waits would have to wait for what is preloaded, too
+        self._wanted_now += 1
+        if self._kept_warm and self._wanted_now >= self._extra():
+            self._peak, self._peak_at = self._wanted_now, time.monotonic()
+        try:
+            return await self._add(())  # whoever waits would have to wait for what is preloaded, too
+        finally:
+            self._wanted_now -= 1
+            self._fill()
 
     def keep_warm(self) -> None:
         """From now on keep some ready, in the background."""
@@ -3927,11 +4168,15 @@ class Pool:
 
     async def give_back(self, sandbox: Sandbox) -> None:
         """Take a used sandbox back if nothing is left in it of its use; else end it."""
-        if (
-            self._config.enabled
-            and time.monotonic() - sandbox.created <= self._config.max_age
-            and await sandbox.recycle()
-        ):
+        clean = False
+        if self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age:
+            self._returning += 1
+            try:
+                clean = await sandbox.recycle()
+            finally:
+                self._returning -= 1
+                self._changed.set()
+        if clean:
             self._put(sandbox)
         else:
             await sandbox.end()
@@ -3954,8 +4199,10 @@ class Pool:
         return self._peak * max(0.0, 1 - (time.monotonic() - self._peak_at) / self._config.max_age)
 
     def _fill(self) -> None:
-        if self._kept_warm:
-            wanted = self._config.warm + round(self._extra()) - len(self.ready) - self._coming
+        """Start to make ready what is missing. Not while calls wait for new ones: those need the machine now."""
+        if self._kept_warm and not self._wanted_now:
+            there = self._count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
+            wanted = self._config.warm + round(self._extra()) - there
             for _ in range(min(wanted, self._config.size - self._count)):
                 self._coming += 1
                 self._count += 1
@@ -4004,6 +4251,7 @@ class Pool:
         if sandbox in self._counted:
             self._counted.remove(sandbox)
             self._free_place()
+            self._fill()
 
     def _free_place(self) -> None:
         self._count -= 1
@@ -4203,12 +4451,15 @@ class Runner:
     ) -> Result:
         """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
         assert request.session is not None
-        session.sandbox = sandbox = await self._find_session(request.session)
+        await self._look_again(session, request.session)
+        sandbox = session.sandbox
         if not sandbox:
             session.lost = None  # `begun` tells it
             return begun
         if sandbox.asked != gone.asked:
-            return await sandbox.call(request, on_output)
+            result = await sandbox.call(request, on_output)
+            lost, sandbox.lost = sandbox.lost, None
+            return dataclasses.replace(result, lost_before=result.lost_before or lost)
         if not sandbox.has_unread:
             message = "the connection to the container was cut, and the end of the call with it"
             return dataclasses.replace(begun, state="preserved", message=message)
@@ -4237,8 +4488,10 @@ class Runner:
 
     async def _look_again(self, session: Session, name: str) -> None:
         """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
-        session.sandbox = await self._find_session(name)
+        gone, session.sandbox = session.sandbox, await self._find_session(name)
         session.lost = None if session.sandbox else "its container ended"
+        if gone and session.sandbox and session.sandbox.has_unread and session.sandbox.asked == gone.cancelled:
+            session.sandbox.stop_unread()
 
     async def _read_unread(self, sandbox: Sandbox, on_output: OnOutput) -> Result:
         """What an earlier host was not told of the session's call any more."""
@@ -4344,25 +4597,24 @@ class Runner:
         return self.engine
 
     async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
-        await self._prepare()
-        assert self.engine is not None
-        assert self.image is not None
+        engine, image = await self._prepare()
         try:
-            return await Sandbox.start(self.engine, self.image, self.config, self.owner, self._tasks, preload)
+            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
         except EngineError:
             self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
             raise
 
-    async def _prepare(self) -> None:
-        """See that there are an engine and an image."""
+    async def _prepare(self) -> tuple[Engine, Image]:
+        """The engine and an image. (Another call that fails meanwhile may have the runner look for both anew.)"""
         async with self._preparing:
-            engine = await self._find_engine()
+            engine, image = await self._find_engine(), self.image
             try:
-                if not self.image or (self.image.problem and time.monotonic() > self._retry_at):
+                if not image or (image.problem and time.monotonic() > self._retry_at):
                     self._retry_at = time.monotonic() + RETRY_AFTER
-                    self.image = await derive_image(engine, self.config, self._report)
+                    image = self.image = await derive_image(engine, self.config, self._report)
             finally:
                 self._report("")
+            return engine, image
 
     def _report(self, status: str) -> None:
         if status != self.status:
@@ -4409,22 +4661,21 @@ class Runner:
 
     async def _install(self, name: str, requirement: str, sandbox: Sandbox | None) -> Outcome:
         """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        assert self.engine is not None
-        assert self.image is not None
+        engine, image = await self._prepare()
         task = {
             "task": "install",
             "name": name,
             "requirement": requirement,
             "base": sandbox.packages if sandbox else None,
             "shared": sandbox is None,
-            "image": self.image.packages.rpartition("/")[2],
+            "image": image.packages.rpartition("/")[2],
         }
         helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
         self._report(f"installing {requirement}")
         try:
             with anyio.fail_after(INSTALL_TIMEOUT):
                 async with helper_container(
-                    self.engine, helper, self.image.name, self.config.package, task, self._report
+                    engine, helper, image.name, self.config.package, task, self._report
                 ) as outcome:
                     return outcome
         except TimeoutError:
@@ -4507,13 +4758,11 @@ class Runner:
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
         with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
-            await self._prepare()
-            assert self.engine is not None
-            assert self.image is not None
-            settings = guest_settings(self.engine, self.image, self.config, self.config.pool.preload)["digest"]
-            names = await self.engine.sandboxes(settings=settings)
+            engine, image = await self._prepare()
+            settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
+            names = await engine.sandboxes(settings=settings)
             unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
-            for sandbox in await self._ask(self.engine, unnamed, settings):
+            for sandbox in await self._ask(engine, unnamed, settings):
                 if isinstance(sandbox, Sandbox):
                     await self._pool.adopt(sandbox)
         self._pool.keep_warm()
@@ -4617,10 +4866,10 @@ def look_around(files: int) -> dict[str, Any]:
     networks = [name for _, name in socket.if_nameindex()]
     alone = networks in ([], ["lo"])  # if not, that tells enough, and waiting for a network's answer nothing more
     return {
-        "status": dict(line.partition(":\t")[::2] for line in read("/proc/self/status").splitlines()),
+        "status": read_status(os.getpid()),
         "no_new_privs": libc.prctl(39, 0, 0, 0, 0),
         "seccomp": libc.prctl(21, 0, 0, 0, 0),
-        "seccomp_of_1": "".join(line.split()[1] for line in read("/proc/1/status").splitlines() if "Seccomp:" in line),
+        "status_of_1": read_status(1),
         "users": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
         "user_map": read("/proc/self/uid_map").split(),
         "environment": dict(os.environ),
@@ -4650,6 +4899,12 @@ def read(path: str) -> str:
             return file.read()
     except OSError:
         return ""
+
+
+def read_status(process: int) -> dict[str, str]:
+    """What the kernel tells of a process' rights."""
+    fields = dict(line.partition(":\t")[::2] for line in read(f"/proc/{process}/status").splitlines())
+    return {name: value for name, value in fields.items() if name.startswith(("Cap", "NoNewPrivs", "Seccomp"))}
 
 
 def read_limit(name: str) -> str:
@@ -4827,6 +5082,7 @@ TRIED_PROCESSES = 2000
 TRIED_FILES = 5000
 SPIN = 0.6  # seconds of computing; a few of the periods, of 0.1 seconds, by which the kernel doles CPU out
 SLOW_START = 5.0  # seconds
+IMPORT_TIMEOUT = 120  # seconds
 
 Verdict = Literal["ok", "warning", "failed"]
 Judgement = tuple[Verdict, str, str]  # the verdict, what was seen, and unless all is well what to do about it
@@ -5045,7 +5301,7 @@ async def _try_all(runner: Runner, examination: Examination) -> None:
         examination.start = await timed_call(is_new=True)
         examination.call = sorted([await timed_call() for _ in range(5)])[2]
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(attempt, "imports", probe(f"import_all({modules})"), 120)
+            tasks.start_soon(attempt, "imports", probe(f"import_all({modules})"), IMPORT_TIMEOUT)
             tasks.start_soon(attempt, "stubborn", STUBBORN, 0.3)
             for name, (code, timeout) in attempts(config).items():
                 await attempt(name, code, timeout, session)
@@ -5161,6 +5417,9 @@ def check_imports(examination: Examination) -> Judgement:
     wanted = examination.config.package.preinstalled
     if not wanted:
         return "ok", "none are to be preinstalled (package.preinstalled)", ""
+    if examination.results["imports"].status == "timeout":
+        seen = f"not all in {IMPORT_TIMEOUT} s: {', '.join(wanted)}"
+        return "warning", seen, "See what else this host is doing, and try again."
     problems = [reason for reason in examination.told("imports").values() if reason]
     if problems:
         return "failed", "; ".join(problems), examination.image.problem or "Prepare the image anew: `build`."
@@ -5358,7 +5617,8 @@ def check_capabilities(examination: Examination) -> Judgement:
 
 def check_privileges(examination: Examination) -> Judgement:
     """Whether no program that is started could have more rights."""
-    if examination.told("look")["no_new_privs"] == 1:
+    look = examination.told("look")  # process 1 is as the engine made it; gVisor does not tell of it
+    if look["no_new_privs"] == 1 and look["status_of_1"].get("NoNewPrivs", "1") == "1":
         return "ok", "can't be gained, by programs such as sudo", ""
     return "failed", "can be gained", unkept(examination, "--security-opt=no-new-privileges")
 
@@ -5370,7 +5630,7 @@ def check_system_calls(examination: Examination) -> Judgement:
     open_calls = ", ".join(name for name, reason in look["system_calls"].items() if reason not in refused)
     if examination.is_gvisor:
         return "ok", "answered by gVisor's kernel, not by the host's", ""
-    if look["seccomp"] != 2 or look["seccomp_of_1"] != "2":
+    if look["seccomp"] != 2 or look["status_of_1"].get("Seccomp") != "2":  # what process 1 has is the engine's
         remedy = "Have the engine use its default seccomp profile; it may have been built or set up without."
         return "failed", "not filtered by the engine (seccomp)", remedy
     if open_calls:
@@ -5398,7 +5658,7 @@ def check_process_1(examination: Examination) -> Judgement:
     seen = f"code gets at its {', '.join(open_parts)}"
     if examination.is_gvisor:
         remedy = (
-            "gVisor does not keep processes of one user apart: hostile code can end its sandbox, and speak for it. "
+            "gVisor does not keep processes of one user apart: hostile code can speak for its sandbox, perhaps end it. "
             "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
         )
         return "warning", seen, remedy
@@ -5771,7 +6031,7 @@ def picture(forms: Mapping[str, str]) -> tuple[bytes, str] | None:
     """The picture among a value's forms, and how its file's name ends; None if there is none."""
     for mime, ending in (("image/png", "png"), ("image/jpeg", "jpg"), ("image/gif", "gif"), ("image/webp", "webp")):
         if mime in forms:
-            with contextlib.suppress(binascii.Error, ValueError):
+            with contextlib.suppress(ValueError):
                 return base64.b64decode(forms[mime], validate=True), ending
     return (forms["image/svg+xml"].encode("utf-8", "replace"), "svg") if "image/svg+xml" in forms else None
 

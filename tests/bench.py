@@ -1,73 +1,843 @@
-"""How long a call takes, beside the engine's own commands on the same container, all in one run and interleaved.
+"""What the server costs, beside the engine's own commands and the SDK's least server: all in one run, interleaved.
 
-    python -m tests.bench docker [CALLS]
+    python -m tests.bench docker [--rows warm,session] [--rounds 50] [--json FILE] [--plot FILE.png]
 
-Interleaved, because the load of the machine changes; and only the ratios say anything about another machine.
+The server is used as a client uses it, by JSON lines over its standard streams. `docker run` and `docker exec` get the
+same image, the same flags and the same share of CPU. Whatever is compared takes turns, round by round, because the
+load of the machine changes; only the ratios say anything about another machine. Each row is a function below that
+tells how it measures. What is not for a client to see (streams and states of 20 MB) is measured through the library.
 """
 
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import secrets
 import statistics
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import anyio
+import yaml
 
-from sandbox_runner import LABEL, Config, DockerConfig, PackageConfig, Runner, open_runner
+from sandbox_runner import (
+    Config,
+    DockerConfig,
+    Engine,
+    Image,
+    derive_image,
+    find_engine,
+    open_runner,
+    session_container,
+)
+
+NOOP_SERVER = (sys.executable, str(Path(__file__).with_name("noop_server.py")))
+AT_ONCE = 8  # calls at a time where it says "at once"
+MEGABYTE = 1 << 20
+IDLE = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit()); signal.pause()"
+FIGURE = """
+figure = plt.figure()
+axes = figure.add_subplot()
+axes.plot(range(100))
+axes.set_title("figure")
+"""
 
 
-async def command(*argv: str) -> None:
-    """Run a command of the engine to its end; the test of time starts and ends with the process."""
-    await anyio.run_process(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+# ── what a row gives ──
 
 
-async def execute(runner: Runner, session: str | None) -> None:
-    """One call through the library."""
-    result = await runner.execute("1 + 1", session=session)
-    assert result.value == "2", result
+@dataclass(frozen=True)
+class Beside:
+    """Something that our own figure is compared with, and how many times that it may come to."""
+
+    name: str
+    figures: list[float]
+    at_most: float | None = None  # of our median divided by this one
+    at_least: float | None = None
 
 
-async def measure(engine: str, calls: int) -> dict[str, list[float]]:
-    """Milliseconds that each way took, each time."""
-    config = Config(docker=DockerConfig(command=engine, image="host"), package=PackageConfig(preinstalled=()))
-    async with open_runner(config) as runner:
-        session = f"bench-{runner.owner}"
-        await execute(runner, session)
-        assert runner.engine is not None
-        assert runner.image is not None
-        name = (
-            await runner.engine.run("ps", f"--filter=label={LABEL}.owner={runner.owner}", "--format={{.Names}}")
-        ).strip()
-        sandbox = runner.engine.sandbox_arguments("NAME", runner.image, config, {})
-        flags = [flag for flag in sandbox[: sandbox.index("--")] if not flag.startswith(("--name=", "--interactive"))]
-        ways: dict[str, Callable[[], Awaitable[None]]] = {
-            "a call on a warm session": lambda: execute(runner, session),
-            f"{engine} exec … python3 -c pass": lambda: command(engine, "exec", name, "python3", "-c", "pass"),
-            f"{engine} run … python3 -c pass": lambda: command(
-                engine, *flags, "--", runner.image.name if runner.image else "", "-c", "pass"
-            ),
-            "a transient call, nothing kept ready": lambda: execute(runner, None),
-        }
-        taken: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(calls):
-            for way, go in ways.items():
-                started = time.perf_counter()
-                await go()
-                taken[way].append(1000 * (time.perf_counter() - started))
-        await runner.close_session(session)
+@dataclass(frozen=True)
+class Measured:
+    """Our figure, each time it was taken, and what it is compared with."""
+
+    what: str
+    unit: str
+    figures: list[float]
+    beside: tuple[Beside, ...] = ()
+    at_most: float | None = None  # for a figure that is a target by itself
+
+
+def interleave(rounds: int, before: Callable[[], object], **ways: Callable[[], object]) -> dict[str, list[float]]:
+    """Milliseconds that each way took, each time. `before` goes ahead of each, and does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            before()
+            started = time.perf_counter()
+            way()
+            taken[name].append(1000 * (time.perf_counter() - started))
     return taken
 
 
-def report(taken: dict[str, list[float]]) -> None:
-    """A table of medians and 95th percentiles, and how many calls on a warm session each median would be."""
-    base = statistics.median(next(iter(taken.values())))
-    print(f"{'':40}{'median':>12}{'p95':>12}{'ratio':>9}")
-    for way, times in taken.items():
-        median, p95 = statistics.median(times), statistics.quantiles(times, n=20)[-1]
-        print(f"{way:40}{median:9.1f} ms{p95:9.1f} ms{median / base:9.0f}")
+def p95(figures: Sequence[float]) -> float:
+    """The 95th percentile, within what was measured."""
+    return statistics.quantiles(figures, n=20, method="inclusive")[-1] if len(figures) > 1 else figures[0]
+
+
+# ── what is measured ──
+
+
+class Server:
+    """An MCP server as its client has it: a process of its own, spoken to in JSON lines. The handshake is done."""
+
+    def __init__(self, command: Sequence[str], bench: Bench | None = None) -> None:
+        self.bench = bench
+        self.sessions: set[str] = set()
+        self._numbers = itertools.count()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        client = {"name": "bench", "version": "1"}
+        self.request("initialize", protocolVersion="2025-06-18", capabilities={}, clientInfo=client)
+        self.say({"jsonrpc": "2.0", "method": "notifications/initialized"})
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Send a message."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """The next answer."""
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            message: dict[str, Any] = json.loads(line)
+            if "id" in message:
+                return message
+        raise EOFError("the server ended")
+
+    def request(self, method: str, **params: Any) -> dict[str, Any]:
+        """Make a request, and wait for its result."""
+        self.say({"jsonrpc": "2.0", "id": next(self._numbers), "method": method, "params": params})
+        return self._result(self.hear())
+
+    @staticmethod
+    def _result(answer: dict[str, Any]) -> dict[str, Any]:
+        result: dict[str, Any] = answer.get("result", {"isError": True})
+        if result.get("isError"):
+            raise RuntimeError(f"a call failed: {json.dumps(answer)[:1000]}")
+        return result
+
+    def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        """Call a tool."""
+        self.sessions |= {arguments["session_id"]} if "session_id" in arguments else set()
+        return self.request("tools/call", name=tool, arguments=arguments)
+
+    def transient(self, code: str = "print(1)") -> dict[str, Any]:
+        """Run code in a fresh sandbox."""
+        return self.call("execute-transient", code=code)
+
+    def persistent(self, session: str, code: str = "print(1)") -> dict[str, Any]:
+        """Run code in a session."""
+        return self.call("execute-persistent", code=code, session_id=session)
+
+    def calls_at_once(self, calls: int, at_once: int) -> float:
+        """Calls a second, of so many transient ones, the next one being sent whenever one is answered."""
+        params = {"name": "execute-transient", "arguments": {"code": "print(1)"}}
+        started = time.perf_counter()
+        for number in range(calls + at_once):
+            if number >= at_once:
+                self._result(self.hear())
+            if number < calls:
+                self.say({"jsonrpc": "2.0", "id": next(self._numbers), "method": "tools/call", "params": params})
+        return calls / (time.perf_counter() - started)
+
+    def sandboxes(self) -> list[str]:
+        """The names of the containers that it has started: they are in the command lines of its children."""
+        names = []
+        for child in children(self.process.pid):
+            with suppressed_loss():
+                words = Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8").split("\0")
+                names += [word.removeprefix("--name=") for word in words if word.startswith("--name=")]
+        return names
+
+    def settle(self, ready: int) -> None:
+        """Wait until so many sandboxes, and no more, are there and have imported what they are to preload."""
+        assert self.bench is not None
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            names = self.sandboxes()
+            # A supervisor forks its worker when it is done with that.
+            if len(names) == ready and all(children(self.bench.process_of(name)) for name in names):
+                return
+            time.sleep(0.05)
+        raise TimeoutError(f"{ready} sandboxes do not get ready: {self.sandboxes()}")
+
+    def memory(self, line: str = "VmRSS") -> float:
+        """Megabytes that it has resident; with VmHWM the most it had since `forget_peak`."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        return int(status.partition(f"{line}:")[2].split()[0]) / 1024
+
+    def forget_peak(self) -> None:
+        """Have the kernel start VmHWM anew."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5", encoding="utf-8")
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """End it and its sessions."""
+        if self.process.poll() is None:
+            for session in self.sessions:
+                self.call("cleanup-session", session_id=session)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    found: list[int] = []
+    with suppressed_loss():
+        for task in Path(f"/proc/{process}/task").iterdir():
+            found += map(int, (task / "children").read_text(encoding="utf-8").split())
+    return found
+
+
+@contextmanager
+def suppressed_loss() -> Iterator[None]:
+    """A process may be gone by the time it is looked at."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        yield
+
+
+@dataclass
+class Bench:
+    """One run on one engine: what all rows share."""
+
+    engine: Engine
+    image: Image
+    rounds: int
+    folder: Path
+    closing: ExitStack = field(default_factory=ExitStack)  # what the current row has opened
+    _pids: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def few(self) -> int:
+        """Rounds of what takes seconds."""
+        return max(3, self.rounds // 10)
+
+    def server(self, **settings: dict[str, Any]) -> Server:
+        """Our server, with settings other than the default; it is closed at the end of the row."""
+        server = Server(self.command(**settings), self)
+        self.closing.callback(server.close)
+        return server
+
+    def command(self, **settings: dict[str, Any]) -> list[str]:
+        """The command that starts our server."""
+        file = self.folder / f"{secrets.token_hex(8)}.yaml"
+        file.write_text(yaml.safe_dump({"docker": {"command": self.engine.command}, **settings}), encoding="utf-8")
+        return [sys.executable, "-m", "python_docker_mcp", "--config", str(file)]
+
+    def noop(self) -> Server:
+        """The least server."""
+        server = Server(NOOP_SERVER)
+        self.closing.callback(server.close)
+        return server
+
+    def run_command(self, code: str, *more: str, name: str = "") -> list[str]:
+        """`docker run` of Python code with all the limits of a sandbox; no labels, so that nobody takes it for one."""
+        name = name or f"bench-{secrets.token_hex(8)}"
+        argv = self.engine.sandbox_arguments(name, self.image, Config(), {})
+        flags = [flag for flag in argv[: argv.index("--")] if not flag.startswith(("--label=", "--interactive"))]
+        return [self.engine.command, *flags, *more, "--", self.image.name, "-c", code]
+
+    def run(self, code: str = "print(1)") -> None:
+        """Run code by `docker run`."""
+        subprocess.run(self.run_command(code), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+
+    def exec(self, session: str, code: str = "print(1)") -> None:
+        """Run code by `docker exec` in the container of a session."""
+        argv = [self.engine.command, "exec", session_container(session), "python3", "-c", code]
+        subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+
+    def runs_at_once(self, calls: int, at_once: int) -> float:
+        """Calls a second, of so many by `docker run`, by callers that each make the next one when one has ended."""
+        started = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(at_once) as callers:
+            for call in [callers.submit(self.run) for _ in range(calls)]:
+                call.result()
+        return calls / (time.perf_counter() - started)
+
+    @contextmanager
+    def pipe(self, code: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A process in a container of its own, as `docker run -i` attaches it."""
+        argv = self.run_command(code, "--interactive")
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+            yield process
+            process.kill()
+
+    def process_of(self, container: str) -> int:
+        """The host's id of a container's process 1; 0 if there is none."""
+        if not self._pids.get(container):
+            argv = [self.engine.command, "inspect", "--format={{.State.Pid}}", container]
+            answer = subprocess.run(argv, capture_output=True, text=True, check=False)
+            self._pids[container] = int(answer.stdout) if answer.returncode == 0 else 0
+        return self._pids[container]
+
+    def memory_of(self, container: str) -> float:
+        """Megabytes that the kernel has charged to a container, but for the files that it may drop from its cache."""
+        for line in Path(f"/proc/{self.process_of(container)}/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            folder = Path(f"/sys/fs/cgroup/{'memory' if controllers else ''}{path}")
+            if controllers in ("", "memory") and (folder / "memory.stat").exists():
+                lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+                stat = dict(line.split() for line in lines)
+                return int(stat.get("anon") or stat["total_rss"]) / MEGABYTE
+        raise RuntimeError(f"the memory of the container {container} is not to be found in /sys/fs/cgroup")
+
+
+# ── the rows ──
+
+Row = Callable[[Bench], Iterator[Measured]]
+ROWS: dict[str, Row] = {}
+
+
+def row(function: Row) -> Row:
+    """Make a function one of the rows, by its name."""
+    ROWS[function.__name__] = function
+    return function
+
+
+@row
+def handshake(bench: Bench) -> Iterator[Measured]:
+    """From starting the server's process to the answer to `initialize`, with the engine looked for meanwhile."""
+
+    def start(command: Sequence[str]) -> None:
+        started.append(Server(command))
+
+    def end() -> None:
+        while started:
+            started.pop().close()
+
+    started: list[Server] = []
+    taken = interleave(
+        bench.rounds,
+        end,
+        ours=functools.partial(start, bench.command(pool={"warm": 0})),
+        noop=functools.partial(start, NOOP_SERVER),
+    )
+    end()
+    beside = Beside("least server of the SDK", taken["noop"], at_most=1.1)
+    yield Measured("spawn to answered handshake", "ms", taken["ours"], (beside,))
+
+
+@row
+def warm(bench: Bench) -> Iterator[Measured]:
+    """A transient call of `print(1)`, each in a fresh sandbox, when the pool is full and does nothing."""
+    server, noop = bench.server(), bench.noop()
+    taken = interleave(
+        bench.rounds,
+        functools.partial(server.settle, 2),
+        ours=server.transient,
+        noop=functools.partial(noop.call, "noop"),
+        run=bench.run,
+    )
+    beside = (
+        Beside("no-op tool", taken["noop"], at_most=3),
+        Beside(f"{bench.engine.kind} run", taken["run"], at_most=1 / 50),
+    )
+    yield Measured("warm `execute-transient` of `print(1)`", "ms", taken["ours"], beside)
+
+
+@row
+def session(bench: Bench) -> Iterator[Measured]:
+    """A call of `print(1)` in a session; llm-sandbox has a session open as well, and runs a new Python in it."""
+    server, noop, name = bench.server(), bench.noop(), unique("session")
+    server.settle(2)
+    server.persistent(name)  # takes one of the two
+    server.settle(3)
+    with llm_sandbox(bench) as (called, others):
+        taken = interleave(
+            bench.rounds,
+            lambda: None,
+            ours=functools.partial(server.persistent, name),
+            noop=functools.partial(noop.call, "noop"),
+            exec=functools.partial(bench.exec, name),
+            **others,
+        )
+    beside = (
+        Beside("no-op tool", taken["noop"], at_most=2.5),
+        Beside(f"{bench.engine.kind} exec", taken["exec"], at_most=1 / 25),
+        Beside(called, taken.get("llm", [])),
+    )
+    yield Measured("`execute-persistent` of `print(1)`", "ms", taken["ours"], beside)
+
+
+@contextmanager
+def llm_sandbox(bench: Bench) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
+    """A call in an open session of llm-sandbox, on the same image, with the same CPU and memory; or why there is none.
+
+    Its files are copied into the container, which a read-only root refuses: so it has a root that can be written.
+    """
+    if bench.engine.kind != "docker" or not importlib.util.find_spec("llm_sandbox"):
+        why = "not installed" if bench.engine.kind == "docker" else "tried with Docker only"
+        yield f"llm-sandbox ({why})", {}
+        return
+    from llm_sandbox import SandboxSession
+
+    limits = DockerConfig()
+    settings = {
+        "entrypoint": ["python3", "-c", IDLE],
+        "nano_cpus": int(1e9 * limits.cpu_limit),
+        "mem_limit": limits.memory_limit,
+        "network_mode": "none",
+    }
+    with SandboxSession(
+        image=bench.image.name,
+        workdir="/tmp",
+        skip_environment_setup=True,
+        keep_template=True,
+        runtime_configs=settings,
+    ) as opened:
+        yield (
+            f"llm-sandbox {importlib.metadata.version('llm-sandbox')}",
+            {"llm": functools.partial(opened.run, "print(1)")},
+        )
+
+
+@row
+def pandas(bench: Bench) -> Iterator[Measured]:
+    """`import pandas` in a fresh sandbox of a pool that does nothing else, beside a container made for it."""
+    server = bench.server()
+    taken = interleave(
+        bench.few,
+        functools.partial(server.settle, 2),
+        ours=functools.partial(server.transient, "import pandas"),
+        run=functools.partial(bench.run, "import pandas"),
+    )
+    beside = Beside(f"{bench.engine.kind} run", taken["run"], at_most=1 / 50)
+    yield Measured("`import pandas`, warm, fresh sandbox", "ms", taken["ours"], (beside,))
+
+
+@row
+def figure(bench: Bench) -> Iterator[Measured]:
+    """A figure drawn in a session and returned as PNG in base64, beside a bare process that does just that.
+
+    Both have Matplotlib imported. The bare one is a loop in a container with the same CPU share, over its pipe.
+    """
+    server, name = bench.server(), unique("figure")
+    server.settle(2)
+    server.persistent(name, "import matplotlib.pyplot as plt")
+    server.settle(3)
+    bare = f"""
+import base64, io, sys
+import matplotlib
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+for line in sys.stdin:
+{textwrap.indent(FIGURE, "    ")}
+    image = io.BytesIO()
+    figure.savefig(image, format="png", bbox_inches="tight")
+    plt.close(figure)
+    print(base64.b64encode(image.getvalue()).decode(), flush=True)
+"""
+    with bench.pipe(bare) as process:
+
+        def draw_bare() -> None:
+            write(process, b"go\n")
+            assert b"iVBOR" in read_line(process)
+
+        def draw() -> None:
+            assert "image" in {block["type"] for block in server.persistent(name, FIGURE)["content"]}
+
+        for first in (draw_bare, draw):  # imports what it needs only now
+            first()
+        taken = interleave(bench.rounds, lambda: None, ours=draw, bare=draw_bare)
+    beside = Beside("bare process in a container", taken["bare"], at_most=1.2)
+    yield Measured("figure drawn and returned as PNG", "ms", taken["ours"], (beside,))
+
+
+@row
+def at_once(bench: Bench) -> Iterator[Measured]:
+    """Calls a second of `print(1)` by eight callers, each making the next call when one is answered, for a while."""
+    reusing = bench.server(pool={"reuse": True, "warm": AT_ONCE})
+    reusing.settle(AT_ONCE)
+    fresh = bench.server()
+    rates: dict[str, list[float]] = {"reuse": [], "fresh": [], "run": []}
+    for _ in range(bench.few):
+        rates["reuse"].append(reusing.calls_at_once(50 * AT_ONCE, AT_ONCE))
+        rates["run"].append(bench.runs_at_once(5 * AT_ONCE, AT_ONCE))
+        rates["fresh"].append(fresh.calls_at_once(5 * AT_ONCE, AT_ONCE))
+        fresh.close()  # else it would go on making sandboxes ready, after such a burst
+        fresh = bench.server()
+    what = f"{AT_ONCE} `docker run` at once"
+    beside = Beside(what, rates["run"], at_least=25)
+    yield Measured(f"{AT_ONCE} calls at once, `pool.reuse`", "calls/s", rates["reuse"], (beside,))
+    beside = Beside(what, rates["run"], at_least=1)
+    yield Measured(f"{AT_ONCE} calls at once, fresh containers", "calls/s", rates["fresh"], (beside,))
+
+
+@row
+def sessions(bench: Bench) -> Iterator[Measured]:
+    """A call in a session of a server that has 64 open, beside one that has one."""
+    settings = {"pool": {"warm": 0, "preload": []}}
+    many, one = bench.server(**settings), bench.server(**settings)
+    names = [unique("many") for _ in range(64)]
+    for name in names:
+        many.persistent(name)
+    alone = unique("one")
+    one.persistent(alone)
+    turn = itertools.cycle(names)
+    taken = interleave(
+        10 * bench.rounds,
+        lambda: None,
+        ours=lambda: many.persistent(next(turn)),
+        one=functools.partial(one.persistent, alone),
+    )
+    beside = Beside("with one open", taken["one"], at_most=1.2)
+    yield Measured("call in one of 64 open sessions", "ms", taken["ours"], (beside,))
+
+
+@row
+def recovery(bench: Bench) -> Iterator[Measured]:
+    """From a new server's handshake to the first answer in a session whose server was killed."""
+    name = unique("recovery")
+    command = bench.command(pool={"warm": 0})
+    servers = [Server(command)]
+    servers[-1].persistent(name, "x = 1")
+
+    def restart() -> None:
+        servers[-1].kill()
+        servers.append(Server(command))
+
+    taken = interleave(
+        bench.few * 2,
+        restart,
+        ours=lambda: servers[-1].persistent(name, "assert x == 1"),
+        exec=functools.partial(bench.exec, name),
+    )
+    servers[-1].call("cleanup-session", session_id=name)
+    for server in servers:
+        server.sessions.clear()
+        server.close()
+    beside = Beside(f"{bench.engine.kind} exec", taken["exec"], at_most=2)
+    yield Measured("first answer of a recovered session", "ms", taken["ours"], (beside,))
+
+
+@row
+def memory(bench: Bench) -> Iterator[Measured]:
+    """Growth of the server's resident memory in 10,000 calls, half of them in a session; the first 500 not counted."""
+    server, name = bench.server(pool={"reuse": True}), unique("memory")
+
+    def make_calls(count: int) -> None:
+        for _ in range(count // 2):
+            server.persistent(name)
+            server.transient()
+
+    make_calls(500)
+    before = server.memory()
+    make_calls(10_000)
+    yield Measured("server memory, growth in 10,000 calls", "MB", [server.memory() - before], at_most=5)
+
+
+@row
+def flood(bench: Bench) -> Iterator[Measured]:
+    """The most that the server's resident memory grows by while a call prints 1 GB."""
+    server, name = bench.server(), unique("flood")
+    server.settle(2)
+    server.persistent(name)
+    server.settle(3)
+    server.forget_peak()
+    before = server.memory()
+    code = f"text = ('x' * 79 + '\\n') * {MEGABYTE // 80}\nfor _ in range(1024): _ = sys.stdout.write(text)"
+    server.call("execute-persistent", code=f"import sys\n{code}", session_id=name, timeout=300)
+    growth = server.memory("VmHWM") - before
+    yield Measured("server memory, growth during 1 GB of output", "MB", [growth], at_most=20)
+
+
+@row
+def idle(bench: Bench) -> Iterator[Measured]:
+    """Anonymous memory of a ready sandbox that preloads nothing, less that of a Python that waits for a signal."""
+    server = bench.server(pool={"warm": 1, "preload": []})
+    server.settle(1)
+    name = f"bench-{secrets.token_hex(8)}"
+    with subprocess.Popen(bench.run_command(IDLE, name=name), stdin=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: bench.process_of(name) != 0)
+            wait_until(
+                lambda: "State:\tS" in Path(f"/proc/{bench.process_of(name)}/status").read_text(encoding="utf-8")
+            )
+            ours, bare = bench.memory_of(server.sandboxes()[0]), bench.memory_of(name)
+        finally:
+            subprocess.run([bench.engine.command, "rm", "--force", name], capture_output=True, check=False)
+            process.wait()
+    yield Measured("idle sandbox beyond an idle Python", "MB", [ours - bare], at_most=15)
+
+
+@row
+def streams(bench: Bench) -> Iterator[Measured]:
+    """Megabytes a second of 20 MB of text out of a container and into it, beside a bare pipe of `docker run -i`.
+
+    Through the library: output as it streams, and `state` in either direction; a result for a model has less room.
+    """
+    make = "lines = ''.join(f\"{number:07} {'some text of a line' * 3}\\n\" for number in range(20 * 2**20 // 66))"
+    names: dict[str, str] = {}
+    exec(make, names)
+    lines = names["lines"]
+    bare = f"""
+import sys
+{make}
+print("ready", flush=True)
+for line in sys.stdin.buffer:
+    if line == b"out\\n":
+        print(lines, end="", flush=True)
+    else:
+        sys.stdin.buffer.read({len(lines)})
+        print("done", flush=True)
+"""
+    with bench.pipe(bare) as process:
+        assert read_line(process) == b"ready\n"
+
+        def out() -> None:
+            write(process, b"out\n")
+            left = len(lines)
+            assert process.stdout is not None
+            while left:
+                left -= len(process.stdout.read(min(left, MEGABYTE)))
+
+        def into() -> None:
+            write(process, b"in\n" + lines.encode())
+            assert read_line(process) == b"done\n"
+
+        taken = anyio.run(through_library, bench, make, lines, {"out": out, "into": into})
+    rates = {name: [1000 * len(lines) / MEGABYTE / time for time in times] for name, times in taken.items()}
+    pipe = f"bare pipe of `{bench.engine.kind} run -i`"
+    for what, ours, way in (
+        ("20 MB of output", "output", "out"),
+        ("20 MB of state returned", "returned", "out"),
+        ("20 MB of state passed in", "passed", "into"),
+    ):
+        yield Measured(what, "MB/s", rates[ours], (Beside(pipe, rates[way], at_least=0.5),))
+
+
+async def through_library(
+    bench: Bench, make: str, lines: str, others: dict[str, Callable[[], None]]
+) -> dict[str, list[float]]:
+    """Milliseconds that the ways of the library, and the others, took with these lines."""
+    taken: dict[str, list[float]] = {}
+    async with open_runner(Config(docker=DockerConfig(command=bench.engine.command))) as runner:
+        name = unique("streams")
+        await runner.execute(make, session=name)
+        got = 0
+
+        async def count(item: Any) -> None:
+            nonlocal got
+            got += len(item.text)
+
+        for _ in range(bench.few):
+            with timed(taken, "output"):
+                await runner.execute("print(lines, end='')", session=name, on_output=count, keep_output=False)
+            assert got == len(lines), got
+            got = 0
+            with timed(taken, "returned"):
+                result = await runner.execute("", session=name, state={})
+            assert (result.variables or {})["lines"] == lines
+            with timed(taken, "passed"):
+                result = await runner.execute("del copy", session=name + "-in", state={"copy": lines})
+            assert result.status == "ok", result
+            for way, go in others.items():
+                with timed(taken, way):
+                    go()
+        for session in (name, name + "-in"):
+            await runner.close_session(session)
+    return taken
+
+
+# ── small things ──
+
+
+def unique(name: str) -> str:
+    """A session's id that nobody else has."""
+    return f"bench-{name}-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def timed(taken: dict[str, list[float]], name: str) -> Iterator[None]:
+    """Add the milliseconds that the block takes."""
+    started = time.perf_counter()
+    yield
+    taken.setdefault(name, []).append(1000 * (time.perf_counter() - started))
+
+
+def read_line(process: subprocess.Popen[bytes]) -> bytes:
+    """A line of a process whose pipe has no buffer here."""
+    assert process.stdout is not None
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = process.stdout.read(MEGABYTE)
+        if not piece:
+            raise EOFError(f"the bare process ended after {line[-200:]!r}")
+        line += piece
+    return line
+
+
+def write(process: subprocess.Popen[bytes], data: bytes) -> None:
+    """Write all of it, as such a pipe takes a part at a time."""
+    assert process.stdin is not None
+    left = memoryview(data)
+    while left:
+        left = left[process.stdin.write(left) :]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Look again and again until it holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("what is waited for does not happen")
+        time.sleep(0.05)
+
+
+# ── report ──
+
+
+def verdict(measured: Measured) -> Iterator[tuple[str, ...]]:
+    """The lines of the table: what, our figure, what is beside it and its figure, ratio, target, whether it is met."""
+    first = (measured.what, show(measured.figures, measured.unit))
+    if measured.at_most is not None:
+        met = statistics.median(measured.figures) < measured.at_most
+        yield *first, "", "", "", f"< {measured.at_most:g} {measured.unit}", "met" if met else "missed"
+    for beside in measured.beside:
+        if not beside.figures:
+            yield *first, beside.name, "", "", "", ""
+            continue
+        share = statistics.median(measured.figures) / statistics.median(beside.figures)
+        target, met = "", True
+        if beside.at_most is not None:
+            target, met = f"≤ {ratio(beside.at_most)}", share <= beside.at_most
+        if beside.at_least is not None:
+            target, met = f"≥ {ratio(beside.at_least)}", share >= beside.at_least
+        yield (
+            *first, beside.name, show(beside.figures, measured.unit), ratio(share), target,
+            ("met" if met else "missed") if target else "",
+        )  # fmt: skip
+        first = ("", "")
+
+
+def show(figures: Sequence[float], unit: str) -> str:
+    """Median and, if there are enough figures for it, 95th percentile."""
+    tail = f" ({p95(figures):.3g})" if len(figures) >= 20 else ""
+    return f"{statistics.median(figures):.3g}{tail} {unit}"
+
+
+def ratio(value: float) -> str:
+    """A ratio as a person would say it."""
+    return f"1/{1 / value:.3g}" if 0 < value < 0.3 else f"{value:.3g}"
+
+
+def table(outcomes: Sequence[Measured]) -> str:
+    """All that was measured, in Markdown that can be read as it is."""
+    head = ("what", "median (p95)", "beside it", "median (p95)", "ratio", "target", "")
+    lines = [head, *(line for measured in outcomes for line in verdict(measured))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    texts = [
+        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
+
+
+def plot(outcomes: Sequence[Measured], title: str, file: Path) -> None:
+    """Draw how far each figure is from its target, and the times behind them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    times = [
+        (f"{measured.what}: {name}", figures, is_ours)
+        for measured in outcomes
+        if measured.unit == "ms"
+        for name, figures, is_ours in [
+            ("this server", measured.figures, True),
+            *((beside.name, beside.figures, False) for beside in measured.beside if beside.figures),
+        ]
+    ][::-1]
+    figure, axes = pyplot.subplots(figsize=(11, 1.5 + 0.32 * len(times)), layout="constrained")
+    medians = [statistics.median(figures) for _, figures, _ in times]
+    tails = [max(0.0, p95(figures) - median) for (_, figures, _), median in zip(times, medians, strict=True)]
+    colours = ["#1d63ed" if is_ours else "#c2c8d2" for *_, is_ours in times]
+    bars = axes.barh(
+        [name for name, *_ in times], medians, xerr=[[0.0] * len(tails), tails], color=colours, ecolor="#777"
+    )
+    axes.bar_label(bars, [f" {median:.3g} ms" for median in medians], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds: median, and up to the 95th percentile")
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.15, y=0.01)
+    figure.savefig(file, dpi=110)
+
+
+# ── program ──
+
+
+def describe(bench: Bench) -> str:
+    """Machine and versions."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mcp", "anyio", "pydantic"))
+    return (
+        f"{bench.engine.kind} {bench.engine.version}, image {bench.image.origin}; {os.cpu_count()} cores, "
+        f"{platform.system()} {platform.release()}; Python {platform.python_version()}, {versions}"
+    )
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", help="docker or podman")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("--rounds", type=int, default=50, help="how often to take each figure (what is slow: a tenth)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the times, as PNG")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"there is no row {', '.join(sorted(unknown))}: the rows are {', '.join(ROWS)}")
+    engine = anyio.run(find_engine, options.engine)
+    image = anyio.run(derive_image, engine, Config(docker=DockerConfig(command=options.engine)), print)
+    outcomes: list[Measured] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(engine, image, options.rounds, Path(folder))
+        print(describe(bench))
+        for name in options.rows:
+            print(f"measuring {name} …", file=sys.stderr)
+            with bench.closing:
+                outcomes += ROWS[name](bench)
+    print(table(outcomes))
+    if options.json:
+        everything = {"about": describe(bench), "measured": [dataclasses.asdict(measured) for measured in outcomes]}
+        options.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+    if options.plot:
+        plot(outcomes, describe(bench), options.plot)
 
 
 if __name__ == "__main__":
-    report(anyio.run(measure, sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 50))
+    main()

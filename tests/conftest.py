@@ -6,6 +6,7 @@ but plain Pythons and the fake engine (see `fake_docker`), which gives what runs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,16 +35,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests marked `engine` on this engine, and fail if it is not there; may be given more than once "
         "(default: on those that answer; if CI is set, on all)",
     )
+    parser.addoption("--runtime", help="run the containers of Docker's with this runtime, such as runsc")
     parser.addoption(
         "--every-python", action="store_true", help="try the guest on every Python found, not just on this one"
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test that uses an engine once for each of them."""
+    """Run each test that uses an engine once for each of them; with xdist's `--dist loadgroup` they work side by side.
+
+    Each engine has its own containers, images and volumes, so the two do not meet. There is one process for each engine
+    and not more: some tests need it to answer soon. A test that may not run on both at once names a group of its own.
+    """
     if "engine_command" in metafunc.fixturenames:
         engines = dict.fromkeys(metafunc.config.getoption("--engine") or ENGINES)
-        metafunc.parametrize("engine_command", list(engines), indirect=True, scope="session")
+        grouped = bool(list(metafunc.definition.iter_markers("xdist_group")))
+        values = [pytest.param(engine, marks=() if grouped else pytest.mark.xdist_group(engine)) for engine in engines]
+        metafunc.parametrize("engine_command", values, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +76,10 @@ def why_unusable(command: str) -> str | None:
 
 
 @pytest.fixture
-def config(engine_command: str) -> Config:
+def config(engine_command: str, request: pytest.FixtureRequest) -> Config:
     """Settings for a real engine, with the image that needs no registry and nothing preinstalled in it."""
-    docker = DockerConfig(command=engine_command, image="host")
+    runtime = request.config.getoption("--runtime") if engine_command == "docker" else None
+    docker = DockerConfig(command=engine_command, image="host", runtime=runtime)
     return Config(docker=docker, package=PackageConfig(preinstalled=()))
 
 
@@ -144,6 +153,16 @@ class FakeEngine:
     def containers(self) -> list[str]:
         """The names of the containers that run, without a command."""
         return [file.name for file in (self.folder / "containers").iterdir() if self._is_alive(file)]
+
+    def commands(self, verb: str) -> list[int]:
+        """The process ids of the commands with this verb that have not ended."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it may end while we look
+                line = (folder / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+                if self.command in line and verb == line[line.index(self.command) + 1]:
+                    found.append(int(folder.name))
+        return found
 
     @staticmethod
     def _is_alive(file: Path) -> bool:

@@ -53,7 +53,7 @@ LOOK: dict[str, Any] = {  # what the probe sees in a sandbox in which all is wel
     "status": dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0000000000000000"),
     "no_new_privs": 1,
     "seccomp": 2,
-    "seccomp_of_1": "2",
+    "status_of_1": {"NoNewPrivs": "1", "Seccomp": "2"},
     "users": [65534] * 6,
     "user_map": ["0", "100000", "65536"],
     "environment": {"HOME": "/tmp", "HTTP_PROXY": ""},
@@ -140,6 +140,7 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
             {"results": {"imports": telling({"numpy": "ModuleNotFoundError: No module named 'numpy'"})}},
         ),
         ("imports", "failed", {"results": {"imports": Result("out_of_memory")}}),
+        ("imports", "warning", {"results": {"imports": Result("timeout")}}),
         ("package volume", "failed", {"creating": {"/": "EROFS", "/packages": "EACCES"}}),
         ("memory", "failed", {"results": {"memory": telling(335544320)}}),
         ("memory", "failed", {"docker": {"memory_limit": "4g"}, "results": {"memory": telling(1 << 30)}}),
@@ -175,7 +176,8 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
         ("capabilities", "failed", {"changing_root": None}),
         ("privileges", "failed", {"no_new_privs": 0}),
         ("system calls", "failed", {"seccomp": 0}),
-        ("system calls", "failed", {"seccomp_of_1": "0"}),
+        ("system calls", "failed", {"status_of_1": {"Seccomp": "0"}}),
+        ("privileges", "failed", {"status_of_1": {"NoNewPrivs": "0"}}),
         ("system calls", "warning", {"system_calls": {"io_uring": None}}),
         ("system calls", "warning", {"system_calls": {"io_uring": "EFAULT"}}),
         ("devices", "failed", {"devices": ["/dev/sda"]}),
@@ -428,7 +430,7 @@ def test_where_nothing_is_limited_the_doctor_sees_it_and_leaves_nothing_behind(
     assert not docker.containers()
 
 
-UNLIMITED = ("memory", "CPU", "processes", "disk", "capabilities", "privileges", "system calls", "package volume")
+UNLIMITED = ("memory", "CPU", "processes", "disk", "capabilities", "package volume")
 
 
 def test_without_an_engine_that_is_the_finding(doctor: Doctor, docker: FakeEngine) -> None:
@@ -514,7 +516,6 @@ SABOTAGED = {  # flags that are left out, and the check that must see it
     "--cpus": "CPU",
     "--pids-limit": "processes",
     "--cap-drop": "capabilities",
-    "--security-opt": "privileges",
     "--network": "network",
     "--read-only": "file system",
     "--tmpfs": "disk",

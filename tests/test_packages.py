@@ -15,6 +15,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import AsyncIterator, Iterator
@@ -174,8 +175,12 @@ def installer_wheel(name: str) -> tuple[str, bytes]:
     """The wheel of uv or pip, from the index that this machine uses."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "python-docker-mcp-tests"
     if not list(folder.glob(f"{name}-*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={folder}", name]
-        subprocess.run(command, check=True, capture_output=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:  # another process may be at it, too
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={fresh}", name]
+            subprocess.run(command, check=True, capture_output=True)
+            for file in Path(fresh).iterdir():
+                file.replace(folder / file.name)
     file = next(iter(folder.glob(f"{name}-*.whl")))
     return file.name, file.read_bytes()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,39 @@ async def test_a_call_is_cancelled_in_the_middle_and_the_session_used_again(runn
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_noticed", [False, True], ids=["at once", "once the connection's end is noticed"])
+async def test_a_cancelled_call_whose_client_is_killed_at_that_moment_stops_nevertheless(
+    runner: Runner, is_noticed: bool
+) -> None:
+    await runner.execute("x = 1", session="s")
+    sandbox = runner._sessions["s"].sandbox
+    assert sandbox
+    hears = Hears()
+    code = "x = 2\nprint('on')\nwhile True: pass"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: runner.execute(code, session="s", on_output=hears, timeout=5))
+        await hears.first.wait()
+        os.kill(client(runner, "s"), signal.SIGKILL)
+        tasks.cancel_scope.cancel()
+    if is_noticed:
+        await sandbox.gone.wait()
+    result = await runner.execute("x", session="s", timeout=5)
+    assert (result.status, result.value, result.lost_before, result.unread) == ("ok", "2", None, None)
+
+
+async def test_a_call_that_is_cancelled_while_it_looks_for_its_session_leaves_no_plug(
+    settings: Config, docker: FakeEngine
+) -> None:
+    async with open_runner(settings) as runner:
+        docker.script(exec={"hang": True})
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: runner.execute("1", session="s"))
+            await until(lambda: bool(docker.log("exec")))
+            tasks.cancel_scope.cancel()
+        await until(lambda: not docker.commands("exec"))
+
+
+@pytest.mark.slow
 async def test_cancelling_code_that_does_not_stop_loses_the_variables_and_the_next_call_says_so(runner: Runner) -> None:
     await runner.execute("x = 1", session="s")
     hears = Hears()
@@ -400,6 +434,20 @@ async def test_a_container_that_is_killed_under_a_call_is_told_of(runner: Runner
     assert (result.status, result.state, result.stdout) == ("died", "lost", "on\n")
     assert result.message == "the container ended during the call (its process ended with exit status 137)"
     assert (await runner.execute("1", session="s")).value == "1"
+
+
+async def test_a_call_that_fails_does_not_disturb_one_that_waits_for_the_image(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    derive = sandbox_runner.derive_image
+
+    async def while_another_fails(*arguments: Any) -> Image:
+        image = await derive(*arguments)
+        runner.engine = runner.image = None  # as whoever could not start a sandbox leaves it
+        return image
+
+    monkeypatch.setattr(sandbox_runner, "derive_image", while_another_fails)
+    assert (await runner.execute("1 + 1")).value == "2"
 
 
 async def test_a_container_that_does_not_start_is_an_error_in_the_engines_words(
@@ -927,7 +975,7 @@ def test_root_and_working_directory_are_writable_only_within_limits() -> None:
 
 
 def test_podman_is_told_what_docker_does_not_know() -> None:
-    only_podman = {"--read-only-tmpfs=false", "--http-proxy=false"}
+    only_podman = {"--read-only-tmpfs=false", "--http-proxy=false", "--sig-proxy=false"}
     assert only_podman <= set(arguments("podman"))
     assert not only_podman & set(arguments("docker"))
 
@@ -1094,6 +1142,71 @@ async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config
             result = await runner.execute(f"{look}, 'x' in globals()")
     assert result.value == "(False, False, False)", result
     assert len(docker.log("run")) == 1, "it was not used again"
+
+
+async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_new_one(
+    settings: Config, docker: FakeEngine
+) -> None:
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=(), reuse=True))
+    async with open_runner(config, warm=True) as runner, anyio.create_task_group() as tasks:
+        for _ in range(5):
+            await runner.execute("1")
+        at_once: list[str | None] = []
+
+        async def call() -> None:
+            at_once.append((await runner.execute("2")).value)
+
+        for _ in range(2):
+            tasks.start_soon(call)
+    assert at_once == ["2", "2"]
+    assert len(docker.log("run")) <= 3, "one that was wanted at once, one kept ready, one more for two at once"
+
+
+async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes_and_then_as_many_as_did() -> None:
+    class Stub:
+        created = math.inf
+        gone = anyio.Event()
+
+    created: list[Sequence[str]] = []
+    go = anyio.Event()
+
+    async def create(preload: Sequence[str]) -> Any:
+        created.append(preload)
+        await go.wait()
+        return Stub()
+
+    async with anyio.create_task_group() as tasks:
+        pool = sandbox_runner.Pool(create, PoolConfig(warm=0, preload=("numpy",)), tasks, print)
+        pool.keep_warm()
+        for _ in range(3):
+            tasks.start_soon(pool.lease)
+        await anyio.wait_all_tasks_blocked()
+        pool.keep_warm()  # as whatever else lets the pool look what is missing
+        await anyio.wait_all_tasks_blocked()
+        assert created == [()] * 3
+        go.set()
+        await anyio.wait_all_tasks_blocked()
+        assert created == [(), (), (), ("numpy",), ("numpy",), ("numpy",)]
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"csv": "' + "a,b\\n" * 400_000 + '"}', None),
+        ("[" + "0," * 1_100_000 + "0]", "too many parts"),
+        ("[" * 66 + "]" * 66, None),
+        ("[" * 67 + "]" * 67, "nested too deeply"),
+        ("[" * 1_000_000, "not JSON"),
+        ('"' + '\\"' * 2_000_000 + ",[", "not JSON"),  # that a search for strings must not try from each quote anew
+    ],
+)
+def test_json_from_the_sandbox_is_held_within_bounds(text: str, problem: str | None) -> None:
+    if problem:
+        with pytest.raises(sandbox_runner.ProtocolError, match=problem):
+            sandbox_runner.parse_within(text)
+    else:
+        assert sandbox_runner.parse_within(text) == json.loads(text)
 
 
 async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

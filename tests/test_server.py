@@ -617,7 +617,6 @@ async def test_progress_tells_the_latest_output_and_cancelling_keeps_the_session
 
 async def test_a_silent_call_is_kept_alive_by_notifications(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_docker_mcp, "KEEP_ALIVE", 0.1)
-    monkeypatch.setattr(python_docker_mcp, "STATUS_INTERVAL", 0.1)
     async with connected(config) as client, anyio.create_task_group() as tasks:
         listener = Listener()
         call = await start(tasks, client, "execute-transient", listener, code="import time; time.sleep(100)")
@@ -1083,6 +1082,7 @@ async def test_twenty_calls_at_once_get_twenty_answers(served: Client) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.xdist_group("docker")  # npx fetches the Inspector into a cache that two must not fill at once
 def test_the_official_inspector_lists_the_tools_and_calls_one(real: Config, tmp_path: Path) -> None:
     npx = shutil.which("npx")
     if not npx:

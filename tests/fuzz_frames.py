@@ -1,0 +1,223 @@
+"""Coverage-guided fuzzing of the frames in both directions: what a sandbox sends us, and what a worker its supervisor.
+
+    python -m tests.fuzz_frames [SECONDS]
+
+It needs atheris (the dependency group `fuzz`). The first byte of an input chooses the direction. `test_fuzz` takes the
+same two functions through inputs that are made, not found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import python_docker_mcp
+import sandbox_runner
+from sandbox_runner import Account, Call, Channel, Frame, ProtocolError, Result, Supervisor
+
+CALL = "c"  # the id of the call that is running
+DONE: dict[str, Any] = {
+    "id": CALL,
+    "kind": "done",
+    "status": "ok",
+    "lost": False,
+    "lost_before": None,
+    "wall": 0.5,
+    "cpu": 0.25,
+    "memory": 1024,
+    "oom_kills": 0,
+    "value": "1",
+    "value_length": 1,
+    "exit_code": None,
+    "message": None,
+    "files": [["a", 1]],
+    "stale": [],
+    "exception": {"type": "E", "message": "m", "line": 1, "traceback": "t", "missing": None},
+}
+FRAMES: list[dict[str, Any]] = [
+    {"id": CALL, "kind": "stdout", "text": "a"},
+    {"id": CALL, "kind": "stderr", "text": "b"},
+    {"id": CALL, "kind": "part", "data": "{"},
+    {"id": CALL, "kind": "display", "data": '{"text/plain": "x", "image/png": "aGk="}', "is_value": True},
+    {"id": CALL, "kind": "state", "data": '{"x": [1, {"y": null}]}', "left_out": {"z": "too large"}},
+    {"id": CALL, "kind": "content", "data": "aGk=", "path": "a"},
+    {"id": CALL, "kind": "omitted", "bytes": 5},
+    {"id": CALL, "kind": "earlier", "text": "e"},
+    DONE,
+]
+VALUES: list[Any] = [None, True, False, 0, -1, 7, 1 << 70, 10**400, 0.5, -0.5, math.nan, math.inf, "", "x", "\u00e9"]
+VALUES += ["\ud800", "\x1b[2J\n", CALL, "ok", "error", "timeout", "done", "part", "aGk=", "a", "{}", "[]", "null"]
+VALUES += ["1e999", '{"text/plain": 1}', '{"image/png": "aGk="}', '{"x": NaN}', "[" * 70, [], {}, [[]], [["a", 1]]]
+VALUES += [{"a": 1}, {"a": "b"}, {"type": "SyntaxError", "message": "", "line": -9, "traceback": "", "missing": None}]
+VALUES += [{"type": "E", "message": "", "line": 1 << 70, "traceback": "\ud800", "missing": ""}]
+VALUES += [["x"], [None], [["a", "b"]]]
+
+
+def finish(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run what waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waited")
+
+
+def as_host(data: bytes) -> Result | None:
+    """What the host makes of lines from a sandbox, up to the end of a call: shown in every way there is."""
+    account = Account(1 << 16, None)
+    for line in data.split(b"\n"):
+        try:
+            frame = Frame.parse(line)
+            if frame.get("kind", str) == "done":
+                result = account.close(frame, "s")
+                break
+            finish(account.take(frame))
+        except ProtocolError:
+            return None
+    else:
+        return None
+    advice = sandbox_runner.advise(result.exception, "1 +\n!pip")
+    result = dataclasses.replace(result, hint=advice)
+    json.dumps(result.as_dict())
+    python_docker_mcp.render(result).model_dump_json()
+    python_docker_mcp.Shelf().add(result)
+    assert sandbox_runner.exit_status(result) >= 0
+    for item in result.output:
+        sandbox_runner.plain_text(item)
+    return result
+
+
+class TamedSupervisor(Supervisor):
+    """One that has no worker: it can be told what a worker would say, and kills nothing."""
+
+    def __init__(self, attached: bool) -> None:
+        settings = {"owner": "us", "idle_timeout": 60.0, "preload": [], "working_dir": "/nowhere"}
+        self.host, theirs = os.pipe()
+        super().__init__(Channel(os.open(os.devnull, os.O_RDONLY), theirs), settings)
+        assert self.channel is not None
+        for fd in (self.host, theirs):
+            os.set_blocking(fd, False)
+        ours, self.mouth = socket.socketpair()
+        fd = ours.detach()
+        self.control = Channel(fd, fd)
+        self.control.set_blocking(False)
+        self.mouth.setblocking(False)
+        self.sources[fd] = self._from_worker
+        self.abandoned: str | None = None
+        self.call = Call({"id": CALL, "timeout": 60, "output_limit": 1000})
+        if not attached:
+            self.channel.close()
+            self.channel = None
+
+    def _fork(self) -> None:
+        raise AssertionError("nothing is to be forked here")
+
+    def _signal_worker(self) -> None:
+        raise AssertionError("there is nobody to be signalled here")
+
+    def _abandon(self, message: str | None) -> None:
+        assert message
+        self.abandoned = message
+        assert self.control is not None
+        self.sources.pop(self.control.reader, None)
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.mouth.close()
+        os.close(self.host)
+        for channel in (self.channel, self.control):
+            if channel:
+                channel.close()
+
+
+@contextlib.contextmanager
+def tamed(attached: bool) -> Iterator[TamedSupervisor]:
+    """A supervisor without worker, in the middle of a call."""
+    supervisor = TamedSupervisor(attached)
+    try:
+        yield supervisor
+    finally:
+        supervisor.close()
+
+
+def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
+    """What the supervisor tells the host when a worker sends this: each a frame about the call that is running."""
+    with tamed(attached) as supervisor:
+        assert supervisor.control is not None
+        for start in range(0, len(data), 4096):
+            supervisor.mouth.send(data[start : start + 4096])
+            if supervisor.control.reader in supervisor.sources:
+                supervisor._from_worker()
+        told = list(supervisor.backlog)
+        if supervisor.channel:
+            sent = b""
+            with contextlib.suppress(BlockingIOError):
+                sent = os.read(supervisor.host, 1 << 20)  # more than a pipe holds
+            told = [json.loads(line) for line in (sent + supervisor.channel.outbox).splitlines()]
+    for frame in told:
+        assert frame["id"] == CALL
+        assert frame["kind"] in ("part", "display", "state", "content", "done", "omitted", "stdout", "stderr")
+        assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["lost"] is False)
+    return told
+
+
+def lines_from(data: bytes) -> bytes:
+    """Frames that are right but for some of their fields; each three bytes say which, and what is there instead."""
+    lines = []
+    for start in range(0, len(data) - 2, 3):
+        kind, field, value = data[start : start + 3]
+        frame = dict(FRAMES[kind % len(FRAMES)])
+        if field % 4:  # else it is as it should be
+            frame[list(frame)[field // 4 % len(frame)]] = VALUES[value % len(VALUES)]
+        lines.append(json.dumps(frame).encode() + b"\n")
+    return b"".join(lines)
+
+
+def one_input(data: bytes) -> None:
+    """What is done with each input: its first byte says as what it is taken, and who gets it."""
+    if not data:
+        return
+    lines = lines_from(data[1:]) if data[0] & 1 else data[1:]
+    if data[0] & 2:
+        as_host(lines)
+    else:
+        as_supervisor(lines, attached=bool(data[0] & 4))
+
+
+def main() -> None:
+    """Fuzz for some seconds (a minute, unless told otherwise); a finding ends it with its traceback and status 77."""
+    import atheris
+
+    seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+    with tempfile.TemporaryDirectory() as corpus:
+        text = [json.dumps(frame, separators=(",", ":")).encode() for frame in FRAMES]
+        for number, lines in enumerate([*text, b"\n".join(text), b"\n".join(reversed(text))]):
+            for direction in (0, 2, 4):
+                Path(corpus, f"{number}-{direction}").write_bytes(bytes([direction]) + lines + b"\n")
+        for direction in (1, 3, 5):
+            Path(corpus, f"made-{direction}").write_bytes(bytes([direction, *range(60)]))
+        words = {word for frame in FRAMES for item in frame.items() for word in map(str, item) if len(word) < 40}
+        dictionary = Path(corpus, "words")
+        dictionary.write_text("".join(f'"{json.dumps(word)[1:-1]}"\n' for word in sorted(words) if word.isascii()))
+        for owner in (Account, Channel, Frame, Supervisor):
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, type(main)):
+                    setattr(owner, name, atheris.instrument_func(value))
+        for name in ("parse_within", "parts_of", "exception_info", "file_info", "merge", "advise"):
+            setattr(sandbox_runner, name, atheris.instrument_func(getattr(sandbox_runner, name)))
+        options = [sys.argv[0], f"-max_total_time={seconds}", f"-dict={dictionary}", "-max_len=8192", corpus]
+        atheris.Setup(options, one_input)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,529 @@
+"""Whatever comes in: frames in both directions, arguments of tools, ids, package names, and engines that misbehave.
+
+Made by hypothesis; `fuzz_frames`, whose functions these tests use, finds more by itself if it is given the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, get_args
+
+import anyio
+import anyio.abc
+import mcp_types as types
+import pytest
+from conftest import FakeEngine
+from fuzz_frames import CALL, DONE, FRAMES, VALUES, as_host, as_supervisor, finish, lines_from, tamed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mcp import Client
+from mcp.shared.exceptions import MCPError
+
+import sandbox_runner
+from python_docker_mcp import TOOLS, Tool, make_server, parse, parse_address
+from sandbox_runner import (
+    MAX_FRAME,
+    Account,
+    Channel,
+    Config,
+    DockerConfig,
+    Engine,
+    EngineError,
+    Frame,
+    Image,
+    PackageConfig,
+    PoolConfig,
+    ProtocolError,
+    RequestError,
+    Result,
+    Sandbox,
+    SessionConfig,
+    find_engine,
+    open_runner,
+    parse_requirement,
+    parse_within,
+    session_container,
+)
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 60  # seconds until what would wait for ever has failed
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+any_text = st.text(st.characters(exclude_categories=()), max_size=60)  # lone surrogates, too
+some_value = st.sampled_from(VALUES) | any_json
+fields = sorted({name for frame in FRAMES for name in frame})
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> bytes:
+    """Lines that are frames, or nearly."""
+    lines = []
+    for _ in range(draw(st.integers(1, 6))):
+        wrong = st.dictionaries(st.sampled_from(fields), some_value, max_size=3)
+        lines.append(json.dumps({**draw(st.sampled_from(FRAMES)), **draw(wrong)}).encode())
+    return b"\n".join(lines) + b"\n"
+
+
+lines = st.binary(max_size=200) | frames() | st.binary(max_size=60).map(lines_from)
+
+
+# ── from the sandbox to the host ──
+
+
+def test_what_is_right_is_believed() -> None:
+    """Otherwise the tests below would test nothing."""
+    result = as_host(b"\n".join(json.dumps(frame).encode() for frame in FRAMES if frame["kind"] != "part"))
+    assert result is not None
+    assert (result.status, result.value, result.stdout, result.contents) == ("ok", "1", "a", {"a": b"hi"})
+    assert [frame["kind"] for frame in as_supervisor(json.dumps(DONE).encode() + b"\n", True)] == ["done"]
+
+
+@settings(max_examples=60)
+@given(lines)
+def test_what_a_sandbox_sends_is_a_result_that_can_be_shown_or_a_breach_of_the_protocol(data: bytes) -> None:
+    as_host(data)
+
+
+JSON_LIKE = st.text('[]{}",:\\0a \n', max_size=80) | any_json.map(json.dumps)
+
+
+@given(JSON_LIKE)
+def test_data_within_frames_is_json_or_a_breach_of_the_protocol(text: str) -> None:
+    try:
+        value = parse_within(text)
+    except ProtocolError:
+        return
+    json.dumps(value, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"' + '\\"' * 500_000,
+        '"' * 5_000_000,
+        "[" * 1_000_000,
+        "[[]," * 1_000_000,
+        '{"":' * 67 + "1" + "}" * 67,
+        "1" * 1_000_000,
+        '{"x": NaN}',
+    ],
+    ids=["escapes", "quotes", "deep", "wide", "nested", "long number", "not a number"],
+)
+def test_data_that_is_meant_to_keep_its_reader_busy_is_refused(text: str) -> None:
+    with pytest.raises(ProtocolError):
+        parse_within(text)
+
+
+def test_commas_and_brackets_in_texts_do_not_count_as_values() -> None:
+    text = json.dumps({"x": '[{,"\\' * 500_000})
+    assert len(parse_within(text)["x"]) == 2_500_000
+
+
+def test_a_state_of_too_many_values_is_left_out_where_it_is_made_and_no_breach_of_the_protocol() -> None:
+    text, left_out = sandbox_runner.collect_state({"rows": [0] * 1_000_001, "text": "," * 1_000_001, "x": 1})
+    assert left_out == {"rows": "too large: 1000001 values"}
+    assert set(parse_within(text)) == {"text", "x"}
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"kind": "part", "data": ""},
+        {"kind": "part", "data": "x"},
+        {"kind": "display", "data": "{}", "is_value": False},
+        {"kind": "omitted", "bytes": 1},
+        {"kind": "content", "data": ""},
+    ],
+    ids=lambda frame: f"{frame['kind']}{len(frame.get('data', ''))}",
+)
+def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
+    monkeypatch: pytest.MonkeyPatch, frame: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 1000)
+    for limit in ("RICH_LIMIT", "STATE_LIMIT", "MAX_FRAME"):
+        monkeypatch.setattr(sandbox_runner, limit, 10_000)
+    account = Account(1000, None)
+
+    def flood() -> None:
+        for number in range(3000):
+            finish(account.take(Frame({**frame, "path": str(number)})))
+
+    with pytest.raises(ProtocolError):
+        flood()
+
+
+def test_output_that_comes_in_the_smallest_pieces_is_kept_in_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    account = Account(1 << 20, None)
+    for _ in range(20_000):
+        finish(account.take(Frame({"kind": "stdout", "text": "x"})))
+    assert len(account.output) <= 5
+    assert Result("ok", tuple(account.output)).stdout == "x" * 20_000
+    monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 100)
+    account = Account(1 << 20, None)
+    for number in range(1000):
+        finish(account.take(Frame({"kind": ("stdout", "stderr")[number % 2], "text": "x"})))
+    *kept, omitted = account.output
+    assert len(kept) == 100
+    assert isinstance(omitted, sandbox_runner.Omitted)
+    assert omitted.bytes == 900
+
+
+class Container:
+    """Stands in for the process of `docker run`: says what it is told to say, then ends."""
+
+    pid = 0
+    returncode = 0
+    stdin = None
+
+    def __init__(self, said: bytes, piece: int) -> None:
+        put, self.stdout = anyio.create_memory_object_stream[bytes](1 << 20)
+        errors, self.stderr = anyio.create_memory_object_stream[bytes]()
+        for start in range(0, len(said), piece):
+            put.send_nowait(said[start : start + piece])
+        put.close()
+        errors.close()
+
+    def kill(self) -> None:
+        """Nothing to kill."""
+
+    async def wait(self) -> int:
+        """Nothing to wait for."""
+        return 0
+
+    async def aclose(self) -> None:
+        """Close what was made."""
+        self.stdout.close()
+        self.stderr.close()
+
+
+class NoEngine(Engine):
+    """Has nothing to remove."""
+
+    async def remove(self, name: str) -> None:
+        """It is gone."""
+
+
+GREETING: dict[str, Any] = {"id": "", "kind": "ready", "session": None, "attached": True, "owner": "", "unread": None}
+GREETING |= {"packages": None, "busy": False, "age": 0, "idle": 0, "memory": None}
+greetings = st.dictionaries(st.sampled_from(sorted(GREETING)), some_value, max_size=2).map(
+    lambda wrong: json.dumps({**GREETING, **wrong}).encode() + b"\n"
+)
+
+
+@settings(max_examples=100)
+@given(st.lists(lines | greetings, max_size=4).map(b"".join), st.integers(1, 5000))
+def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece: int) -> None:
+    async def call() -> Result:
+        container: Any = Container(said, piece)
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as tasks:
+                sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, tasks)
+                answer = sandbox._expect(CALL)
+                tasks.start_soon(sandbox._serve)
+                result = await sandbox._collect(answer, "s", None, 1 << 16)
+        close_answers(sandbox)
+        return result
+
+    result = anyio.run(call)
+    assert result.status in get_args(sandbox_runner.Status)
+    assert result.session == "s"
+
+
+def close_answers(sandbox: Sandbox) -> None:
+    """What those do who make calls."""
+    for answer in sandbox._answers.values():
+        answer.close()
+
+
+async def serve(said: list[dict[str, Any]]) -> Sandbox:
+    """A sandbox that has said this."""
+    container: Any = Container(b"".join(json.dumps(frame).encode() + b"\n" for frame in said), 65536)
+    async with anyio.create_task_group() as tasks:
+        sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, tasks)
+        await sandbox._serve()
+    return sandbox
+
+
+async def test_a_sandbox_that_greets_again_and_again_is_given_up() -> None:
+    sandbox = await serve([{**GREETING, "unread": f"call-{number}"} for number in range(100)])
+    assert sandbox._fault == "a second greeting"
+    assert len(sandbox._answers) == 1
+    close_answers(sandbox)
+
+
+async def test_a_sandbox_can_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    await serve([{"id": "", "kind": "note", "text": f"{number}\n\x1b[2J" + "x" * 1000} for number in range(500)])
+    remarks = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(remarks) == sandbox_runner.NOTES_LOGGED
+    assert all(len(remark) < 400 and remark.isprintable() for remark in remarks)
+
+
+async def test_a_sandbox_can_not_say_that_it_has_a_session_of_any_name() -> None:
+    sandbox = await serve([{**GREETING, "session": "\x1b[2J"}])
+    assert sandbox._fault == "a session's id that can't be one"
+
+
+# ── from the worker to the supervisor ──
+
+
+@settings(max_examples=60)
+@given(lines, st.booleans())
+def test_what_a_worker_sends_is_passed_on_as_its_own_or_ends_it(data: bytes, attached: bool) -> None:
+    as_supervisor(data, attached)
+
+
+def test_what_a_worker_sends_while_nobody_is_attached_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_runner, "BACKLOG_LIMIT", 100_000)
+    line = json.dumps({"id": CALL, "kind": "content", "data": "", "path": "x" * 1000}).encode() + b"\n"
+    assert 50 < len(as_supervisor(line * 1000, attached=False)) < 100
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=5))
+def test_a_channel_yields_objects_or_says_what_is_wrong(pieces: list[bytes]) -> None:
+    channel = Channel(*os.pipe())
+    try:
+        for piece in pieces:
+            os.write(channel.writer, piece)
+            for frame in channel.receive():
+                assert isinstance(frame, dict)
+            assert len(channel._inbox) <= MAX_FRAME + 65536
+    except ValueError:
+        pass
+    finally:
+        channel.close()
+
+
+class Knocking:
+    """A listener with one connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+
+    def accept(self) -> tuple[socket.socket, None]:
+        """The connection."""
+        return self.connection, None
+
+
+@settings(max_examples=50)
+@given(st.binary(max_size=100) | any_json.map(lambda value: json.dumps(value).encode()), st.integers(0, 3))
+def test_a_knock_by_anybody_but_the_plug_changes_nothing_and_no_knock_stops_the_supervisor(
+    message: bytes, descriptors: int
+) -> None:
+    for is_plug in (False, True):
+        with tamed(attached=True) as supervisor, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sandbox_runner, "PLUG_UID", os.getuid() if is_plug else os.getuid() + 1)
+            before = supervisor.channel, supervisor.owner, supervisor.plug
+            ours, theirs = socket.socketpair()
+            with ours, open(os.devnull, "rb+", buffering=0) as null:
+                socket.send_fds(ours, [message or b" "], [null.fileno()] * descriptors)
+                listener: Any = Knocking(theirs)
+                supervisor._admit(listener)
+            assert (supervisor.channel, supervisor.owner, supervisor.plug) == before
+
+
+# ── arguments of tools ──
+
+arguments = st.dictionaries(
+    st.sampled_from(["code", "state", "session_id", "timeout", "package_name"]) | any_text, some_value | any_text
+)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(sorted(TOOLS)) | any_text, arguments)
+def test_arguments_are_a_call_or_a_sentence_on_what_is_wrong(name: str, given_: dict[str, Any]) -> None:
+    try:
+        tool = parse(name, given_)
+    except (RequestError, MCPError) as error:
+        said = str(error)
+    else:
+        assert isinstance(tool, Tool)
+        said = ""
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize(
+    ("tool", "given_"),
+    [
+        ("execute-transient", {"code": "x", "timeout": 10**400}),
+        ("execute-transient", {"code": "\ud800"}),
+        ("execute-transient", {"code": "x", "\ud800": 1}),
+        ("install-package", {"package_name": "a" + " " * 1_000_000 + "!"}),
+        ("cleanup-session", {"session_id": "x\n"}),
+        ("execute-persistent", {"code": "x", "session_id": "../../etc"}),
+        ("execute-persistent", {"code": "x", "session_id": "--privileged " * 100_000}),
+    ],
+)
+async def test_arguments_that_look_right_and_are_not_are_refused(
+    docker: FakeEngine, tmp_path: Path, tool: str, given_: dict[str, Any]
+) -> None:
+    with anyio.fail_after(PATIENCE):
+        async with open_runner(settings_for(docker, tmp_path)) as runner, Client(make_server(runner)) as client:
+            try:
+                result = await client.call_tool(tool, given_)
+            except (MCPError, ValueError):  # the latter: the client itself can't put it into a message
+                pass
+            else:
+                assert result.is_error
+    assert not docker.log("run")
+
+
+def settings_for(docker: FakeEngine, tmp_path: Path) -> Config:
+    """Settings for the fake engine."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    return Config(
+        docker=DockerConfig(command=docker.command, working_dir=str(work)),
+        session=SessionConfig(idle_timeout=60),
+        package=PackageConfig(preinstalled=()),
+        pool=PoolConfig(enabled=False),
+    )
+
+
+not_code = st.none() | st.integers() | st.lists(st.integers()) | st.just(" ") | st.just("\ud800")
+calls = st.tuples(
+    st.sampled_from(sorted(TOOLS)),
+    st.fixed_dictionaries(
+        {"code": not_code},
+        optional={"session_id": some_value | any_text, "state": some_value, "package_name": st.just("-r x") | not_code},
+    ),
+)
+
+
+@pytest.fixture
+async def client(docker: FakeEngine, tmp_path: Path) -> AsyncIterator[Client]:
+    """A client of a server in this process."""
+    with anyio.fail_after(PATIENCE):
+        async with open_runner(settings_for(docker, tmp_path)) as runner, Client(make_server(runner)) as client:
+            yield client
+
+
+async def test_the_server_answers_every_call_with_a_result_or_an_error_of_the_protocol(client: Client) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    @settings(max_examples=60, database=None)
+    @given(calls)
+    def collect(call: tuple[str, dict[str, Any]]) -> None:
+        asked.append(call)
+
+    collect()
+    for tool, given_ in asked:
+        try:
+            result = await client.call_tool(tool, given_)
+        except (MCPError, ValueError):  # the latter: the client itself can't put it into a message
+            continue
+        assert isinstance(result, types.CallToolResult)
+        assert result.is_error
+    alive = await client.call_tool("execute-transient", {"code": "6 * 7"})
+    assert not alive.is_error
+
+
+address = st.text(":/?#[]@sesion.files%output&=0123456789\ud800é", max_size=40).map(lambda rest: f"session://{rest}")
+
+
+@given(address | any_text)
+def test_addresses_of_resources_are_read_or_refused(uri: str) -> None:
+    try:
+        _, session, kind, rest, offset, length = parse_address(uri)
+    except RequestError:
+        return
+    assert isinstance(session, str)
+    assert kind in ("files", "output")
+    assert rest
+    assert offset >= 0
+    assert length is None or length > 0
+
+
+# ── what of a user's ever becomes part of a command ──
+
+
+@given(any_text | st.from_regex(r"-{0,2}[a-z]{1,3}[\s\[\]<>=~!@;:/.,-]{0,3}[a-z0-9.*]{0,3}", fullmatch=True))
+def test_a_requirement_is_never_an_option_a_path_or_an_address(text: str) -> None:
+    try:
+        name, requirement = parse_requirement(text)
+    except RequestError:
+        return
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", name)
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.*+!_,<>=~\[\]-]*", requirement)
+    assert not requirement.startswith("-")
+
+
+@given(st.from_regex(sandbox_runner.SESSION_ID, fullmatch=True))
+def test_a_sessions_id_is_no_part_of_a_command(session: str) -> None:
+    assert re.fullmatch(r"python-docker-mcp-session-[0-9a-f]{24}", session_container(session))
+
+
+@given(st.sampled_from(["image", "runtime", "working_dir"]), any_text | st.from_regex(r"[-/]{0,2}[a-z]+[ =,:]?[a-z]*"))
+def test_settings_are_refused_or_stay_in_their_place_on_the_command_line(name: str, text: str) -> None:
+    def command(docker: DockerConfig) -> list[str]:
+        engine = Engine("docker", "docker", "20")
+        return engine.sandbox_arguments("NAME", Image(docker.image, "id", ""), Config(docker=docker), {})
+
+    try:
+        docker = DockerConfig(**{name: text})  # type: ignore[arg-type]
+    except ValueError:
+        return
+    usual = command(DockerConfig(runtime="x"))
+    changed = command(dataclasses.replace(docker, runtime=docker.runtime or "x"))
+    assert [flag.partition("=")[0] for flag in changed if flag[0] == "-"] == [
+        flag.partition("=")[0] for flag in usual if flag[0] == "-"
+    ]
+    assert changed[changed.index("--") + 1] == docker.image
+
+
+# ── engines that misbehave ──
+
+
+async def test_an_engine_whose_command_disappears_is_told_in_one_sentence(docker: FakeEngine, tmp_path: Path) -> None:
+    config = settings_for(docker, tmp_path)
+    with anyio.fail_after(PATIENCE):
+        async with open_runner(config) as runner:
+            assert (await runner.execute("6 * 7", session="s")).value == "42"
+            os.rename(docker.command, f"{docker.command}.away")
+            try:
+                assert (await runner.execute("6 * 7", session="s")).value == "42"  # needs none
+                with pytest.raises(EngineError, match=r"can't be run: No such file or directory\.$"):
+                    await runner.execute("6 * 7")
+            finally:
+                os.rename(f"{docker.command}.away", docker.command)
+            assert (await runner.execute("6 * 7")).value == "42"
+
+
+@pytest.mark.parametrize("verb", ["kill", "rm"])
+async def test_an_engine_that_hangs_when_a_container_is_to_be_removed_keeps_nobody_waiting_for_ever(
+    docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    engine = await find_engine(docker.command)
+    monkeypatch.setattr(Engine.run, "__kwdefaults__", {"timeout": 0.5, "stdin": subprocess.DEVNULL})
+    docker.script(**{verb: {"hang": True}})
+    with anyio.fail_after(PATIENCE):
+        await engine.remove("name")
+    assert [call[0] for call in docker.log()][-2:] == ["kill", "rm"]
+    docker.script(**{verb: {}})
+
+
+@pytest.mark.parametrize("said", ["\x00\x1b[2J\n--privileged\n", "x" * 100_000, "{}", ""])
+async def test_an_engine_that_prints_garbage_is_not_believed(docker: FakeEngine, tmp_path: Path, said: str) -> None:
+    docker.script(ps={"stdout": said}, container_inspect={"stdout": said})
+    with anyio.fail_after(PATIENCE):
+        async with open_runner(settings_for(docker, tmp_path)) as runner:
+            assert await runner.list_sandboxes() == []
+            assert (await runner.execute("6 * 7", session="s")).value == "42"
+
+
+async def test_an_engine_that_says_more_than_anybody_can_read_is_cut_short(docker: FakeEngine) -> None:
+    docker.script(version={"stdout": "x" * (3 << 20), "stderr": "y" * (3 << 20), "exit": 1})
+    with pytest.raises(EngineError) as caught:
+        await find_engine(docker.command)
+    assert len(str(caught.value)) < 1000
