@@ -385,9 +385,22 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
             key, _, reason = str(problem["ctx"]["error"]).partition(": ")
             raise ConfigError(f"{origin.get(key) or f'{key} in {file}'}: {reason}.") from None
         shown = textwrap.shorten(repr(problem["input"]), 80)
-        raise ConfigError(
-            f"{where}: {shown} is not accepted: {problem['msg'][0].lower()}{problem['msg'][1:]}."
-        ) from None
+        wanted = WANTED.get(problem["type"]) or f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+        raise ConfigError(f"{where}: {shown} is not accepted: {wanted}.") from None
+
+
+WANTED = {  # what to write instead of a value of the wrong type, by pydantic's names for that
+    "dataclass_type": "it must be keys with values, as in config.yaml",
+    "tuple_type": "it must be a list, such as [one, two]",
+    "bool_type": "it must be true or false",
+    "bool_parsing": "it must be true or false",
+    "int_type": "it must be a whole number",
+    "int_parsing": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_type": "it must be a number",
+    "float_parsing": "it must be a number",
+    "string_type": "it must be text, in quotes if it looks like something else",
+}
 
 
 def parse_requirement(text: str) -> tuple[str, str]:
@@ -2644,7 +2657,9 @@ async def _probe(path: str) -> Engine:
     try:
         code, output, errors = await run_command([path, "version", "--format={{json .}}"], ENGINE_TIMEOUT)
     except EngineError as error:
-        raise EngineError(f"{path} hangs: {error} Restart the engine it belongs to.") from None
+        if error.__cause__:  # it did not even start
+            raise
+        raise EngineError(f"{path} does not answer: {error} Restart the engine it belongs to.") from None
     try:
         answer = json.loads(output)
         client, server = dict(answer["Client"]), dict(answer.get("Server") or {})
@@ -2689,7 +2704,9 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
             start_new_session=True,
         )
     except OSError as error:
-        raise EngineError(f"{command[0]} can't be run: {error.strerror}.") from error
+        raise EngineError(
+            f"{command[0]} can't be run: {error.strerror}. Install it anew, or set docker.command to one that can."
+        ) from error
 
 
 async def run_command(
@@ -2719,7 +2736,10 @@ async def run_command(
                 tasks.start_soon(collect, process.stderr, errors)
             code = await process.wait()
     except TimeoutError:
-        raise EngineError(f"`{Path(command[0]).name} {command[1]}` did not end within {timeout:g} seconds.") from None
+        raise EngineError(
+            f"`{Path(command[0]).name} {command[1]}` did not end within {timeout:g} seconds: the engine hangs, or "
+            "the host is overloaded."
+        ) from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
@@ -2805,7 +2825,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
         return Image(docker.image, identity, "pulled")
     if not may_be_made:
         raise ImageError(
-            f"The image {docker.image} is not here and can't be pulled: {said or 'the engine does not say why'} "
+            f"The image {docker.image} is not here and can't be pulled: {said.rstrip('.') or 'nobody says why'}. "
             f"Pull or load it by hand, set docker.image to one that is here, or to `host` for this host's Python."
         )
     log.warning("%s can't be pulled (%s): making an image from this host's own Python", docker.image, said)
@@ -2853,7 +2873,10 @@ async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
             finally:
                 os.close(reader)  # if the import failed, the writer must see that nobody listens
         if failure:
-            raise ImageError(f"An image can't be made from this host's Python: {failure}") from failure
+            raise ImageError(
+                f"An image can't be made from this host's Python: {str(failure).rstrip('.')}. Set docker.image to one "
+                "that is here or can be pulled."
+            ) from failure
         identity = await _image_id(engine, name)
         log.warning("made the image %s from this host's Python %s", name, sys.version.split()[0])
     return Image(name, identity or "", "made from this host's Python")
@@ -3280,7 +3303,10 @@ class Request:
             raise RequestError(f"A timeout of {self.timeout!r} seconds can't be: give a number above zero.")
         for name, value in (self.state or {}).items():
             if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
-                raise RequestError(f"state: {textwrap.shorten(repr(name), 60)} can't be the name of a variable.")
+                raise RequestError(
+                    f"state: {textwrap.shorten(repr(name), 60)} can't be the name of a variable: use an identifier "
+                    "that does not start with two underscores."
+                )
             try:
                 plain(value, 0, set())
             except ValueError as error:
@@ -3412,7 +3438,10 @@ class Sandbox:
                 await sandbox._write(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
                 await sandbox._greeted.wait()
             if sandbox._greeting is None:
-                raise EngineError(f"A sandbox could not be started: {sandbox._last_words()}")
+                raise EngineError(
+                    f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
+                    f"needs a python3, 3.8 or later; `{COMPLETED} doctor` looks at everything else."
+                )
         except TimeoutError:
             await sandbox.remove()
             raise EngineError(
@@ -3590,7 +3619,7 @@ class Sandbox:
 
     async def _give_up(self, session: str | None) -> Result:
         await self.remove()
-        message = f"the sandbox itself did not answer for {SLACK:g} seconds after the time-out, and was removed"
+        message = f"the sandbox itself did not answer for {SLACK:g} seconds, and was removed: is the host overloaded?"
         return Result("timeout", message=message, session=session, state="lost" if session else None)
 
     async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
@@ -3666,7 +3695,7 @@ class Sandbox:
                         if frame.get("kind", str) == "file":
                             break
                     else:
-                        raise SessionError("The session's container ended.")
+                        raise SessionError("The session's container ended, and its files are gone.")
                 if problem := frame.get("problem", str, NONE):
                     raise RequestError(f"The file {last_line(path)!r} can't be read: {problem}.")
                 piece = base64.b64decode(data, validate=True)
@@ -3936,7 +3965,10 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
     if exception.missing:
         top = exception.missing.partition(".")[0]
         if top in sys.stdlib_module_names:
-            return f"{top} belongs to Python's standard library, but this image was built without it."
+            return (
+                f"{top} belongs to Python's standard library, but this image was built without it: do without it, or "
+                "have the operator set docker.image to one that has it."
+            )
         package = DISTRIBUTIONS.get(exception.missing) or DISTRIBUTIONS.get(top)
         called = f": the package is called {package}" if package else ""
         return f"{top} is not installed. Install it with install-package{called}."
@@ -3948,7 +3980,21 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
         if re.match(r"!\s*\w", line):
             return "Shell commands are not part of Python: use subprocess.run([...])."
         if re.match(r"%%?[a-z]", line):
-            return "IPython's magic commands are not available here: only Python itself is."
+            return "IPython's magic commands are not available here: leave the line out. Figures are shown without it."
+    return None
+
+
+def advise_on_walls(message: str, docker: DockerConfig) -> str | None:
+    """What to do where code ran against the sandbox's walls: by the system's numbers, as exceptions' types vary."""
+    if docker.network_disabled and re.search(r"\[Errno (-2|-3|101)\]", message):
+        return (
+            "Code here has no network (docker.network_disabled): put the data into the code, or have the operator make "
+            "a folder with them visible (docker.mounts)."
+        )
+    if "[Errno 30]" in message and docker.read_only:
+        return f"Only {docker.working_dir} and /tmp can be written to (docker.read_only)."
+    if "[Errno 28]" in message:
+        return f"Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
     return None
 
 
@@ -4288,9 +4334,13 @@ class Runner:
         if result.status == "timeout" and not result.message:
             limit = f"within {request.timeout:g} seconds" if request else "in time"
             result = dataclasses.replace(result, message=f"the code did not end {limit}")
+        if result.status == "timeout":
+            return dataclasses.replace(result, hint="Allow it more time with `timeout`, or do less in one call.")
         if request and request.session and not request.code.strip():
             return dataclasses.replace(result, hint="There was no code to run, and none running to wait for.")
         advice = advise(result.exception, request.code if request else "")
+        if result.exception and not advice:
+            advice = advise_on_walls(result.exception.message, self.config.docker)
         if advice and self.image and self.image.problem and result.exception and result.exception.missing:
             advice += f" ({self.image.problem})"
         return dataclasses.replace(result, hint=advice)
@@ -4646,7 +4696,7 @@ class Runner:
             async with entry.lock:
                 await self._look_for(entry, session)
         if entry.sandbox is None or entry.sandbox.gone.is_set():
-            raise SessionError(f"There is no session {session!r}.")
+            raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
         return await entry.sandbox.read_file(path, offset, length)
 
     async def list_sandboxes(self) -> list[SandboxInfo]:
@@ -6037,7 +6087,8 @@ def _print_end(result: Result, value: bool) -> None:
     sys.stdout.flush()
     if result.exception and result.exception.type != "SystemExit":
         print(coloured_traceback(result.exception.traceback, sys.stderr), end="", file=sys.stderr)
-    notes = [result.message, result.hint]
+    # What is a tool for models is a command here.
+    notes = [result.message, result.hint and result.hint.replace("install-package", f"`{_program()} install`")]
     if result.unread:
         print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)
         notes.append(f"(that was the end of the session's previous call, left running: {result.unread.status})")
@@ -6109,7 +6160,8 @@ async def _build_command(options: argparse.Namespace) -> int:
     image = await derive_image(engine, config, _show_status)
     _show_status("")
     if image.problem:
-        raise ImageError(f"{image.problem}.")
+        why = image.problem.rstrip(".")
+        raise ImageError(f"{why}. See package.index_url, package.network and package.ca_bundle in the configuration.")
     if options.export:
         await engine.run("save", "--output", options.export, image.name, timeout=PULL_TIMEOUT)
     print(f"{image.name} is ready ({image.origin})" + (f", and in {options.export}" if options.export else ""))

@@ -109,7 +109,8 @@ def test_a_failure_shows_the_traceback_and_a_hint(run: Run) -> None:
     assert done.stderr.startswith('Traceback (most recent call last):\n  File "<string>", line 3, in <module>\n')
     assert done.stderr.endswith(
         "ModuleNotFoundError: No module named 'bs4'\n"
-        "sandbox_runner: bs4 is not installed. Install it with install-package: the package is called beautifulsoup4.\n"
+        "sandbox_runner: bs4 is not installed. Install it with `python sandbox_runner.py install`: the package is "
+        "called beautifulsoup4.\n"
     )
 
 
@@ -145,6 +146,7 @@ def test_the_exit_status_is_what_a_shell_would_have_it(result: Result, status: i
         (["-c", "1", "--image", "none/such"], 125, "The image none/such is not here and can't be pulled"),
         (["-c", "1", "--mount", "nowhere:/x"], 2, "does not exist on this host"),
         (["-c", "1", "--mount", "~:/x"], 2, "'~' is refused, as it is the home directory"),
+        (["-c", "open('/proc/no', 'x')", "--image", "none/such"], 125, "manifest unknown. Pull or load it by hand"),
         ([], 2, "a FILE, - for standard input, or -c CODE is needed"),
     ],
 )

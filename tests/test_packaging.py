@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import urllib.parse
 import zipfile
 from pathlib import Path
 
@@ -66,6 +68,29 @@ def test_every_file_and_heading_that_the_readme_links_to_is_there() -> None:
     for target in re.findall(r"\]\((?!https?:|vscode:|cursor:)([^)]+)\)|src=\"(?!https?:)([^\"]+)\"", text):
         link = "".join(target)
         assert (link[1:] in headings) if link.startswith("#") else (ROOT / link).exists(), link
+
+
+def test_every_message_in_the_readme_is_one_that_the_program_has() -> None:
+    table = read("README.md").partition("## Troubleshooting")[2].partition("##")[0]
+    messages = [
+        message for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for message in row.strip("`").split("`, `")
+    ]
+    assert len(messages) > 10
+    source = re.sub(r"\"\n\s*f?\"", "", read("sandbox_runner.py") + read("python_docker_mcp.py"))
+    source = re.sub(r"\{[^{}]*\}", "…", source).replace("\\", "")
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in source, message
+
+
+def test_one_click_installs_what_the_readme_writes_out() -> None:
+    links = re.findall(r"\]\((https://(?:insiders.vscode.dev|cursor.com)/[^)]+)\)", read("README.md"))
+    vscode, cursor = (urllib.parse.parse_qs(urllib.parse.urlsplit(link).query) for link in links)
+    wanted = {"command": "uvx", "args": ["python-docker-mcp"]}
+    address, _, settings = vscode["url"][0].partition("?")
+    assert address == "vscode:mcp/install"
+    assert json.loads(urllib.parse.unquote(settings)) == {"name": "python-docker", **wanted}
+    assert (cursor["name"], json.loads(base64.b64decode(cursor["config"][0]))) == (["python-docker"], wanted)
 
 
 def test_the_registry_finds_the_name_that_it_checks_in_the_readme_that_pypi_shows() -> None:

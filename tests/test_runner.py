@@ -38,6 +38,7 @@ from sandbox_runner import (
     SessionError,
     Text,
     advise,
+    advise_on_walls,
     find_engine,
     host_image_name,
     last_line,
@@ -194,8 +195,14 @@ async def test_a_script_has_its_name_and_arguments(runner: Runner, settings: Con
         ({"timeout": 0}, "A timeout of 0 seconds can't be: give a number above zero."),
         ({"timeout": float("nan")}, "A timeout of nan seconds can't be"),
         ({"timeout": float("inf")}, "A timeout of inf seconds can't be"),
-        ({"state": {"a b": 1}}, "state: 'a b' can't be the name of a variable."),
-        ({"state": {"__name__": 1}}, "state: '__name__' can't be the name of a variable."),
+        (
+            {"state": {"a b": 1}},
+            "state: 'a b' can't be the name of a variable: use an identifier that does not start with two underscores.",
+        ),
+        (
+            {"state": {"__name__": 1}},
+            "state: '__name__' can't be the name of a variable: use an identifier that does not start with two",
+        ),
         ({"state": {"x": {1}}}, "state: the variable x can't be passed: set is not JSON."),
         ({"state": {"x": float("nan")}}, "state: the variable x can't be passed: nan is not JSON."),
     ],
@@ -354,7 +361,7 @@ async def test_a_sandbox_that_does_not_answer_is_removed(
     result = await runner.execute("1", session="s", timeout=0.1)
     assert (result.status, result.state) == ("timeout", "lost")
     assert result.message is not None
-    assert result.message.startswith("the sandbox itself did not answer for 0.1 seconds after the time-out")
+    assert result.message.startswith("the sandbox itself did not answer for 0.1 seconds, and was removed")
     assert docker.containers() == []
     docker.script(run={})
     assert (await runner.execute("1", session="s")).value == "1"
@@ -767,7 +774,10 @@ OLD_PODMAN = json.dumps({"Client": {"APIVersion": "3.0.1", "Version": "3.0.1"}})
         ),
         ({"stdout": OLD}, "is docker 19.03.1, which is too old: version 20 or later is needed"),
         ({"stdout": OLD_PODMAN}, "is podman 3.0.1, which is too old: version 4 or later is needed"),
-        ({"hang": True}, "hangs: `docker version` did not end within 0.3 seconds. Restart the engine it belongs to."),
+        (
+            {"hang": True},
+            "does not answer: `docker version` did not end within 0.3 seconds: .* Restart the engine it belongs to",
+        ),
         ({"stdout": "a shim", "exit": 0}, ".* does not answer: .* It said: exit status 0"),
         ({"stdout": "{}", "exit": 3}, ".* does not answer: .* It said: exit status 3"),
         ({"stdout": "[]"}, ".* does not answer"),
@@ -1206,3 +1216,20 @@ async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, mon
         await runner.execute("x = 2", session="s", state={"y": "much too long"})
     assert (await runner.execute("x", session="s")).value == "1"
     await runner.close_session("s")
+
+
+@pytest.mark.parametrize(
+    ("message", "docker", "words"),
+    [
+        ("<urlopen error [Errno -3] Temporary failure in name resolution>", {}, "no network (docker.network_disabled)"),
+        ("[Errno 101] Network is unreachable", {}, "no network (docker.network_disabled)"),
+        ("[Errno 101] Network is unreachable", {"network_disabled": False}, None),
+        ("[Errno 30] Read-only file system: '/etc/x'", {}, "Only /app and /tmp can be written to"),
+        ("[Errno 30] Read-only file system: '/data/x'", {"read_only": False}, None),
+        ("[Errno 28] No space left on device", {"disk_limit": "3m"}, "Files may take 3m"),
+        ("[Errno 2] No such file or directory: 'x'", {}, None),
+    ],
+)
+def test_code_that_runs_against_a_wall_is_told_which(message: str, docker: dict[str, Any], words: str | None) -> None:
+    advice = advise_on_walls(message, DockerConfig(**docker))
+    assert words in advice if words and advice else advice is words

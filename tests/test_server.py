@@ -475,7 +475,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("execute-transient", {"code": " \n"}, "code is empty; pass this: Python source code."),
     ("execute-transient", {"code": "#" * 300_000}, "The code is 300000 bytes long; the limit is 262144."),
     ("execute-transient", {"code": "1", "state": "{}"}, 'state must be an object such as {"x": 1}, not text.'),
-    ("execute-transient", {"code": "1", "state": {"a b": 1}}, "'a b' can't be the name of a variable."),
+    (
+        "execute-transient",
+        {"code": "1", "state": {"a b": 1}},
+        "'a b' can't be the name of a variable: use an identifier",
+    ),
     ("execute-transient", {"code": "1", "timeout": "5"}, "timeout must be a number, not text."),
     ("execute-transient", {"code": "1", "timeout": 0}, "timeout is 0: it must be a number of seconds above 0."),
     ("execute-transient", {"code": "1", "timeout": 301}, "A timeout of 301 seconds is more than the 300 allowed"),
