@@ -137,6 +137,7 @@ def test_whatever_is_not_ok_is_an_error_and_says_what_happened(result: Result, w
     ("result", "words"),
     [
         (Result("timeout", session="s", state="preserved"), "Session: s (its variables are kept)"),
+        (Result("timeout", session="s", state="preserved", is_new=True), "Session: s (new: there was no session"),
         (Result("died", session="s", state="lost"), "Session: s (its variables, functions and imports are lost"),
         (Result("ok", session="s", state="preserved"), "Session: s"),
     ],
