@@ -116,7 +116,7 @@ SESSION = {
 }
 # Every call in a session begins with this, on two lines.
 COUNT = "count = globals().get('count', 0) + 1\nprint('count', count, 'TOKEN', flush=True)\n"
-NEW = "(new: there was no session of this name)"
+NEW = "(new: there was no session of this name"
 CLEAN_UP = 3  # weight, beside those above
 
 
