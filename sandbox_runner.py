@@ -2769,6 +2769,8 @@ def without_passwords(text: str) -> str:
 def last_line(text: str) -> str:
     """The last line with something in it, printable, short and without passwords: engines say the reason last."""
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    if len(lines) > 1 and re.match(r"(See|Run) '\w+ [\w ]*--help'", lines[-1]):  # Docker's very last words
+        lines.pop()
     said = without_passwords(lines[-1]) if lines else ""
     return textwrap.shorten("".join(char if char.isprintable() else " " for char in said), 300, placeholder=" …")
 

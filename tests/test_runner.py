@@ -869,6 +869,10 @@ async def test_engine_commands_get_what_they_need_of_the_environment_and_no_secr
         ("pulling\rdone\r", "done"),
         ("x\x1b[31mred\x07", "x [31mred"),
         ("word " * 200, "word " * 58 + "word …"),
+        ("docker: no such network.\n\nRun 'docker run --help' for more information\n", "docker: no such network."),
+        ("docker: no such network.\nSee 'docker run --help'.\n", "docker: no such network."),
+        ("See 'docker run --help'.", "See 'docker run --help'."),
+        ("Get http://me:secret@proxy:1/v2: refused", "Get http://***@proxy:1/v2: refused"),
     ],
 )
 def test_the_last_line_that_an_engine_says_is_made_fit_to_show(text: str, line: str) -> None:
