@@ -133,6 +133,7 @@ class Session:
     risk: str | None = None  # why its state may be lost
     risk_until: float = math.inf  # calls begun later put an end to that
     orphaned: bool = False  # whether its server ended since it was used
+    imports: bool = False  # whether its last call imports something, which must not be interrupted in the middle
 
     def may_be_lost(self) -> str | None:
         """Why it may have lost its state, if it may."""
@@ -411,7 +412,7 @@ class Worker:
 
     async def _catch_up(self, session: Session) -> None:
         """Wait for the end of a call whose server did not tell it any more, or interrupt it."""
-        stop = self.random.random() < 0.5
+        stop = not session.imports and self.random.random() < 0.5
         started = time.monotonic()
         while True:
             answer = await self._use(session, "", interrupt=stop or None)
@@ -433,7 +434,7 @@ class Worker:
         started = time.monotonic()
         before = set(session.counts)
         reason = session.may_be_lost()
-        session.goes_on = True
+        session.goes_on, session.imports = True, bool(kind.images)
         session.counts = before | {count + 1 for count in before}
         if session.orphaned and kind.cancel:
             name, kind = "count", SESSION["count"]
@@ -644,8 +645,10 @@ class Killer:
                 session.risk_until = time.monotonic()
 
     async def _pause(self) -> None:
-        if names := await self.soak.containers():
-            name = self.random.choice(names)
+        # Not where a new connection may be on its way: a pause in the middle of an `exec` hangs Docker 20.10 (in runc).
+        settled = [one for one in self.soak.sessions if not one.orphaned and max(one.counts) > 1]
+        if settled:
+            name = session_container(self.random.choice(settled).name)
             with self._blow("container paused", name):
                 await self.soak.engine("pause", name)
                 await anyio.sleep(self.random.uniform(0.2, 4))
