@@ -30,9 +30,13 @@ lint: .venv/.dev ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m mypy
 
-bench: .venv/.dev ## what a call costs, beside the engine's own commands
+bench: .venv/.dev ## what a call costs, beside the engine's own commands; tables, and plots in build/
+	$(PIP) install -q --group bench
 	@sh tests/engines.sh test
-	. ./.engines/env && $(PY) -m tests.bench docker && $(PY) -m tests.bench podman
+	@mkdir -p build
+	@set -e; . ./.engines/env; for engine in docker podman; do \
+	    $(PY) -m tests.bench $$engine --json build/bench-$$engine.json --plot build/bench-$$engine.png; \
+	done
 
 clean: ## remove the virtual environment, caches and build results
 	rm -rf .venv .engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
