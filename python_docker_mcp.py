@@ -750,10 +750,10 @@ def session_section(result: Result, new_session: bool) -> Iterator[str]:
         words += " (its variables, functions and imports are lost: the next call starts without them)"
     elif new_session:
         words += f' (new; pass session_id "{result.session}" to go on in it)'
-    elif result.status not in ("ok", "error", "running"):
-        words += " (its variables are kept)"
-    elif result.is_new:
-        words += " (new: there was no session of this name)"
+    else:
+        remarks = ["new: there was no session of this name"] if result.is_new else []
+        remarks += ["its variables are kept"] if result.status not in ("ok", "error", "running") else []
+        words += f" ({'; '.join(remarks)})" if remarks else ""
     yield words
 
 

@@ -3627,7 +3627,7 @@ class Sandbox:
     async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
         """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
         self.cancelled = answer.id
-        with anyio.move_on_after(GRACE + SLACK / 4) as patience:
+        with anyio.move_on_after(GRACE + SLACK) as patience:
             await self.interrupt()
             if (await self._collect(answer, None, None, None)).lost:
                 self.lost = "a call was cancelled, and its code did not stop in time"
@@ -4550,15 +4550,15 @@ class Runner:
                 await sandbox.rename(session_container(name))
                 return
             except EngineError:
-                taken = await sandbox.engine.inspect("container", session_container(name), "{{.State.Status}}")
-                if not taken or time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     raise
-            # Another program was quicker, or the session's last container is only just going.
-            session.sandbox = await self._find_session(name)
-            if session.sandbox:
-                await sandbox.end()
-                return
-            session.sandbox = sandbox
+            # Another program was quicker; or the session's last container is only just going, or has gone since.
+            if await sandbox.engine.inspect("container", session_container(name), "{{.State.Status}}"):
+                session.sandbox = await self._find_session(name)
+                if session.sandbox:
+                    await sandbox.end()
+                    return
+                session.sandbox = sandbox
             await anyio.sleep(0.1)
 
     async def _claim_later(self, session: Session, name: str) -> None:

@@ -2,7 +2,8 @@
 # Makes sure that container engines are there and work:
 #
 #   sh tests/engines.sh demo    one of them: Docker, else Podman; if there is none, installs Docker
-#   sh tests/engines.sh test    both, and npx; installs what is missing, starts Docker's daemon if it is down
+#   sh tests/engines.sh test    both, gVisor for Docker, and npx; installs what is missing, starts Docker's daemon if it is
+#                               down. Without gVisor its tests are skipped, which ends nothing
 #
 # Installing and starting needs root, installing also Debian or Ubuntu. Silent when all is there; when it cannot go on, one
 # line on stderr says what to do, and the exit status is 1.
@@ -88,6 +89,33 @@ start_docker() {
     done
 }
 
+# --- gVisor, as a runtime of Docker's
+
+docker_has_gvisor() { docker info --format '{{json .Runtimes}}' 2>/dev/null | grep -q '"runsc"'; }
+
+get_gvisor() {
+    settings=/etc/docker/daemon.json
+    if [ "$(uname)" != Linux ] || [ "$(id -u)" != 0 ] || [ -n "${DOCKER_HOST-}" ]; then
+        say "Docker has no runtime runsc, and setting it up takes root on its host: the tests of gVisor will be skipped"
+    elif [ -s "$settings" ]; then
+        say "$settings has settings already and is left alone: the tests of gVisor are skipped unless you add runsc to it"
+    elif ! has runsc && ! (install "no gVisor" runsc); then # in a shell of its own: to die there is not the end
+        say "the tests of gVisor will be skipped"
+    else
+        mkdir -p /etc/docker
+        # ptrace works everywhere, also in virtual machines; sandboxes have no network anyway.
+        printf '{"runtimes": {"runsc": {"path": "%s", "runtimeArgs": ["--platform=ptrace", "--network=none"]}}}\n' \
+            "$(command -v runsc)" >"$settings"
+        kill -HUP "$(cat /var/run/docker.pid)" # has the daemon read that, and disturbs no container
+        tries=0
+        until docker_has_gvisor; do
+            tries=$((tries + 1))
+            [ "$tries" -le 10 ] || { say "Docker did not take the runtime runsc from $settings"; return; }
+            sleep 1
+        done
+    fi
+}
+
 # --- Podman
 
 # Runs a container for real. No registry need be reachable: the image is this machine's `true` and the libraries it needs.
@@ -131,6 +159,7 @@ test)
     docker_works || get_docker
     ! grep -q 'Podman Engine' .engines/docker.log ||
         die "docker is Podman in disguise here: for the tests remove podman-docker and install Docker"
+    docker_has_gvisor || get_gvisor
     has podman || install "no podman" podman runc
     podman_works || { ! has runc && install "no working Podman" runc && podman_works; } ||
         die "podman cannot run a container, with its own settings nor with tests/containers.conf: $(last_line .engines/podman.log)"

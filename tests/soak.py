@@ -116,7 +116,7 @@ SESSION = {
 }
 # Every call in a session begins with this, on two lines.
 COUNT = "count = globals().get('count', 0) + 1\nprint('count', count, 'TOKEN', flush=True)\n"
-NEW = "(new: there was no session of this name)"
+NEW = "(new: there was no session of this name"
 CLEAN_UP = 3  # weight, beside those above
 
 
@@ -133,6 +133,7 @@ class Session:
     risk: str | None = None  # why its state may be lost
     risk_until: float = math.inf  # calls begun later put an end to that
     orphaned: bool = False  # whether its server ended since it was used
+    imports: bool = False  # whether its last call imports something, which must not be interrupted in the middle
 
     def may_be_lost(self) -> str | None:
         """Why it may have lost its state, if it may."""
@@ -341,9 +342,10 @@ class Worker:
         self.soak.kinds[f"transient {name}"] += 1
         if kind.cancel:
             return
-        if answer.status in ("died", "failed") and kind.status != "died" and self.soak.excuse(started):
+        problem = wrong(kind, answer, token)
+        if problem and answer.status in ("died", "failed") and self.soak.excuse(started):
             self.soak.kinds["(transient calls lost to a kill)"] += 1
-        elif problem := wrong(kind, answer, token):
+        elif problem:
             self.soak.violation(f"transient {name} {token}: {problem}: {answer}")
         elif state and f'"seen": {state["seen"] + 1}' not in answer.text:
             self.soak.violation(f"transient {name} {token}: the state is not what it should be: {answer}")
@@ -352,6 +354,8 @@ class Worker:
 
     async def _persistent(self) -> None:
         session = await self._take()
+        if session is None:
+            return await self._transient()
         try:
             if session.goes_on:
                 await self._catch_up(session)
@@ -361,14 +365,17 @@ class Worker:
                 await self._call(session)
         finally:
             session.busy = False
+        return None
 
-    async def _take(self) -> Session:
+    async def _take(self) -> Session | None:
         """One of our sessions that nobody uses, or a new one if there are few."""
         mine = [one for one in self.soak.sessions if one.owner == self.client.index and not one.busy]
         if mine and (len(self.soak.sessions) >= SESSIONS or self.random.random() < 0.8):
             session = self.random.choice(mine)
             session.busy = True
             return session
+        if len(self.soak.sessions) >= SESSIONS:
+            return None
         name = f"soak-{self.soak.id}-{self.random.randrange(16**6):06x}"
         session = Session(name, self.client.index, busy=True)
         if self.random.random() < 0.3:
@@ -387,6 +394,7 @@ class Worker:
         """A call in a session, again if it is said that another program uses it: that is one that has just ended."""
         deadline = time.monotonic() + HANDOVER
         while True:
+            await self._own(session)
             answer = await self.client.call("execute-persistent", *rest, code=code, session_id=session.name, **more)
             if "being used by another program" not in answer.text or answer.status != "failed":
                 return answer
@@ -395,9 +403,16 @@ class Worker:
                 self.soak.violation(f"{session.name} stays in use by a server that ended {HANDOVER:g} s ago")
             await anyio.sleep(0.5)
 
+    async def _own(self, session: Session) -> None:
+        """See that the session has not been given to another client, while ours had no server."""
+        with anyio.fail_after(PATIENCE):
+            await self.client.ready.wait()
+        if session.owner != self.client.index:
+            raise ServerGoneError
+
     async def _catch_up(self, session: Session) -> None:
         """Wait for the end of a call whose server did not tell it any more, or interrupt it."""
-        stop = self.random.random() < 0.5
+        stop = not session.imports and self.random.random() < 0.5
         started = time.monotonic()
         while True:
             answer = await self._use(session, "", interrupt=stop or None)
@@ -405,20 +420,21 @@ class Worker:
             if answer.status != "running":
                 break
         session.goes_on = False
-        if NEW in answer.text:
+        if NEW in answer.text or "had been lost before" in answer.text:
             self._begin_anew(session, answer)
         elif answer.state == "lost":
             self._lose(session, answer, time.monotonic(), "its code, its server gone" if stop else None)
         elif answer.status in ("failed", "refused") and not self.soak.excuse(started):
             self.soak.violation(f"{session.name}: what was left running has no end: {answer}")
-        session.used = time.monotonic()
+        if answer.status != "failed":
+            session.used = time.monotonic()
 
     async def _call(self, session: Session) -> None:
         name, kind, token = self._choose(SESSION)
         started = time.monotonic()
         before = set(session.counts)
         reason = session.may_be_lost()
-        session.goes_on = True
+        session.goes_on, session.imports = True, bool(kind.images)
         session.counts = before | {count + 1 for count in before}
         if session.orphaned and kind.cancel:
             name, kind = "count", SESSION["count"]
@@ -433,9 +449,13 @@ class Worker:
                 answer = await self._use(session, "", interrupt=kind.interrupt or None)
                 text += answer.text
         except ServerGoneError:
-            session.counts |= {0, 1} if reason else set()
+            # The end of the call may have been told in the very moment in which the server died.
+            session.counts |= {0, 1} if reason or kind.loses else set()
             raise
         session.goes_on = False
+        if reason and (kind.cancel or answer.status == "failed"):
+            session.counts |= {0, 1}
+            return
         if not kind.cancel:
             self._judge(session, name, kind, token, dataclasses.replace(answer, text=text), before, started)
             if answer.status == "ok" and kind.resource and "Still running" not in text:  # else it is in several parts
@@ -449,6 +469,8 @@ class Worker:
         found = re.search(rf"count (\d+) {token}", answer.text)
         if found:
             self._compare(session, int(found[1]), before, answer)
+        elif NEW in answer.text:
+            self._begin_anew(session, answer)
         if answer.state == "lost":
             paused = kind.stops and self.soak.has_paused(session, started)
             reason = "its code" if kind.loses else "paused while it was to be stopped" if paused else None
@@ -457,13 +479,10 @@ class Worker:
             session.risk = None
         if found and session.orphaned:
             session.orphaned = False
-        if (
-            answer.status in ("died", "failed")
-            and kind.status != "died"
-            and (session.risk or self.soak.excuse(started))
-        ):
+        problem = wrong(kind, answer, token) or ("" if found or kind.timeout or kind.interrupt else "no counter")
+        if problem and answer.status in ("died", "failed") and (session.risk or self.soak.excuse(started)):
             self.soak.kinds[f"(session calls that {answer.status} by a kill)"] += 1
-        elif problem := wrong(kind, answer, token) or ("" if found or kind.timeout else "no counter"):
+        elif problem:
             self.soak.violation(f"{session.name} {name} {token}, counter before {before}: {problem}: {answer}")
 
     def _compare(self, session: Session, count: int, before: set[int], answer: Answer) -> None:
@@ -485,9 +504,9 @@ class Worker:
         """There is no such session any more, it is said."""
         if reason := session.may_be_lost():
             self.soak.fates[f"lost: {reason}"] += 1
-        elif 0 not in session.counts:
+        elif 0 not in session.counts and not self.soak.excuse(session.used):
             self.soak.violation(f"{session.name} counts {session.counts}, and is said to be new: {answer}")
-        session.counts = {0}
+        session.counts = {0, 1}  # this call may have counted, or not
 
     def _lose(self, session: Session, answer: Answer, started: float, reason: str | None) -> None:
         """The state is said to be lost."""
@@ -515,6 +534,7 @@ class Worker:
 
     async def _clean_up(self, session: Session) -> None:
         """End a session, and sometimes begin another one under its name."""
+        await self._own(session)
         started = time.monotonic()
         counts, session.counts = session.counts, session.counts | {0}  # if the server ends before it answers
         answer = await self.client.call("cleanup-session", session_id=session.name)
@@ -625,8 +645,10 @@ class Killer:
                 session.risk_until = time.monotonic()
 
     async def _pause(self) -> None:
-        if names := await self.soak.containers():
-            name = self.random.choice(names)
+        # Not where a new connection may be on its way: a pause in the middle of an `exec` hangs Docker 20.10 (in runc).
+        settled = [one for one in self.soak.sessions if not one.orphaned and max(one.counts) > 1]
+        if settled:
+            name = session_container(self.random.choice(settled).name)
             with self._blow("container paused", name):
                 await self.soak.engine("pause", name)
                 await anyio.sleep(self.random.uniform(0.2, 4))

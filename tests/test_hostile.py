@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
+import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from pathlib import Path
 
 import anyio
 import pytest
+from conftest import why_unusable
 
 import sandbox_runner
 from sandbox_runner import (
     Config,
+    DockerConfig,
     Engine,
     Image,
     PackageConfig,
@@ -71,6 +74,7 @@ class Attack:
     held: str  # the value that shows that it came to nothing
     defence: Defence
     alone: Sequence[str] = BOTH  # the engines on which nothing else holds it
+    gvisor: bool = True  # whether that value is to be seen under gVisor, too (that of 2022, with --ignore-cgroups)
 
 
 PRELUDE = """
@@ -124,6 +128,7 @@ ATTACKS = [
         "{attempt(open, f'/proc/1/{name}', 'rb') for name in ('mem', 'environ', 'maps', 'auxv', 'pagemap')}",
         "{'EACCES'}",
         HIDING,
+        gvisor=False,
     ),
     Attack(
         "writes into the memory of process 1",
@@ -138,6 +143,7 @@ ATTACKS = [
         "attempt(os.listdir, '/proc/1/fd'), {attempt(os.open, f'/proc/1/fd/{n}', os.O_RDWR) for n in range(16)}",
         "('EACCES', {'EACCES'})",
         HIDING,
+        gvisor=False,
     ),
     Attack(
         "makes process 1 the first victim of the out-of-memory killer",
@@ -153,6 +159,7 @@ ATTACKS = [
         "'EPERM'",
         FILTER,
         alone=(),  # process 1 is hidden as well
+        gvisor=False,
     ),
     Attack(
         "traces process 1",
@@ -217,6 +224,7 @@ ATTACKS = [
         "os.getresgid(), set(os.getgroups()) - {65534}",
         "({'0000000000000000'}, (65534, 65534, 65534), set())",
         Defence("--cap-drop"),
+        gvisor=False,
     ),
     Attack(
         "gains privileges by a program with the setuid bit",
@@ -225,6 +233,7 @@ ATTACKS = [
         "'1'",
         Defence("--security-opt"),
         alone=(),  # the guest sets the same for itself
+        gvisor=False,
     ),
     Attack(
         "mounts, changes its root, makes device files, sets the host's name, opens raw sockets",
@@ -235,6 +244,7 @@ ATTACKS = [
         "['EPERM', 'EPERM', 'EPERM', 'EPERM', 'EPERM']",
         Defence("--cap-drop"),
         alone=(),  # an unprivileged user has none of its capabilities in effect
+        gvisor=False,
     ),
     # ── system calls: what the engines let through differs, what the guest refuses does not ──
     Attack(
@@ -344,6 +354,7 @@ ATTACKS = [
         "os.statvfs('/').f_flag & os.ST_RDONLY, os.statvfs('/packages').f_flag & os.ST_RDONLY",
         "(1, 1)",
         Defence("--read-only"),
+        gvisor=False,
     ),
     Attack(
         "runs programs from /tmp, or has devices and setuid programs in what it can write to",
@@ -352,6 +363,7 @@ ATTACKS = [
         "os.statvfs('/tmp').f_flag & os.ST_NOEXEC",
         "([6, 6, 6], 8)",
         Defence("rw,nosuid,nodev", "rw,suid,dev"),
+        gvisor=False,
     ),
     Attack(
         "fills the places where it may write",
@@ -381,6 +393,7 @@ ATTACKS = [
         "[]",
         Defence("--device"),
         alone=(),  # the engines give none unless asked to
+        gvisor=False,
     ),
     Attack(
         "changes the kernel's settings",
@@ -460,6 +473,7 @@ ATTACKS = [
         "200 < len(pids) < 256",
         "True",
         Defence("--pids-limit"),
+        gvisor=False,
     ),
     Attack(
         "opens files until nothing goes any more",
@@ -493,6 +507,7 @@ ATTACKS = [
         "int(quota.replace('max', '-1')) / int(period)",
         "0.5",
         Defence("--cpus"),
+        gvisor=False,
     ),
     Attack(
         "goes on in swap when its memory is full",
@@ -504,6 +519,7 @@ ATTACKS = [
         "('0', str(256 << 20), None)",
         repr((str(256 << 20), True)),
         Defence("--memory-swap"),
+        gvisor=False,
     ),
 ]
 
@@ -563,14 +579,19 @@ async def evaluate(runner: Runner, code: str, session: str | None = None) -> str
 
 
 async def test_every_attack_of_the_table_comes_to_nothing(runner: Runner, session: str) -> None:
-    """All in one session: what one of them breaks, the next ones would see."""
-    came_through = {}
-    for attack in ATTACKS:
+    attacks = [attack for attack in ATTACKS if attack.gvisor or not runner.config.docker.runtime]
+    assert await what_comes_through(attacks, runner, session) == {}
+
+
+async def what_comes_through(attacks: Sequence[Attack], runner: Runner, session: str) -> dict[str, object]:
+    """The attacks that do not come to nothing, all in one session: what one of them breaks, the next ones would see."""
+    came_through: dict[str, object] = {}
+    for attack in attacks:
         result = await runner.execute(PRELUDE + attack.code, session=session)
         if result.value != attack.held or result.lost_before:
             came_through[attack.does] = result.value or result
-    assert came_through == {}
     assert await evaluate(runner, "1 + 1", session) == "2"
+    return came_through
 
 
 DEFENCES = list(dict.fromkeys(attack.defence for attack in ATTACKS if attack.alone))
@@ -856,6 +877,43 @@ os.WTERMSIG(status)
     assert (result.status, result.value) == ("ok", "9") or result.status == "out_of_memory"
     assert result.oom_kills > 0
     assert await evaluate(runner, "6 * 7", session) == "42"
+
+
+# ── gVisor ──
+
+
+@pytest.fixture
+def gvisor() -> Config:
+    """Settings for Docker with the runtime runsc."""
+    if problem := why_unusable("docker"):
+        pytest.skip(problem)
+    command = ["docker", "info", "--format={{json .Runtimes}}"]
+    if "runsc" not in subprocess.run(command, capture_output=True, text=True, check=True).stdout:
+        pytest.skip("Docker here has no runtime runsc: `sh tests/engines.sh test` says why, or sets it up")
+    return Config(docker=DockerConfig(command="docker", image="host", runtime="runsc"))
+
+
+async def test_under_gvisor_sessions_work_and_what_does_not_need_the_hosts_kernel_holds(
+    gvisor: Config, session: str
+) -> None:
+    async with run_closed(gvisor, session) as runner:
+        assert await what_comes_through([attack for attack in ATTACKS if attack.gvisor], runner, session) == {}
+        assert await evaluate(runner, "kept = 41\nkept + 1", session) == "42"
+        result = await runner.execute("import time\ntime.sleep(60)", session=session, timeout=0.5)
+        assert (result.status, result.state) == ("timeout", "preserved")
+        result = await runner.execute("import os\nos.fork()\nos._exit(3)", session=session)
+        assert (result.status, result.exit_code, result.state) == ("died", 3, "lost")
+        assert await evaluate(runner, "'kept' in globals()", session) == "False"
+
+
+async def test_under_gvisor_a_session_ends_with_its_host_as_no_plug_could_be_told_from_the_code(
+    gvisor: Config, session: str
+) -> None:
+    """Otherwise: nobody could use the session, nor its name, until it has not been used for a long time."""
+    async with run_closed(gvisor, session) as runner:
+        async with open_runner(fixed(gvisor)) as first:
+            await first.execute("kept = 1", session=session)
+        assert await evaluate(runner, "'kept' in globals()", session) == "False"
 
 
 # ── what does not hold, and is not said to ──

@@ -436,6 +436,22 @@ async def test_a_container_that_is_killed_under_a_call_is_told_of(runner: Runner
     assert (await runner.execute("1", session="s")).value == "1"
 
 
+async def test_a_session_gets_its_name_though_its_last_container_went_only_while_it_was_asked_for(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    docker.script(rename={"exit": 1, "stderr": "the name is already in use"})
+    results: list[Result] = []
+
+    async def call() -> None:
+        results.append(await runner.execute("1 + 1", session="s"))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call)
+        await until(lambda: ["container", "inspect"] in [line[:2] for line in docker.log()])
+        docker.script(rename={})
+    assert [result.value for result in results] == ["2"]
+
+
 async def test_a_call_that_fails_does_not_disturb_one_that_waits_for_the_image(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

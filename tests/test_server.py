@@ -138,6 +138,7 @@ def test_whatever_is_not_ok_is_an_error_and_says_what_happened(result: Result, w
     ("result", "words"),
     [
         (Result("timeout", session="s", state="preserved"), "Session: s (its variables are kept)"),
+        (Result("timeout", session="s", state="preserved", is_new=True), "Session: s (new: there was no"),
         (Result("died", session="s", state="lost"), "Session: s (its variables, functions and imports are lost"),
         (Result("ok", session="s", state="preserved"), "Session: s"),
     ],
@@ -523,7 +524,7 @@ async def test_a_client_comes_back_for_code_that_takes_long_and_can_stop_it(conf
         stopped = await client.call_tool("execute-persistent", {"code": "", "session_id": "s", "interrupt": True})
         assert stopped.is_error
         assert text_of(stopped).startswith("Cancelled: the code was stopped.")
-        assert text_of(stopped).endswith("Session: s (its variables are kept)")
+        assert text_of(stopped).endswith("its variables are kept)")
         after = await client.call_tool("execute-persistent", {"code": "x", "session_id": "s"})
         assert text_of(after) == "Value: 5\n\nSession: s"
         await client.call_tool("cleanup-session", {"session_id": "s"})
