@@ -33,9 +33,13 @@ lint: .venv/.dev ## ruff and mypy
 docs: .venv/.dev ## the README's tables of settings, written anew from the code
 	$(PY) -m tests.readme
 
-bench: .venv/.dev ## what a call costs, beside the engine's own commands
+bench: .venv/.dev ## what a call costs, beside the engine's own commands; tables, and plots in build/
+	$(PIP) install -q --group bench
 	@sh tests/engines.sh test
-	. ./.engines/env && $(PY) -m tests.bench docker && $(PY) -m tests.bench podman
+	@mkdir -p build
+	@set -e; . ./.engines/env; for engine in docker podman; do \
+	    $(PY) -m tests.bench $$engine --json build/bench-$$engine.json --plot build/bench-$$engine.png; \
+	done
 
 fuzz: .venv/.dev ## look for input that breaks the frame parsers, for SECONDS (300)
 	$(PIP) install -q --group fuzz

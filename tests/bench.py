@@ -827,11 +827,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(engine, image, options.rounds, Path(folder))
         print(describe(bench))
-        for name in options.rows:
-            print(f"measuring {name} …", file=sys.stderr)
-            with bench.closing:
-                outcomes += ROWS[name](bench)
-    print(table(outcomes))
+        try:
+            for name in options.rows:
+                print(f"measuring {name} …", file=sys.stderr)
+                with bench.closing:
+                    outcomes += ROWS[name](bench)
+        finally:  # what was measured until something failed is told nevertheless
+            print(table(outcomes))
     if options.json:
         everything = {"about": describe(bench), "measured": [dataclasses.asdict(measured) for measured in outcomes]}
         options.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
