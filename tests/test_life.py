@@ -879,7 +879,7 @@ async def main():
     async with open_runner({config!r}, warm=True) as runner:
         if session := {session!r}:
             await runner.execute("x = 'kept'", session=session + "-idle")
-            answer = await runner.execute({busy!r}, session=session + "-busy", answer_within=0)
+            answer = await runner.execute({busy!r}, session=session + "-busy", timeout=299, answer_within=0)
             while "begun" not in answer.stdout:
                 answer = await runner.execute("", session=session + "-busy", answer_within=0.05)
         while not runner._pool.ready:
