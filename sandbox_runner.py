@@ -125,7 +125,8 @@ INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
 PRUNE_PAUSE = 75  # longer than any container takes from being created to running
 ATTACH_TIMEOUT = 15  # from `docker exec` to the same
-MOMENT = 1.0  # that a call is given to end before another one on its session is refused
+LOOK_TIMEOUT = 5  # the same, when a sandbox is only asked how it is
+MOMENT = 1.0  # that a call is given to end, or a host to have gone, before another one on its session is refused
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
 RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
@@ -2572,21 +2573,32 @@ class Engine:
         return ["exec", "--interactive", f"--user={PLUG_UID}:{PLUG_UID}", name, "python3", "-I", "-S", "-c", program]
 
     async def inspect(self, kind: str, name: str, template: str) -> str | None:
-        """One fact about an image or container; None if there is none of that name."""
-        try:
-            return (await self.run(kind, "inspect", f"--format={template}", name)).strip() or None
-        except EngineError:
-            return None
+        """One fact about an image or container; None if there is none of that name.
 
-    async def sandboxes(self, **labels: str) -> list[str]:
-        """The names of all containers that carry our label, and these ones of ours, whoever started them."""
-        filters = (f"--filter=label={LABEL}.{key}={value}" for key, value in labels.items())
-        return names_in(await self.run("ps", f"--filter=label={LABEL}", *filters, "--format={{.Names}}"))
+        Raises:
+            EngineError: the engine does not answer, so nobody knows.
+        """
+        for _ in range(2):  # it may have been down for a moment
+            try:
+                return (await self.run(kind, "inspect", f"--format={template}", name)).strip() or None
+            except EngineError:
+                await self.run("version")
+        return None
+
+    async def sandboxes(self, *filters: str) -> list[str]:
+        """The names of the sandboxes that run or are paused, whoever started them; with filters, of those."""
+        states = ("--filter=status=running", "--filter=status=paused")  # Podman would leave out what is paused
+        return await self._ours(*states, *filters)
 
     async def leftovers(self) -> list[str]:
         """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
-        states = ("--filter=status=created", "--filter=status=exited")
-        return names_in(await self.run("ps", "--all", f"--filter=label={LABEL}", *states, "--format={{.Names}}"))
+        return await self._ours("--all", "--filter=status=created", "--filter=status=exited")
+
+    async def _ours(self, *options: str) -> list[str]:
+        """The names of containers that have all our labels, and a name as we give them: one alone may be anybody's."""
+        labels = (f"--filter=label={label}" for label in (LABEL, f"{LABEL}.owner", f"{LABEL}.settings"))
+        names = (await self.run("ps", *options, *labels, "--format={{.Names}}")).split()
+        return [name for name in names if CONTAINER_NAME.fullmatch(name)]
 
     async def remove(self, name: str) -> None:
         """Kill and remove a container; that it is gone already is fine."""
@@ -2754,11 +2766,6 @@ async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> Non
     async for data in stream:
         tail += data
         del tail[:-ERRORS_KEPT]
-
-
-def names_in(output: str) -> list[str]:
-    """The names of containers that an engine lists; what can't be one must not become an argument."""
-    return [name for name in output.split() if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}", name)]
 
 
 def without_passwords(text: str) -> str:
@@ -3339,19 +3346,21 @@ class Request:
 
 @dataclass(frozen=True)
 class SandboxInfo:
-    """What a sandbox says of itself."""
+    """What a sandbox says of itself; of one that does not answer, a paused one for example, only the name is known."""
 
     name: str  # of its container
-    session: str | None
-    attached: bool  # whether some program is using it
-    owner: str  # that program's id, or the last one's
-    busy: bool
-    age: float  # seconds
-    idle: float  # seconds since its last call
-    memory: int | None  # bytes in use
+    answers: bool = False
+    session: str | None = None
+    attached: bool = False  # whether some program is using it
+    owner: str = ""  # that program's id, which ends with its process id; or the last one's
+    busy: bool = False
+    age: float = 0.0  # seconds
+    idle: float = 0.0  # seconds since its last call
+    memory: int | None = None  # bytes in use
 
 
 SESSION_CONTAINER = "python-docker-mcp-session-"
+CONTAINER_NAME = re.compile(rf"{SESSION_CONTAINER}[0-9a-f]{{24}}|python-docker-mcp-[0-9a-f]{{16}}")
 
 
 def session_container(session: str) -> str:
@@ -3464,6 +3473,7 @@ class Sandbox:
         owner: str,
         tasks: anyio.abc.TaskGroup,
         settings: str | None = None,
+        patience: float = ATTACH_TIMEOUT,
     ) -> Sandbox | SandboxInfo | None:
         """Take over a sandbox that nobody has, if it holds `session`, or none and was made with the digest `settings`.
 
@@ -3472,11 +3482,11 @@ class Sandbox:
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
         try:
-            with anyio.move_on_after(ATTACH_TIMEOUT):
+            with anyio.move_on_after(patience):
                 await sandbox._send({"session": session, "settings": settings, "owner": owner})
                 await sandbox._greeted.wait()
         except BaseException:
-            sandbox._kill_client()  # it would plug in nevertheless, and nobody would know of it
+            sandbox._kill_client()  # else we would be the owner of what nobody knows
             raise
         greeting = sandbox._greeting
         if greeting and greeting.get("kind", str) == "ready":
@@ -3495,6 +3505,7 @@ class Sandbox:
             raise ProtocolError("a session's id that can't be one")
         return SandboxInfo(
             name=self.name,
+            answers=True,
             session=session,
             attached=said.get("attached", bool),
             owner=said.get("owner", str),
@@ -3524,6 +3535,9 @@ class Sandbox:
                 await self._process.aclose()
             self.gone.set()
             self._greeted.set()
+            if self._unread:
+                self._forget(self._unread)  # nobody will ask us any more
+                self._unread = None
             for answer in self._answers.values():
                 answer.put.close()
 
@@ -3615,6 +3629,10 @@ class Sandbox:
                 self._idle = anyio.Event()
                 self._tasks.start_soon(self._settle, answer, self._idle)
 
+    def was_cut(self, result: Result) -> bool:
+        """Whether this result only tells that our connection ended, which says nothing of the container."""
+        return result.status == "died" and not result.lost and self.gone.is_set() and not self.left
+
     async def interrupt(self) -> None:
         """Have the running code interrupted; how it ends is its call's result."""
         await self._send({"op": "interrupt", "id": self.asked})
@@ -3627,14 +3645,16 @@ class Sandbox:
     async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
         """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
         self.cancelled = answer.id
-        with anyio.move_on_after(GRACE + SLACK) as patience:
-            await self.interrupt()
-            if (await self._collect(answer, None, None, None)).lost:
-                self.lost = "a call was cancelled, and its code did not stop in time"
-        if patience.cancelled_caught:
-            await self.remove()
-        self._forget(answer)
-        idle.set()
+        try:
+            with anyio.move_on_after(GRACE + SLACK) as patience:
+                await self.interrupt()
+                if (await self._collect(answer, None, None, None)).lost:
+                    self.lost = "a call was cancelled, and its code did not stop in time"
+            if patience.cancelled_caught:
+                await self.remove()
+        finally:
+            self._forget(answer)
+            idle.set()
 
     def stop_unread(self) -> None:
         """Stop the code of a call that was cancelled over another connection, which ended before that came through."""
@@ -4065,6 +4085,8 @@ class Ongoing:
         if self._outcome and not self._told:
             return self._outcome
         output, self._output = merge(self._output), []
+        if not self._outcome and self.ended.is_set():
+            raise SessionError(f"The session {self.session!r} was ended before the call could begin.")
         if self._outcome:
             return dataclasses.replace(self._outcome, output=output)
         self._told = True
@@ -4221,6 +4243,8 @@ class Pool:
                     if attempt == 0:
                         log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one tells it, too
                     await anyio.sleep(min(2**attempt, RETRY_AT_MOST))
+                    if self._count >= self._config.size:
+                        break  # the place was taken meanwhile; whoever frees one sees to what is missing
                     self._count += 1
         finally:
             self._coming -= 1
@@ -4241,12 +4265,12 @@ class Pool:
         self._tasks.start_soon(self._watch, sandbox)
 
     async def _watch(self, sandbox: Sandbox) -> None:
-        """Free the place of a sandbox that is gone; one that was ready is replaced."""
+        """Free the place of a sandbox that is gone; one that was ready is replaced, or one that had no place."""
         await sandbox.gone.wait()
         self.let_go(sandbox)
         if sandbox in self.ready:
             self.ready.remove(sandbox)
-            self._fill()
+        self._fill()
 
     def let_go(self, sandbox: Sandbox) -> None:
         """Count a sandbox no longer: it is gone, or a session's, which are bounded by `session.max`."""
@@ -4268,7 +4292,7 @@ class Runner:
     ) -> None:
         self.config = config
         self.on_status = on_status
-        self.owner = secrets.token_hex(8)
+        self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
         self.status = ""  # what a call that waits is waiting for
         self.engine: Engine | None = None
         self.image: Image | None = None
@@ -4439,34 +4463,39 @@ class Runner:
                 session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
                 sandbox = await self._sandbox_of(session, request.session)
                 result = await sandbox.call(request, on_output)
-            elif result.status == "died" and sandbox.gone.is_set() and not sandbox.left:
-                result = await self._resume(session, sandbox, request, result, on_output)
+            elif sandbox.was_cut(result):
+                result = await self._resume(session, request.session, sandbox, request, result, on_output)
         return dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new)
 
     async def _resume(
         self,
         session: Session,
-        gone: Sandbox,
-        request: Request,
+        name: str,
+        cut: Sandbox,
+        request: Request | None,
         begun: Result,
         on_output: OnOutput,
     ) -> Result:
         """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
-        assert request.session is not None
-        await self._look_again(session, request.session)
-        sandbox = session.sandbox
-        if not sandbox:
-            session.lost = None  # `begun` tells it
-            return begun
-        if sandbox.asked != gone.asked:
-            result = await sandbox.call(request, on_output)
-            lost, sandbox.lost = sandbox.lost, None
-            return dataclasses.replace(result, lost_before=result.lost_before or lost)
-        if not sandbox.has_unread:
-            message = "the connection to the container was cut, and the end of the call with it"
-            return dataclasses.replace(begun, state="preserved", message=message)
-        rest = await sandbox.read_unread(on_output)
-        return dataclasses.replace(rest, output=merge((*begun.output, *rest.output)))
+        output, lost = begun.output, None
+        while True:
+            await self._look_again(session, name)
+            sandbox = session.sandbox
+            if not sandbox:
+                session.lost = None  # `begun` tells it
+                return dataclasses.replace(begun, output=merge(output))
+            if request and sandbox.asked != cut.asked:
+                rest = await sandbox.call(request, on_output)
+                lost, sandbox.lost = lost or sandbox.lost, None
+            elif sandbox.has_unread:
+                rest = await sandbox.read_unread(on_output)
+            else:
+                message = "the connection to the container was cut, and the end of the call with it"
+                return dataclasses.replace(begun, output=merge(output), state="preserved", message=message)
+            output = (*output, *rest.output)
+            if not sandbox.was_cut(rest):
+                return dataclasses.replace(rest, output=merge(output), lost_before=rest.lost_before or lost)
+            cut = sandbox
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -4486,7 +4515,7 @@ class Runner:
             session.sandbox = await self._find_session(name)
         if session.sandbox and session.sandbox.has_unread:
             session.ongoing = Ongoing(name, None, session.sandbox.ran_before)
-            self._tasks.start_soon(session.ongoing.run, functools.partial(self._read_unread, session.sandbox))
+            self._tasks.start_soon(session.ongoing.run, functools.partial(self._read_unread, session, name))
 
     async def _look_again(self, session: Session, name: str) -> None:
         """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
@@ -4495,13 +4524,17 @@ class Runner:
         if gone and session.sandbox and session.sandbox.has_unread and session.sandbox.asked == gone.cancelled:
             session.sandbox.stop_unread()
 
-    async def _read_unread(self, sandbox: Sandbox, on_output: OnOutput) -> Result:
+    async def _read_unread(self, session: Session, name: str, on_output: OnOutput) -> Result:
         """What an earlier host was not told of the session's call any more."""
+        sandbox = session.sandbox
+        assert sandbox is not None
         gap = (Omitted(sandbox.told_before),) if sandbox.told_before else ()
         for item in gap:
             await on_output(item)
         with self._counted():
             result = await sandbox.read_unread(on_output)
+            if sandbox.was_cut(result):
+                result = await self._resume(session, name, sandbox, None, result, on_output)
         return dataclasses.replace(result, output=(*gap, *result.output))
 
     async def _sandbox_of(self, session: Session, name: str, is_new: bool = False) -> Sandbox:
@@ -4519,7 +4552,8 @@ class Runner:
             if is_new:
                 self._tasks.start_soon(self._claim_later, session, name)
             else:
-                await self._claim(session, name)
+                await self._claim_now(session, name)
+        assert session.sandbox
         return session.sandbox
 
     async def _make_room(self) -> None:
@@ -4561,6 +4595,17 @@ class Runner:
                 session.sandbox = sandbox
             await anyio.sleep(0.1)
 
+    async def _claim_now(self, session: Session, name: str) -> None:
+        """Claim a session before its first call, or give up the sandbox that was to be its own."""
+        sandbox = session.sandbox
+        try:
+            await self._claim(session, name)
+        except BaseException:
+            if sandbox and session.sandbox is sandbox:
+                session.sandbox = None  # nothing has run in it, and no other program would find it
+                self._tasks.start_soon(sandbox.end)
+            raise
+
     async def _claim_later(self, session: Session, name: str) -> None:
         """Claim a session that nobody else can know yet; at worst no other program will find it."""
         sandbox = session.sandbox
@@ -4571,21 +4616,41 @@ class Runner:
                 log.warning("the session %s will not be found by other programs: %s", name, error)
 
     async def _find_session(self, name: str) -> Sandbox | None:
-        """Plug into a session that an earlier host left. Raises SessionError if another host has it."""
+        """Plug into a session that an earlier host left; None if there is none.
+
+        Raises:
+            EngineError: it can't be known whether there is one.
+            SessionError: another host has it, or its container does not answer.
+        """
         engine = await self._find_engine()
-        deadline = time.monotonic() + ATTACH_TIMEOUT
-        while True:
-            answer = await Sandbox.plug_in(engine, session_container(name), name, self.owner, self._tasks)
-            if answer is None or isinstance(answer, Sandbox):
+        container = session_container(name)
+        begun = time.monotonic()
+        while container in await engine.sandboxes(f"--filter=name={container}"):
+            # Shielded: a sandbox that is plugged into tells at once what it has kept for us, and must be held.
+            with anyio.CancelScope(shield=True):
+                answer = await Sandbox.plug_in(engine, container, name, self.owner, self._tasks)
+            if isinstance(answer, Sandbox):
                 return answer
-            if not answer.attached:
-                return None  # it has not been anybody's session yet, or is somebody's by a hash that is the same
-            if answer.owner != self.owner or time.monotonic() > deadline:
+            waited = time.monotonic() - begun
+            # A connection that has ended, ours or that of a host that has died, is one until the supervisor sees it.
+            if answer and answer.attached and waited > (ATTACH_TIMEOUT if answer.owner == self.owner else MOMENT):
                 raise SessionError(
                     f"The session {name!r} is being used by another program on this host: wait until that has ended, "
                     "or use another session."
                 )
-            # It is our own connection that ended, and the supervisor has not seen that yet.
+            if answer and not answer.attached:
+                if answer.session is not None:
+                    return None  # it is somebody's by a hash that is the same
+                await engine.remove(container)  # its host died before the first call
+            elif not answer:
+                status = await engine.inspect("container", container, "{{.State.Status}}")
+                if status == "paused" or waited > ATTACH_TIMEOUT:
+                    raise SessionError(
+                        f"The session {name!r} is there, but its container {container} does not answer "
+                        f"({status or 'gone'}): unpause it, or remove it with `{engine.kind} rm -f {container}`."
+                    )
+            await anyio.sleep(0.05)
+        return None
 
     def _held(self) -> list[Sandbox]:
         """The sandboxes that this runner is connected to, or was."""
@@ -4644,7 +4709,6 @@ class Runner:
         name, text = parse_requirement(requirement)
         Request("", session)
         stale: tuple[str, ...] = ()
-        await self._prepare()
         if session is None:
             outcome = await self._install(name, text, None)
         else:
@@ -4704,11 +4768,15 @@ class Runner:
     async def list_sandboxes(self) -> list[SandboxInfo]:
         """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
         engine = await self._find_engine()
-        answers = await self._ask(engine, await engine.sandboxes())
-        return sorted((info for info in answers if isinstance(info, SandboxInfo)), key=lambda info: -info.age)
+        names = await engine.sandboxes()
+        answers = await self._ask(engine, names, patience=LOOK_TIMEOUT)
+        infos = [info for info in answers if isinstance(info, SandboxInfo)]
+        if silent := set(names) - {info.name for info in infos}:
+            infos += [SandboxInfo(name) for name in sorted(silent & set(await engine.sandboxes()))]
+        return sorted(infos, key=lambda info: -info.age)
 
     async def _ask(
-        self, engine: Engine, names: Sequence[str], settings: str | None = None
+        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float = ATTACH_TIMEOUT
     ) -> list[Sandbox | SandboxInfo]:
         """What containers of ours say of themselves; of those made with the digest `settings`, the ones nobody has."""
         answers: list[Sandbox | SandboxInfo] = []
@@ -4716,9 +4784,10 @@ class Runner:
 
         async def ask(name: str) -> None:
             async with at_once:
-                answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks, settings)
-            if answer:
-                answers.append(answer)
+                with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
+                    answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks, settings, patience)
+                    if answer:
+                        answers.append(answer)
 
         async with anyio.create_task_group() as tasks:
             for name in names:
@@ -4747,24 +4816,28 @@ class Runner:
         """
         Request("", name)
         session = self._sessions.setdefault(name, Session())
+        was_coming = session.is_coming and session.ongoing is not None
+        if session.is_coming and session.ongoing:
+            await session.ongoing.cancel()
+            session.ongoing = None
         sandbox, session.sandbox = session.sandbox, None
         if sandbox is None or sandbox.gone.is_set():
             async with session.lock:
-                sandbox = await self._find_session(name)
+                sandbox, session.sandbox = session.sandbox or await self._find_session(name), None
         if sandbox:
             await sandbox.end()  # even if a call is running: that ends with it
         if not session.lock.locked():
             self._sessions.pop(name, None)
-        return sandbox is not None
+        return sandbox is not None or was_coming
 
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
         with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
             engine, image = await self._prepare()
             settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
-            names = await engine.sandboxes(settings=settings)
+            names = await engine.sandboxes(f"--filter=label={LABEL}.settings={settings}")
             unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
-            for sandbox in await self._ask(engine, unnamed, settings):
+            for sandbox in await self._ask(engine, unnamed, settings=settings):
                 if isinstance(sandbox, Sandbox):
                     await self._pool.adopt(sandbox)
         self._pool.keep_warm()
@@ -6207,10 +6280,14 @@ async def _list_command(options: argparse.Namespace) -> int:
         return 0
     rows = []
     for info in sandboxes:
+        if not info.answers:
+            rows.append(("?", "does not answer", "?", "?", "?", "?", info.name))
+            continue
         state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
+        owner = f"pid {info.owner.rpartition('-')[2]}" if info.attached else "-"
         memory = f"{info.memory / 1048576:.0f} MB" if info.memory else "?"
-        rows.append((info.session or "-", state, duration(info.age), duration(info.idle), memory, info.name))
-    print_table(("SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER"), rows)
+        rows.append((info.session or "-", state, owner, duration(info.age), duration(info.idle), memory, info.name))
+    print_table(("SESSION", "STATE", "OWNER", "AGE", "IDLE", "MEMORY", "CONTAINER"), rows)
     return 0
 
 

@@ -209,8 +209,8 @@ def test_a_session_works_across_invocations_is_listed_and_removed(run: Run, dock
     (listed,) = json.loads(run("ps", "--json").stdout)
     assert (listed["session"], listed["attached"], listed["busy"]) == ("work", False, False)
     head, row = run("ps").stdout.splitlines()
-    assert head.split() == ["SESSION", "STATE", "AGE", "IDLE", "MEMORY", "CONTAINER"]
-    assert row.split()[:2] == ["work", "idle"]
+    assert head.split() == ["SESSION", "STATE", "OWNER", "AGE", "IDLE", "MEMORY", "CONTAINER"]
+    assert row.split()[:3] == ["work", "idle", "-"]
     assert run("rm", "work").returncode == 0
     until(lambda: docker.containers() == [])  # it ended by a plug: no client of its own was waited for
     done = run("rm", "work")

@@ -876,9 +876,8 @@ async def test_a_container_that_never_ran_is_pruned_and_no_other_one(
         assert runner.engine is not None
         assert runner.image is not None
         ours, other = (f"python-docker-mcp-{os.urandom(8).hex()}" for _ in range(2))
-        await runner.engine.run(
-            "create", f"--name={ours}", f"--label={sandbox_runner.LABEL}=1", runner.image.name, "true"
-        )
+        labels = [f"--label={LABEL}=1", f"--label={LABEL}.owner=x", f"--label={LABEL}.settings=x"]
+        await runner.engine.run("create", f"--name={ours}", *labels, runner.image.name, "true")
         await runner.engine.run("create", f"--name={other}", runner.image.name, "true")
         try:
             assert ours in await runner.prune()

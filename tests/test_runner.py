@@ -1122,7 +1122,7 @@ async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Conf
         with anyio.fail_after(30):
             while len(values) < 4:
                 await anyio.sleep(0.01)
-    assert sorted(filter(None, values)) == ["0", "1", "2", "3"]
+    assert values == ["0", "1", "2", "3"]  # in the order of coming
     assert any("pool.size" in line for line in status)
 
 
