@@ -1043,6 +1043,7 @@ class Daemon:
         self.folder = folder
         self.address = f"unix://{folder}/socket"
         self._command = [
+            *("unshare", "--net"),  # without a bridge it removes docker0, which must not be the other daemon's
             program,
             f"--data-root={folder}/data",
             f"--exec-root={folder}/exec",
