@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -823,6 +824,7 @@ def main() -> None:
         parser.error(f"there is no row {', '.join(sorted(unknown))}: the rows are {', '.join(ROWS)}")
     engine = anyio.run(find_engine, options.engine)
     image = anyio.run(derive_image, engine, Config(docker=DockerConfig(command=options.engine)), print)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     outcomes: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(engine, image, options.rounds, Path(folder))
