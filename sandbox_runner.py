@@ -3473,7 +3473,7 @@ class Sandbox:
         owner: str,
         tasks: anyio.abc.TaskGroup,
         settings: str | None = None,
-        patience: float = ATTACH_TIMEOUT,
+        patience: float | None = None,
     ) -> Sandbox | SandboxInfo | None:
         """Take over a sandbox that nobody has, if it holds `session`, or none and was made with the digest `settings`.
 
@@ -3482,7 +3482,7 @@ class Sandbox:
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
         try:
-            with anyio.move_on_after(patience):
+            with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
                 await sandbox._send({"session": session, "settings": settings, "owner": owner})
                 await sandbox._greeted.wait()
         except BaseException:
@@ -4776,7 +4776,7 @@ class Runner:
         return sorted(infos, key=lambda info: -info.age)
 
     async def _ask(
-        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float = ATTACH_TIMEOUT
+        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float | None = None
     ) -> list[Sandbox | SandboxInfo]:
         """What containers of ours say of themselves; of those made with the digest `settings`, the ones nobody has."""
         answers: list[Sandbox | SandboxInfo] = []

@@ -283,8 +283,11 @@ async def test_a_cancelled_call_whose_client_is_killed_at_that_moment_stops_neve
 
 
 async def test_a_call_that_is_cancelled_while_it_looks_for_its_session_leaves_no_plug(
-    settings: Config, docker: FakeEngine
+    settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sandbox_runner, "ATTACH_TIMEOUT", 0.5)
+    async with open_runner(settings) as first:
+        await first.execute("1", session="s")
     async with open_runner(settings) as runner:
         docker.script(exec={"hang": True})
         async with anyio.create_task_group() as tasks:
