@@ -951,7 +951,8 @@ async def test_what_a_killed_host_had_is_found_by_the_next_and_others_keep_their
                 await process.wait()
         await eventually(lambda: is_left_alone(other, unused))
         async with open_runner(brief, warm=True) as runner:
-            assert await ready(runner) == unused
+            await ready(runner)  # the host may have kept more than one: then all of them are taken over
+            assert unused in [sandbox.name for sandbox in runner._pool.ready]
             result = await runner.execute("x", session=f"{session}-idle")
             assert (result.value, result.state, result.lost_before) == ("'kept'", "preserved", None)
             await engine.let_go(session_container(f"{session}-busy"))
