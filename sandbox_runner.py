@@ -3142,14 +3142,19 @@ class Sandbox:
     ) -> Sandbox | SandboxInfo | None:
         """Take over a sandbox that nobody has, if it holds `session`, or none and was made with the digest `settings`.
 
-        Else: what it says of itself, if anything.
+        Else: what it says of itself; None if there is no such sandbox, for all the engine says. Raises EngineError.
         """
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
         tasks.start_soon(sandbox._serve)
         try:
-            with anyio.move_on_after(ATTACH_TIMEOUT):
+            with anyio.fail_after(ATTACH_TIMEOUT):
                 await sandbox._send({"session": session, "settings": settings, "owner": owner})
                 await sandbox._greeted.wait()
+        except TimeoutError:
+            sandbox._kill_client()
+            raise EngineError(
+                f"The container {name} did not answer within {ATTACH_TIMEOUT} seconds; try again in a while."
+            ) from None
         except BaseException:
             sandbox._kill_client()  # it would plug in nevertheless, and nobody would know of it
             raise
@@ -4123,7 +4128,7 @@ class Runner:
             if is_new:
                 self._tasks.start_soon(self._claim_later, session, name)
             else:
-                await self._claim(session, name)
+                await self._claim_now(session, name, session.sandbox)
         return session.sandbox
 
     async def _make_room(self) -> None:
@@ -4144,6 +4149,16 @@ class Runner:
         self._sessions.setdefault(
             oldest, Session()
         ).lost = f"it was ended to make room for another (session.max: {most})"
+
+    async def _claim_now(self, session: Session, name: str, leased: Sandbox) -> None:
+        """Claim a session, or leave it without a sandbox: with one that nobody else can find it would be lost later."""
+        try:
+            await self._claim(session, name)
+        except BaseException:
+            if session.sandbox is leased:
+                session.sandbox = None
+            self._tasks.start_soon(leased.end)
+            raise
 
     async def _claim(self, session: Session, name: str) -> None:
         """Give the session's container the name by which it is found, and of which an engine allows only one."""
@@ -4315,8 +4330,10 @@ class Runner:
         at_once = anyio.CapacityLimiter(MAX_PLUGS)
 
         async def ask(name: str) -> None:
+            answer = None
             async with at_once:
-                answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks, settings)
+                with contextlib.suppress(EngineError):  # then it can't be asked, and others can
+                    answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks, settings)
             if answer:
                 answers.append(answer)
 
