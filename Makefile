@@ -24,7 +24,7 @@ unit: .venv/.dev ## the quick tests, which need no container engine
 
 integration: .venv/.dev ## tests on real Docker and real Podman, side by side
 	@sh tests/engines.sh test
-	. ./.engines/env && $(PY) -m pytest -n 2 --dist loadgroup -m engine --engine docker --engine podman
+	. ./.engines/env && $(PY) -m pytest -n 2 -m engine --engine docker --engine podman
 
 lint: .venv/.dev ## ruff and mypy
 	$(PY) -m ruff check

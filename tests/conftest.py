@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from pytest_subprocess import FakeProcess
+from xdist.scheduler import LoadScopeScheduling
 
 import sandbox_runner
 from sandbox_runner import Config, DockerConfig, PackageConfig
@@ -42,16 +43,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test that uses an engine once for each of them; with xdist's `--dist loadgroup` they work side by side.
-
-    Each engine has its own containers, images and volumes, so the two do not meet. There is one process for each engine
-    and not more: some tests need it to answer soon. A test that may not run on both at once names a group of its own.
-    """
+    """Run each test that uses an engine once for each of them."""
     if "engine_command" in metafunc.fixturenames:
         engines = dict.fromkeys(metafunc.config.getoption("--engine") or ENGINES)
-        grouped = bool(list(metafunc.definition.iter_markers("xdist_group")))
-        values = [pytest.param(engine, marks=() if grouped else pytest.mark.xdist_group(engine)) for engine in engines]
-        metafunc.parametrize("engine_command", values, indirect=True, scope="session")
+        metafunc.parametrize("engine_command", list(engines), indirect=True, scope="session")
+
+
+class EachEngineByItself(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """Has the tests of one engine run one after the other, beside those of the other engine.
+
+    Engines share neither containers nor images nor volumes, so their tests do not meet. (xdist's own `loadgroup` has no
+    effect with pytest 9.2.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        found = re.search(rf"\[({'|'.join(ENGINES)})\b", nodeid)
+        return found[1] if found else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EachEngineByItself | None:
+    """With --engine and several processes, one for each engine."""
+    return EachEngineByItself(config, log) if config.getoption("--engine") else None
 
 
 @pytest.fixture(scope="session")

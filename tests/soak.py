@@ -57,7 +57,7 @@ PATIENCE = 120.0  # seconds for an answer of any kind; more is a violation
 HANDOVER = 30.0  # seconds that a session may be said to be in use after its server was killed
 PAUSE = 1.0  # seconds at most between two calls of a worker
 BETWEEN_BLOWS = 5.0  # seconds, on average
-AFTERMATH = 5.0  # seconds in which a call may still meet what a blow hit before
+AFTERMATH = 10.0  # seconds in which a call may still meet what a blow hit before
 WARM_UP = 5  # minutes until the memory of a server has to stay level
 GROWTH = 32 << 10  # kB that it may grow by nevertheless: what it keeps of outputs comes and goes
 
@@ -133,6 +133,7 @@ class Session:
     risk: str | None = None  # why its state may be lost
     risk_until: float = math.inf  # calls begun later put an end to that
     orphaned: bool = False  # whether its server ended since it was used
+    loses: bool = False  # whether its last call's code loses the variables
     imports: bool = False  # whether its last call imports something, which must not be interrupted in the middle
 
     def may_be_lost(self) -> str | None:
@@ -423,7 +424,9 @@ class Worker:
         if NEW in answer.text or "had been lost before" in answer.text:
             self._begin_anew(session, answer)
         elif answer.state == "lost":
-            self._lose(session, answer, time.monotonic(), "its code, its server gone" if stop else None)
+            self._lose(
+                session, answer, time.monotonic(), "its code, its server gone" if stop or session.loses else None
+            )
         elif answer.status in ("failed", "refused") and not self.soak.excuse(started):
             self.soak.violation(f"{session.name}: what was left running has no end: {answer}")
         if answer.status != "failed":
@@ -434,7 +437,7 @@ class Worker:
         started = time.monotonic()
         before = set(session.counts)
         reason = session.may_be_lost()
-        session.goes_on, session.imports = True, bool(kind.images)
+        session.goes_on, session.imports, session.loses = True, bool(kind.images), kind.loses
         session.counts = before | {count + 1 for count in before}
         if session.orphaned and kind.cancel:
             name, kind = "count", SESSION["count"]

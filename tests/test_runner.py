@@ -455,6 +455,19 @@ async def test_a_session_gets_its_name_though_its_last_container_went_only_while
     assert [result.value for result in results] == ["2"]
 
 
+async def test_a_session_that_could_not_get_its_name_is_claimed_by_the_next_call(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    docker.script(rename={"hang": True})
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: runner.execute("x = 1", session="s"))
+        await until(lambda: bool(docker.log("rename")))
+        tasks.cancel_scope.cancel()
+    docker.script(rename={})
+    await runner.execute("x = 2", session="s")
+    await until(lambda: docker.containers() == [sandbox_runner.session_container("s")])
+
+
 async def test_a_call_that_fails_does_not_disturb_one_that_waits_for_the_image(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

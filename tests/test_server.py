@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -1083,7 +1085,6 @@ async def test_twenty_calls_at_once_get_twenty_answers(served: Client) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.xdist_group("docker")  # npx fetches the Inspector into a cache that two must not fill at once
 def test_the_official_inspector_lists_the_tools_and_calls_one(real: Config, tmp_path: Path) -> None:
     npx = shutil.which("npx")
     if not npx:
@@ -1106,7 +1107,9 @@ def test_the_official_inspector_lists_the_tools_and_calls_one(real: Config, tmp_
         status, result = inspect("tools/call", "--tool-name", "execute-transient", "--tool-args-json", arguments)
         return status, result["content"][0]["text"]
 
-    status, listed = inspect("tools/list")
+    with (Path(tempfile.gettempdir()) / "python-docker-mcp-tests-npx").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # npx fetches into a cache that two must not fill at once
+        status, listed = inspect("tools/list")
     assert (status, [tool["name"] for tool in listed["tools"]]) == (0, TOOLS)
     assert call("print(6 * 7)") == (0, "42")
     status, text = call("1/0")
