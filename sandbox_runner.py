@@ -4011,7 +4011,7 @@ def advise_on_walls(message: str, docker: DockerConfig) -> str | None:
     if docker.network_disabled and re.search(r"\[Errno (-2|-3|101)\]", message):
         return (
             "Code here has no network (docker.network_disabled): put the data into the code, or have the operator make "
-            "a folder with them visible (docker.mounts)."
+            "a folder with it visible (docker.mounts)."
         )
     if "[Errno 30]" in message and docker.read_only:
         return f"Only {docker.working_dir} and /tmp can be written to (docker.read_only)."

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -747,8 +748,13 @@ def verdict(measured: Measured) -> Iterator[tuple[str, ...]]:
 
 def show(figures: Sequence[float], unit: str) -> str:
     """Median and, if there are enough figures for it, 95th percentile."""
-    tail = f" ({p95(figures):.3g})" if len(figures) >= 20 else ""
-    return f"{statistics.median(figures):.3g}{tail} {unit}"
+    tail = f" ({readable(p95(figures))})" if len(figures) >= 20 else ""
+    return f"{readable(statistics.median(figures))}{tail} {unit}"
+
+
+def readable(figure: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{figure:.0f}" if figure >= 1000 else f"{figure:.3g}"
 
 
 def ratio(value: float) -> str:
@@ -790,10 +796,10 @@ def plot(outcomes: Sequence[Measured], title: str, file: Path) -> None:
     bars = axes.barh(
         [name for name, *_ in times], medians, xerr=[[0.0] * len(tails), tails], color=colours, ecolor="#777"
     )
-    axes.bar_label(bars, [f" {median:.3g} ms" for median in medians], fontsize=8)
+    axes.bar_label(bars, [f" {readable(median)} ms" for median in medians], fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds: median, and up to the 95th percentile")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 100), fontsize=9)
     axes.margins(x=0.15, y=0.01)
     figure.savefig(file, dpi=110)
 
@@ -823,6 +829,7 @@ def main() -> None:
         parser.error(f"there is no row {', '.join(sorted(unknown))}: the rows are {', '.join(ROWS)}")
     engine = anyio.run(find_engine, options.engine)
     image = anyio.run(derive_image, engine, Config(docker=DockerConfig(command=options.engine)), print)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     outcomes: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(engine, image, options.rounds, Path(folder))

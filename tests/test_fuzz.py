@@ -259,8 +259,7 @@ async def serve(said: list[dict[str, Any]]) -> Sandbox:
 async def test_a_sandbox_that_greets_again_and_again_is_given_up() -> None:
     sandbox = await serve([{**GREETING, "unread": f"call-{number}"} for number in range(100)])
     assert sandbox._fault == "a second greeting"
-    assert len(sandbox._answers) == 1
-    close_answers(sandbox)
+    assert not sandbox._answers
 
 
 async def test_a_sandbox_can_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -493,7 +492,7 @@ async def test_an_engine_whose_command_disappears_is_told_in_one_sentence(docker
             os.rename(docker.command, f"{docker.command}.away")
             try:
                 assert (await runner.execute("6 * 7", session="s")).value == "42"  # needs none
-                with pytest.raises(EngineError, match=r"can't be run: No such file or directory\.$"):
+                with pytest.raises(EngineError, match=r"can't be run: No such file or directory\. Install it anew, or"):
                     await runner.execute("6 * 7")
             finally:
                 os.rename(f"{docker.command}.away", docker.command)

@@ -204,8 +204,12 @@ ATTACKS = [
         "rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [reader, writer]))\n"
         "attempt(connection.sendmsg, [request], [rights])\n"
         "attempt(connection.recv, 1)\n"
-        "os.close(writer)\n"
-        "os.read(reader, 20)",
+        "os.set_blocking(reader, False)\n"
+        "try:\n"
+        "    said = os.read(reader, 20)\n"
+        "except BlockingIOError:\n"
+        "    said = b''\n"
+        "said",
         "b''",
         PLUG_UID_CHECK,
     ),
@@ -569,7 +573,7 @@ async def run_closed(config: Config, session: str) -> AsyncIterator[Runner]:
 
 async def evaluate(runner: Runner, code: str, session: str | None = None) -> str:
     """The value of code that has to end well."""
-    result = await runner.execute(code, session=session)
+    result = await runner.execute(code, session=session, timeout=PATIENCE)
     assert (result.status, result.exception) == ("ok", None), result
     assert result.value is not None
     return result.value
@@ -587,7 +591,7 @@ async def what_comes_through(attacks: Sequence[Attack], runner: Runner, session:
     """The attacks that do not come to nothing, all in one session: what one of them breaks, the next ones would see."""
     came_through: dict[str, object] = {}
     for attack in attacks:
-        result = await runner.execute(PRELUDE + attack.code, session=session)
+        result = await runner.execute(PRELUDE + attack.code, session=session, timeout=PATIENCE)
         if result.value != attack.held or result.lost_before:
             came_through[attack.does] = result.value or result
     assert await evaluate(runner, "1 + 1", session) == "2"
@@ -606,7 +610,7 @@ async def test_without_its_defence_an_attack_succeeds(
     held = []
     async with run_closed(config, session) as runner:
         for attack in attacks:
-            result = await runner.execute(PRELUDE + attack.code, session=session)
+            result = await runner.execute(PRELUDE + attack.code, session=session, timeout=PATIENCE)
             if result.value == attack.held:
                 held.append(attack.does)
     assert held == []
