@@ -1037,6 +1037,13 @@ def mounts() -> list[str]:
     return [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
 
 
+def command_line_of(process: int) -> list[str]:
+    """The arguments of a process, if it is there."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    return []
+
+
 class Daemon:
     """A Docker daemon of the test's own, beside the one that others use."""
 
@@ -1059,8 +1066,9 @@ class Daemon:
         self._process: anyio.abc.Process | None = None
 
     async def start(self) -> None:
-        """Start it, and wait until it answers."""
-        (self.folder / "pid").unlink(missing_ok=True)  # of one that was killed
+        """Start it, and wait until it answers. Raises EngineError."""
+        for left in ("pid", "exec/containerd/containerd.pid"):  # of one that was killed: it would be taken for alive
+            (self.folder / left).unlink(missing_ok=True)
         with (self.folder / "log").open("ab") as log:
             self._process = await anyio.open_process(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -1072,7 +1080,7 @@ class Daemon:
                     return
                 await anyio.sleep(0.1)
         said = sandbox_runner.last_line((self.folder / "log").read_text(encoding="utf-8", errors="replace"))
-        pytest.skip(f"no second dockerd can be run here: {said}")
+        raise EngineError(said)
 
     async def stop(self, number: signal.Signals) -> None:
         """Send it a signal, and wait for its end."""
@@ -1080,12 +1088,19 @@ class Daemon:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
             await self._process.wait()
+        with contextlib.suppress(OSError, ValueError):
+            containerd = int((self.folder / "exec/containerd/containerd.pid").read_text())
+            while "containerd" in os.readlink(f"/proc/{containerd}/exe"):  # it follows, if the daemon started it
+                os.kill(containerd, signal.SIGTERM)
+                await anyio.sleep(0.01)
 
     async def clean_up(self) -> None:
         """Leave neither processes nor mounts of it behind."""
         await self.stop(signal.SIGTERM)
-        with contextlib.suppress(OSError, ValueError):  # one whose daemon was killed outlives the next one
-            os.kill(int((self.folder / "exec/containerd/containerd.pid").read_text()), signal.SIGTERM)
+        for pid, parent, line in [*test_engines.processes()]:  # what a test left that failed while the daemon was down
+            if any(argument.startswith(str(self.folder)) for argument in (*line, *command_line_of(parent))):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for place in reversed(mounts()):
             if place.startswith(f"{self.folder}/"):
                 await anyio.run_process(["umount", "--lazy", place], check=False)
@@ -1102,7 +1117,10 @@ async def daemon(engine_command: str, monkeypatch: pytest.MonkeyPatch) -> AsyncI
         pytest.skip("a second dockerd needs root" if program else "there is no dockerd on this machine")
     daemon = Daemon(program, Path(tempfile.mkdtemp(prefix="dockerd-")))  # short: a socket's path has 107 bytes
     try:
-        await daemon.start()
+        try:
+            await daemon.start()
+        except EngineError as error:
+            pytest.skip(f"no second dockerd can be run here: {error}")
         monkeypatch.setenv("DOCKER_HOST", daemon.address)
         yield daemon
     finally:
