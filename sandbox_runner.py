@@ -2706,15 +2706,17 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
         environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     log.debug("starting: %s", shlex.join(clip(part, 200) for part in command))
     try:
-        return await anyio.open_process(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-            cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
-            start_new_session=True,
-        )
+        with anyio.CancelScope(shield=True):  # cancelled half-way, a process would be there that nobody owns
+            process = await anyio.open_process(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
+                start_new_session=True,
+            )
+        return process
     except OSError as error:
         raise EngineError(
             f"{command[0]} can't be run: {error.strerror}. Install it anew, or set docker.command to one that can."
