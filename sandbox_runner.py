@@ -2716,11 +2716,11 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
                 cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
                 start_new_session=True,
             )
-        return process
     except OSError as error:
         raise EngineError(
             f"{command[0]} can't be run: {error.strerror}. Install it anew, or set docker.command to one that can."
         ) from error
+    return process
 
 
 async def run_command(
