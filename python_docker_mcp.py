@@ -925,7 +925,7 @@ class Shelf:
     """What results have pointed at, to be read later: outputs that were too long, and where a session's files are."""
 
     def __init__(self) -> None:
-        self.outputs: dict[str, tuple[str, str]] = {}  # address: session, text; the oldest first
+        self.outputs: dict[str, tuple[str, list[str]]] = {}  # address: session, text in pieces; the oldest first
         self.files: dict[str, dict[str, FileInfo]] = {}  # by session and path
         self._numbers = itertools.count(1)
 
@@ -933,17 +933,20 @@ class Shelf:
         """Remember a session's files and, if it is too long for a result, its output; the address of that."""
         assert result.session is not None
         self.files.setdefault(result.session, {}).update({file.path: file for file in result.files})
-        text = "".join(piece.content for piece in output_pieces(result) if isinstance(piece.content, str))
-        if len(text) <= OUTPUT_BUDGET:
+        pieces = [piece.content for piece in output_pieces(result) if isinstance(piece.content, str)]
+        size = sum(map(len, pieces))
+        if size <= OUTPUT_BUDGET:
             return None
+        if size > OUTPUT_KEPT:
+            pieces = ["".join(pieces)[:OUTPUT_KEPT]]
         address = session_uri(result.session, "output", str(next(self._numbers)))
-        self.outputs[address] = (result.session, text[:OUTPUT_KEPT])
+        self.outputs[address] = (result.session, pieces)
         self._drop_oldest(result.session, OUTPUT_KEPT)
         self._drop_oldest(None, OUTPUT_KEPT_ALL)
         return address
 
     def _drop_oldest(self, session: str | None, limit: int) -> None:
-        sizes = {key: len(text) for key, (owner, text) in self.outputs.items() if session in (None, owner)}
+        sizes = {key: sum(map(len, text)) for key, (owner, text) in self.outputs.items() if session in (None, owner)}
         total = sum(sizes.values())
         for address, size in sizes.items():
             if total > limit:
@@ -1112,7 +1115,7 @@ async def read_resource(context: Context, params: types.ReadResourceRequestParam
         if kind == "output":
             if address not in service.shelf.outputs:
                 raise RequestError(f"{address} is not kept any more: run the code again, and print less.")
-            text = service.shelf.outputs[address][1]
+            text = "".join(service.shelf.outputs[address][1])
             part = cut(text[offset:], length, f"{address} has {len(text)} characters")
             contents: Any = types.TextResourceContents(uri=params.uri, mime_type="text/plain", text=part)
         else:

@@ -1047,7 +1047,7 @@ class Supervisor:
                 return
             self.plug, self.owner = connection, request["owner"]
             self._attach(Channel(reader, writer))
-        except (OSError, ValueError, LookupError, struct.error):
+        except (OSError, ValueError, LookupError, TypeError, struct.error):
             pass  # a plug that went away, or that talks nonsense: it sees its connection close
         finally:
             if self.plug is not connection:
@@ -4371,7 +4371,7 @@ class Runner:
             advice = advise_on_walls(result.exception.message, self.config.docker)
         if advice and self.image and self.image.problem and result.exception and result.exception.missing:
             advice += f" ({self.image.problem})"
-        return dataclasses.replace(result, hint=advice)
+        return dataclasses.replace(result, hint=advice) if advice else result
 
     async def _execute_transient(
         self, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
