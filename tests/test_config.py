@@ -327,8 +327,8 @@ def test_the_configuration_in_use_is_not_mounted_wherever_it_is(home: Path) -> N
         ("/dev/shm", "/dev"),
         ("/packages/x", "/packages"),
         ("/tmp", "/tmp"),
-        ("/./work/", "/work/dir"),
-        ("/work/dir", "/work/dir"),
+        ("/./code/", "/code/dir"),
+        ("/code/dir", "/code/dir"),
         ("/usr", "/usr/bin"),
         ("/usr/local/lib", "/usr/local/lib"),
         ("/opt", "/opt/python-docker-mcp"),
@@ -337,12 +337,12 @@ def test_the_configuration_in_use_is_not_mounted_wherever_it_is(home: Path) -> N
 )
 def test_a_mount_hides_nothing_that_the_sandbox_needs(tmp_path: Path, target: str, hides: str) -> None:
     with pytest.raises(ValueError, match=rf"docker.mounts: '.*' is refused, as it would hide {hides} of the container"):
-        DockerConfig(working_dir="/work/dir", mounts=(f"{tmp_path}:{target}",))
+        DockerConfig(working_dir="/code/dir", mounts=(f"{tmp_path}:{target}",))
 
 
-@pytest.mark.parametrize("target", ["/data", "/work/dir/data", "/tmp/data", "/usr/share/fonts", "/work/other", "/tmpx"])
+@pytest.mark.parametrize("target", ["/data", "/code/dir/data", "/tmp/data", "/usr/share/fonts", "/code/other", "/tmpx"])
 def test_a_mount_may_be_anywhere_else(tmp_path: Path, target: str) -> None:
-    assert mount_argument(f"{tmp_path}:{target}", "/work/dir").endswith(f",target={target},ro")
+    assert mount_argument(f"{tmp_path}:{target}", "/code/dir").endswith(f",target={target},ro")
 
 
 def test_a_mount_with_a_comma_is_refused_for_the_command_line_can_not_take_it(tmp_path: Path) -> None:
