@@ -856,6 +856,7 @@ class Supervisor:
         self.begun: str | None = None  # id of the last call
         self.unread: str | None = None  # the same, until its end has been told to a host
         self.told = 0  # bytes of that call's output that a host has been told
+        self.kept = True  # whether the last call left the variables as it found or made them
         self.backlog: deque[dict[str, Any]] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
@@ -963,6 +964,7 @@ class Supervisor:
             "begun": self.begun,
             "unread": self.unread,
             "told": self.told,
+            "kept": self.kept,
             "packages": self.packages,
             "busy": self.call is not None,
             "ran": now - self.call.started if self.call else 0.0,  # seconds
@@ -1206,6 +1208,7 @@ class Supervisor:
         elif lost:
             report["status"] = "out_of_memory" if oom_kills else "died"
         self.call = self.lost = None
+        self.kept = not lost
         self.active = time.monotonic()
         self._tell(report)
 
@@ -3676,6 +3679,11 @@ class Sandbox:
         return int(self._greeting.get("told", int)) if self._greeting else 0
 
     @property
+    def has_kept(self) -> bool:
+        """Whether the variables were still there after the session's last call."""
+        return self._greeting is not None and bool(self._greeting.get("kept", bool))
+
+    @property
     def ran_before(self) -> float:
         """Seconds that it had run when we plugged in."""
         return self._greeting.seconds("ran") if self._greeting else 0.0
@@ -4493,7 +4501,8 @@ class Runner:
                 rest = await sandbox.read_unread(on_output)
             else:
                 message = "the connection to the container was cut, and the end of the call with it"
-                return dataclasses.replace(begun, output=merge(output), state="preserved", message=message)
+                state: Literal["preserved", "lost"] = "preserved" if sandbox.has_kept else "lost"
+                return dataclasses.replace(begun, output=merge(output), state=state, message=message)
             output = (*output, *rest.output)
             if not sandbox.was_cut(rest):
                 return dataclasses.replace(rest, output=merge(output), lost_before=rest.lost_before or lost)
@@ -5864,7 +5873,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
         options = _parser(word).parse_args(arguments[1:] if word else arguments)
         try:
-            code = anyio.run(COMMANDS[word].run if word else _run_command, options)
+            code = anyio.run(_until_signal, COMMANDS[word].run, options) if word else anyio.run(_run_command, options)
         except SandboxError as error:
             _complain(str(error))
             code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
@@ -5875,6 +5884,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+async def _until_signal(run: Callable[[argparse.Namespace], Awaitable[int]], options: argparse.Namespace) -> int:
+    """Run a command; a signal ends it in good order, with the exit status that a shell gives whom it killed."""
+    received: list[int] = []
+
+    async def watch(scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for number in signals:
+                received.append(number)
+                scope.cancel()
+
+    async with open_tasks() as tasks:
+        tasks.start_soon(watch, tasks.cancel_scope)
+        return await run(options)
+    return 128 + received[-1]
 
 
 def set_up_logging(form: str, level: int) -> None:

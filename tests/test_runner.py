@@ -603,6 +603,22 @@ async def test_what_keeps_a_call_from_beginning_is_told_to_who_waits_for_it(runn
     assert (await runner.execute("3", session="t", answer_within=20)).value == "3"
 
 
+@pytest.mark.parametrize(("code", "kept"), [("x = 1", True), ("import os; os._exit(3)", False)])
+async def test_who_plugs_into_a_session_is_told_whether_its_last_call_left_the_variables(
+    runner: Runner, code: str, kept: bool
+) -> None:
+    assert ((await runner.execute(code, session="s")).state == "preserved") == kept
+    sandbox = runner._sessions["s"].sandbox
+    assert sandbox
+    os.kill(client(runner, "s"), signal.SIGKILL)
+    await sandbox.gone.wait()
+    await runner.execute("1", session="s")
+    again = runner._sessions["s"].sandbox
+    assert again
+    assert again is not sandbox
+    assert again.has_kept == kept
+
+
 # ── hostile sandboxes ──
 
 
