@@ -2907,17 +2907,7 @@ def _write_host_files(descriptor: int) -> None:
     """Write the tar of a minimal root file system around this interpreter, and close the descriptor."""
     executable, library = _interpreter(), Path(os.__file__).parent
     shell = Path("/bin/sh").resolve()
-    extensions = [str(path) for path in library.glob("lib-dynload/*.so")]
-    ldd = subprocess.run(
-        ["ldd", str(executable), str(shell), *extensions],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    shared = {Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", ldd, re.MULTILINE)}
-    for folder in {path.parent for path in shared}:
-        shared |= {folder / name for name in BASELINE_LIBRARIES if (folder / name).exists()}
+    shared = _libraries_of(executable, shell, *library.glob("lib-dynload/*.so"))
 
     def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         parts = Path(entry.name).parts
@@ -2965,6 +2955,17 @@ def _write_host_files(descriptor: int) -> None:
         add_file(tar, "etc/group", b"root:x:0:\nnogroup:x:65534:\n")
         for name, mode in (("tmp", 0o1777), ("proc", 0o755), ("sys", 0o755), ("dev", 0o755), ("var/tmp", 0o1777)):
             add_folder(tar, name, mode)
+
+
+def _libraries_of(*programs: Path) -> set[Path]:
+    """The shared libraries that programs and extension modules need, and those that wheels may rely on."""
+    ldd = subprocess.run(
+        ["ldd", *map(str, programs)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    ).stdout
+    shared = {Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", ldd, re.MULTILINE)}
+    for folder in {path.parent for path in shared}:
+        shared |= {folder / name for name in BASELINE_LIBRARIES if (folder / name).exists()}
+    return shared
 
 
 async def derive_image(engine: Engine, config: Config, report: Callable[[str], None]) -> Image:
@@ -5997,20 +5998,11 @@ async def _run_command(options: argparse.Namespace) -> int:
         _parser().error("a FILE, - for standard input, or -c CODE is needed")
     else:
         code, name = _read_source(options.file)
-    config = load_config(options.config)
-    docker = config.docker
-    try:
-        docker = dataclasses.replace(
-            docker, image=options.image or docker.image, mounts=(*docker.mounts, *options.mount)
-        )
-    except ValueError as error:
-        raise ConfigError(f"{error}.") from None
-    refuse_mounts_of(config_file(options.config), docker.mounts)
+    config = _run_config(options)
     state = _read_state(Path(options.state)) if options.state else None
     screen = Screen(Path(options.images or "."), options.show)
     interrupt = anyio.Event()
     result = None
-    config = dataclasses.replace(config, docker=docker)
     async with open_runner(config, on_status=_show_status) as runner, open_tasks() as tasks:
         received: list[int] = []
         tasks.start_soon(_watch_signals, runner, interrupt, tasks.cancel_scope, received)
@@ -6037,6 +6029,20 @@ async def _run_command(options: argparse.Namespace) -> int:
     if options.state and result.variables is not None:
         _write_state(Path(options.state), result)
     return exit_status(result)
+
+
+def _run_config(options: argparse.Namespace) -> Config:
+    """The configuration, with what the options say of the sandbox."""
+    config = load_config(options.config)
+    docker = config.docker
+    try:
+        docker = dataclasses.replace(
+            docker, image=options.image or docker.image, mounts=(*docker.mounts, *options.mount)
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+    refuse_mounts_of(config_file(options.config), docker.mounts)
+    return dataclasses.replace(config, docker=docker)
 
 
 async def _watch_signals(runner: Runner, interrupt: anyio.Event, scope: anyio.CancelScope, received: list[int]) -> None:

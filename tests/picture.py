@@ -98,7 +98,7 @@ def draw(conversation: list[list[str]]) -> Any:
             y += 36
         if kind == "image":
             plot = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
-            plot = plot.resize((width - 2 * margin, plot.height * (width - 2 * margin) // plot.width), Image.LANCZOS)
+            plot = plot.resize((width - 2 * margin, plot.height * (width - 2 * margin) // plot.width), Image.Resampling.LANCZOS)
             page.paste(plot, (margin, y))
             y += plot.height + 28
             continue
