@@ -98,7 +98,8 @@ def draw(conversation: list[list[str]]) -> Any:
             y += 36
         if kind == "image":
             plot = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
-            plot = plot.resize((width - 2 * margin, plot.height * (width - 2 * margin) // plot.width), Image.Resampling.LANCZOS)
+            size = (width - 2 * margin, plot.height * (width - 2 * margin) // plot.width)
+            plot = plot.resize(size, Image.Resampling.LANCZOS)
             page.paste(plot, (margin, y))
             y += plot.height + 28
             continue
