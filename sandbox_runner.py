@@ -4828,9 +4828,8 @@ class Runner:
         """
         Request("", name)
         session = self._sessions.setdefault(name, Session())
-        was_coming = session.is_coming and session.ongoing is not None
-        if session.is_coming and session.ongoing:
-            await session.ongoing.cancel()
+        if coming := session.ongoing if session.is_coming else None:
+            await coming.cancel()
             session.ongoing = None
         sandbox, session.sandbox = session.sandbox, None
         if sandbox is None or sandbox.gone.is_set():
@@ -4840,7 +4839,7 @@ class Runner:
             await sandbox.end()  # even if a call is running: that ends with it
         if not session.lock.locked():
             self._sessions.pop(name, None)
-        return sandbox is not None or was_coming
+        return sandbox is not None or coming is not None
 
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
