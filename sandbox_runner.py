@@ -135,9 +135,9 @@ FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
-CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME whatever JSON makes of it
+CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME
 PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
-PART_COST = 64  # characters that a part of data counts for beside its own: it is an object, however small
+PART_COST = 64  # bytes that a part of data counts for beside its own: it is an object, however small
 PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
 NOTES_LOGGED = 100  # of what a sandbox remarks
 ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
@@ -637,8 +637,8 @@ class Installation:
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
 PROTOCOL = 1  # of the frames and of the plug; raised when an older sandbox could no longer be talked to
-MAX_FRAME = 1 << 20  # bytes; keeps what a hostile line can cost its reader in bounds
-PART = 1 << 16  # characters of data in one frame; at worst JSON needs twelve bytes for one
+MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; keeps what a hostile one can cost its reader in bounds
+PART = 1 << 16  # bytes of data in one frame
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
 ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
@@ -703,7 +703,10 @@ NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
 
 class Channel:
-    """JSON objects, one a line, over a descriptor to read from and one to write to.
+    """Frames over a descriptor to read from and one to write to.
+
+    A frame is a JSON object on a line of its own. Where that has `data`, a number, so many bytes follow it just as they
+    are: for what is large JSON would cost more than all else on the way. In memory `data` is these bytes.
 
     Blocks exactly where its descriptors do: the supervisor makes them non-blocking and so never waits in here; the
     worker leaves them blocking and so needs no loop of its own.
@@ -715,13 +718,14 @@ class Channel:
         self.outbox = bytearray()
         self._inbox = bytearray()
         self._searched = 0
+        self._head: dict[str, Any] | None = None  # of the frame whose data is being read
 
     def receive(self) -> Iterator[dict[str, Any]]:
         """Read once, and yield the frames that are complete.
 
         Raises:
             EOFError: nobody holds the other end any more.
-            ValueError: what came is not a frame, or is larger than MAX_FRAME.
+            ValueError: what came is not a frame, or is too large.
         """
         try:
             data = os.read(self.reader, 65536)
@@ -732,13 +736,18 @@ class Channel:
         if not data:
             raise EOFError("the channel was closed")
         self._inbox += data
-        while True:
+        while (frame := self._next()) is not None:
+            yield frame
+
+    def _next(self) -> dict[str, Any] | None:
+        """The first frame of what has come, if it is complete."""
+        if self._head is None:
             end = self._inbox.find(b"\n", self._searched)
             if end < 0:
                 self._searched = len(self._inbox)
                 if self._searched > MAX_FRAME:
                     raise ValueError(f"a frame is larger than {MAX_FRAME} bytes")
-                return
+                return None
             line = bytes(self._inbox[:end])
             del self._inbox[: end + 1]
             self._searched = 0
@@ -748,30 +757,39 @@ class Channel:
                 raise ValueError("a frame is nested too deeply") from None
             if not isinstance(frame, dict):
                 raise ValueError("a frame is not an object")
-            yield frame
+            size = frame.get("data", 0)
+            if type(size) is not int or not 0 <= size <= MAX_FRAME:
+                raise ValueError(f"a frame with {str(size)[:40]} bytes of data")
+            self._head = frame
+        frame = self._head
+        if "data" in frame:
+            size = frame["data"]
+            if len(self._inbox) < size:
+                return None
+            frame["data"] = bytes(self._inbox[:size])
+            del self._inbox[:size]
+        self._head = None
+        return frame
 
-    def send(self, frame: dict[str, Any], data: str | None = None) -> None:
-        """Queue a frame, its `data` in parts if it is long, and write what the descriptor takes."""
-        self.queue(frame, data)
+    def send(self, frame: dict[str, Any]) -> None:
+        """Queue a frame, and write what the descriptor takes."""
+        self.queue(frame)
         self.flush()
 
-    def queue(self, frame: dict[str, Any], data: str | None = None) -> None:
-        """Queue a frame, to be written with what follows it."""
-        if data is not None:
-            last = max(0, len(data) - 1) // PART * PART
-            for start in range(0, last, PART):
-                self._queue({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
-            frame = {**frame, "data": data[last:]}
-        self._queue(frame)
-
-    def _queue(self, frame: dict[str, Any]) -> None:
-        self.outbox += json.dumps(frame, separators=(",", ":")).encode() + b"\n"
+    def queue(self, frame: dict[str, Any]) -> None:
+        """Queue a frame, its data in parts if it is long, to be written with what follows."""
+        data = frame.get("data", b"")
+        last = max(0, len(data) - 1) // PART * PART
+        for start in range(0, last, PART):
+            self.outbox += packed({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
+        self.outbox += packed({**frame, "data": data[last:]} if last else frame)
 
     def flush(self) -> None:
         """Write what is queued until nothing is, or the descriptor would block."""
         try:
             while self.outbox:
-                written = os.write(self.writer, bytes(self.outbox[:65536]))
+                with memoryview(self.outbox)[:PART] as piece:
+                    written = os.write(self.writer, piece)
                 del self.outbox[:written]
         except BlockingIOError:
             pass
@@ -787,6 +805,13 @@ class Channel:
         """Close both descriptors."""
         for fd in {self.reader, self.writer}:
             os.close(fd)
+
+
+def packed(frame: dict[str, Any]) -> bytes:
+    """A frame as it travels."""
+    data = frame.get("data")
+    head = frame if data is None else {**frame, "data": len(data)}
+    return b"%s\n%s" % (json.dumps(head, separators=(",", ":")).encode(), data or b"")
 
 
 class Call:
@@ -981,9 +1006,10 @@ class Supervisor:
             if frame["kind"] == "done":
                 self.unread = None
             elif frame["kind"] in ("stdout", "stderr"):
-                self.told += len(frame["text"].encode())
+                self.told += len(frame["data"])
         else:
-            self.backlog_left -= len(json.dumps(frame))  # of all of it: the code may have forged it
+            self.backlog_left -= len(json.dumps({**frame, "data": 0}))  # of all of it: the code may have forged it
+            self.backlog_left -= len(frame.get("data", b""))
             if self.backlog_left > 0 or frame["kind"] == "done":
                 self.backlog.append(frame)
 
@@ -1101,7 +1127,7 @@ class Supervisor:
         self.packages = request["packages"] = request["packages"] or self.packages
         self._read_all_output()
         if self.earlier:
-            self._tell({"id": request["id"], "kind": "earlier", "text": self.earlier.decode("utf-8", "replace")})
+            self._tell({"id": request["id"], "kind": "earlier", "data": bytes(self.earlier)})
             self.earlier.clear()
         self.call = Call(request)
         self.unread = self.begun = self.call.id
@@ -1123,7 +1149,7 @@ class Supervisor:
         except OSError as error:
             answer["problem"] = os.strerror(error.errno) if error.errno else str(error)
         if self.channel:
-            self.channel.send(answer, base64.b64encode(data).decode("ascii"))
+            self.channel.send({**answer, "data": data})
 
     def _from_worker(self) -> None:
         assert self.control is not None
@@ -1178,7 +1204,7 @@ class Supervisor:
 
     def _pass_on(self, stream: str, text: str) -> None:
         if self.call and (text := self.call.admit(stream, text)):
-            self._tell({"id": self.call.id, "kind": stream, "text": text})
+            self._tell({"id": self.call.id, "kind": stream, "data": text.encode()})
 
     def _conclude(self, report: dict[str, Any], lost: bool = False) -> None:
         """End the call with the worker's account of it or, if the worker is gone (`lost`), with ours."""
@@ -1189,7 +1215,7 @@ class Supervisor:
         if call.omitted:
             self._tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
         for stream, data in call.tail:
-            self._tell({"id": call.id, "kind": stream, "text": data.decode("utf-8", "ignore")})
+            self._tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
         oom_kills, self.oom_kills = self.oom_kills, count_oom_kills()
         oom_kills = self.oom_kills - oom_kills
         if not lost and isinstance(report.get("cpu"), float):
@@ -1547,7 +1573,7 @@ class Worker:
 
     def serve(self) -> None:
         """Run one request after the other until the supervisor is gone."""
-        state: list[str] = []
+        state: list[bytes] = []
         state_of = None
         for frame in self.frames:
             if frame["op"] in ("part", "run") and frame["id"] != state_of:
@@ -1555,7 +1581,7 @@ class Worker:
             if frame["op"] == "part":
                 state.append(frame["data"])
             elif frame["op"] == "run":
-                self._serve_call(frame, "".join([*state, frame["data"]]))
+                self._serve_call(frame, b"".join(state))
 
     def _receive(self) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(EOFError):
@@ -1571,7 +1597,7 @@ class Worker:
 
     # ── one call ──
 
-    def _serve_call(self, request: dict[str, Any], state: str) -> None:
+    def _serve_call(self, request: dict[str, Any], state: bytes) -> None:
         process = os.getpid()
         self.calls += 1
         self.call = request["id"]
@@ -1600,7 +1626,7 @@ class Worker:
             report["memory"] = peak_memory()
             self.control.send({"id": call, "kind": "done", **report})
 
-    def _run(self, request: dict[str, Any], state: str, report: dict[str, Any]) -> None:
+    def _run(self, request: dict[str, Any], state: bytes, report: dict[str, Any]) -> None:
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
         report["stale"] = self._use_packages(request["packages"])
@@ -1609,7 +1635,7 @@ class Worker:
         if state:
             self.names.update(json.loads(state))
         try:
-            value = self._evaluate(request["code"], name)
+            value = self._evaluate(request["data"].decode(), name)
             if value is not None:
                 builtins._ = value  # type: ignore[attr-defined]  # as the interactive interpreter does
                 text = repr(value)
@@ -1623,7 +1649,7 @@ class Worker:
             self._show_figures()
             if state:
                 text, left_out = collect_state(self.names)
-                self._send("state", text, left_out=left_out)
+                self._send("state", text.encode(), left_out=left_out)
             if request["final"]:
                 atexit._run_exitfuncs()
             self._report_files(report, request["final"])
@@ -1680,8 +1706,7 @@ class Worker:
             if self.files[path][1] <= min(left, FILE_LIMIT):
                 left -= self.files[path][1]
                 with contextlib.suppress(OSError), open(f"{self.home}/{path}", "rb") as file:
-                    content = file.read(FILE_LIMIT)
-                    self._send("content", base64.b64encode(content).decode("ascii"), path=path)
+                    self._send("content", file.read(FILE_LIMIT), path=path)
 
     def _evaluate(self, code: str, filename: str) -> Any:
         """Run the code; return the value of the expression that it ends with, None if it ends otherwise."""
@@ -1803,16 +1828,16 @@ class Worker:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the code may have put anything there
                 stream.flush()
-        self._send("display", data, is_value=is_value)
+        self._send("display", data.encode(), is_value=is_value)
 
-    def _send(self, kind: str, data: str, **fields: Any) -> None:
+    def _send(self, kind: str, data: bytes, **fields: Any) -> None:
         """Send a frame that belongs to the running call, whole even if an interruption comes in between."""
         with self.lock:
             if self.call is None:
                 return  # a thread of an earlier call: there is no result that this could go into
             self.shielded = threading.current_thread() is threading.main_thread()
             try:
-                self.control.send({"id": self.call, "kind": kind, **fields}, data)
+                self.control.send({"id": self.call, "kind": kind, **fields, "data": data})
                 if kind == "display":
                     while next(self.frames)["op"] != "displayed":
                         pass  # what the code writes from here on comes after
@@ -1932,15 +1957,14 @@ def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
             continue
         try:
             text = f"{json.dumps(name)}:{json.dumps(plain(value, 0, set()))}"
-            text.encode()
-            if parts_of(text) > STATE_PARTS - parts:
-                raise ValueError(f"too large: {parts_of(text)} values")
-            size += len(text) + 1
-            if size > STATE_LIMIT:
-                size -= len(text) + 1
+            count = parts_of(text)
+            if count > STATE_PARTS - parts:
+                raise ValueError(f"too large: {count} values")
+            if len(text) + 1 > STATE_LIMIT - size:
                 raise ValueError(f"too large: {len(text)} characters of JSON")
             kept.append(text)
-            parts += parts_of(text)
+            size += len(text) + 1
+            parts += count
         except (ValueError, RecursionError) as error:
             left_out[clip(name, 100)] = clip(str(error), 200)
     return "{" + ",".join(kept) + "}", dict(list(left_out.items())[:100])
@@ -3142,7 +3166,7 @@ async def helper_container(
                 lines = BufferedByteReceiveStream(process.stdout)
                 step = 0
                 while True:
-                    frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
+                    frame = await Frame.receive(lines)
                     if frame.get("kind", str) == "done":
                         outcome = Outcome.of(frame)
                         break
@@ -3221,18 +3245,34 @@ class ProtocolError(Exception):
 class Frame:
     """One frame from a sandbox. Nothing in it is believed: each field is asked for with the types it may have."""
 
-    def __init__(self, fields: Any) -> None:
+    def __init__(self, fields: Any, data: bytes = b"") -> None:
         if not isinstance(fields, dict):
             raise ProtocolError("where an object should be there is none")
         self._fields = fields
+        self.data = data
 
     @classmethod
-    def parse(cls, line: bytes) -> Frame:
-        """The frame in a line. Raises ProtocolError."""
+    async def receive(cls, stream: BufferedByteReceiveStream) -> Frame:
+        """Read the next frame (see `Channel`).
+
+        Raises:
+            ProtocolError: what came is none.
+            anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound: there is no end of one.
+        """
         try:
-            return cls(json.loads(line))
+            frame = cls(json.loads(await stream.receive_until(b"\n", MAX_FRAME)))
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"a frame is not JSON ({error})") from None
+        if size := frame.get("data", int, NONE):
+            if not 0 < size <= MAX_FRAME:
+                raise ProtocolError(f"a frame with {size} bytes of data")
+            frame.data = await stream.receive_exactly(size)
+        return frame
+
+    @property
+    def text(self) -> str:
+        """Its data, if that is text."""
+        return self.data.decode("utf-8", "replace")
 
     def get(self, name: str, *types: type) -> Any:
         """A field; raises ProtocolError if it is of none of these types. An absent field is None."""
@@ -3257,8 +3297,9 @@ def encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def parse_within(text: str) -> Any:
+def parse_within(data: bytes) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
+    text = data.decode("utf-8", "replace")
     if parts_of(text) > STATE_PARTS + STATE_DEPTH:
         raise ProtocolError("JSON with too many parts")
     try:
@@ -3329,17 +3370,15 @@ class Request:
 
     def frames(self, call_id: str) -> Iterator[dict[str, Any]]:
         """The frames to send: the state ahead in parts, then the request."""
-        state = "" if self.state is None else json.dumps(self.state)
+        state = b"" if self.state is None else json.dumps(self.state).encode()
         if len(state) > STATE_LIMIT:
             raise RequestError(f"state comes to {len(state)} characters of JSON; the limit is {STATE_LIMIT}.")
-        pieces = [state[start : start + PART] for start in range(0, len(state), PART)] or [""]
-        for piece in pieces[:-1]:
-            yield {"op": "part", "id": call_id, "data": piece}
+        for start in range(0, len(state), PART):
+            yield {"op": "part", "id": call_id, "data": state[start : start + PART]}
         yield {
             "op": "run",
             "id": call_id,
-            "data": pieces[-1],
-            "code": self.code,
+            "data": self.code.encode(),
             "session": self.session,
             "final": self.session is None,
             "timeout": self.timeout,
@@ -3553,7 +3592,7 @@ class Sandbox:
         strays = notes = 0
         try:
             while True:
-                frame = Frame.parse(await lines.receive_until(b"\n", MAX_FRAME))
+                frame = await Frame.receive(lines)
                 kind = frame.get("kind", str)
                 if kind in ("ready", "status"):
                     if self._greeting:
@@ -3595,7 +3634,7 @@ class Sandbox:
             await self._process.stdin.send(data)
 
     async def _send(self, frame: dict[str, Any]) -> None:
-        await self._write(json.dumps(frame).encode() + b"\n")
+        await self._write(packed(frame))
 
     def _kill_client(self) -> None:
         """End the engine's command line. The container does not depend on it."""
@@ -3719,11 +3758,11 @@ class Sandbox:
             answer = self._expect(secrets.token_hex(8))
             try:
                 await self._send({"op": "read", "id": answer.id, "path": path, "offset": offset + len(content)})
-                data = ""
+                piece = b""
                 with anyio.fail_after(ATTACH_TIMEOUT):
                     async for frame in answer.frames:
-                        data += frame.get("data", str)
-                        if len(data) > 2 * READ_LIMIT:  # base64 makes a third more of it
+                        piece += frame.data
+                        if len(piece) > READ_LIMIT:
                             raise ProtocolError("more data than was asked for")
                         if frame.get("kind", str) == "file":
                             break
@@ -3731,8 +3770,7 @@ class Sandbox:
                         raise SessionError("The session's container ended, and its files are gone.")
                 if problem := frame.get("problem", str, NONE):
                     raise RequestError(f"The file {last_line(path)!r} can't be read: {problem}.")
-                piece = base64.b64decode(data, validate=True)
-            except (ProtocolError, ValueError, TimeoutError) as error:
+            except (ProtocolError, TimeoutError) as error:
                 raise SessionError(f"The session's container did not answer as it should: {error}.") from error
             finally:
                 self._forget(answer)
@@ -3825,7 +3863,7 @@ class Account:
         self._variables: dict[str, Any] | None = None
         self._left_out: dict[str, str] = {}
         self._contents: dict[str, bytes] = {}
-        self._parts: list[str] = []
+        self._parts: list[bytes] = []
         self._keep = keep is not None
         self._on_output = on_output
         self._text_left = (keep or 0) + MAX_FRAME
@@ -3835,27 +3873,25 @@ class Account:
         """Enter a frame that is not the last. Raises ProtocolError."""
         kind = frame.get("kind", str)
         if kind in ("stdout", "stderr"):
-            await self._show(Text(kind, frame.get("text", str)))
+            await self._show(Text(kind, frame.text))
         elif kind == "part":
             self._gather(frame)
             self._data_left -= PART_COST
         elif kind == "display":
             await self._show(Rich(texts(parse_within(self._gathered(frame))), frame.get("is_value", bool)))
         elif kind == "state":
-            self._variables, self._left_out = parse_within(self._gathered(frame)), texts(frame.get("left_out", dict))
+            self._left_out = texts(frame.get("left_out", dict))
+            self._variables = parse_within(self._gathered(frame))
             if not isinstance(self._variables, dict):
                 raise ProtocolError("the state is not an object")
         elif kind == "content":
             if len(self._contents) == FILES_LISTED:
                 raise ProtocolError("more files than are listed")
-            try:
-                self._contents[frame.get("path", str)] = base64.b64decode(self._gathered(frame), validate=True)
-            except ValueError as error:
-                raise ProtocolError(f"a file's content is not base64 ({error})") from None
+            self._contents[frame.get("path", str)] = self._gathered(frame)
         elif kind == "omitted":
             await self._show(Omitted(frame.get("bytes", int)))
         elif kind == "earlier":
-            self._earlier = frame.get("text", str)
+            self._earlier = frame.text
         else:
             raise ProtocolError(f"a frame of kind {kind!r}")
 
@@ -3888,15 +3924,15 @@ class Account:
             raise ProtocolError("more pieces of output than a call can have")
 
     def _gather(self, frame: Frame) -> None:
-        self._parts.append(frame.get("data", str))
-        self._data_left -= len(self._parts[-1])
+        self._parts.append(frame.data)
+        self._data_left -= len(frame.data)
         if self._data_left < 0:
             raise ProtocolError("more data than the limit lets through")
 
-    def _gathered(self, frame: Frame) -> str:
+    def _gathered(self, frame: Frame) -> bytes:
         """The data of a frame, with the parts that went ahead of it."""
         self._gather(frame)
-        data, self._parts = "".join(self._parts), []
+        data, self._parts = b"".join(self._parts), []
         return data
 
     def close(self, frame: Frame, session: str | None) -> Result:

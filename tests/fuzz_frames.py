@@ -20,6 +20,10 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.abc
+from anyio.streams.buffered import BufferedByteReceiveStream
+
 import python_docker_mcp
 import sandbox_runner
 from sandbox_runner import Account, Call, Channel, Frame, ProtocolError, Result, Supervisor
@@ -44,14 +48,14 @@ DONE: dict[str, Any] = {
     "exception": {"type": "E", "message": "m", "line": 1, "traceback": "t", "missing": None},
 }
 FRAMES: list[dict[str, Any]] = [
-    {"id": CALL, "kind": "stdout", "text": "a"},
-    {"id": CALL, "kind": "stderr", "text": "b"},
-    {"id": CALL, "kind": "part", "data": "{"},
-    {"id": CALL, "kind": "display", "data": '{"text/plain": "x", "image/png": "aGk="}', "is_value": True},
-    {"id": CALL, "kind": "state", "data": '{"x": [1, {"y": null}]}', "left_out": {"z": "too large"}},
-    {"id": CALL, "kind": "content", "data": "aGk=", "path": "a"},
+    {"id": CALL, "kind": "stdout", "data": b"a"},
+    {"id": CALL, "kind": "stderr", "data": b"b"},
+    {"id": CALL, "kind": "part", "data": b"{"},
+    {"id": CALL, "kind": "display", "data": b'{"text/plain": "x", "image/png": "aGk="}', "is_value": True},
+    {"id": CALL, "kind": "state", "data": b'{"x": [1, {"y": null}]}', "left_out": {"z": "too large"}},
+    {"id": CALL, "kind": "content", "data": b"hi", "path": "a"},
     {"id": CALL, "kind": "omitted", "bytes": 5},
-    {"id": CALL, "kind": "earlier", "text": "e"},
+    {"id": CALL, "kind": "earlier", "data": b"e"},
     DONE,
 ]
 VALUES: list[Any] = [None, True, False, 0, -1, 7, 1 << 70, 10**400, 0.5, -0.5, math.nan, math.inf, "", "x", "\u00e9"]
@@ -71,19 +75,55 @@ def finish(coroutine: Coroutine[Any, Any, None]) -> None:
     raise AssertionError("it waited")
 
 
+def wire(frame: dict[str, Any]) -> bytes:
+    """A frame as it travels, or what is nearly one: its data may be anything."""
+    data = frame.get("data")
+    return sandbox_runner.packed(frame) if isinstance(data, bytes) else json.dumps(frame).encode() + b"\n"
+
+
+def unwire(data: bytes) -> Iterator[dict[str, Any]]:
+    """The frames that these bytes are."""
+    while data:
+        line, _, data = data.partition(b"\n")
+        frame = json.loads(line)
+        if "data" in frame:
+            frame["data"], data = data[: frame["data"]], data[frame["data"] :]
+        yield frame
+
+
+class Said(anyio.abc.ByteReceiveStream):
+    """What a sandbox has said, in one piece; reading it never waits."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:  # noqa: ARG002  # all of it
+        """All there is."""
+        if not self.data:
+            raise anyio.EndOfStream
+        data, self.data = self.data, b""
+        return data
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
 def as_host(data: bytes) -> Result | None:
-    """What the host makes of lines from a sandbox, up to the end of a call: shown in every way there is."""
+    """What the host makes of what a sandbox says, up to the end of a call: shown in every way there is."""
     account = Account(1 << 16, None)
-    for line in data.split(b"\n"):
-        try:
-            frame = Frame.parse(line)
-            if frame.get("kind", str) == "done":
-                result = account.close(frame, "s")
-                break
-            finish(account.take(frame))
-        except ProtocolError:
-            return None
-    else:
+    stream = BufferedByteReceiveStream(Said(data))
+    frames: list[Frame] = []
+
+    async def take_next() -> None:
+        frames.append(await Frame.receive(stream))
+        if frames[-1].get("kind", str) != "done":
+            await account.take(frames[-1])
+
+    try:
+        while not frames or frames[-1].get("kind", str) != "done":
+            finish(take_next())
+        result = account.close(frames[-1], "s")
+    except (ProtocolError, anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound):
         return None
     advice = sandbox_runner.advise(result.exception, "1 +\n!pip")
     result = dataclasses.replace(result, hint=advice)
@@ -162,7 +202,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
             sent = b""
             with contextlib.suppress(BlockingIOError):
                 sent = os.read(supervisor.host, 1 << 20)  # more than a pipe holds
-            told = [json.loads(line) for line in (sent + supervisor.channel.outbox).splitlines()]
+            told = list(unwire(sent + supervisor.channel.outbox))
     for frame in told:
         assert frame["id"] == CALL
         assert frame["kind"] in ("part", "display", "state", "content", "done", "omitted", "stdout", "stderr")
@@ -172,14 +212,14 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
 
 def lines_from(data: bytes) -> bytes:
     """Frames that are right but for some of their fields; each three bytes say which, and what is there instead."""
-    lines = []
+    lines = b""
     for start in range(0, len(data) - 2, 3):
         kind, field, value = data[start : start + 3]
         frame = dict(FRAMES[kind % len(FRAMES)])
         if field % 4:  # else it is as it should be
             frame[list(frame)[field // 4 % len(frame)]] = VALUES[value % len(VALUES)]
-        lines.append(json.dumps(frame).encode() + b"\n")
-    return b"".join(lines)
+        lines += wire(frame)
+    return lines
 
 
 def one_input(data: bytes) -> None:
@@ -199,10 +239,10 @@ def main() -> None:
 
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     with tempfile.TemporaryDirectory() as corpus:
-        text = [json.dumps(frame, separators=(",", ":")).encode() for frame in FRAMES]
-        for number, lines in enumerate([*text, b"\n".join(text), b"\n".join(reversed(text))]):
+        text = [wire(frame) for frame in FRAMES]
+        for number, lines in enumerate([*text, b"".join(text), b"".join(reversed(text))]):
             for direction in (0, 2, 4):
-                Path(corpus, f"{number}-{direction}").write_bytes(bytes([direction]) + lines + b"\n")
+                Path(corpus, f"{number}-{direction}").write_bytes(bytes([direction]) + lines)
         for direction in (1, 3, 5):
             Path(corpus, f"made-{direction}").write_bytes(bytes([direction, *range(60)]))
         words = {word for frame in FRAMES for item in frame.items() for word in map(str, item) if len(word) < 40}

@@ -20,7 +20,7 @@ import anyio.abc
 import mcp_types as types
 import pytest
 from conftest import FakeEngine
-from fuzz_frames import CALL, DONE, FRAMES, VALUES, as_host, as_supervisor, finish, lines_from, tamed
+from fuzz_frames import CALL, DONE, FRAMES, VALUES, as_host, as_supervisor, finish, lines_from, tamed, wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp import Client
@@ -69,11 +69,11 @@ fields = sorted({name for frame in FRAMES for name in frame})
 @st.composite
 def frames(draw: st.DrawFn) -> bytes:
     """Lines that are frames, or nearly."""
-    lines = []
+    lines = b""
     for _ in range(draw(st.integers(1, 6))):
         wrong = st.dictionaries(st.sampled_from(fields), some_value, max_size=3)
-        lines.append(json.dumps({**draw(st.sampled_from(FRAMES)), **draw(wrong)}).encode())
-    return b"\n".join(lines) + b"\n"
+        lines += wire({**draw(st.sampled_from(FRAMES)), **draw(wrong)})
+    return lines
 
 
 lines = st.binary(max_size=200) | frames() | st.binary(max_size=60).map(lines_from)
@@ -84,7 +84,7 @@ lines = st.binary(max_size=200) | frames() | st.binary(max_size=60).map(lines_fr
 
 def test_what_is_right_is_believed() -> None:
     """Otherwise the tests below would test nothing."""
-    result = as_host(b"\n".join(json.dumps(frame).encode() for frame in FRAMES if frame["kind"] != "part"))
+    result = as_host(b"".join(wire(frame) for frame in FRAMES if frame["kind"] != "part"))
     assert result is not None
     assert (result.status, result.value, result.stdout, result.contents) == ("ok", "1", "a", {"a": b"hi"})
     assert [frame["kind"] for frame in as_supervisor(json.dumps(DONE).encode() + b"\n", True)] == ["done"]
@@ -102,7 +102,7 @@ JSON_LIKE = st.text('[]{}",:\\0a \n', max_size=80) | any_json.map(json.dumps)
 @given(JSON_LIKE)
 def test_data_within_frames_is_json_or_a_breach_of_the_protocol(text: str) -> None:
     try:
-        value = parse_within(text)
+        value = parse_within(text.encode("utf-8", "surrogatepass"))
     except ProtocolError:
         return
     json.dumps(value, allow_nan=False)
@@ -123,30 +123,30 @@ def test_data_within_frames_is_json_or_a_breach_of_the_protocol(text: str) -> No
 )
 def test_data_that_is_meant_to_keep_its_reader_busy_is_refused(text: str) -> None:
     with pytest.raises(ProtocolError):
-        parse_within(text)
+        parse_within(text.encode())
 
 
 def test_commas_and_brackets_in_texts_do_not_count_as_values() -> None:
     text = json.dumps({"x": '[{,"\\' * 500_000})
-    assert len(parse_within(text)["x"]) == 2_500_000
+    assert len(parse_within(text.encode())["x"]) == 2_500_000
 
 
 def test_a_state_of_too_many_values_is_left_out_where_it_is_made_and_no_breach_of_the_protocol() -> None:
     text, left_out = sandbox_runner.collect_state({"rows": [0] * 1_000_001, "text": "," * 1_000_001, "x": 1})
     assert left_out == {"rows": "too large: 1000001 values"}
-    assert set(parse_within(text)) == {"text", "x"}
+    assert set(parse_within(text.encode())) == {"text", "x"}
 
 
 @pytest.mark.parametrize(
     "frame",
     [
-        {"kind": "part", "data": ""},
-        {"kind": "part", "data": "x"},
-        {"kind": "display", "data": "{}", "is_value": False},
+        {"kind": "part", "data": b""},
+        {"kind": "part", "data": b"x"},
+        {"kind": "display", "data": b"{}", "is_value": False},
         {"kind": "omitted", "bytes": 1},
-        {"kind": "content", "data": ""},
+        {"kind": "content", "data": b""},
     ],
-    ids=lambda frame: f"{frame['kind']}{len(frame.get('data', ''))}",
+    ids=lambda frame: f"{frame['kind']}{len(frame.get('data', b''))}",
 )
 def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
     monkeypatch: pytest.MonkeyPatch, frame: dict[str, Any]
@@ -158,7 +158,7 @@ def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
 
     def flood() -> None:
         for number in range(3000):
-            finish(account.take(Frame({**frame, "path": str(number)})))
+            finish(account.take(Frame({**frame, "path": str(number)}, frame.get("data", b""))))
 
     with pytest.raises(ProtocolError):
         flood()
@@ -167,13 +167,13 @@ def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
 def test_output_that_comes_in_the_smallest_pieces_is_kept_in_few(monkeypatch: pytest.MonkeyPatch) -> None:
     account = Account(1 << 20, None)
     for _ in range(20_000):
-        finish(account.take(Frame({"kind": "stdout", "text": "x"})))
+        finish(account.take(Frame({"kind": "stdout"}, b"x")))
     assert len(account.output) <= 5
     assert Result("ok", tuple(account.output)).stdout == "x" * 20_000
     monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 100)
     account = Account(1 << 20, None)
     for number in range(1000):
-        finish(account.take(Frame({"kind": ("stdout", "stderr")[number % 2], "text": "x"})))
+        finish(account.take(Frame({"kind": ("stdout", "stderr")[number % 2]}, b"x")))
     *kept, omitted = account.output
     assert len(kept) == 100
     assert isinstance(omitted, sandbox_runner.Omitted)
@@ -285,8 +285,9 @@ def test_what_a_worker_sends_is_passed_on_as_its_own_or_ends_it(data: bytes, att
 
 def test_what_a_worker_sends_while_nobody_is_attached_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_runner, "BACKLOG_LIMIT", 100_000)
-    line = json.dumps({"id": CALL, "kind": "content", "data": "", "path": "x" * 1000}).encode() + b"\n"
-    assert 50 < len(as_supervisor(line * 1000, attached=False)) < 100
+    for path, data in (("x" * 1000, b""), ("x", b"x" * 1000)):
+        frame = wire({"id": CALL, "kind": "content", "path": path, "data": data})
+        assert 50 < len(as_supervisor(frame * 1000, attached=False)) < 100
 
 
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=5))
@@ -297,6 +298,7 @@ def test_a_channel_yields_objects_or_says_what_is_wrong(pieces: list[bytes]) -> 
             os.write(channel.writer, piece)
             for frame in channel.receive():
                 assert isinstance(frame, dict)
+                assert isinstance(frame.get("data", b""), bytes)
             assert len(channel._inbox) <= MAX_FRAME + 65536
     except ValueError:
         pass

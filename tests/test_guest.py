@@ -153,10 +153,10 @@ def channel() -> Iterator[Channel]:
 
 def test_frames_arrive_whole_and_in_order_however_they_are_cut(channel: Channel) -> None:
     received = []
-    for byte in b'{"n":1}\n{"n":"\xc3\xa9"}\n{"n":3}\n':
+    for byte in b'{"n":1}\n{"n":"\xc3\xa9"}\n{"data":3}\n{\n\xff{"data":0}\n{}\n{"n":3}\n':
         os.write(channel.writer, bytes([byte]))
         received += list(channel.receive())
-    assert received == [{"n": 1}, {"n": "é"}, {"n": 3}]
+    assert received == [{"n": 1}, {"n": "é"}, {"data": b"{\n\xff"}, {"data": b""}, {}, {"n": 3}]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,10 @@ def test_frames_arrive_whole_and_in_order_however_they_are_cut(channel: Channel)
         (b"\xff\n", "decode"),
         (b"[1]\n", "not an object"),
         (b"[" * 60_000 + b"\n", "nested too deeply"),
+        (b'{"data":-1}\n', "with -1 bytes of data"),
+        (b'{"data":true}\n', "with True bytes of data"),
+        (b'{"data":"1"}\n', "with 1 bytes of data"),
+        (b'{"data":1048577}\n', "with 1048577 bytes of data"),
     ],
 )
 def test_a_line_that_is_no_frame_is_refused(channel: Channel, line: bytes, message: str) -> None:
@@ -199,21 +203,21 @@ def test_frames_for_somebody_who_has_gone_are_dropped(channel: Channel) -> None:
 
 def test_long_data_goes_in_parts_that_are_frames_themselves(channel: Channel) -> None:
     channel.set_blocking(False)
-    data = "\N{BELL}" * (2 * PART + 1)
-    channel.send({"id": "a", "kind": "state", "n": 1}, data)
+    data = os.urandom(2 * PART + 1)
+    channel.send({"id": "a", "kind": "state", "n": 1, "data": data})
     frames: list[dict[str, Any]] = []
     while channel.outbox or len(frames) < 3:
         channel.flush()
         frames += channel.receive()
     assert [frame["kind"] for frame in frames] == ["part", "part", "state"]
-    assert "".join(frame["data"] for frame in frames) == data
+    assert [len(frame["data"]) for frame in frames] == [PART, PART, 1]
+    assert b"".join(frame["data"] for frame in frames) == data
     assert frames[-1]["n"] == 1
-    assert all(len(json.dumps(frame)) < MAX_FRAME for frame in frames)
 
 
 def test_what_a_full_pipe_does_not_take_waits_in_the_outbox(channel: Channel) -> None:
     channel.set_blocking(False)
-    frames = [{"text": "x" * 50_000, "n": number} for number in range(5)]
+    frames = [{"n": number, "data": b"x" * 50_000} for number in range(5)]
     for frame in frames:
         channel.send(frame)
     assert channel.outbox
@@ -564,10 +568,13 @@ class Told:
     def __init__(self, frames: list[dict[str, Any]]) -> None:
         self.frames = frames
         self.done = frames[-1]
-        self.stdout = "".join(frame["text"] for frame in frames if frame["kind"] == "stdout")
-        self.stderr = "".join(frame["text"] for frame in frames if frame["kind"] == "stderr")
-        self.earlier = "".join(frame["text"] for frame in frames if frame["kind"] == "earlier")
+        self.stdout = self._text("stdout")
+        self.stderr = self._text("stderr")
+        self.earlier = self._text("earlier")
         self.shown = [json.loads(frame["data"]) for frame in frames if frame["kind"] == "display"]
+
+    def _text(self, kind: str) -> str:
+        return b"".join(frame["data"] for frame in self.frames if frame["kind"] == kind).decode("utf-8", "replace")
 
     @property
     def status(self) -> str:
@@ -632,13 +639,15 @@ class Guest:
         (supervisor,) = children(json.loads(self.record.read_text())["pid"])
         return children(supervisor)
 
-    def start(self, code: str, **fields: Any) -> str:
+    def start(self, code: str, state: str = "", **fields: Any) -> str:
         """Send a request; the call's id."""
         call_id = f"call-{next(self.numbers)}"
-        request = {"op": "run", "id": call_id, "data": "", "code": code, "session": "s", "final": False}
+        request = {"op": "run", "id": call_id, "data": code.encode(), "session": "s", "final": False}
         request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None, **fields}
+        for start in range(0, len(state), PART):
+            self.channel.send({"op": "part", "id": request["id"], "data": state[start : start + PART].encode()})
         self.channel.send(request)
-        return call_id
+        return str(request["id"])
 
     def wait(self, call_id: str) -> Told:
         """All frames up to the call's end."""
@@ -933,7 +942,7 @@ def test_stdout_and_stderr_are_kept_apart(guest: Guest) -> None:
 
 def test_output_comes_while_the_code_runs(guest: Guest) -> None:
     call = guest.start("import os, time\nprint('here')\nwhile not os.path.exists('go'): time.sleep(0.002)\n'gone'")
-    assert next(guest.frames)["text"] == "here\n"
+    assert next(guest.frames)["data"] == b"here\n"
     (guest.home / "go").touch()
     assert guest.wait(call).value == "'gone'"
 
@@ -1017,26 +1026,21 @@ def test_shown_values_come_in_the_order_of_the_output(guest: Guest) -> None:
 
 
 def test_state_goes_in_and_comes_out_with_the_names_of_what_stays_behind(guest: Guest) -> None:
-    told = guest.run("import math\ny = x + [2]\nz = {1}\ndef f(): pass", data='{"x": [1]}', final=True)
+    told = guest.run("import math\ny = x + [2]\nz = {1}\ndef f(): pass", state='{"x": [1]}', final=True)
     assert told.frames[-2]["kind"] == "state"
     assert json.loads(told.frames[-2]["data"]) == {"x": [1], "y": [1, 2]}
     assert told.frames[-2]["left_out"] == {"z": "set is not JSON"}
 
 
 def test_state_comes_out_even_if_the_code_fails(guest: Guest) -> None:
-    told = guest.run("y = 1\n1 / 0", data="{}")
+    told = guest.run("y = 1\n1 / 0", state="{}")
     assert (told.status, json.loads(told.frames[-2]["data"])) == ("error", {"y": 1})
 
 
 def test_state_larger_than_a_frame_goes_both_ways(guest: Guest) -> None:
     text = json.dumps({"x": "é" * 300_000})
-    call = f"call-{next(guest.numbers)}"
-    for start in range(0, len(text), PART):
-        guest.channel.send({"op": "part", "id": call, "data": text[start : start + PART]})
-    fields = {"id": call, "data": "", "timeout": 20.0}
-    guest.start("y = len(x)", **fields)
-    told = guest.wait(call)
-    back = "".join(frame["data"] for frame in told.frames if frame["kind"] in ("part", "state"))
+    told = guest.run("y = len(x)", state=text)
+    back = b"".join(frame["data"] for frame in told.frames if frame["kind"] in ("part", "state"))
     assert json.loads(back) == {"x": "é" * 300_000, "y": 300_000}
 
 
@@ -1089,7 +1093,7 @@ def test_a_time_out_loses_the_state_of_code_that_can_not_be_interrupted_and_says
 
 def test_an_interruption_that_the_host_asks_for_is_told_as_such(guest: Guest) -> None:
     call = guest.start("x = 1\nprint('on')\nwhile True: pass")
-    assert next(guest.frames)["text"] == "on\n"
+    assert next(guest.frames)["data"] == b"on\n"
     guest.channel.send({"op": "interrupt", "id": call})
     told = guest.wait(call)
     assert (told.status, told.done["lost"], told.exception["type"]) == ("cancelled", False, "KeyboardInterrupt")
@@ -1098,7 +1102,7 @@ def test_an_interruption_that_the_host_asks_for_is_told_as_such(guest: Guest) ->
 
 def test_an_interruption_of_another_call_does_nothing(guest: Guest) -> None:
     call = guest.start("print('on')\nimport os, time\nwhile not os.path.exists('go'): time.sleep(0.002)")
-    assert next(guest.frames)["text"] == "on\n"
+    assert next(guest.frames)["data"] == b"on\n"
     guest.channel.send({"op": "interrupt", "id": "call-of-yesterday"})
     (guest.home / "go").touch()
     assert guest.wait(call).status == "ok"
@@ -1197,6 +1201,7 @@ def test_a_forged_frame_of_another_call_is_passed_over(guest: Guest) -> None:
         b"[]\n",
         b"[" * 10_000 + b"\n",
         b"x" * (MAX_FRAME + 70_000),
+        b'{"data":1e6}\n',
     ],
 )
 def test_code_that_breaks_the_protocol_loses_its_process(guest: Guest, frame: bytes) -> None:

@@ -639,9 +639,10 @@ def remove(defence: Defence, monkeypatch: pytest.MonkeyPatch) -> None:
 # Descriptor 3 is the worker's line to the supervisor: code can use it, as it can all of its own process.
 FORGE = """
 import json, os, sys
-def forge(call_id, **fields):
+def forge(call_id, data=None, **fields):
     frame = {"id": call_id, "kind": "done", "status": "ok", "value": "forged", **fields}
-    os.write(3, json.dumps(frame).encode() + b"\\n")
+    if data is not None: frame["data"] = len(data)
+    os.write(3, json.dumps(frame).encode() + b"\\n" + (data or b""))
 def find_worker():
     frame = sys._getframe()
     while "call" not in getattr(frame.f_locals.get("self"), "__dict__", {}):
@@ -693,6 +694,7 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "os.write(3, b'[' * 900000 + bytes([10]))",
         "os.write(3, b'1' * 900000 + bytes([10]))",
         "os.write(3, bytes([255, 10]))",
+        "os.write(3, b'{\"data\": 1048577}' + bytes([10]))",
         "forge(mine, kind='ready')",
         "forge(mine, kind=['done'])",
         "forge(mine, status='splendid')",
@@ -700,7 +702,7 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "forge(mine, status={})",
         "forge(mine, memory=1e999)",
         "forge(mine, exception={'type': []})",
-        "while True: forge(mine, kind='part', data='x' * 65536)",
+        "while True: forge(mine, kind='part', data=b'x' * 65536)",
     ]
     for attack in attacks:
         code = f"{FORGE}import time\nkept = 1\n{attack}\ntime.sleep(60)"
@@ -835,7 +837,7 @@ def peak_memory() -> int:
         "while True: os.write(1, b'x'); os.write(2, b'x'); time.sleep(0)",
         "threading.Thread(target=lambda: [os.write(1, b'x' * 65536) for _ in iter(int, 1)], daemon=True).start()",
         "while True: forge('x', value='x' * 900_000)",
-        "while True: forge(mine, kind='state', data='{}', left_out={'x' * 100_000: 'y'})",
+        "while True: forge(mine, kind='state', data=b'{}', left_out={'x' * 100_000: 'y'})",
         "while True: display('x' * 100_000)",
     ],
 )

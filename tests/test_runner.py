@@ -648,14 +648,15 @@ def hostile(answer: str) -> str:
     """A program that greets as the supervisor does, then answers a request as it likes."""
     return (
         "import json, os, sys\n"
-        "def say(data):\n"
-        "    data = data if isinstance(data, bytes) else json.dumps(data).encode() + b'\\n'\n"
+        "def say(said, data=None):\n"
+        "    if data is not None: said['data'] = len(data)\n"
+        "    data = (said if isinstance(said, bytes) else json.dumps(said).encode() + b'\\n') + (data or b'')\n"
         "    while data: data = data[os.write(1, data):]\n"
         f"say({GREETING})\n"
         f"done = {DONE}\n"
         "for line in sys.stdin.buffer:\n"
-        '    if b\'{"op": "run"\' in line:\n'
-        "        me = json.loads(line[line.index(b'{\"op\": \"run\"'):])['id']\n"
+        '    if b\'{"op":"run"\' in line:\n'
+        "        me = json.loads(line[line.index(b'{\"op\":\"run\"'):])['id']\n"
         "        done['id'] = me\n"
         f"        {answer or 'pass'}\n"
     )
@@ -679,14 +680,15 @@ async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, 
         "say(b'[' * 100_000 + b'\\n')",
         "say({'id': me})",
         "say({'id': me, 'kind': 'nonsense'})",
-        "say({'id': me, 'kind': 'stdout', 'text': 5})",
-        "say({'id': me, 'kind': 'stdout'})",
+        "say({'id': me, 'kind': 'stdout', 'data': '5'})",
+        "say({'id': me, 'kind': 'stdout', 'data': -1})",
+        "say({'id': me, 'kind': 'stdout', 'data': 2 << 20})",
         "say({'id': me, 'kind': 'omitted', 'bytes': '5'})",
-        "say({'id': me, 'kind': 'display', 'data': 'no json', 'is_value': False})",
-        "say({'id': me, 'kind': 'display', 'data': '[' * 100_000, 'is_value': False})",
-        "say({'id': me, 'kind': 'display', 'data': '{\"a\": 1}', 'is_value': False})",
-        "say({'id': me, 'kind': 'state', 'data': '[]', 'left_out': {}})",
-        "say({'id': me, 'kind': 'state', 'data': '{}', 'left_out': {'x': 1}})",
+        "say({'id': me, 'kind': 'display', 'is_value': False}, b'no json')",
+        "say({'id': me, 'kind': 'display', 'is_value': False}, b'[' * 100_000)",
+        "say({'id': me, 'kind': 'display', 'is_value': False}, b'{\"a\": 1}')",
+        "say({'id': me, 'kind': 'state', 'left_out': {}}, b'[]')",
+        "say({'id': me, 'kind': 'state', 'left_out': {'x': 1}}, b'{}')",
         "say({'id': me, 'kind': 'done'})",
         "say({**done, 'status': 'great'})",
         "say({**done, 'wall': float('nan')})",
@@ -694,7 +696,7 @@ async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, 
         "say({**done, 'lost': 'no'})",
         "say({**done, 'value': 5})",
         "say({**done, 'exception': {'type': 'E'}})",
-        "[say({'id': me, 'kind': 'stdout', 'text': 'x' * 900_000}) for _ in range(20)]",
+        "[say({'id': me, 'kind': 'stdout'}, b'x' * 900_000) for _ in range(20)]",
     ],
 )
 async def test_what_no_supervisor_sends_ends_the_sandbox_and_nothing_else(
@@ -1256,9 +1258,9 @@ async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes_and_then
 def test_json_from_the_sandbox_is_held_within_bounds(text: str, problem: str | None) -> None:
     if problem:
         with pytest.raises(sandbox_runner.ProtocolError, match=problem):
-            sandbox_runner.parse_within(text)
+            sandbox_runner.parse_within(text.encode())
     else:
-        assert sandbox_runner.parse_within(text) == json.loads(text)
+        assert sandbox_runner.parse_within(text.encode()) == json.loads(text)
 
 
 async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
