@@ -129,6 +129,7 @@ LOOK_TIMEOUT = 5  # the same, when a sandbox is only asked how it is
 MOMENT = 1.0  # that a call is given to end, or a host to have gone, before another one on its session is refused
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
+HEAD_START = 0.1  # that a call has before the engine is busied with what is to be done about it, or after it
 RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
 RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
@@ -4210,7 +4211,7 @@ class Pool:
                 while self.ready:
                     sandbox = self.ready.popleft()
                     if not sandbox.gone.is_set() and time.monotonic() - sandbox.created <= self._config.max_age:
-                        self._fill()
+                        self._tasks.start_soon(self._fill_soon)
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
                 self._changed = anyio.Event()
@@ -4278,6 +4279,11 @@ class Pool:
                 self._coming += 1
                 self._count += 1
                 self._tasks.start_soon(self._prepare_one)
+
+    async def _fill_soon(self) -> None:
+        """The same, once the call that has just taken one has had the machine for a moment: most need no more."""
+        await anyio.sleep(HEAD_START)
+        self._fill()
 
     async def _prepare_one(self) -> None:
         """Add one to the ready ones; if the engine can't, wait longer and longer for it."""
@@ -4423,19 +4429,22 @@ class Runner:
     ) -> Result:
         sandbox = await self._pool.lease()
         self._transient.add(sandbox)
-        dispose = sandbox.end
+        reuse = False
         try:
             with self._counted():
                 async with interruptible(lambda: sandbox, interrupt):
                     result = await sandbox.call(request, on_output)
-            if self.config.pool.reuse and result.status in ("ok", "error"):
-                dispose = functools.partial(self._pool.give_back, sandbox)
+            reuse = self.config.pool.reuse and result.status in ("ok", "error")
             return result
         finally:
-            self._tasks.start_soon(self._dispose, sandbox, dispose)
+            self._tasks.start_soon(self._dispose, sandbox, reuse)
 
-    async def _dispose(self, sandbox: Sandbox, dispose: Callable[[], Awaitable[None]]) -> None:
-        await dispose()
+    async def _dispose(self, sandbox: Sandbox, reuse: bool) -> None:
+        if reuse:
+            await self._pool.give_back(sandbox)
+        else:
+            await anyio.sleep(HEAD_START)  # first of all its result is to be passed on
+            await sandbox.end()
         self._transient.discard(sandbox)
 
     async def _execute_in_session(

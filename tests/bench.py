@@ -38,6 +38,7 @@ import anyio
 import yaml
 
 from sandbox_runner import (
+    HEAD_START,
     Config,
     DockerConfig,
     Engine,
@@ -183,6 +184,7 @@ class Server:
     def settle(self, ready: int) -> None:
         """Wait until so many sandboxes, and no more, are there and have imported what they are to preload."""
         assert self.bench is not None
+        time.sleep(2 * HEAD_START)  # what the last call leaves behind is seen to after that
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             names = self.sandboxes()
@@ -244,6 +246,7 @@ class Bench:
     folder: Path
     closing: ExitStack = field(default_factory=ExitStack)  # what the current row has opened
     _pids: dict[str, int] = field(default_factory=dict)
+    _servers: Iterator[int] = field(default_factory=lambda: itertools.count(secrets.randbelow(10_000)))
 
     @property
     def few(self) -> int:
@@ -259,7 +262,9 @@ class Bench:
     def command(self, **settings: dict[str, Any]) -> list[str]:
         """The command that starts our server."""
         file = self.folder / f"{secrets.token_hex(8)}.yaml"
-        file.write_text(yaml.safe_dump({"docker": {"command": self.engine.command}, **settings}), encoding="utf-8")
+        own = {"idle_timeout": 1800 + next(self._servers)}  # so that none has a use for what another leaves behind
+        everything = {"docker": {"command": self.engine.command}, "session": own, **settings}
+        file.write_text(yaml.safe_dump(everything), encoding="utf-8")
         return [sys.executable, "-m", "python_docker_mcp", "--config", str(file)]
 
     def noop(self) -> Server:
