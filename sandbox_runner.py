@@ -911,6 +911,7 @@ class Supervisor:
         unfiltered = filter_system_calls()
         self._catch_children()
         self._listen()
+        warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")  # which show() is, here
         self._attach(self.channel)
         if unfiltered:
             text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
@@ -968,6 +969,7 @@ class Supervisor:
             self._reap()
 
         self.sources[reader] = wake_up
+        importlib.import_module("resource")  # os.wait4 would do that, in the midst of the first call
 
     # ── the host ──
 
@@ -1412,8 +1414,8 @@ def system_v_objects() -> int:
     """How many shared memory segments, semaphores and message queues there are, which outlive their processes."""
     count = 0
     for kind in ("shm", "sem", "msg"):
-        with contextlib.suppress(OSError), open(f"/proc/sysvipc/{kind}") as file:
-            count += len(file.readlines()) - 1
+        with contextlib.suppress(OSError):
+            count += read_kernel_file(f"/proc/sysvipc/{kind}").count("\n") - 1
     return count
 
 
@@ -1437,14 +1439,20 @@ def become_worker(descriptors: tuple[int, int, int, int]) -> None:
             with contextlib.suppress(OSError):
                 os.close(fd)
     allow_inspection(True)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # the first victim when memory runs out, so that the supervisor lives to tell
+    with contextlib.suppress(OSError):  # the first victim when memory runs out, so that the supervisor lives to tell
+        write_kernel_file("/proc/self/oom_score_adj", b"1000")
 
 
 def allow_inspection(allowed: bool) -> None:
     """Set whether other processes of the same user may see this one's memory and descriptors (PR_SET_DUMPABLE)."""
-    if ctypes.CDLL(None, use_errno=True).prctl(4, int(allowed), 0, 0, 0):
+    if libc().prctl(4, int(allowed), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+
+
+@functools.lru_cache(None)
+def libc() -> Any:
+    """The C library; opened once, for all that are forked."""
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def filter_program(machine: str) -> bytes | None:
@@ -1490,7 +1498,7 @@ def filter_system_calls() -> str | None:
     code = filter_program(os.uname().machine)
     if code is None:
         return f"its numbers are not known for {os.uname().machine}"
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl = libc().prctl
     steps = ctypes.create_string_buffer(code)
     program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))
     if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP
@@ -1511,6 +1519,15 @@ def read_kernel_file(path: str) -> str:
     fd = os.open(path, os.O_RDONLY)
     try:
         return os.read(fd, 1 << 16).decode()
+    finally:
+        os.close(fd)
+
+
+def write_kernel_file(path: str, text: bytes) -> None:
+    """The same the other way."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, text)
     finally:
         os.close(fd)
 
@@ -1562,9 +1579,8 @@ class Worker:
         sys.modules["sandbox_backend"] = self._matplotlib_backend()
         sys.meta_path.insert(0, MatplotlibHook)
         MatplotlibHook.find_spec("matplotlib.pyplot")
-        warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")
-        if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed()  # else every worker forked from here would draw the same numbers
+        if "numpy.random" in sys.modules:  # else every worker forked from here would draw the same numbers
+            sys.modules["numpy.random"].seed(list(os.urandom(16)))
         self.packages_root: str = settings["packages"]
         self.packages: list[str] = []
         self.had_packages: list[str] = []
@@ -1657,7 +1673,9 @@ class Worker:
 
     def _use_packages(self, folder: str | None) -> list[str]:
         """Make what is installed importable; the names of what had been imported in another version."""
-        shared = os.path.realpath(f"{self.packages_root}/shared")
+        shared = None
+        with contextlib.suppress(OSError):
+            shared = os.path.join(self.packages_root, os.readlink(f"{self.packages_root}/shared"))
         folders = [path for path in (folder, shared) if path and os.path.isdir(path)]
         added = [path for path in folders if path not in self.packages]
         if folders != self.packages:
@@ -2028,8 +2046,8 @@ def cpu_seconds() -> float:
 
 def reset_peak_memory() -> None:
     """Let the kernel start this process's high-water mark anew."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as file:
-        file.write(b"5")
+    with contextlib.suppress(OSError):
+        write_kernel_file("/proc/self/clear_refs", b"5")
 
 
 def peak_memory() -> int | None:
@@ -3435,6 +3453,14 @@ class Answer:
         self.id = call_id
         self.put, self.frames = anyio.create_memory_object_stream[Frame](16)
 
+    async def add(self, frame: Frame) -> None:
+        """Hand a frame on; wait only if there are many already."""
+        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # given up meanwhile
+            try:
+                self.put.send_nowait(frame)
+            except anyio.WouldBlock:
+                await self.put.send(frame)
+
     def close(self) -> None:
         """Nobody will read or write any more."""
         self.put.close()
@@ -3614,10 +3640,7 @@ class Sandbox:
                     notes += 1
                     log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
                 elif answer := self._answers.get(frame.get("id", str)):
-                    with contextlib.suppress(
-                        anyio.BrokenResourceError, anyio.ClosedResourceError
-                    ):  # given up meanwhile
-                        await answer.put.send(frame)
+                    await answer.add(frame)
                 else:
                     strays += 1
                     if strays > 100_000:
@@ -3657,7 +3680,8 @@ class Sandbox:
         settled = True  # as long as nothing of it runs
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
-                await self._idle.wait()
+                if not self._idle.is_set():
+                    await self._idle.wait()
                 for part in parts:
                     await self._send(part)
                 settled, self.asked = False, call_id
@@ -4474,7 +4498,7 @@ class Runner:
                 session.ongoing = None
                 await ongoing.cancel()
                 raise
-        return dataclasses.replace(result, unread=earlier)
+        return dataclasses.replace(result, unread=earlier) if earlier else result
 
     async def _answer(
         self, session: Session, on_output: OnOutput | None, interrupt: anyio.Event | None, deadline: float
@@ -4521,7 +4545,9 @@ class Runner:
                 result = await sandbox.call(request, on_output)
             elif sandbox.was_cut(result):
                 result = await self._resume(session, request.session, sandbox, request, result, on_output)
-        return dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new)
+        if lost or is_new:
+            result = dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new)
+        return result
 
     async def _resume(
         self,
