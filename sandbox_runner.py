@@ -639,7 +639,7 @@ class Installation:
 
 PROTOCOL = 1  # of the frames and of the plug; raised when an older sandbox could no longer be talked to
 MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; keeps what a hostile one can cost its reader in bounds
-PART = 1 << 16  # bytes of data in one frame
+PART = 1 << 16  # bytes of data in one frame, and read or written at once
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
 ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
@@ -729,7 +729,7 @@ class Channel:
             ValueError: what came is not a frame, or is too large.
         """
         try:
-            data = os.read(self.reader, 65536)
+            data = os.read(self.reader, PART)
         except BlockingIOError:
             return
         except ConnectionResetError:
@@ -773,17 +773,18 @@ class Channel:
         return frame
 
     def send(self, frame: dict[str, Any]) -> None:
-        """Queue a frame, and write what the descriptor takes."""
-        self.queue(frame)
-        self.flush()
-
-    def queue(self, frame: dict[str, Any]) -> None:
-        """Queue a frame, its data in parts if it is long, to be written with what follows."""
+        """Queue a frame, its data in parts if it is long, and write what the descriptor takes."""
         data = frame.get("data", b"")
         last = max(0, len(data) - 1) // PART * PART
         for start in range(0, last, PART):
-            self.outbox += packed({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
-        self.outbox += packed({**frame, "data": data[last:]} if last else frame)
+            self.queue({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
+            self.flush()
+        self.queue({**frame, "data": data[last:]} if last else frame)
+        self.flush()
+
+    def queue(self, frame: dict[str, Any]) -> None:
+        """Queue a frame, to be written with what follows."""
+        self.outbox += packed(frame)
 
     def flush(self) -> None:
         """Write what is queued until nothing is, or the descriptor would block."""
@@ -1580,7 +1581,7 @@ class Worker:
         sys.meta_path.insert(0, MatplotlibHook)
         MatplotlibHook.find_spec("matplotlib.pyplot")
         if "numpy.random" in sys.modules:  # else every worker forked from here would draw the same numbers
-            sys.modules["numpy.random"].seed(list(os.urandom(16)))
+            sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
         self.packages_root: str = settings["packages"]
         self.packages: list[str] = []
         self.had_packages: list[str] = []
@@ -1650,7 +1651,7 @@ class Worker:
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
         if state:
-            self.names.update(json.loads(state))
+            self.names.update(json.loads(state.decode()))  # json.loads would look what encoding it is, at length
         try:
             value = self._evaluate(request["data"].decode(), name)
             if value is not None:
@@ -1665,8 +1666,8 @@ class Worker:
                 threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a script: waits for threads
             self._show_figures()
             if state:
-                text, left_out = collect_state(self.names)
-                self._send("state", text.encode(), left_out=left_out)
+                variables, left_out = collect_state(self.names)
+                self._send("state", variables, left_out=left_out)
             if request["final"]:
                 atexit._run_exitfuncs()
             self._report_files(report, request["final"])
@@ -1966,27 +1967,28 @@ def fit_image(data: bytes) -> bytes:
     return data
 
 
-def collect_state(names: dict[str, Any]) -> tuple[str, dict[str, str]]:
+def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
     """The variables that JSON can hold, as its text; and of those it can't, the name and the reason (at most 100)."""
-    kept: list[str] = []
+    kept: list[bytes] = []
     left_out: dict[str, str] = {}
     size = parts = 2
     for name, value in list(names.items()):
         if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
             continue
         try:
-            text = f"{json.dumps(name)}:{json.dumps(plain(value, 0, set()))}"
-            count = parts_of(text)
+            key, text = json.dumps(name), json.dumps(plain(value, 0, set()))
+            length = len(key) + len(text) + 1
+            count = 1 if isinstance(value, str) else parts_of(text)
             if count > STATE_PARTS - parts:
                 raise ValueError(f"too large: {count} values")
-            if len(text) + 1 > STATE_LIMIT - size:
-                raise ValueError(f"too large: {len(text)} characters of JSON")
-            kept.append(text)
-            size += len(text) + 1
+            if length >= STATE_LIMIT - size:
+                raise ValueError(f"too large: {length} characters of JSON")
+            kept += [b",", key.encode(), b":", text.encode()]  # to copy it once more would cost as much as to make it
+            size += length + 1
             parts += count
         except (ValueError, RecursionError) as error:
             left_out[clip(name, 100)] = clip(str(error), 200)
-    return "{" + ",".join(kept) + "}", dict(list(left_out.items())[:100])
+    return b"".join([b"{", *kept[1:], b"}"]), dict(list(left_out.items())[:100])
 
 
 def parts_of(text: str) -> int:

@@ -347,11 +347,11 @@ def test_variables_that_json_can_hold_are_kept(value: Any, kept: Any) -> None:
     ],
 )
 def test_variables_that_json_can_not_hold_are_named_with_the_reason(value: Any, reason: str) -> None:
-    assert collect_state({"x": value, "y": 1}) == ('{"y":1}', {"x": reason})
+    assert collect_state({"x": value, "y": 1}) == (b'{"y":1}', {"x": reason})
 
 
 def test_state_leaves_out_modules_functions_classes_and_underscored_names_without_a_word() -> None:
-    assert collect_state({"os": os, "f": clip, "C": Call, "_x": 1, "__y": 2, "print": print}) == ("{}", {})
+    assert collect_state({"os": os, "f": clip, "C": Call, "_x": 1, "__y": 2, "print": print}) == (b"{}", {})
 
 
 def test_state_that_is_too_large_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
