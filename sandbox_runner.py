@@ -900,7 +900,8 @@ class Supervisor:
         self.lost: str | None = None  # why the session's variables went while no call was running
         self.earlier = bytearray()  # output from between the calls
         self.started = self.active = time.monotonic()
-        self.oom_kills = count_oom_kills()
+        self.memory_events = open_memory_events()
+        self.oom_kills = count_oom_kills(self.memory_events)
         self.preload: list[str] = list(settings["preload"])
         self.packages: str | None = None  # the folder with what was installed for the session
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor can be read
@@ -1220,7 +1221,7 @@ class Supervisor:
             self._tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
         for stream, data in call.tail:
             self._tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
-        oom_kills, self.oom_kills = self.oom_kills, count_oom_kills()
+        oom_kills, self.oom_kills = self.oom_kills, count_oom_kills(self.memory_events)
         oom_kills = self.oom_kills - oom_kills
         if not lost and isinstance(report.get("cpu"), float):
             self.worker_cpu += report["cpu"]
@@ -1507,11 +1508,18 @@ def filter_system_calls() -> str | None:
     return None
 
 
-def count_oom_kills() -> int:
-    """How many processes the kernel has killed in this container for want of memory; 0 where it does not say."""
+def open_memory_events() -> int:
+    """A descriptor of where the kernel says what became of this container's memory; -1 if it does not say."""
     for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        with contextlib.suppress(OSError, IndexError):
-            return int(read_kernel_file(path).partition("\noom_kill ")[2].split()[0])
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY)
+    return -1
+
+
+def count_oom_kills(events: int) -> int:
+    """How many processes the kernel has killed in this container for want of memory; 0 where it does not say."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(os.pread(events, 4096, 0).partition(b"\noom_kill ")[2].split()[0])
     return 0
 
 
@@ -1622,7 +1630,7 @@ class Worker:
         self.rich_left = RICH_LIMIT
         if any(getattr(stream, "closed", stream is None) for stream in (sys.stdout, sys.stderr)):
             self._open_streams()
-        reset_peak_memory()
+        resets = reset_peak_memory()
         started = cpu_seconds()
         report: dict[str, Any] = {"status": "ok"}
         try:
@@ -1641,7 +1649,7 @@ class Worker:
         with self.lock:
             call, self.call = self.call, None
             report["cpu"] = cpu_seconds() - started
-            report["memory"] = peak_memory()
+            report["memory"] = peak_memory() if resets else None
             self.control.send({"id": call, "kind": "done", **report})
 
     def _run(self, request: dict[str, Any], state: bytes, report: dict[str, Any]) -> None:
@@ -1742,9 +1750,10 @@ class Worker:
         body = compile(tree, filename, "exec", flags, dont_inherit=True)
         for feature in __future__.all_feature_names:
             self.flags |= body.co_flags & getattr(__future__, feature).compiler_flag
-        return self._execute(
-            [body, *([compile(last, filename, "eval", self.flags, dont_inherit=True)] if last else [])]
-        )
+        steps = [body] if tree.body or not last else []
+        if last:
+            steps.append(compile(last, filename, "eval", self.flags, dont_inherit=True))
+        return self._execute(steps)
 
     def _execute(self, steps: list[types.CodeType]) -> Any:
         """Run one piece after the other; the last one's value. An await in any puts all of them into the loop."""
@@ -2046,17 +2055,19 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def reset_peak_memory() -> None:
-    """Let the kernel start this process's high-water mark anew."""
-    with contextlib.suppress(OSError):
+def reset_peak_memory() -> bool:
+    """Let the kernel start this process's high-water mark anew; whether it did."""
+    try:
         write_kernel_file("/proc/self/clear_refs", b"5")
+    except OSError:
+        return False
+    return True
 
 
-def peak_memory() -> int | None:
-    """Most bytes this process had resident since reset_peak_memory(); None where the kernel does not say."""
-    with contextlib.suppress(OSError, IndexError):
-        return int(read_kernel_file("/proc/self/status").partition("\nVmHWM:")[2].split()[0]) * 1024
-    return None
+def peak_memory() -> int:
+    """Most bytes this process had resident since reset_peak_memory()."""
+    resource = importlib.import_module("resource")  # not there on Windows, where this file is imported, too
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 class ImportPolicy:
