@@ -827,6 +827,7 @@ class Call:
         self.stopped_for: str | None = None  # "timeout" or "cancelled", once it was interrupted
         limit: int | None = request["output_limit"]
         self.limited = limit is not None
+        self.recycle: bool = request["recycle"]  # whether to undo what it leaves, if the worker survives it
         self.head_left = (limit or 0) * 3 // 4  # bytes that still pass at once
         self.tail_left = (limit or 0) - self.head_left
         self.tail: deque[tuple[str, bytes]] = deque()  # of (stream, text): the end of the output, kept to the end
@@ -1030,8 +1031,6 @@ class Supervisor:
                     self._read_file(frame)
                 elif frame["op"] == "interrupt":
                     self._interrupt("cancelled", frame["id"])
-                elif frame["op"] == "recycle":
-                    self._recycle(frame["id"])
                 elif frame["op"] == "farewell":
                     self.channel.send({"id": "", "kind": "farewell"})
                     self._detach(self.session is not None)
@@ -1242,8 +1241,11 @@ class Supervisor:
         self.kept = not lost
         self.active = time.monotonic()
         self._tell(report)
+        if self.channel and call.recycle and report["status"] in ("ok", "error"):
+            self.channel.flush()  # the result first
+            self._recycle(call.id)
 
-    def _recycle(self, request_id: str) -> None:
+    def _recycle(self, call_id: str) -> None:
         """Undo whatever a call may have left, look whether anything is left nevertheless, and tell."""
         kill_all_others()
         self._forget_worker()
@@ -1255,8 +1257,7 @@ class Supervisor:
         clean = not any(os.listdir(folder) for folder in folders if os.path.isdir(folder))
         clean = clean and not other_processes() and not system_v_objects()
         prepare_caches()
-        assert self.channel is not None
-        self.channel.send({"id": request_id, "kind": "recycled", "clean": clean})
+        self._tell({"id": call_id, "kind": "recycled", "clean": clean})
 
     # ── time, interruption and death ──
 
@@ -3371,6 +3372,7 @@ class Request:
     arguments: Sequence[str] = ()
     output_limit: int | None = None  # bytes; None for all of it, which then is streamed and not kept
     packages: str | None = None  # the folder with what is installed for the session, if it is to change
+    recycle: bool = False  # whether the sandbox is to be used again, by others, if the call ends well
 
     def __post_init__(self) -> None:
         """Refuse what can't be run, before anything is started for it."""
@@ -3418,6 +3420,7 @@ class Request:
             "argv": list(self.arguments),
             "output_limit": self.output_limit,
             "packages": self.packages,
+            "recycle": self.recycle,
         }
 
 
@@ -3503,6 +3506,8 @@ class Sandbox:
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
         self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
         self.cancelled: str | None = None  # id of the last call that nobody waited for
+        self._clean = False  # whether nothing was left of the last call, once that has been looked at
+        self._recycled = anyio.Event()
         self._fault: str | None = None  # what was wrong with what the sandbox sent
 
     def __repr__(self) -> str:
@@ -3620,6 +3625,7 @@ class Sandbox:
                 await self._process.aclose()
             self.gone.set()
             self._greeted.set()
+            self._recycled.set()
             if self._unread:
                 self._forget(self._unread)  # nobody will ask us any more
                 self._unread = None
@@ -3649,6 +3655,9 @@ class Sandbox:
                     return
                 elif kind == "expired":
                     self.expired = True
+                elif kind == "recycled":
+                    self._clean = frame.get("clean", bool) and frame.get("id", str) == self.asked
+                    self._recycled.set()
                 elif kind == "note" and notes < NOTES_LOGGED:
                     notes += 1
                     log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
@@ -3698,6 +3707,8 @@ class Sandbox:
                 for part in parts:
                     await self._send(part)
                 settled, self.asked = False, call_id
+                if request.recycle:
+                    self._clean, self._recycled = False, anyio.Event()
                 await self._send(run)
                 result = await self._collect(answer, request.session, on_output, request.output_limit)
                 settled = True
@@ -3865,20 +3876,11 @@ class Sandbox:
             await self.gone.wait()
 
     async def recycle(self) -> bool:
-        """Have everything removed that a call left; whether nothing of it is left, for all that can be seen."""
-        answer = self._expect(secrets.token_hex(8))
-        try:
-            await self._send({"op": "recycle", "id": answer.id})
-            with anyio.move_on_after(ATTACH_TIMEOUT):
-                async for frame in answer.frames:
-                    if frame.get("kind", str) == "recycled":
-                        self.asked = None
-                        return bool(frame.get("clean", bool))
-        except ProtocolError as error:
-            log.error("the sandbox %s is given up: %s", self.name, error)
-        finally:
-            self._forget(answer)
-        return False
+        """Wait until what a call with `recycle` left has been removed; whether nothing is left, for all one can see."""
+        with anyio.move_on_after(ATTACH_TIMEOUT):
+            await self._recycled.wait()
+        self.asked = None
+        return self._clean and not self.gone.is_set()
 
     async def rename(self, name: str) -> None:
         """Give the container another name. Raises EngineError if that one is taken."""
@@ -4236,7 +4238,7 @@ class Pool:
         self._count = 0  # sandboxes there are, in whatever state, and those that are being created
         self._counted: set[Sandbox] = set()
         self._coming = 0  # of these, to be ready
-        self._returning = 0  # of these, being cleaned to be ready again
+        self.returning: set[Sandbox] = set()  # of these, those being cleaned to be ready again
         self._wanted_now = 0  # of these, being created for a call that waits
         self._kept_warm = False
         self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
@@ -4252,7 +4254,7 @@ class Pool:
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
                 self._changed = anyio.Event()
-                if self._returning:  # that takes milliseconds, and a new one a good part of a second
+                if self.returning:  # that takes milliseconds, and a new one a good part of a second
                     await self._changed.wait()
                     continue
                 if self._count < self._config.size:
@@ -4275,20 +4277,21 @@ class Pool:
         self._kept_warm = self._config.enabled
         self._fill()
 
-    async def give_back(self, sandbox: Sandbox) -> None:
+    def give_back(self, sandbox: Sandbox) -> None:
         """Take a used sandbox back if nothing is left in it of its use; else end it."""
-        clean = False
-        if self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age:
-            self._returning += 1
-            try:
-                clean = await sandbox.recycle()
-            finally:
-                self._returning -= 1
-                self._changed.set()
-        if clean:
-            self._put(sandbox)
-        else:
-            await sandbox.end()
+        self.returning.add(sandbox)
+        self._tasks.start_soon(self._take_back, sandbox)
+
+    async def _take_back(self, sandbox: Sandbox) -> None:
+        try:
+            young = self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age
+            if young and await sandbox.recycle():
+                self._put(sandbox)
+                return
+        finally:
+            self.returning.discard(sandbox)
+            self._changed.set()
+        await sandbox.end()
 
     async def adopt(self, sandbox: Sandbox) -> None:
         """Take in a ready sandbox that another host left, unless it is too old or too much."""
@@ -4434,7 +4437,8 @@ class Runner:
         """
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
-        request = Request(code, session, state, timeout, filename, tuple(arguments), limit)
+        recycle = session is None and self.config.pool.reuse
+        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, recycle=recycle)
         if session is None:
             return self._explain(await self._execute_transient(request, on_output, interrupt), request)
         entry = self._sessions.setdefault(session, Session())
@@ -4471,17 +4475,18 @@ class Runner:
             with self._counted():
                 async with interruptible(lambda: sandbox, interrupt):
                     result = await sandbox.call(request, on_output)
-            reuse = self.config.pool.reuse and result.status in ("ok", "error")
+            reuse = request.recycle and result.status in ("ok", "error")
             return result
         finally:
-            self._tasks.start_soon(self._dispose, sandbox, reuse)
+            if reuse:
+                self._transient.discard(sandbox)
+                self._pool.give_back(sandbox)
+            else:
+                self._tasks.start_soon(self._end_soon, sandbox)
 
-    async def _dispose(self, sandbox: Sandbox, reuse: bool) -> None:
-        if reuse:
-            await self._pool.give_back(sandbox)
-        else:
-            await anyio.sleep(HEAD_START)  # first of all its result is to be passed on
-            await sandbox.end()
+    async def _end_soon(self, sandbox: Sandbox) -> None:
+        await anyio.sleep(HEAD_START)  # first of all its result is to be passed on
+        await sandbox.end()
         self._transient.discard(sandbox)
 
     async def _execute_in_session(
@@ -4751,7 +4756,7 @@ class Runner:
     def _held(self) -> list[Sandbox]:
         """The sandboxes that this runner is connected to, or was."""
         sessions = [session.sandbox for session in self._sessions.values() if session.sandbox]
-        return [*self._transient, *self._pool.ready, *sessions]
+        return [*self._transient, *self._pool.ready, *self._pool.returning, *sessions]
 
     async def _find_engine(self) -> Engine:
         if self.engine is None:

@@ -305,6 +305,18 @@ class Bench:
             yield process
             process.kill()
 
+    @contextmanager
+    def echo(self) -> Iterator[Callable[[], None]]:
+        """A line to a process in a container and back: what the engine takes for it, whatever one makes of it."""
+        with self.pipe("import os\nwhile data := os.read(0, 65536): os.write(1, data)") as process:
+
+            def send_and_receive() -> None:
+                write(process, b"x" * 200 + b"\n")
+                read_line(process)
+
+            send_and_receive()
+            yield send_and_receive
+
     def process_of(self, container: str) -> int:
         """The host's id of a container's process 1; 0 if there is none."""
         if not self._pids.get(container):
@@ -362,16 +374,19 @@ def handshake(bench: Bench) -> Iterator[Measured]:
 def warm(bench: Bench) -> Iterator[Measured]:
     """A transient call of `print(1)`, each in a fresh sandbox, when the pool is full and does nothing."""
     server, noop = bench.server(), bench.noop()
-    taken = interleave(
-        bench.rounds,
-        functools.partial(server.settle, 2),
-        ours=server.transient,
-        noop=functools.partial(noop.call, "noop"),
-        run=bench.run,
-    )
+    with bench.echo() as echo:
+        taken = interleave(
+            bench.rounds,
+            functools.partial(server.settle, 2),
+            ours=server.transient,
+            noop=functools.partial(noop.call, "noop"),
+            echo=echo,
+            run=bench.run,
+        )
     beside = (
         Beside("no-op tool", taken["noop"], at_most=3),
         Beside(f"{bench.engine.kind} run", taken["run"], at_most=1 / 50),
+        Beside(f"echo over a pipe of `{bench.engine.kind} run -i`", taken["echo"]),
     )
     yield Measured("warm `execute-transient` of `print(1)`", "ms", taken["ours"], beside)
 
@@ -383,18 +398,20 @@ def session(bench: Bench) -> Iterator[Measured]:
     server.settle(2)
     server.persistent(name)  # takes one of the two
     server.settle(3)
-    with llm_sandbox(bench) as (called, others):
+    with bench.echo() as echo, llm_sandbox(bench) as (called, others):
         taken = interleave(
             bench.rounds,
-            lambda: None,
+            functools.partial(time.sleep, 2 * HEAD_START),  # for the engine to be done with what went before
             ours=functools.partial(server.persistent, name),
             noop=functools.partial(noop.call, "noop"),
+            echo=echo,
             exec=functools.partial(bench.exec, name),
             **others,
         )
     beside = (
         Beside("no-op tool", taken["noop"], at_most=2.5),
         Beside(f"{bench.engine.kind} exec", taken["exec"], at_most=1 / 25),
+        Beside(f"echo over a pipe of `{bench.engine.kind} run -i`", taken["echo"]),
         Beside(called, taken.get("llm", [])),
     )
     yield Measured("`execute-persistent` of `print(1)`", "ms", taken["ours"], beside)
@@ -486,13 +503,22 @@ for line in sys.stdin:
 
 @row
 def at_once(bench: Bench) -> Iterator[Measured]:
-    """Calls a second of `print(1)` by eight callers, each making the next call when one is answered, for a while."""
-    reusing = bench.server(pool={"reuse": True, "warm": AT_ONCE})
-    reusing.settle(AT_ONCE)
+    """Calls a second of `print(1)` by eight callers, each making the next call when one is answered, for a while.
+
+    With `pool.reuse` each call has a process of its own, forked from one that has imported what is to be preloaded:
+    to fork and bury it costs the kernel the more the more that is. So there is a row without.
+    """
+    reusing = {
+        "reuse": bench.server(pool={"reuse": True, "warm": AT_ONCE}),
+        "bare": bench.server(pool={"reuse": True, "warm": AT_ONCE, "preload": []}),
+    }
     fresh = bench.server()
-    rates: dict[str, list[float]] = {"reuse": [], "fresh": [], "run": []}
+    rates: dict[str, list[float]] = {"reuse": [], "bare": [], "fresh": [], "run": []}
+    for server in reusing.values():
+        server.settle(AT_ONCE)
     for _ in range(bench.few):
-        rates["reuse"].append(reusing.calls_at_once(50 * AT_ONCE, AT_ONCE))
+        for name, server in reusing.items():
+            rates[name].append(server.calls_at_once(50 * AT_ONCE, AT_ONCE))
         rates["run"].append(bench.runs_at_once(5 * AT_ONCE, AT_ONCE))
         rates["fresh"].append(fresh.calls_at_once(5 * AT_ONCE, AT_ONCE))
         fresh.close()  # else it would go on making sandboxes ready, after such a burst
@@ -500,6 +526,7 @@ def at_once(bench: Bench) -> Iterator[Measured]:
     what = f"{AT_ONCE} `docker run` at once"
     beside = Beside(what, rates["run"], at_least=25)
     yield Measured(f"{AT_ONCE} calls at once, `pool.reuse`", "calls/s", rates["reuse"], (beside,))
+    yield Measured(f"{AT_ONCE} calls at once, `pool.reuse`, nothing preloaded", "calls/s", rates["bare"], (beside,))
     beside = Beside(what, rates["run"], at_least=1)
     yield Measured(f"{AT_ONCE} calls at once, fresh containers", "calls/s", rates["fresh"], (beside,))
 

@@ -153,7 +153,7 @@ class TamedSupervisor(Supervisor):
         self.mouth.setblocking(False)
         self.sources[fd] = self._from_worker
         self.abandoned: str | None = None
-        self.call = Call({"id": CALL, "timeout": 60, "output_limit": 1000})
+        self.call = Call({"id": CALL, "timeout": 60, "output_limit": 1000, "recycle": False})
         if not attached:
             self.channel.close()
             self.channel = None

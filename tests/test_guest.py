@@ -237,7 +237,7 @@ def test_reading_a_non_blocking_channel_that_has_nothing_yields_nothing(channel:
 
 
 def make_call(limit: int | None) -> Call:
-    return Call({"id": "a", "timeout": 30.0, "output_limit": limit})
+    return Call({"id": "a", "timeout": 30.0, "output_limit": limit, "recycle": False})
 
 
 @given(st.integers(0, 60), st.lists(st.text(max_size=30), max_size=30))
@@ -643,7 +643,8 @@ class Guest:
         """Send a request; the call's id."""
         call_id = f"call-{next(self.numbers)}"
         request = {"op": "run", "id": call_id, "data": code.encode(), "session": "s", "final": False}
-        request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None, **fields}
+        request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None}
+        request |= {"recycle": False, **fields}
         for start in range(0, len(state), PART):
             self.channel.send({"op": "part", "id": request["id"], "data": state[start : start + PART].encode()})
         self.channel.send(request)
