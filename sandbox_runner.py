@@ -6,8 +6,9 @@ The story, from the caller to the code and back:
                       one pipe each way, for the container's whole life
 
 A `Runner` (see `open_runner`) knows the engine, the image and the open sessions. A `Sandbox` is one container: an
-attached `docker run -i --rm …` process whose standard input and output carry JSON lines to a small program inside,
-the *guest*. Once a sandbox is there, a call costs no engine command, just one request and the frames that answer it.
+attached `docker run -i --rm …` process whose standard input and output carry frames (see `Channel`) to a small program
+inside, the *guest*. Once a sandbox is there, a call costs no engine command, just one request and the frames that
+answer it.
 
 The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1,
 holds the channel and never runs the user's code; and a worker, forked from it, which does. So whatever the code does
@@ -702,6 +703,9 @@ NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; an
 SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
 NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
+with contextlib.suppress(ImportError):  # on Windows, where only the host's part runs
+    import resource  # now, and not by os.wait4 in the midst of the first call
+
 
 class Channel:
     """Frames over a descriptor to read from and one to write to.
@@ -972,7 +976,6 @@ class Supervisor:
             self._reap()
 
         self.sources[reader] = wake_up
-        importlib.import_module("resource")  # os.wait4 would do that, in the midst of the first call
 
     # ── the host ──
 
@@ -2067,7 +2070,6 @@ def reset_peak_memory() -> bool:
 
 def peak_memory() -> int:
     """Most bytes this process had resident since reset_peak_memory()."""
-    resource = importlib.import_module("resource")  # not there on Windows, where this file is imported, too
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 

@@ -1045,6 +1045,18 @@ def test_state_larger_than_a_frame_goes_both_ways(guest: Guest) -> None:
     assert json.loads(back) == {"x": "é" * 300_000, "y": 300_000}
 
 
+def test_what_a_call_leaves_is_removed_after_its_result_if_that_is_wanted_and_it_ended_well(guest: Guest) -> None:
+    for code, status in (("open('f', 'w').close(); x = 1", "ok"), ("x = 1; open('f', 'w').close(); 1 / 0", "error")):
+        assert guest.run(code, recycle=True).status == status
+        recycled = next(guest.frames)
+        assert (recycled["kind"], list(guest.home.iterdir())) == ("recycled", [])
+        assert guest.run("x").exception["type"] == "NameError"
+    assert guest.run("import os; os._exit(1)", recycle=True).status == "died"
+    guest.run("open('f', 'w').close(); x = 1")
+    assert guest.run("x").value == "1", "nobody asked for that to be removed"
+    assert [path.name for path in guest.home.iterdir()] == ["f"]
+
+
 def test_a_transient_call_ends_as_a_script_does_with_its_threads_and_exit_handlers(guest: Guest) -> None:
     told = guest.run(
         "import atexit, threading\natexit.register(print, 'bye')\n"

@@ -1198,6 +1198,19 @@ async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config
     assert len(docker.log("run")) == 1, "it was not used again"
 
 
+async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_its_call_is_answered(
+    settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "HEAD_START", 1.0)
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=()))
+    async with open_runner(config, warm=True) as runner:
+        await until(lambda: bool(runner._pool.ready))
+        used = docker.containers()
+        await runner.execute("1")
+        assert (docker.containers(), len(docker.log("run"))) == (used, 1)
+        await until(lambda: len(docker.containers()) == 1 and docker.containers() != used)
+
+
 async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_new_one(
     settings: Config, docker: FakeEngine
 ) -> None:
