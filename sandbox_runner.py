@@ -141,6 +141,7 @@ CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME
 PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
 PART_COST = 64  # bytes that a part of data counts for beside its own: it is an object, however small
 PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
+JOINED_LIMIT = 1 << 20  # characters up to which all of them are, in the end
 NOTES_LOGGED = 100  # of what a sandbox remarks
 ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
 
@@ -3849,7 +3850,7 @@ class Sandbox:
         reason = f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words()
         return Result(
             "died",
-            output=merge(account.output),
+            output=account.joined(),
             message=f"the container ended during the call ({last_line(reason)})",
             session=session,
             state="lost" if session else None,
@@ -3965,6 +3966,11 @@ class Account:
         else:
             raise ProtocolError("more pieces of output than a call can have")
 
+    def joined(self) -> tuple[Text | Rich | Omitted, ...]:
+        """The output, neighbouring pieces joined; not where it is much, which would then be there twice for a while."""
+        size = sum(len(item.text) for item in self.output if isinstance(item, Text))
+        return merge(self.output) if size <= JOINED_LIMIT else tuple(self.output)
+
     def _gather(self, frame: Frame) -> None:
         self._parts.append(frame.data)
         self._data_left -= len(frame.data)
@@ -3987,7 +3993,7 @@ class Account:
         exit_code = frame.get("exit_code", int, NONE)
         return Result(
             status=status,
-            output=merge(self.output),
+            output=self.joined(),
             value=value,
             value_omitted=max(0, frame.get("value_length", int) - len(value)) if value else 0,
             exception=exception_info(frame),
