@@ -4399,6 +4399,7 @@ class Runner:
         self.image: Image | None = None
         self.running = 0  # calls under way
         self._tasks = tasks
+        self._finding = anyio.Lock(fast_acquire=True)
         self._preparing = anyio.Lock()
         self._retry_at = 0.0  # when to try again what could not be preinstalled
         self._sessions: dict[str, Session] = {}
@@ -4767,10 +4768,11 @@ class Runner:
         return [*self._transient, *self._pool.ready, *self._pool.returning, *sessions]
 
     async def _find_engine(self) -> Engine:
-        if self.engine is None:
-            self.engine = await find_engine(self.config.docker.command)
-            log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
-        return self.engine
+        async with self._finding:
+            if self.engine is None:
+                self.engine = await find_engine(self.config.docker.command)
+                log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
+            return self.engine
 
     async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
         engine, image = await self._prepare()
