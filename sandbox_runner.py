@@ -1135,7 +1135,8 @@ class Supervisor:
         self.packages = request["packages"] = request["packages"] or self.packages
         self._read_all_output()
         if self.earlier:
-            self._tell({"id": request["id"], "kind": "earlier", "data": bytes(self.earlier)})
+            text = self.earlier.decode("utf-8", "replace")
+            self._tell({"id": request["id"], "kind": "earlier", "data": text.encode()})
             self.earlier.clear()
         self.call = Call(request)
         self.unread = self.begun = self.call.id
@@ -1755,10 +1756,9 @@ class Worker:
         body = compile(tree, filename, "exec", flags, dont_inherit=True)
         for feature in __future__.all_feature_names:
             self.flags |= body.co_flags & getattr(__future__, feature).compiler_flag
-        steps = [body] if tree.body or not last else []
-        if last:
-            steps.append(compile(last, filename, "eval", self.flags, dont_inherit=True))
-        return self._execute(steps)
+        return self._execute(
+            [body, *([compile(last, filename, "eval", self.flags, dont_inherit=True)] if last else [])]
+        )
 
     def _execute(self, steps: list[types.CodeType]) -> Any:
         """Run one piece after the other; the last one's value. An await in any puts all of them into the loop."""
@@ -3281,11 +3281,11 @@ class ProtocolError(Exception):
 class Frame:
     """One frame from a sandbox. Nothing in it is believed: each field is asked for with the types it may have."""
 
-    def __init__(self, fields: Any, data: bytes = b"") -> None:
+    def __init__(self, fields: Any, data: bytes | None = None) -> None:
         if not isinstance(fields, dict):
             raise ProtocolError("where an object should be there is none")
         self._fields = fields
-        self.data = data
+        self._data = data
 
     @classmethod
     async def receive(cls, stream: BufferedByteReceiveStream) -> Frame:
@@ -3299,16 +3299,27 @@ class Frame:
             frame = cls(json.loads(await stream.receive_until(b"\n", MAX_FRAME)))
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"a frame is not JSON ({error})") from None
-        if size := frame.get("data", int, NONE):
-            if not 0 < size <= MAX_FRAME:
+        size = frame.get("data", int, NONE)
+        if size is not None:
+            if not 0 <= size <= MAX_FRAME:
                 raise ProtocolError(f"a frame with {size} bytes of data")
-            frame.data = await stream.receive_exactly(size)
+            frame._data = await stream.receive_exactly(size)
         return frame
 
     @property
+    def data(self) -> bytes:
+        """What followed its line. Raises ProtocolError if it has none."""
+        if self._data is None:
+            raise ProtocolError("a frame without data")
+        return self._data
+
+    @property
     def text(self) -> str:
-        """Its data, if that is text."""
-        return self.data.decode("utf-8", "replace")
+        """Its data as text. Raises ProtocolError."""
+        try:
+            return self.data.decode()
+        except UnicodeDecodeError:
+            raise ProtocolError("a frame's text is not UTF-8") from None
 
     def get(self, name: str, *types: type) -> Any:
         """A field; raises ProtocolError if it is of none of these types. An absent field is None."""
@@ -3335,10 +3346,10 @@ def encodable(text: str) -> str:
 
 def parse_within(data: bytes) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
-    text = data.decode("utf-8", "replace")
-    if parts_of(text) > STATE_PARTS + STATE_DEPTH:
-        raise ProtocolError("JSON with too many parts")
     try:
+        text = data.decode()
+        if parts_of(text) > STATE_PARTS + STATE_DEPTH:
+            raise ProtocolError("JSON with too many parts")
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"data is not JSON ({error})") from None
@@ -3658,7 +3669,7 @@ class Sandbox:
                     return
                 elif kind == "expired":
                     self.expired = True
-                elif kind == "recycled":
+                elif kind == "recycled" and not self._recycled.is_set():
                     self._clean = frame.get("clean", bool) and frame.get("id", str) == self.asked
                     self._recycled.set()
                 elif kind == "note" and notes < NOTES_LOGGED:
@@ -3705,8 +3716,7 @@ class Sandbox:
         settled = True  # as long as nothing of it runs
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
-                if not self._idle.is_set():
-                    await self._idle.wait()
+                await self._idle.wait()
                 for part in parts:
                     await self._send(part)
                 settled, self.asked = False, call_id

@@ -802,7 +802,7 @@ async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_othe
     async with open_runner(settings) as second, open_runner(settings) as third:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(lambda: second.execute("0", session="s"))
+                tasks.start_soon(lambda: second.execute("x = 2", session="s"))
                 await sent.wait()
                 scope.cancel()
         await second._leave()

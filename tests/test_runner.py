@@ -681,6 +681,9 @@ async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, 
         "say({'id': me})",
         "say({'id': me, 'kind': 'nonsense'})",
         "say({'id': me, 'kind': 'stdout', 'data': '5'})",
+        "say({'id': me, 'kind': 'stdout'})",
+        "say({'id': me, 'kind': 'stdout'}, b'\\xff')",
+        "say({'id': me, 'kind': 'state', 'left_out': {}}, b'{\"x\": \"\\xff\"}')",
         "say({'id': me, 'kind': 'stdout', 'data': -1})",
         "say({'id': me, 'kind': 'stdout', 'data': 2 << 20})",
         "say({'id': me, 'kind': 'omitted', 'bytes': '5'})",
@@ -1217,7 +1220,7 @@ async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_
     config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=(), reuse=True))
     async with open_runner(config, warm=True) as runner, anyio.create_task_group() as tasks:
         await runner.execute("0")
-        await until(lambda: bool(runner._pool.ready) and not runner._pool.returning)
+        await until(lambda: 0 < runner._pool._count == len(runner._pool.ready))  # none is being made or cleaned
         before = len(docker.log("run"))
         for _ in range(5):
             await runner.execute("1")
