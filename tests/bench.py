@@ -188,8 +188,9 @@ class Server:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             names = self.sandboxes()
-            # A supervisor forks its worker when it is done with that.
+            # A supervisor forks its worker when it is done with that, and then goes through a call with it.
             if len(names) == ready and all(children(self.bench.process_of(name)) for name in names):
+                time.sleep(HEAD_START)
                 return
             time.sleep(0.05)
         raise TimeoutError(f"{ready} sandboxes do not get ready: {self.sandboxes()}")

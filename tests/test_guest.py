@@ -632,7 +632,7 @@ class Guest:
         while True:
             readable, *_ = select.select([self.channel.reader], [], [], 20)
             assert readable, "the guest says nothing"
-            yield from self.channel.receive()
+            yield from (frame for frame in self.channel.receive() if frame["kind"] != "prepared")
 
     def worker(self) -> list[str]:
         """The processes that the supervisor has forked and not buried."""
@@ -644,7 +644,7 @@ class Guest:
         call_id = f"call-{next(self.numbers)}"
         request = {"op": "run", "id": call_id, "data": code.encode(), "session": "s", "final": False}
         request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None}
-        request |= {"recycle": False, **fields}
+        request |= {"recycle": False, "rehearsal": False, **fields}
         for start in range(0, len(state), PART):
             self.channel.send({"op": "part", "id": request["id"], "data": state[start : start + PART].encode()})
         self.channel.send(request)
@@ -1055,6 +1055,18 @@ def test_what_a_call_leaves_is_removed_after_its_result_if_that_is_wanted_and_it
     guest.run("open('f', 'w').close(); x = 1")
     assert guest.run("x").value == "1", "nobody asked for that to be removed"
     assert [path.name for path in guest.home.iterdir()] == ["f"]
+
+
+def test_the_call_after_a_rehearsal_is_the_first(make_guest: MakeGuest, tmp_path: Path) -> None:
+    record = tmp_path / "set" / "json-1.dist-info" / "RECORD"
+    record.parent.mkdir(parents=True)
+    record.write_text("json/__init__.py,,\n")
+    (tmp_path / "shared").symlink_to("set")
+    guest = make_guest(packages=str(tmp_path))
+    assert guest.run("print(1)", session=None, rehearsal=True).stdout == "1\n"
+    told = guest.run("1 / 0", session=None)
+    assert "<call 1>" in told.exception["traceback"]
+    assert told.done["stale"] == ["json"], "that was told to nobody"
 
 
 def test_a_transient_call_ends_as_a_script_does_with_its_threads_and_exit_handlers(guest: Guest) -> None:
