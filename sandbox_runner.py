@@ -53,6 +53,7 @@ import itertools
 import json
 import linecache
 import logging
+import marshal
 import math
 import os
 import platform
@@ -1406,6 +1407,8 @@ def kill_all_others() -> None:
 
 def empty_folder(folder: str) -> None:
     """Remove what is in a folder, as far as that can be done."""
+    import shutil  # only now: it brings modules for every kind of archive, and most sandboxes never come here
+
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if entry.is_dir(follow_symlinks=False):
@@ -2186,15 +2189,18 @@ def plug() -> None:
         connection.recv(1)  # returns when the supervisor lets go
 
 
-def supervise(settings: str) -> None:
+def supervise(settings: str, code: types.CodeType) -> None:
     """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of what uses them by habit."""
+    told = json.loads(settings)
     prepare_caches()
     channel = Channel(os.dup(0), os.dup(1))
+    if told["return_bytecode"]:
+        channel.queue({"id": "", "kind": "bytecode", "data": sys.version.encode() + b"\0" + marshal.dumps(code)})
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    Supervisor(channel, json.loads(settings)).run()
+    Supervisor(channel, told).run()
 
 
 # ════════ end of guest ════════
@@ -2211,7 +2217,7 @@ class InstallError(Exception):
     """The installer, or getting hold of it, failed. The text is its own."""
 
 
-def run_installer(settings: str) -> None:
+def run_installer(settings: str, _: object) -> None:
     """Entry of the helper: build the image's content or install packages, and tell the outcome in a frame `done`.
 
     No user's code runs here. What is told apart from `done` is progress. The end of standard input means that the host
@@ -2472,7 +2478,7 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 
 GUEST_MODULES = (
     "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib io json linecache "
-    "math os re select shutil signal socket stat struct sys threading time traceback types warnings"
+    "marshal math os re select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
@@ -2493,27 +2499,35 @@ GUEST_SOURCE = _shipped("guest", GUEST_MODULES)
 INSTALLER_SOURCE = _shipped("installer", INSTALLER_MODULES)
 PLUG_SOURCE = inspect.getsource(plug)
 BOOTSTRAP = """
-import os
+import marshal, os, sys
 def take(count):
     data = b""
     while len(data) < count:
         piece = os.read(0, count - len(data))
         if not piece: os._exit(0)
         data += piece
-    return data.decode()
-source, entry, settings = (take(int(take(8), 16)) for _ in range(3))
+    return data
+source, bytecode, entry, settings = (take(int(take(8), 16)) for _ in range(4))
+version, _, compiled = bytecode.partition(b"\\0")
+ours = version == sys.version.encode()
+code = marshal.loads(compiled) if ours else compile(source, "sandbox_runner.py", "exec")
 names = {"__name__": "sandbox_guest"}
-exec(compile(source, "sandbox_runner.py", "exec"), names)
-names[entry](settings)
+exec(code, names)
+names[entry.decode()](settings.decode(), code)
 """
 
 
 BOOTSTRAP_ARGUMENTS = ("-I", "-c", BOOTSTRAP)
 
 
-def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
-    """What BOOTSTRAP takes from its standard input: the source, the function to call, and its argument."""
-    return b"".join(b"%08x%s" % (len(part), part) for part in map(str.encode, (source, entry, json.dumps(settings))))
+def program(source: str, entry: str, settings: Mapping[str, Any], bytecode: bytes = b"") -> bytes:
+    """What BOOTSTRAP takes from its standard input: the source, the function to call, and its argument.
+
+    And what the same source was compiled to before, if it was, with the version of the Python that did; another one
+    compiles it itself, which costs as much as its own start.
+    """
+    parts = (source.encode(), bytecode, entry.encode(), json.dumps(settings).encode())
+    return b"".join(b"%08x%s" % (len(part), part) for part in parts)
 
 
 # ── engine ──
@@ -3518,6 +3532,7 @@ class Sandbox:
         self._errors = bytearray()
         self._greeting: Frame | None = None
         self._greeted = anyio.Event()
+        self.bytecode = b""  # of its supervisor, if it was asked for it
         self.prepared = anyio.Event()  # set when a worker is there that has what is to be preloaded
         self.packages: str | None = None  # the folder with what was installed for its session
         self.expired = False  # whether the session was not used for too long, and has ended
@@ -3543,8 +3558,11 @@ class Sandbox:
         owner: str,
         tasks: anyio.abc.TaskGroup,
         preload: Sequence[str] = (),
+        bytecode: bytes = b"",
     ) -> Sandbox:
         """Start a container and wait until its supervisor is ready. What is to be preloaded it imports after that.
+
+        Without `bytecode`, that of an earlier one, the new one has its own.
 
         Raises:
             EngineError: the engine did not start it, or it did not come up.
@@ -3557,7 +3575,8 @@ class Sandbox:
         tasks.start_soon(sandbox._serve)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                await sandbox._write(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
+                told = {**settings, "owner": owner, "return_bytecode": not bytecode}
+                await sandbox._write(program(GUEST_SOURCE, "supervise", told, bytecode))
                 await sandbox._greeted.wait()
             if sandbox._greeting is None:
                 raise EngineError(
@@ -3672,6 +3691,8 @@ class Sandbox:
                     self.asked = frame.get("begun", str, NONE)
                     self._greeting = frame
                     self._greeted.set()
+                elif kind == "bytecode" and not self._greeting:  # later it might be the code's
+                    self.bytecode = frame.data
                 elif kind == "farewell":
                     self._kill_client()
                     return
@@ -4445,6 +4466,7 @@ class Runner:
         self._tasks = tasks
         self._finding = anyio.Lock(fast_acquire=True)
         self._preparing = anyio.Lock()
+        self._bytecode = b""  # of the supervisor that was started first
         self._retry_at = 0.0  # when to try again what could not be preinstalled
         self._sessions: dict[str, Session] = {}
         self._transient: set[Sandbox] = set()
@@ -4821,10 +4843,12 @@ class Runner:
     async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
         engine, image = await self._prepare()
         try:
-            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
+            sandbox = await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload, self._bytecode)
         except EngineError:
             self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
             raise
+        self._bytecode = self._bytecode or sandbox.bytecode
+        return sandbox
 
     async def _prepare(self) -> tuple[Engine, Image]:
         """The engine and an image. (Another call that fails meanwhile may have the runner look for both anew.)"""

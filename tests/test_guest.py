@@ -601,7 +601,13 @@ class Guest:
     def __init__(self, docker: FakeEngine, python: str, home: Path, **settings: Any) -> None:
         docker.script(python=python)
         self.home = home
-        self.settings = {"owner": "us", "digest": "d", "working_dir": str(home), "idle_timeout": 60.0}
+        self.settings = {
+            "owner": "us",
+            "digest": "d",
+            "return_bytecode": False,
+            "working_dir": str(home),
+            "idle_timeout": 60.0,
+        }
         self.settings |= {
             "allowed_modules": [],
             "blocked_modules": [],
