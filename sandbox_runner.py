@@ -657,7 +657,7 @@ RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
 RICH_COST = 512  # characters that each of them counts for beside its own, so that there are not too many
 IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less than can be read
 IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
-STATE_LIMIT = 32 << 20  # characters of JSON that a call's variables may come to
+STATE_LIMIT = 32 << 20  # bytes that a call's variables may come to
 STATE_DEPTH = 64
 STATE_PARTS = 1_000_000  # values within values
 FILES_LISTED = 100  # of those that a call made or changed
@@ -774,24 +774,22 @@ class Channel:
             size = frame["data"]
             if len(self._inbox) < size:
                 return None
-            frame["data"] = bytes(self._inbox[:size])
+            with memoryview(self._inbox) as view:
+                frame["data"] = bytes(view[:size])
             del self._inbox[:size]
         self._head = None
         return frame
 
     def send(self, frame: dict[str, Any]) -> None:
         """Queue a frame, its data in parts if it is long, and write what the descriptor takes."""
-        data = frame.get("data", b"")
-        last = max(0, len(data) - 1) // PART * PART
-        for start in range(0, last, PART):
-            self.queue({"id": frame["id"], "kind": "part", "data": data[start : start + PART]})
+        for part in in_parts(frame):
+            self.queue(part)
             self.flush()
-        self.queue({**frame, "data": data[last:]} if last else frame)
-        self.flush()
 
     def queue(self, frame: dict[str, Any]) -> None:
         """Queue a frame, to be written with what follows."""
-        self.outbox += packed(frame)
+        self.outbox += head(frame)
+        self.outbox += frame.get("data", b"")
 
     def flush(self) -> None:
         """Write what is queued until nothing is, or the descriptor would block."""
@@ -816,11 +814,20 @@ class Channel:
             os.close(fd)
 
 
-def packed(frame: dict[str, Any]) -> bytes:
-    """A frame as it travels."""
-    data = frame.get("data")
-    head = frame if data is None else {**frame, "data": len(data)}
-    return b"%s\n%s" % (json.dumps(head, separators=(",", ":")).encode(), data or b"")
+def in_parts(frame: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A frame, ahead of which goes what of its data is too much for one."""
+    data = memoryview(frame.get("data", b""))
+    word = "op" if "op" in frame else "kind"
+    last = max(0, len(data) - 1) // PART * PART
+    for start in range(0, last, PART):
+        yield {word: "part", "id": frame["id"], "data": data[start : start + PART]}
+    yield {**frame, "data": data[last:]} if last else frame
+
+
+def head(frame: dict[str, Any]) -> bytes:
+    """The line that a frame travels as, or that goes ahead of its data."""
+    fields = {**frame, "data": len(frame["data"])} if "data" in frame else frame
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
 class Call:
@@ -1033,7 +1040,7 @@ class Supervisor:
             for frame in self.channel.receive():
                 if frame["op"] == "run":
                     self._start(frame)
-                elif frame["op"] == "part":
+                elif frame["op"] in ("part", "text", "state"):
                     self._to_worker(frame)
                 elif frame["op"] == "read":
                     self._read_file(frame)
@@ -1081,7 +1088,7 @@ class Supervisor:
             request = json.loads(message)
             reader, writer = struct.unpack("2i", ancillary[0][2])
             if self.channel or not self._is_meant(request):
-                os.write(writer, json.dumps({"id": "", "kind": "status", **self._status()}).encode() + b"\n")
+                os.write(writer, head({"id": "", "kind": "status", **self._status()}))
                 os.close(reader)
                 os.close(writer)
                 return
@@ -1173,9 +1180,10 @@ class Supervisor:
                     continue  # left over from an earlier call
                 kind = frame.get("kind")
                 forged = kind == "done" and frame.get("status") not in ("ok", "error")
-                if forged or kind not in ("part", "display", "state", "content", "done"):
+                if forged or kind not in ("part", "display", "text", "state", "content", "done"):
                     raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
-                self._read_all_output()  # what was written before comes before
+                if kind in ("display", "done"):
+                    self._read_all_output()  # what was written before comes before
                 if kind == "done":
                     self._conclude(frame)
                 else:
@@ -1612,15 +1620,18 @@ class Worker:
 
     def serve(self) -> None:
         """Run one request after the other until the supervisor is gone."""
-        state: list[bytes] = []
+        state: dict[str, bytearray] = {}  # of the next call: long texts by name, and as "" all else in JSON
         state_of = None
+        data = bytearray()
         for frame in self.frames:
-            if frame["op"] in ("part", "run") and frame["id"] != state_of:
-                state, state_of = [], frame["id"]
-            if frame["op"] == "part":
-                state.append(frame["data"])
-            elif frame["op"] == "run":
-                self._serve_call(frame, b"".join(state))
+            if frame["op"] in ("part", "text", "state", "run") and frame["id"] != state_of:
+                state, state_of, data = {}, frame["id"], bytearray()
+            if frame["op"] == "run":
+                self._serve_call(frame, state)
+            elif frame["op"] in ("part", "text", "state"):
+                data += frame["data"]
+                if frame["op"] != "part":
+                    state[frame.get("name", "")], data = data, bytearray()
 
     def _receive(self) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(EOFError):
@@ -1636,7 +1647,7 @@ class Worker:
 
     # ── one call ──
 
-    def _serve_call(self, request: dict[str, Any], state: bytes) -> None:
+    def _serve_call(self, request: dict[str, Any], state: dict[str, bytearray]) -> None:
         process = os.getpid()
         self.calls += not request["rehearsal"]
         self.call = request["id"]
@@ -1665,14 +1676,18 @@ class Worker:
             report["memory"] = peak_memory() if resets else None
             self.control.send({"id": call, "kind": "done", **report})
 
-    def _run(self, request: dict[str, Any], state: bytes, report: dict[str, Any]) -> None:
+    def _run(self, request: dict[str, Any], state: dict[str, bytearray], report: dict[str, Any]) -> None:
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
         report["stale"] = [] if request["rehearsal"] else self._use_packages(request["packages"])
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
-        if state:
-            self.names.update(json.loads(state.decode()))  # json.loads would look what encoding it is, at length
+        with_state = "" in state
+        if with_state:
+            self.names.update(json.loads(state.pop("").decode()))
+        while state:
+            variable, data = state.popitem()
+            self.names[variable] = data.decode()
         try:
             value = self._evaluate(request["data"].decode(), name)
             if value is not None:
@@ -1686,8 +1701,10 @@ class Worker:
             if request["final"]:
                 threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a script: waits for threads
             self._show_figures()
-            if state:
-                variables, left_out = collect_state(self.names)
+            if with_state:
+                variables, texts, left_out = collect_state(self.names)
+                for variable, encoded in texts.items():
+                    self._send("text", encoded, name=variable)
                 self._send("state", variables, left_out=left_out)
             if request["final"]:
                 atexit._run_exitfuncs()
@@ -1988,28 +2005,47 @@ def fit_image(data: bytes) -> bytes:
     return data
 
 
-def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """The variables that JSON can hold, as its text; and of those it can't, the name and the reason (at most 100)."""
+def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[str, str]]:
+    """The variables that JSON can hold.
+
+    Returns: its text; the long texts that it does not hold (see `set_apart`); and of the variables that it can't hold
+    the names and the reasons (at most 100).
+    """
     kept: list[bytes] = []
+    texts: dict[str, bytes] = {}
     left_out: dict[str, str] = {}
     size = parts = 2
     for name, value in list(names.items()):
-        if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
+        if (
+            not isinstance(name, str)
+            or name.startswith("_")
+            or isinstance(value, (types.ModuleType, type))
+            or callable(value)
+        ):
             continue
         try:
-            key, text = json.dumps(name), json.dumps(plain(value, 0, set()))
-            length = len(key) + len(text) + 1
+            value, data = set_apart(plain(value, 0, set()))
+            key, text = json.dumps(plain(name, 0, set())), json.dumps(value)
+            length = len(key) + len(text) + len(data) + 1
             count = 1 if isinstance(value, str) else parts_of(text)
             if count > STATE_PARTS - parts:
                 raise ValueError(f"too large: {count} values")
             if length >= STATE_LIMIT - size:
-                raise ValueError(f"too large: {length} characters of JSON")
+                raise ValueError(f"too large: {length} bytes")
             kept += [b",", key.encode(), b":", text.encode()]  # to copy it once more would cost as much as to make it
+            texts.update({name: data} if data else {})
             size += length + 1
             parts += count
         except (ValueError, RecursionError) as error:
             left_out[clip(name, 100)] = clip(str(error), 200)
-    return b"".join([b"{", *kept[1:], b"}"]), dict(list(left_out.items())[:100])
+    return b"".join([b"{", *kept[1:], b"}"]), texts, dict(list(left_out.items())[:100])
+
+
+def set_apart(value: Any) -> tuple[Any, bytes]:
+    """A value for JSON and, if it is a long text, the text instead: JSON would cost more than all else on its way."""
+    if isinstance(value, str) and len(value) > PART:
+        return None, str.encode(value)
+    return value, b""
 
 
 def parts_of(text: str) -> int:
@@ -3334,10 +3370,7 @@ class Frame:
     @property
     def text(self) -> str:
         """Its data as text. Raises ProtocolError."""
-        try:
-            return self.data.decode()
-        except UnicodeDecodeError:
-            raise ProtocolError("a frame's text is not UTF-8") from None
+        return decoded(self.data)
 
     def get(self, name: str, *types: type) -> Any:
         """A field; raises ProtocolError if it is of none of these types. An absent field is None."""
@@ -3357,12 +3390,20 @@ class Frame:
 NONE = type(None)
 
 
+def decoded(data: bytes | bytearray) -> str:
+    """Text from the sandbox. Raises ProtocolError."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ProtocolError("a frame's text is not UTF-8") from None
+
+
 def encodable(text: str) -> str:
     """`text` with lone surrogates, which JSON can bring in and nothing can write, as their escape sequences."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def parse_within(data: bytes) -> Any:
+def parse_within(data: bytes | bytearray) -> Any:
     """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
     try:
         text = data.decode()
@@ -3436,12 +3477,17 @@ class Request:
                 raise RequestError(f"state: the variable {name} can't be passed: {error}.") from None
 
     def frames(self, call_id: str) -> Iterator[dict[str, Any]]:
-        """The frames to send: the state ahead in parts, then the request."""
-        state = b"" if self.state is None else json.dumps(self.state).encode()
-        if len(state) > STATE_LIMIT:
-            raise RequestError(f"state comes to {len(state)} characters of JSON; the limit is {STATE_LIMIT}.")
-        for start in range(0, len(state), PART):
-            yield {"op": "part", "id": call_id, "data": state[start : start + PART]}
+        """The frames to send: the state ahead, then the request."""
+        if self.state is not None:
+            state = {name: set_apart(value) for name, value in self.state.items()}
+            text = json.dumps({name: value for name, (value, _) in state.items()}).encode()
+            size = len(text) + sum(len(data) for _, data in state.values())
+            if size > STATE_LIMIT:
+                raise RequestError(f"state comes to {size} bytes; the limit is {STATE_LIMIT}.")
+            for name, (_, data) in state.items():
+                if data:
+                    yield from in_parts({"op": "text", "id": call_id, "name": name, "data": data})
+            yield from in_parts({"op": "state", "id": call_id, "data": text})
         yield {
             "op": "run",
             "id": call_id,
@@ -3725,7 +3771,7 @@ class Sandbox:
             await self._process.stdin.send(data)
 
     async def _send(self, frame: dict[str, Any]) -> None:
-        await self._write(packed(frame))
+        await self._write(head(frame) + frame.get("data", b""))
 
     def _kill_client(self) -> None:
         """End the engine's command line. The container does not depend on it."""
@@ -3961,9 +4007,10 @@ class Account:
         self.output: list[Text | Rich | Omitted] = []
         self._earlier = ""
         self._variables: dict[str, Any] | None = None
+        self._texts: dict[str, str] = {}
         self._left_out: dict[str, str] = {}
         self._contents: dict[str, bytes] = {}
-        self._parts: list[bytes] = []
+        self._parts = bytearray()
         self._keep = keep is not None
         self._on_output = on_output
         self._text_left = (keep or 0) + MAX_FRAME
@@ -3979,15 +4026,20 @@ class Account:
             self._data_left -= PART_COST
         elif kind == "display":
             await self._show(Rich(texts(parse_within(self._gathered(frame))), frame.get("is_value", bool)))
+        elif kind == "text":
+            name = frame.get("name", str)
+            self._texts[name] = decoded(self._gathered(frame))
+            self._data_left -= PART_COST + len(name)
         elif kind == "state":
             self._left_out = texts(frame.get("left_out", dict))
             self._variables = parse_within(self._gathered(frame))
-            if not isinstance(self._variables, dict):
-                raise ProtocolError("the state is not an object")
+            if not isinstance(self._variables, dict) or not self._texts.keys() <= self._variables.keys():
+                raise ProtocolError("the state is not an object with a place for each long text")
+            self._variables.update(self._texts)
         elif kind == "content":
             if len(self._contents) == FILES_LISTED:
                 raise ProtocolError("more files than are listed")
-            self._contents[frame.get("path", str)] = self._gathered(frame)
+            self._contents[frame.get("path", str)] = bytes(self._gathered(frame))
         elif kind == "omitted":
             await self._show(Omitted(frame.get("bytes", int)))
         elif kind == "earlier":
@@ -4029,15 +4081,15 @@ class Account:
         return merge(self.output) if size <= JOINED_LIMIT else tuple(self.output)
 
     def _gather(self, frame: Frame) -> None:
-        self._parts.append(frame.data)
+        self._parts += frame.data
         self._data_left -= len(frame.data)
         if self._data_left < 0:
             raise ProtocolError("more data than the limit lets through")
 
-    def _gathered(self, frame: Frame) -> bytes:
+    def _gathered(self, frame: Frame) -> bytearray:
         """The data of a frame, with the parts that went ahead of it."""
         self._gather(frame)
-        data, self._parts = b"".join(self._parts), []
+        data, self._parts = self._parts, bytearray()
         return data
 
     def close(self, frame: Frame, session: str | None) -> Result:

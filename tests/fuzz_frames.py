@@ -52,7 +52,8 @@ FRAMES: list[dict[str, Any]] = [
     {"id": CALL, "kind": "stderr", "data": b"b"},
     {"id": CALL, "kind": "part", "data": b"{"},
     {"id": CALL, "kind": "display", "data": b'{"text/plain": "x", "image/png": "aGk="}', "is_value": True},
-    {"id": CALL, "kind": "state", "data": b'{"x": [1, {"y": null}]}', "left_out": {"z": "too large"}},
+    {"id": CALL, "kind": "text", "data": b"text", "name": "t"},
+    {"id": CALL, "kind": "state", "data": b'{"x": [1, {"y": null}], "t": null}', "left_out": {"z": "too large"}},
     {"id": CALL, "kind": "content", "data": b"hi", "path": "a"},
     {"id": CALL, "kind": "omitted", "bytes": 5},
     {"id": CALL, "kind": "earlier", "data": b"e"},
@@ -78,7 +79,7 @@ def finish(coroutine: Coroutine[Any, Any, None]) -> None:
 def wire(frame: dict[str, Any]) -> bytes:
     """A frame as it travels, or what is nearly one: its data may be anything."""
     data = frame.get("data")
-    return sandbox_runner.packed(frame) if isinstance(data, bytes) else json.dumps(frame).encode() + b"\n"
+    return sandbox_runner.head(frame) + data if isinstance(data, bytes) else json.dumps(frame).encode() + b"\n"
 
 
 def unwire(data: bytes) -> Iterator[dict[str, Any]]:
@@ -205,7 +206,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
             told = list(unwire(sent + supervisor.channel.outbox))
     for frame in told:
         assert frame["id"] == CALL
-        assert frame["kind"] in ("part", "display", "state", "content", "done", "omitted", "stdout", "stderr")
+        assert frame["kind"] in ("part", "display", "text", "state", "content", "done", "omitted", "stdout", "stderr")
         assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["lost"] is False)
     return told
 

@@ -30,6 +30,7 @@ import sandbox_runner
 from python_docker_mcp import TOOLS, Tool, make_server, parse, parse_address
 from sandbox_runner import (
     MAX_FRAME,
+    PART,
     Account,
     Channel,
     Config,
@@ -132,9 +133,11 @@ def test_commas_and_brackets_in_texts_do_not_count_as_values() -> None:
 
 
 def test_a_state_of_too_many_values_is_left_out_where_it_is_made_and_no_breach_of_the_protocol() -> None:
-    text, left_out = sandbox_runner.collect_state({"rows": [0] * 1_000_001, "text": "," * 1_000_001, "x": 1})
+    variables = {"rows": [0] * 1_000_001, "text": "," * 1_000_001, "short": "," * PART, "x": 1}
+    text, texts, left_out = sandbox_runner.collect_state(variables)
     assert left_out == {"rows": "too large: 1000001 values"}
-    assert set(parse_within(text)) == {"text", "x"}
+    assert parse_within(text) == {"text": None, "short": variables["short"], "x": 1}
+    assert texts == {"text": b"," * 1_000_001}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,7 @@ def test_a_state_of_too_many_values_is_left_out_where_it_is_made_and_no_breach_o
         {"kind": "display", "data": b"{}", "is_value": False},
         {"kind": "omitted", "bytes": 1},
         {"kind": "content", "data": b""},
+        {"kind": "text", "data": b""},
     ],
     ids=lambda frame: f"{frame['kind']}{len(frame.get('data', b''))}",
 )
@@ -158,7 +162,7 @@ def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
 
     def flood() -> None:
         for number in range(3000):
-            finish(account.take(Frame({**frame, "path": str(number)}, frame.get("data", b""))))
+            finish(account.take(Frame({**frame, "path": str(number), "name": str(number)}, frame.get("data", b""))))
 
     with pytest.raises(ProtocolError):
         flood()

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,7 @@ def aliased() -> list[Any]:
     ],
 )
 def test_variables_that_json_can_hold_are_kept(value: Any, kept: Any) -> None:
-    text, left_out = collect_state({"x": value})
+    text, _, left_out = collect_state({"x": value})
     assert json.loads(text) == {"x": kept}
     assert left_out == {}
 
@@ -347,22 +347,30 @@ def test_variables_that_json_can_hold_are_kept(value: Any, kept: Any) -> None:
     ],
 )
 def test_variables_that_json_can_not_hold_are_named_with_the_reason(value: Any, reason: str) -> None:
-    assert collect_state({"x": value, "y": 1}) == (b'{"y":1}', {"x": reason})
+    assert collect_state({"x": value, "y": 1}) == (b'{"y":1}', {}, {"x": reason})
 
 
 def test_state_leaves_out_modules_functions_classes_and_underscored_names_without_a_word() -> None:
-    assert collect_state({"os": os, "f": clip, "C": Call, "_x": 1, "__y": 2, "print": print}) == (b"{}", {})
+    assert collect_state({"os": os, "f": clip, "C": Call, "_x": 1, "__y": 2, "print": print}) == (b"{}", {}, {})
+
+
+def test_state_leaves_out_what_is_under_a_name_that_no_json_has() -> None:
+    assert collect_state({5: 1, "\ud800": "x" * PART * 2, "x": 1}) == (  # type: ignore[dict-item]  # as in globals()[5] = 1
+        b'{"x":1}',
+        {},
+        {"\ud800": "text with lone surrogates"},
+    )
 
 
 def test_state_that_is_too_large_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_runner, "STATE_LIMIT", 40)
-    text, left_out = collect_state({"small": 1, "large": "x" * 100, "other": 2})
+    text, _, left_out = collect_state({"small": 1, "large": "x" * 100, "other": 2})
     assert json.loads(text) == {"small": 1, "other": 2}
-    assert left_out == {"large": "too large: 110 characters of JSON"}
+    assert left_out == {"large": "too large: 110 bytes"}
 
 
 def test_state_names_at_most_a_hundred_variables_that_are_left_out() -> None:
-    assert len(collect_state({f"x{number}": set() for number in range(200)})[1]) == 100
+    assert len(collect_state({f"x{number}": set() for number in range(200)})[2]) == 100
 
 
 class Shown:
@@ -645,14 +653,16 @@ class Guest:
         (supervisor,) = children(json.loads(self.record.read_text())["pid"])
         return children(supervisor)
 
-    def start(self, code: str, state: str = "", **fields: Any) -> str:
-        """Send a request; the call's id."""
+    def start(self, code: str, state: str = "", texts: Mapping[str, str] | None = None, **fields: Any) -> str:
+        """Send a request, ahead of it the state: what is JSON, and the long texts; the call's id."""
         call_id = f"call-{next(self.numbers)}"
         request = {"op": "run", "id": call_id, "data": code.encode(), "session": "s", "final": False}
         request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None}
         request |= {"recycle": False, "rehearsal": False, **fields}
-        for start in range(0, len(state), PART):
-            self.channel.send({"op": "part", "id": request["id"], "data": state[start : start + PART].encode()})
+        for name, text in (texts or {}).items():
+            self.channel.send({"op": "text", "id": call_id, "name": name, "data": text.encode()})
+        if state:
+            self.channel.send({"op": "state", "id": call_id, "data": state.encode()})
         self.channel.send(request)
         return str(request["id"])
 
@@ -1045,10 +1055,29 @@ def test_state_comes_out_even_if_the_code_fails(guest: Guest) -> None:
 
 
 def test_state_larger_than_a_frame_goes_both_ways(guest: Guest) -> None:
-    text = json.dumps({"x": "é" * 300_000})
-    told = guest.run("y = len(x)", state=text)
+    rows = [[number, "é"] for number in range(30_000)]
+    told = guest.run("y = len(x)", state=json.dumps({"x": rows}))
     back = b"".join(frame["data"] for frame in told.frames if frame["kind"] in ("part", "state"))
-    assert json.loads(back) == {"x": "é" * 300_000, "y": 300_000}
+    assert json.loads(back) == {"x": rows, "y": 30_000}
+
+
+def test_long_texts_in_the_state_go_both_ways_as_they_are(guest: Guest) -> None:
+    texts = {"x": "é\n" * 100_000, "y": "0" * (PART + 1)}
+    told = guest.run("z, v = len(x), y[1:]", state='{"x": null, "y": null, "w": null}', texts=texts)
+    back, data = {}, b""
+    for frame in told.frames[:-1]:
+        data += frame["data"]
+        if frame["kind"] != "part":
+            back[frame.get("name")], data = data, b""
+    assert json.loads(back.pop(None)) == {"x": None, "y": None, "w": None, "z": 200_000, "v": "0" * PART}
+    assert {name: text.decode() for name, text in back.items()} == texts
+
+
+def test_the_state_of_a_call_that_was_never_made_is_not_the_next_ones(guest: Guest) -> None:
+    guest.channel.send({"op": "text", "id": "cancelled", "name": "y", "data": b"text"})
+    guest.channel.send({"op": "state", "id": "cancelled", "data": b'{"x": 1}'})
+    told = guest.run("sorted(globals().keys() & {'x', 'y'})", state="{}")
+    assert told.value == "[]"
 
 
 def test_what_a_call_leaves_is_removed_after_its_result_if_that_is_wanted_and_it_ended_well(guest: Guest) -> None:

@@ -20,6 +20,7 @@ from pytest_subprocess import FakeProcess
 
 import sandbox_runner
 from sandbox_runner import (
+    PART,
     Config,
     DockerConfig,
     Engine,
@@ -155,6 +156,9 @@ async def test_state_goes_in_and_comes_out(runner: Runner) -> None:
     assert result.variables == {"x": 41, "y": 42}
     assert result.variables_left_out == {"z": "set is not JSON"}
     assert (await runner.execute("y = 1", state={})).variables == {"y": 1}
+    texts = {"long": "é\n" * PART, "short": "é\n", "longer": "\\" * 3 * PART}
+    result = await runner.execute("longest = long + longer", state=texts)
+    assert list((result.variables or {}).items()) == [*texts.items(), ("longest", texts["long"] + texts["longer"])]
     assert (await runner.execute("y = 1")).variables is None
 
 
@@ -717,6 +721,9 @@ async def test_what_a_sandbox_says_after_its_greeting_is_not_taken_for_its_bytec
         "say({'id': me, 'kind': 'display', 'is_value': False}, b'{\"a\": 1}')",
         "say({'id': me, 'kind': 'state', 'left_out': {}}, b'[]')",
         "say({'id': me, 'kind': 'state', 'left_out': {'x': 1}}, b'{}')",
+        "say({'id': me, 'kind': 'text', 'name': 5}, b'text')",
+        "say({'id': me, 'kind': 'text', 'name': 'x'}, b'\\xff')",
+        "say({'id': me, 'kind': 'text', 'name': 'x'}, b''); say({'id': me, 'kind': 'state', 'left_out': {}}, b'{}')",
         "say({'id': me, 'kind': 'done'})",
         "say({**done, 'status': 'great'})",
         "say({**done, 'wall': float('nan')})",
