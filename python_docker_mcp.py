@@ -501,13 +501,12 @@ def render(
 
 def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error: bool = False) -> types.CallToolResult:
     """A tool's result within what clients take: texts joined to blocks, and the same as data without what is empty."""
-    blocks = fit(join(sections))
-    words = compact({key: value for key, value in structured.items() if value not in (None, "", [])})
-    size = sum(len(block.model_dump_json()) for block in blocks) + len(words.encode("utf-8", "replace"))
+    blocks, room = fit(join(sections))
+    words = encodable(compact({key: value for key, value in structured.items() if value not in (None, "", [])}))
     plain = all(isinstance(block, (types.TextContent, types.ResourceLink)) for block in blocks)
     return types.CallToolResult(
         content=blocks,
-        structured_content=json.loads(encodable(words)) if plain and size <= RESULT_LIMIT else None,
+        structured_content=json.loads(words) if plain and len(words.encode()) <= room else None,
         is_error=is_error,
     )
 
@@ -894,16 +893,16 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
-    """The blocks, with notes in the place of images and files for which there is no room."""
-    everything = list(blocks)
-    sizes = [len(block.model_dump_json()) for block in everything]
-    room = RESULT_LIMIT - sum(
-        size for block, size in zip(everything, sizes, strict=True) if isinstance(block, types.TextContent)
-    )
+def fit(blocks: Iterator[types.ContentBlock]) -> tuple[list[types.ContentBlock], int]:
+    """The blocks, with notes in the place of images and files for which there is no room; bytes of room that are left.
+
+    Texts have been held within their budgets, so they stay in any case.
+    """
+    sized = [(block, len(block.model_dump_json())) for block in blocks]
+    room = RESULT_LIMIT - sum(size for block, size in sized if isinstance(block, types.TextContent))
     images = 0
     fitting: list[types.ContentBlock] = []
-    for block, size in zip(everything, sizes, strict=True):
+    for block, size in sized:
         images += isinstance(block, types.ImageContent)
         if isinstance(block, types.TextContent):
             fitting.append(block)
@@ -915,7 +914,7 @@ def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
             fitting.append(types.TextContent(text=f"[image of {readable_size(size)} left out: {why}]"))
         elif isinstance(block, types.EmbeddedResource):
             fitting.append(types.TextContent(text=f"[{block.resource.uri} left out: a result has room for less]"))
-    return fitting
+    return fitting, room
 
 
 # ── server ──

@@ -432,6 +432,7 @@ def parse_requirement(text: str) -> tuple[str, str]:
     return re.sub(r"[-_.]+", "-", match[1]).lower(), match[0].replace(" ", "")
 
 
+@functools.cache
 def size_in_bytes(size: str) -> int:
     """Bytes that a size such as `256m` stands for. Raises ValueError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmg]?)(?:i?b)?", size.strip().lower())
@@ -703,6 +704,7 @@ NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; an
     ("sched_setaffinity", 203, 122),
     ("sched_setattr", 314, 274),
 )
+ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one for each frame
 SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
 NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
@@ -827,7 +829,7 @@ def in_parts(frame: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def head(frame: dict[str, Any]) -> bytes:
     """The line that a frame travels as, or that goes ahead of its data."""
     fields = {**frame, "data": len(frame["data"])} if "data" in frame else frame
-    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+    return ENCODER.encode(fields).encode() + b"\n"
 
 
 class Call:
