@@ -790,7 +790,7 @@ def lie(*_, **__):
         ("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))", "while True: pass", "ok timeout", True),
         ("pass", "os.kill(os.getpid(), signal.SIGSTOP)", "ok timeout", True),
         ("sys.settrace(lie); sys.setprofile(lie)", "os._exit(0)", "error died", False),
-        ("json.dumps = lie", "1", "timeout ok", False),
+        ("json.JSONEncoder.encode = lie", "1", "timeout ok", False),
         ("json.loads = lie", "1", "ok died", False),
         ("os.write = lambda fd, data: len(data)", "1", "timeout ok", False),
         ("builtins.compile = builtins.exec = builtins.isinstance = None", "1", "died ok", False),
