@@ -935,6 +935,7 @@ class Supervisor:
         if unfiltered:
             text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
             self._tell({"id": "", "kind": "note", "text": text})
+        prepared = False
         while True:
             channels = [channel for channel in (self.channel, self.control) if channel]
             for channel in channels:
@@ -943,8 +944,9 @@ class Supervisor:
                 self._import_next()
             elif not self.worker:
                 self._fork()
-                if self.channel:
+                if self.channel and not prepared:  # once: no frame goes without waking all who pass it on
                     self.channel.queue({"id": "", "kind": "prepared"})
+                    prepared = True
             congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
             resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
             readers = [fd for fd in self.sources if fd not in resting]

@@ -633,6 +633,7 @@ class Guest:
         assert self.process.stdout
         self.channel = Channel(self.process.stdout.fileno(), self.process.stdin.fileno())
         self.frames = self._receive()
+        self.prepared = 0  # how often it has told that it is
         try:
             shipped = program(harmless(GUEST_SOURCE), "supervise", self.settings)
             while shipped:
@@ -646,7 +647,11 @@ class Guest:
         while True:
             readable, *_ = select.select([self.channel.reader], [], [], 20)
             assert readable, "the guest says nothing"
-            yield from (frame for frame in self.channel.receive() if frame["kind"] != "prepared")
+            for frame in self.channel.receive():
+                if frame["kind"] == "prepared":
+                    self.prepared += 1
+                else:
+                    yield frame
 
     def worker(self) -> list[str]:
         """The processes that the supervisor has forked and not buried."""
@@ -1090,6 +1095,7 @@ def test_what_a_call_leaves_is_removed_after_its_result_if_that_is_wanted_and_it
     guest.run("open('f', 'w').close(); x = 1")
     assert guest.run("x").value == "1", "nobody asked for that to be removed"
     assert [path.name for path in guest.home.iterdir()] == ["f"]
+    assert guest.prepared <= 1, "to tell that costs a call more than all else that is done after it"
 
 
 def test_the_call_after_a_rehearsal_is_the_first(make_guest: MakeGuest, tmp_path: Path) -> None:
