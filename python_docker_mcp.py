@@ -501,12 +501,13 @@ def render(
 
 def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error: bool = False) -> types.CallToolResult:
     """A tool's result within what clients take: texts joined to blocks, and the same as data without what is empty."""
-    blocks, room = fit(join(sections))
+    blocks = fit(join(sections))
     words = encodable(compact({key: value for key, value in structured.items() if value not in (None, "", [])}))
     plain = all(isinstance(block, (types.TextContent, types.ResourceLink)) for block in blocks)
+    fits = plain and sum(map(size_of, blocks)) + len(words.encode()) <= RESULT_LIMIT
     return types.CallToolResult(
         content=blocks,
-        structured_content=json.loads(words) if plain and len(words.encode()) <= room else None,
+        structured_content=json.loads(words) if fits else None,
         is_error=is_error,
     )
 
@@ -893,12 +894,14 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def fit(blocks: Iterator[types.ContentBlock]) -> tuple[list[types.ContentBlock], int]:
-    """The blocks, with notes in the place of images and files for which there is no room; bytes of room that are left.
+def size_of(block: types.ContentBlock) -> int:
+    """Characters that a block takes on the wire."""
+    return len(block.model_dump_json())
 
-    Texts have been held within their budgets, so they stay in any case.
-    """
-    sized = [(block, len(block.model_dump_json())) for block in blocks]
+
+def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
+    """The blocks, with notes in the place of images and files for which there is no room."""
+    sized = [(block, size_of(block)) for block in blocks]
     room = RESULT_LIMIT - sum(size for block, size in sized if isinstance(block, types.TextContent))
     images = 0
     fitting: list[types.ContentBlock] = []
@@ -914,7 +917,7 @@ def fit(blocks: Iterator[types.ContentBlock]) -> tuple[list[types.ContentBlock],
             fitting.append(types.TextContent(text=f"[image of {readable_size(size)} left out: {why}]"))
         elif isinstance(block, types.EmbeddedResource):
             fitting.append(types.TextContent(text=f"[{block.resource.uri} left out: a result has room for less]"))
-    return fitting, room
+    return fitting
 
 
 # ── server ──

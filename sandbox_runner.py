@@ -645,6 +645,7 @@ class Installation:
 PROTOCOL = 1  # of the frames and of the plug; raised when an older sandbox could no longer be talked to
 MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; keeps what a hostile one can cost its reader in bounds
 PART = 1 << 16  # bytes of data in one frame, and read or written at once
+ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one for each frame
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
 ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
@@ -704,7 +705,6 @@ NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; an
     ("sched_setaffinity", 203, 122),
     ("sched_setattr", 314, 274),
 )
-ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one for each frame
 SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
 NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
@@ -2037,7 +2037,8 @@ def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[
             if length >= STATE_LIMIT - size:
                 raise ValueError(f"too large: {length} bytes")
             kept += [b",", key.encode(), b":", text.encode()]  # to copy it once more would cost as much as to make it
-            texts.update({name: data} if data else {})
+            if data:
+                texts[name] = data
             size += length + 1
             parts += count
         except (ValueError, RecursionError) as error:

@@ -177,6 +177,15 @@ def test_long_output_keeps_head_and_tail_and_says_how_much_is_missing_and_where_
     assert len(result.structured_content["stdout"]) < OUTPUT_BUDGET + 100
 
 
+def test_notes_on_images_that_are_left_out_count_towards_the_limit_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_docker_mcp, "RESULT_LIMIT", 1500)
+    image = types.ImageContent(data="A" * 2000, mime_type="image/png")
+    for images, has_data in (1, True), (10, False):
+        result = python_docker_mcp.answer(["text", *[image] * images], {"value": "x" * 700})
+        assert "image of" in text_of(result)
+        assert (result.structured_content is not None) == has_data
+
+
 def test_a_gap_across_pieces_keeps_the_images_between_them() -> None:
     output = (Text("stdout", "a" * 40_000), Rich({"image/png": picture(8, 8)}), Text("stderr", "b" * 40_000))
     result = render(Result("ok", output=output))
