@@ -4753,7 +4753,8 @@ class Runner:
     async def _look_again(self, session: Session, name: str) -> None:
         """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
         gone, session.sandbox = session.sandbox, await self._find_session(name)
-        session.lost = None if session.sandbox else "its container ended"
+        if not session.sandbox:
+            session.lost = "its container ended"
         if gone and session.sandbox and session.sandbox.has_unread and session.sandbox.asked == gone.cancelled:
             session.sandbox.stop_unread()
 
@@ -5055,10 +5056,13 @@ class Runner:
         if coming := session.ongoing if session.is_coming else None:
             await coming.cancel()
             session.ongoing = None
-        sandbox, session.sandbox = session.sandbox, None
+        sandbox = session.sandbox
         if sandbox is None or sandbox.gone.is_set():
             async with session.lock:
-                sandbox, session.sandbox = session.sandbox or await self._find_session(name), None
+                if session.sandbox is sandbox:
+                    session.sandbox = await self._find_session(name)
+                sandbox = session.sandbox
+        session.sandbox = None
         if sandbox:
             await sandbox.end()  # even if a call is running: that ends with it
         if not session.lock.locked():

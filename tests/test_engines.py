@@ -126,7 +126,10 @@ class Engine:
         """Whether the container is gone, and with it the engine's command lines that were busy with it.
 
         One that becomes a session's is renamed; then its command line is known by its `runner`, if that has no other.
+        That runner has noticed too: a call that comes before that dies with the container.
         """
+        if runner and any(sandbox.name == name and not sandbox.gone.is_set() for sandbox in runner._held()):
+            return False
         marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.owner}"] if runner else [])]
         return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, *marks)
 

@@ -478,8 +478,10 @@ class Life(RuleBasedStateMachine):
             result = self.hosts[holder].execute("", session=known.name)
             assert (result.status, result.state) == ("died", "lost"), result
             known.dies(told=holder)
-        else:
-            known.dies()
+            return
+        known.dies()
+        if holder is not None:  # a call that comes before the host has noticed dies with the container
+            self.world.until(lambda: known.container not in self.hosts[holder].held())
 
     @precondition(lambda self: not self.down)
     @rule(slot=st.sampled_from(SLOTS))
@@ -689,6 +691,12 @@ def is_another(runner: Runner, cut: sandbox_runner.Sandbox | None) -> bool:
     return runner._sessions["s"].sandbox not in (cut, None)
 
 
+def has_ended(runner: Runner) -> bool:
+    """Whether a runner has noticed that its connection to the session `s` has ended."""
+    sandbox = runner._sessions["s"].sandbox
+    return sandbox is not None and sandbox.gone.is_set()
+
+
 @pytest.mark.anyio
 async def test_a_call_whose_connection_is_cut_twice_still_has_its_result(settings: Config) -> None:
     results: list[Result] = []
@@ -726,6 +734,43 @@ async def test_while_nobody_knows_whether_a_session_is_there_it_is_not_called_lo
         docker.script(down=None)
         result = await runner.execute("x", session="s")
         assert (result.value, result.lost_before) == ("1", None)
+        await runner.close_session("s")
+
+
+@pytest.mark.anyio
+async def test_a_host_that_may_not_end_a_session_which_it_has_used_still_tells_when_that_is_lost(
+    docker: FakeEngine, settings: Config
+) -> None:
+    async with open_runner(settings) as first, open_runner(settings) as second:
+        await first.execute("x = 1", session="s")
+        os.kill(client(first, "s"), signal.SIGKILL)
+        await until(lambda: has_ended(first))
+        await second.execute("x = 2", session="s")
+        with pytest.raises(SessionError, match="is being used by another program"):
+            await first.close_session("s")
+        await second.close_session("s")
+        result = await first.execute("'x' in globals()", session="s")
+        assert (result.value, result.lost_before) == ("False", "its container ended")
+        await first.close_session("s")
+
+
+@pytest.mark.anyio
+async def test_the_loss_of_a_session_is_told_even_if_the_next_call_is_cancelled_and_its_connection_cut(
+    docker: FakeEngine, settings: Config
+) -> None:
+    async with open_runner(settings) as runner:
+        await runner.execute("x = 1", session="s")
+        docker.run("kill", session_container("s"))
+        await until(lambda: has_ended(runner))
+        hears = Hears()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: runner.execute(WAIT_FOR_GO, session="s", on_output=hears))
+            await hears.first.wait()
+            tasks.cancel_scope.cancel()
+        os.kill(client(runner, "s"), signal.SIGKILL)
+        await until(lambda: has_ended(runner))
+        result = await runner.execute("'x' in globals()", session="s")
+        assert (result.value, result.lost_before) == ("False", "its container ended")
         await runner.close_session("s")
 
 
