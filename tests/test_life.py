@@ -739,7 +739,7 @@ async def test_while_nobody_knows_whether_a_session_is_there_it_is_not_called_lo
 
 @pytest.mark.anyio
 async def test_a_host_that_may_not_end_a_session_which_it_has_used_still_tells_when_that_is_lost(
-    docker: FakeEngine, settings: Config
+    settings: Config,
 ) -> None:
     async with open_runner(settings) as first, open_runner(settings) as second:
         await first.execute("x = 1", session="s")

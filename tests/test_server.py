@@ -828,6 +828,16 @@ class RawClient:
         return await self.process.wait()
 
 
+def test_the_servers_imports_are_not_searched_for_garbage_but_what_comes_after_them_is() -> None:
+    told = "gc.isenabled(), gc.get_freeze_count(), gc.get_stats()[0]['collections']"
+    code = f"import gc, python_docker_mcp; print({told})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    enabled, frozen, collections = done.stdout.split()
+    assert enabled == "True"
+    assert int(frozen) > 50_000
+    assert int(collections) < 60  # three times as many with it
+
+
 @pytest.mark.slow
 async def test_a_client_over_standard_streams_has_its_conversation(config: Config, tmp_path: Path) -> None:
     with anyio.fail_after(PATIENCE):
