@@ -82,7 +82,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -644,7 +644,7 @@ class Installation:
 
 PROTOCOL = 1  # of the frames and of the plug; raised when an older sandbox could no longer be talked to
 MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; keeps what a hostile one can cost its reader in bounds
-PART = 1 << 16  # bytes of data in one frame, and read or written at once
+PART = 1 << 16  # bytes of data in one frame, and read at once
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one for each frame
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
 GRACE = 2.0  # seconds between an interruption and the kill
@@ -797,9 +797,7 @@ class Channel:
         """Write what is queued until nothing is, or the descriptor would block."""
         try:
             while self.outbox:
-                with memoryview(self.outbox)[:PART] as piece:
-                    written = os.write(self.writer, piece)
-                del self.outbox[:written]
+                del self.outbox[: os.write(self.writer, self.outbox)]
         except BlockingIOError:
             pass
         except (BrokenPipeError, ConnectionResetError):
@@ -3509,6 +3507,19 @@ class Request:
         }
 
 
+def in_batches(frames: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """Frames as they travel, up to about a megabyte at a time: each writing wakes all who pass it on."""
+    batch = bytearray()
+    for frame in frames:
+        batch += head(frame)
+        batch += frame.get("data", b"")
+        if len(batch) >= MAX_FRAME:
+            yield bytes(batch)
+            batch.clear()
+    if batch:
+        yield bytes(batch)
+
+
 @dataclass(frozen=True)
 class SandboxInfo:
     """What a sandbox says of itself; of one that does not answer, a paused one for example, only the name is known."""
@@ -3793,18 +3804,18 @@ class Sandbox:
         """Run code, and tell what came of it. Being cancelled stops the code."""
         call_id = secrets.token_hex(8)
         log.debug("call %s of %s in the container %s", call_id, request.session or "no session", self.name)
-        *parts, run = request.frames(call_id)
+        *ahead, last = in_batches(request.frames(call_id))
         answer = self._expect(call_id)
         settled = True  # as long as nothing of it runs
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
                 await self._idle.wait()
-                for part in parts:
-                    await self._send(part)
+                for batch in ahead:
+                    await self._write(batch)
                 settled, self.asked = False, call_id
                 if request.recycle:
                     self._clean, self._recycled = False, anyio.Event()
-                await self._send(run)
+                await self._write(last)
                 result = await self._collect(answer, request.session, on_output, request.output_limit)
                 settled = True
                 log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
@@ -3827,8 +3838,8 @@ class Sandbox:
         self._idle = anyio.Event()
         answer = self._expect(secrets.token_hex(8))
         try:
-            for frame in Request(REHEARSAL, rehearsal=True).frames(answer.id):
-                await self._send(frame)
+            for batch in in_batches(Request(REHEARSAL, rehearsal=True).frames(answer.id)):
+                await self._write(batch)
             await self._collect(answer, None, None, None)
         finally:
             self._forget(answer)

@@ -50,6 +50,7 @@ from sandbox_runner import (
 )
 
 NOOP_SERVER = (sys.executable, str(Path(__file__).with_name("noop_server.py")))
+PAUSE = 0.25  # seconds, for a container to have its share of the CPU back after what uses that up
 AT_ONCE = 8  # calls at a time where it says "at once"
 MEGABYTE = 1 << 20
 IDLE = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit()); signal.pause()"
@@ -497,8 +498,7 @@ for line in sys.stdin:
 
         for first in (draw_bare, draw):  # imports what it needs only now
             first()
-        share = functools.partial(time.sleep, 0.25)  # for either to have its share of the CPU back: drawing uses it up
-        taken = interleave(bench.rounds, share, ours=draw, bare=draw_bare)
+        taken = interleave(bench.rounds, functools.partial(time.sleep, PAUSE), ours=draw, bare=draw_bare)
     beside = Beside("bare process in a container", taken["bare"], at_most=1.2)
     yield Measured("figure drawn and returned as PNG", "ms", taken["ours"], (beside,))
 
@@ -690,18 +690,22 @@ async def through_library(
             nonlocal got
             got += len(item.text)
 
-        for _ in range(bench.few):
+        for _ in range(bench.rounds // 2):
+            await anyio.sleep(PAUSE)
             with timed(taken, "output"):
                 await runner.execute("print(lines, end='')", session=name, on_output=count, keep_output=False)
             assert got == len(lines), got
             got = 0
+            await anyio.sleep(PAUSE)
             with timed(taken, "returned"):
                 result = await runner.execute("", session=name, state={})
             assert (result.variables or {})["lines"] == lines
+            await anyio.sleep(PAUSE)
             with timed(taken, "passed"):
                 result = await runner.execute("del copy", session=name + "-in", state={"copy": lines})
             assert result.status == "ok", result
             for way, go in others.items():
+                await anyio.sleep(PAUSE)
                 with timed(taken, way):
                     go()
         for session in (name, name + "-in"):
