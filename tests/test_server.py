@@ -828,6 +828,7 @@ class RawClient:
         return await self.process.wait()
 
 
+@pytest.mark.slow
 def test_the_servers_imports_are_not_searched_for_garbage_but_what_comes_after_them_is() -> None:
     told = "gc.isenabled(), gc.get_freeze_count(), gc.get_stats()[0]['collections']"
     code = f"import gc, python_docker_mcp; print({told})"
