@@ -151,7 +151,9 @@ class FakeEngine:
     def script(self, **answers: Any) -> None:
         """Say how the engine's verbs answer from now on; see `fake_docker`."""
         self._script.update(answers)
-        (self.folder / "script.json").write_text(json.dumps(self._script), encoding="utf-8")
+        written = self.folder / "script.new"
+        written.write_text(json.dumps(self._script), encoding="utf-8")
+        written.replace(self.folder / "script.json")  # at once: a command may be reading it
 
     def log(self, verb: str | None = None) -> list[list[str]]:
         """The arguments of each call so far, or of each with this verb."""
