@@ -162,6 +162,23 @@ async def test_state_goes_in_and_comes_out(runner: Runner) -> None:
     assert (await runner.execute("y = 1")).variables is None
 
 
+async def test_a_call_and_its_state_are_written_together(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write = sandbox_runner.Sandbox._write
+
+    async def writes(self: sandbox_runner.Sandbox, data: bytes) -> None:
+        written.append(len(data))
+        await write(self, data)
+
+    await runner.execute("1", session="s")
+    monkeypatch.setattr(sandbox_runner.Sandbox, "_write", writes)
+    assert (await runner.execute("x", session="s", state={"x": 1})).value == "1"
+    assert len(written) == 1
+    assert (await runner.execute("len(x)", session="s", state={"x": 3_000_000 * "x"})).value == "3000000"
+    assert len(written) == 1 + 3
+    await runner.close_session("s")
+
+
 async def test_output_is_passed_on_while_the_code_runs(runner: Runner, settings: Config) -> None:
     class Go(Hears):
         async def __call__(self, item: Text | Rich | Omitted) -> None:
