@@ -175,6 +175,8 @@ class TamedSupervisor(Supervisor):
         """Close what is open."""
         self.mouth.close()
         os.close(self.host)
+        if self.memory_events >= 0:
+            os.close(self.memory_events)
         for channel in (self.channel, self.control):
             if channel:
                 channel.close()
