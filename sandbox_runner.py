@@ -3787,7 +3787,7 @@ class Sandbox:
             await self._process.stdin.send(data)
 
     async def _send(self, frame: dict[str, Any]) -> None:
-        await self._write(head(frame) + frame.get("data", b""))
+        await self._write(head(frame))
 
     def _kill_client(self) -> None:
         """End the engine's command line. The container does not depend on it."""
@@ -5067,13 +5067,11 @@ class Runner:
         if coming := session.ongoing if session.is_coming else None:
             await coming.cancel()
             session.ongoing = None
-        sandbox = session.sandbox
-        if sandbox is None or sandbox.gone.is_set():
+        if session.sandbox is None or session.sandbox.gone.is_set():
             async with session.lock:
-                if session.sandbox is sandbox:
+                if session.sandbox is None or session.sandbox.gone.is_set():
                     session.sandbox = await self._find_session(name)
-                sandbox = session.sandbox
-        session.sandbox = None
+        sandbox, session.sandbox = session.sandbox, None
         if sandbox:
             await sandbox.end()  # even if a call is running: that ends with it
         if not session.lock.locked():

@@ -28,8 +28,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -691,22 +691,18 @@ async def through_library(
             got += len(item.text)
 
         for _ in range(bench.rounds // 2):
-            await anyio.sleep(PAUSE)
-            with timed(taken, "output"):
+            async with timed(taken, "output"):
                 await runner.execute("print(lines, end='')", session=name, on_output=count, keep_output=False)
             assert got == len(lines), got
             got = 0
-            await anyio.sleep(PAUSE)
-            with timed(taken, "returned"):
+            async with timed(taken, "returned"):
                 result = await runner.execute("", session=name, state={})
             assert (result.variables or {})["lines"] == lines
-            await anyio.sleep(PAUSE)
-            with timed(taken, "passed"):
+            async with timed(taken, "passed"):
                 result = await runner.execute("del copy", session=name + "-in", state={"copy": lines})
             assert result.status == "ok", result
             for way, go in others.items():
-                await anyio.sleep(PAUSE)
-                with timed(taken, way):
+                async with timed(taken, way):
                     go()
         for session in (name, name + "-in"):
             await runner.close_session(session)
@@ -721,9 +717,10 @@ def unique(name: str) -> str:
     return f"bench-{name}-{secrets.token_hex(4)}"
 
 
-@contextmanager
-def timed(taken: dict[str, list[float]], name: str) -> Iterator[None]:
-    """Add the milliseconds that the block takes."""
+@asynccontextmanager
+async def timed(taken: dict[str, list[float]], name: str) -> AsyncIterator[None]:
+    """Add the milliseconds that the block takes, after a pause."""
+    await anyio.sleep(PAUSE)
     started = time.perf_counter()
     yield
     taken.setdefault(name, []).append(1000 * (time.perf_counter() - started))
