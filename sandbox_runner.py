@@ -1430,9 +1430,14 @@ def empty_folder(folder: str) -> None:
                     os.unlink(entry.path)
 
 
-def other_processes() -> list[str]:
-    """The ids of all processes but this one."""
-    return [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+def other_processes() -> list[int]:
+    """The ids of all processes that we may kill, but our own: a plug that looks at us just now is not one."""
+    others = []
+    for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}:
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.kill(pid, 0)
+            others.append(pid)
+    return others
 
 
 def system_v_objects() -> int:

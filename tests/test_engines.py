@@ -853,9 +853,13 @@ async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_m
     )
     look = (
         "import os\n"
-        "folders, mine = ('/tmp', '.', '/dev/shm'), ('1', str(os.getpid()))\n"
+        "def is_ours(pid):\n"  # not another runner's that looks at the sandbox
+        "    try: os.kill(pid, 0)\n"
+        "    except OSError: return False\n"
+        "    return pid not in (1, os.getpid())\n"
+        "folders = ('/tmp', '.', '/dev/shm')\n"
         "kept = [path for folder in folders for path in os.listdir(folder) if path != '.matplotlib']\n"
-        "(kept, [name for name in os.listdir('/proc') if name.isdigit() and name not in mine])"
+        "(kept, [name for name in os.listdir('/proc') if name.isdigit() and is_ours(int(name))])"
     )
     pool = PoolConfig(warm=0, preload=(), reuse=True)
     async with open_runner(dataclasses.replace(config, pool=pool)) as runner:
@@ -874,6 +878,25 @@ async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_m
         with anyio.fail_after(30):
             while runner._pool._count:
                 await anyio.sleep(0.01)
+
+
+async def test_a_sandbox_is_used_again_however_often_others_look_at_it(config: Config) -> None:
+    pool = PoolConfig(warm=0, preload=(), reuse=True)
+    async with (
+        open_runner(dataclasses.replace(config, pool=pool)) as runner,
+        open_runner(config) as other,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def look() -> None:
+            while True:
+                await other.list_sandboxes()
+
+        tasks.start_soon(look)
+        when_started = "open('/proc/1/stat').read().split()[21]"
+        seen = {(await runner.execute(when_started)).value for _ in range(30)}
+        tasks.cancel_scope.cancel()
+    assert len(seen) == 1
 
 
 async def test_a_container_that_never_ran_is_pruned_and_no_other_one(

@@ -771,7 +771,9 @@ while True:
     result = await runner.execute(bomb, session=session, timeout=0.5)
     assert (result.status, result.state) == ("timeout", "lost")
     code = "import os\nsorted(int(name) for name in os.listdir('/proc') if name.isdigit()) == [1, os.getpid()]"
-    assert await evaluate(runner, code, session) == "True"
+    with anyio.fail_after(PATIENCE):
+        while await evaluate(runner, code, session) != "True":  # another test's runner may be looking at the sandbox
+            pass
 
 
 async def test_whatever_code_does_to_its_interpreter_what_is_said_of_the_call_is_true(

@@ -646,8 +646,10 @@ async def test_ready_sandboxes_have_modules_imported_and_missing_ones_are_logged
     pool = PoolConfig(warm=1, preload=("nosuchmodule", "decimal", "sqlite3"))
     async with open_runner(dataclasses.replace(config, pool=pool), warm=True) as runner:
         with anyio.fail_after(60):
-            while "preloading nosuchmodule" not in caplog.text or not runner._pool.ready:
+            while not runner._pool.ready:
                 await anyio.sleep(0.05)
+            await runner._pool.ready[0].prepared.wait()
+        assert "preloading nosuchmodule" in caplog.text
         name = runner._pool.ready[0].name
         result = await runner.execute("import sys; [m in sys.modules for m in ('decimal', 'sqlite3', 'nosuchmodule')]")
         assert result.value == "[True, True, False]"
