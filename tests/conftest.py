@@ -6,8 +6,8 @@ but plain Pythons and the fake engine (see `fake_docker`), which gives what runs
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -152,13 +152,14 @@ class FakeEngine:
         """Say how the engine's verbs answer from now on; see `fake_docker`."""
         self._script.update(answers)
         written = self.folder / "script.new"
-        written.write_text(json.dumps(self._script), encoding="utf-8")
-        written.replace(self.folder / "script.json")  # at once: a command may be reading it
+        written.write_text(repr(self._script), encoding="utf-8")
+        written.replace(self.folder / "script")  # at once: a command may be reading it
 
     def log(self, verb: str | None = None) -> list[list[str]]:
         """The arguments of each call so far, or of each with this verb."""
-        file = self.folder / "log.jsonl"
-        calls = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        file = self.folder / "log"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        calls: list[list[str]] = [ast.literal_eval(line) for line in lines]
         return [call for call in calls if verb in (None, call[0])]
 
     def run(self, *arguments: str) -> str:
@@ -182,9 +183,9 @@ class FakeEngine:
     @staticmethod
     def _is_alive(file: Path) -> bool:
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = ast.literal_eval(file.read_text(encoding="utf-8"))
             return record["process"] in Path(f"/proc/{record['pid']}/cmdline").read_text(encoding="utf-8").split("\0")
-        except (OSError, ValueError):
+        except (OSError, SyntaxError):
             return False
 
     def close(self) -> None:
@@ -209,7 +210,7 @@ def make_fake_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
                     f"all that it may. {check.stderr.strip()}",
                     pytrace=False,
                 )
-            (engine.folder / "log.jsonl").unlink()  # a test's log starts with what the test does
+            (engine.folder / "log").unlink()  # a test's log starts with what the test does
         made.append(engine)
         return engine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import dis
@@ -655,7 +656,7 @@ class Guest:
 
     def worker(self) -> list[str]:
         """The processes that the supervisor has forked and not buried."""
-        (supervisor,) = children(json.loads(self.record.read_text())["pid"])
+        (supervisor,) = children(ast.literal_eval(self.record.read_text())["pid"])
         return children(supervisor)
 
     def start(self, code: str, state: str = "", texts: Mapping[str, str] | None = None, **fields: Any) -> str:

@@ -568,6 +568,7 @@ async def test_an_interruption_that_comes_before_the_code_has_begun_counts(runne
     assert (await runner.execute("", session="s", interrupt=stop)).status == "cancelled"
 
 
+@pytest.mark.slow
 async def test_while_code_goes_on_nothing_else_runs_in_its_session(runner: Runner, settings: Config) -> None:
     await runner.execute(WAIT_FOR_GO, session="s", answer_within=0.3)
     words = "In the session 's' the code of an earlier call is still running: wait for it by a call with empty code"
@@ -797,6 +798,7 @@ async def test_a_session_is_found_again_by_the_next_runner(docker: FakeEngine, s
     await until(lambda: docker.containers() == [])  # it ended by a plug: no client of its own was waited for
 
 
+@pytest.mark.slow
 async def test_a_session_in_use_by_another_program_is_left_alone(runner: Runner, settings: Config) -> None:
     await runner.execute("x = 1", session="s")
     async with open_runner(settings) as other:
