@@ -1229,7 +1229,7 @@ class Wire(anyio.AsyncFile[str]):
         """All is out when it is written."""
 
     async def _until(self, ready: Callable[[int], Awaitable[None]]) -> bool:
-        with contextlib.suppress(PermissionError):  # a plain file, for which nobody can wait, nor need
+        with contextlib.suppress(OSError):  # a plain file or the like, for which the loop can't wait, nor need
             await ready(self._fd)
         return True
 
