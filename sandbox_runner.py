@@ -4415,6 +4415,10 @@ class Pool:
         self._kept_warm = self._config.enabled
         self._fill()
 
+    def stop(self) -> None:
+        """From now on make none ready: those there are will go, and need no successors."""
+        self._kept_warm = False
+
     def give_back(self, sandbox: Sandbox) -> None:
         """Take a used sandbox back if nothing is left in it of its use; else end it."""
         self.returning.add(sandbox)
@@ -5106,6 +5110,7 @@ class Runner:
 
     async def _leave(self) -> None:
         """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
+        self._pool.stop()
         async with anyio.create_task_group() as tasks:
             for sandbox in self._held():
                 tasks.start_soon(sandbox.leave)

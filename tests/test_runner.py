@@ -1313,6 +1313,20 @@ async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_
     assert len(docker.log("run")) <= before + 1, "one more for two at once"
 
 
+async def test_who_leaves_starts_no_successors_of_the_sandboxes_that_end_with_that(settings: Config) -> None:
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=4, preload=()))
+    async with open_runner(config, warm=True) as runner:
+        await until(lambda: len(runner._pool.ready) == 4)
+        successors: list[Sequence[str]] = []
+
+        async def create(preload: Sequence[str]) -> Sandbox:
+            successors.append(preload)
+            raise EngineError("Nobody needs it.")
+
+        runner._pool._create = create
+    assert successors == []
+
+
 async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes_and_then_as_many_as_did() -> None:
     class Stub:
         created = math.inf
