@@ -1209,7 +1209,7 @@ class Wire(anyio.AsyncFile[str]):
 
     async def __aiter__(self) -> AsyncIterator[str]:
         line: list[bytes] = []
-        while await self._until(anyio.wait_readable) and (data := os.read(self._fd, 1 << 16)):
+        while data := await self._read():
             *ends, rest = data.split(b"\n")
             for end in ends:
                 yield b"".join([*line, end]).decode("utf-8", "replace")
@@ -1218,20 +1218,26 @@ class Wire(anyio.AsyncFile[str]):
         if any(line):
             yield b"".join(line).decode("utf-8", "replace")
 
+    async def _read(self) -> bytes:
+        await self._until(anyio.wait_readable)
+        with contextlib.suppress(ConnectionError):  # a socket, whose other end is gone and left something unread
+            return os.read(self._fd, 1 << 16)
+        return b""
+
     async def write(self, text: Any) -> int:
         data = memoryview(text.encode())
-        with contextlib.suppress(BrokenPipeError):  # the client is gone: the end of standard input will tell
-            while data and await self._until(anyio.wait_writable):
+        with contextlib.suppress(ConnectionError):  # the client is gone: the end of standard input will tell
+            while data:
+                await self._until(anyio.wait_writable)
                 data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # so little never blocks then
         return len(text)
 
     async def flush(self) -> None:
         """All is out when it is written."""
 
-    async def _until(self, ready: Callable[[int], Awaitable[None]]) -> bool:
+    async def _until(self, ready: Callable[[int], Awaitable[None]]) -> None:
         with contextlib.suppress(OSError):  # a plain file or the like, for which the loop can't wait, nor need
             await ready(self._fd)
-        return True
 
 
 def _take_streams() -> list[Wire]:

@@ -514,7 +514,6 @@ def at_once(bench: Bench) -> Iterator[Measured]:
         "reuse": bench.server(pool={"reuse": True, "warm": AT_ONCE}),
         "bare": bench.server(pool={"reuse": True, "warm": AT_ONCE, "preload": []}),
     }
-    fresh = bench.server()
     rates: dict[str, list[float]] = {"reuse": [], "bare": [], "fresh": [], "run": []}
     for server in reusing.values():
         server.settle(AT_ONCE)
@@ -522,10 +521,11 @@ def at_once(bench: Bench) -> Iterator[Measured]:
         for name, server in reusing.items():
             rates[name].append(server.calls_at_once(50 * AT_ONCE, AT_ONCE))
         rates["run"].append(bench.runs_at_once(5 * AT_ONCE, AT_ONCE))
+        fresh = bench.server()
+        fresh.settle(2)
         rates["fresh"].append(fresh.calls_at_once(5 * AT_ONCE, AT_ONCE))
         fresh.close()  # else it would go on making sandboxes ready, after such a burst
-        fresh = bench.server()
-    what = f"{AT_ONCE} `docker run` at once"
+    what = f"{AT_ONCE} `{bench.engine.kind} run` at once"
     beside = Beside(what, rates["run"], at_least=25)
     yield Measured(f"{AT_ONCE} calls at once, `pool.reuse`", "calls/s", rates["reuse"], (beside,))
     yield Measured(f"{AT_ONCE} calls at once, `pool.reuse`, nothing preloaded", "calls/s", rates["bare"], (beside,))

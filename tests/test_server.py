@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1001,6 +1002,18 @@ async def test_writing_to_a_client_that_is_gone_is_no_error(pipe: tuple[IO[str],
     reader.close()
     with tempfile.TemporaryFile() as nothing:
         await Wire(writer, nothing).write("x" * 100_000)
+
+
+async def test_a_client_with_sockets_that_leaves_answers_unread_has_gone_like_any_other() -> None:
+    ours, theirs = socket.socketpair()  # as Node's child processes have them
+    with ours, ours.makefile(encoding="utf-8") as file, tempfile.TemporaryFile() as nothing:
+        wire = Wire(file, nothing)
+        theirs.send(b"last\n")
+        await wire.write("unread")
+        theirs.close()
+        lines = aiter(wire)
+        await wire.write("x" * 100_000)
+        assert [line async for line in lines] == ["last"]
 
 
 @pytest.mark.slow
