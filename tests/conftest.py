@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from pytest_subprocess import FakeProcess
 from xdist.scheduler import LoadScopeScheduling
@@ -25,6 +26,10 @@ import sandbox_runner
 from sandbox_runner import Config, DockerConfig, PackageConfig
 
 ENGINES = ("docker", "podman")
+
+# A busy machine makes slow what is quick: no test may fail for that.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
