@@ -691,6 +691,7 @@ REFUSED_CALLS = (
     ("process_vm_readv", 310, 270, errno.EPERM),
     ("process_vm_writev", 311, 271, errno.EPERM),
     ("pidfd_getfd", 438, 438, errno.EPERM),
+    ("vmsplice", 278, 75, errno.EPERM),
     ("clone3", 435, 435, errno.ENOSYS),
 )
 NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; and gVisor lets anybody kill process 1
@@ -705,7 +706,8 @@ NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; an
     ("sched_setaffinity", 203, 122),
     ("sched_setattr", 314, 274),
 )
-SOCKET_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: the others reach past namespaces, such as vsock
+SOCKET_FAMILIES = (1, 2, 10)  # unix, inet, inet6: the others reach past namespaces, such as vsock
+NETLINK, NETLINK_ROUTE = 16, 0  # which the C library asks for interfaces; the other protocols have had hole after hole
 NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
 
 with contextlib.suppress(ImportError):  # on Windows, where only the host's part runs
@@ -1488,9 +1490,9 @@ def libc() -> Any:
 def filter_program(machine: str) -> bytes | None:
     """A filter of system calls, in the kernel's BPF, for this kind of machine; None where the numbers are not known.
 
-    It refuses what REFUSED_CALLS names, what is done to process 1, new namespaces, sockets of other families, and all
-    that comes by another door: x86_64 kernels also take the calls of 32-bit programs, numbered otherwise, and those of
-    x32, numbered from 2**30.
+    It refuses what REFUSED_CALLS names, what is done to process 1, new namespaces, sockets of other families, netlink
+    but for its routing protocol, and all that comes by another door: x86_64 kernels also take the calls of 32-bit
+    programs, numbered otherwise, and those of x32, numbered from 2**30.
     """
     if machine not in ("x86_64", "aarch64"):
         return None
@@ -1513,7 +1515,9 @@ def filter_program(machine: str) -> bytes | None:
     for _, number, other, reason in REFUSED_CALLS:
         steps += [(equal, 0, 1, number if first else other), refuse(reason)]
     flags = [(any_bit, 0, 1, NAMESPACE_FLAGS), refuse(errno.EPERM), allow]
-    families = [(equal, len(SOCKET_FAMILIES) - place, 0, family) for place, family in enumerate(SOCKET_FAMILIES)]
+    families = [(equal, len(SOCKET_FAMILIES) - place + 3, 0, family) for place, family in enumerate(SOCKET_FAMILIES)]
+    third = argument + 16  # the protocol
+    families += [(equal, 0, 2, NETLINK), (load, 0, 0, third), (equal, 1, 0, NETLINK_ROUTE)]
     families += [refuse(errno.EAFNOSUPPORT), allow]
     process = [(equal, 0, 1, 1), refuse(errno.EPERM), allow]
     rules = [("clone", 56, 220, flags), ("socket", 41, 198, families), ("socketpair", 53, 199, families)]

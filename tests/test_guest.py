@@ -487,10 +487,10 @@ X86_64, AARCH64, I386 = 0xC000003E, 0xC00000B7, 0x40000003
 ALLOWED = None
 
 
-def verdict(program: bytes, architecture: int, number: int, argument: int = 0) -> int | None:
+def verdict(program: bytes, architecture: int, number: int, argument: int = 0, third: int = 0) -> int | None:
     """What a filter answers to a system call, found as the kernel does: an error number, or None if it may pass."""
     steps = list(struct.iter_unpack("HBBI", program))
-    data = {0: number, 4: architecture, 16: argument}
+    data = {0: number, 4: architecture, 16: argument, 32: third}
     place = accumulator = 0
     while True:
         code, if_so, if_not, constant = steps[place]
@@ -518,9 +518,13 @@ def test_the_filter_refuses_what_its_table_names_and_no_other_call(machine: str,
         if number not in (clone, open_socket, pair):
             assert verdict(program, architecture, number, other) == refused.get(number, ALLOWED)
     for family in range(50):
-        answer = ALLOWED if family in sandbox_runner.SOCKET_FAMILIES else errno.EAFNOSUPPORT
+        allowed = family in (*sandbox_runner.SOCKET_FAMILIES, sandbox_runner.NETLINK)
+        answer = ALLOWED if allowed else errno.EAFNOSUPPORT
         assert verdict(program, architecture, open_socket, family) == answer
         assert verdict(program, architecture, pair, family) == answer
+    for protocol in range(1, 40):
+        assert verdict(program, architecture, open_socket, 16, protocol) == errno.EAFNOSUPPORT
+        assert verdict(program, architecture, open_socket, 2, protocol) == ALLOWED
     thread, vfork, fork = 0x3D0F00, 0x4111, 0x1200011  # as glibc starts them
     assert {verdict(program, architecture, clone, flags) for flags in (thread, vfork, fork)} == {ALLOWED}
     for namespace in (0x10000000, 0x20000, 0x2000000, 0x4000000, 0x8000000, 0x20000000, 0x40000000):

@@ -327,6 +327,23 @@ ATTACKS = [
         FILTER,
     ),
     Attack(
+        "talks to parts of the kernel by netlink: packet filters, transformations, audit, devices, cryptography",
+        "more old code in the kernel, with a hole or more each year",
+        "{attempt(socket.socket, 16, kind, protocol) for kind in (2, 3) for protocol in range(1, 23)}, "
+        "attempt(socket.socket, 16, 3, 0)",
+        "({'EAFNOSUPPORT'}, 'done')",
+        FILTER,
+    ),
+    Attack(
+        "maps its memory into a pipe",
+        "pages that are not its own have been written to this way",
+        "reader, writer = os.pipe()\n"
+        "system_call(278, 75, writer, struct.pack('QQ', ctypes.addressof(buffer), 4096), 1, 0)",
+        "'EPERM'",
+        FILTER,
+        alone=("docker",),
+    ),
+    Attack(
         "makes system calls by numbers that filters do not look at (x32)",
         "what is refused under one number would be had under the other",
         "'ENOSYS' if platform.machine() == 'aarch64' else system_call(425 | 1 << 30, 0, 1, buffer)",
