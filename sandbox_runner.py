@@ -141,7 +141,6 @@ SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
 REHEARSAL = "print()"  # the code of a call that makes a sandbox quick for the first real one
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME
 PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
-PART_COST = 64  # bytes that a part of data counts for beside its own: it is an object, however small
 PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
 JOINED_LIMIT = 1 << 20  # characters up to which all of them are, in the end
 NOTES_LOGGED = 100  # of what a sandbox remarks
@@ -656,12 +655,17 @@ VALUE_LIMIT = 32_000  # characters of a value's repr
 TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
+FORMS_LIMIT = 32  # of one value
 RICH_COST = 512  # characters that each of them counts for beside its own, so that there are not too many
 IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less than can be read
 IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
 STATE_LIMIT = 32 << 20  # bytes that a call's variables may come to
 STATE_DEPTH = 64
+PLAIN_TYPES = {type(None), bool, str, int, float, list, tuple, dict}
+NAME_LIMIT = 1000  # characters of a variable's name
 STATE_PARTS = 1_000_000  # values within values
+PART_COST = 64  # bytes that a frame counts for beside its data
+DATA_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes of all that a call returns beside its output and its report
 FILES_LISTED = 100  # of those that a call made or changed
 FILES_SEEN = 5000  # more in the working directory are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
@@ -848,6 +852,7 @@ class Call:
         self.tail_left = (limit or 0) - self.head_left
         self.tail: deque[tuple[str, bytes]] = deque()  # of (stream, text): the end of the output, kept to the end
         self.omitted = 0  # bytes between head and tail
+        self.data_left = DATA_LIMIT
 
     def interrupt(self, reason: str) -> bool:
         """Start the clock of the interruption; False if it is ticking already."""
@@ -881,6 +886,75 @@ class Call:
             if oldest[dropped:]:
                 self.tail.appendleft((stream, oldest[dropped:]))
         return passes
+
+
+NONE = type(None)
+EXCEPTION_FIELDS = {
+    "type": (str,),
+    "message": (str,),
+    "line": (int, NONE),
+    "traceback": (str,),
+    "missing": (str, NONE),
+}
+WORKER_FIELDS = {  # by kind, what a frame of the worker's has beside `id` and `kind`, and of which types
+    "part": {"data": (bytes,)},
+    "display": {"data": (bytes,), "is_value": (bool,)},
+    "text": {"data": (bytes,), "name": (str,)},
+    "state": {"data": (bytes,), "left_out": (dict,)},
+    "content": {"data": (bytes,), "path": (str,)},
+    "done": {
+        "status": (str,),
+        "stale": (list, NONE),
+        "value": (str, NONE),
+        "value_length": (int, NONE),
+        "exit_code": (int, NONE),
+        "exception": (dict, NONE),
+        "files": (list, NONE),
+        "cpu": (float,),
+        "memory": (int, NONE),
+    },
+}
+
+
+def check_worker_frame(frame: dict[str, Any]) -> None:
+    """Refuse a frame that our worker can't have sent: then the code did, and the host must not be troubled with it.
+
+    Raises ValueError.
+    """
+    kind = frame.get("kind")
+    if not isinstance(kind, str) or kind not in WORKER_FIELDS:
+        raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
+    require_fields({name: value for name, value in frame.items() if name not in ("id", "kind")}, WORKER_FIELDS[kind])
+    texts: list[Any] = list((frame.get("left_out") or {}).values())
+    if kind == "done":
+        if frame["status"] not in ("ok", "error") or not 0 <= frame["cpu"] < 1e9:
+            raise ValueError("a status or a time that no call has")
+        if frame.get("exception"):
+            require_fields(frame["exception"], EXCEPTION_FIELDS)
+        texts += frame.get("stale") or []
+        for file in frame.get("files") or []:
+            if type(file) is not list or [type(part) for part in file] != [str, int] or not 0 <= file[1] < 1 << 63:
+                raise ValueError("a file that is not a path and a size")
+    if any(type(text) is not str for text in texts):
+        raise ValueError("a list of texts with something else in it")
+    if len(head(frame)) > MAX_FRAME - PART:  # as it goes on to the host, with some fields more
+        raise ValueError("a frame that is too long")
+
+
+def require_fields(fields: dict[str, Any], known: Any) -> None:
+    """Refuse fields that are not known, or not of their type; an absent one counts as None. Raises ValueError."""
+    for name in [*known, *fields]:
+        value = fields.get(name)
+        if type(value) not in known.get(name, ()):
+            raise ValueError(f"the field {name[:40]!r} is of type {type(value).__name__}")
+        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"the field {name[:40]!r} is out of range")
+
+
+def frame_cost(frame: dict[str, Any]) -> int:
+    """Bytes that a frame of a call's counts for towards DATA_LIMIT: as an object it takes some, however small it is."""
+    size = len(frame.get("data", b"")) + len(frame.get("name", ""))
+    return size + (RICH_COST if frame["kind"] == "display" else PART_COST)
 
 
 class Supervisor:
@@ -1182,10 +1256,11 @@ class Supervisor:
             for frame in self.control.receive():
                 if self.call is None or frame.get("id") != self.call.id:
                     continue  # left over from an earlier call
-                kind = frame.get("kind")
-                forged = kind == "done" and frame.get("status") not in ("ok", "error")
-                if forged or kind not in ("part", "display", "text", "state", "content", "done"):
-                    raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
+                check_worker_frame(frame)
+                self.call.data_left -= frame_cost(frame)
+                if self.call.data_left < 0:
+                    raise ValueError("more data than a call may return")
+                kind = frame["kind"]
                 if kind in ("display", "done"):
                     self._read_all_output()  # what was written before comes before
                 if kind == "done":
@@ -1244,7 +1319,7 @@ class Supervisor:
             self._tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
         oom_kills, self.oom_kills = self.oom_kills, count_oom_kills(self.memory_events)
         oom_kills = self.oom_kills - oom_kills
-        if not lost and isinstance(report.get("cpu"), float):
+        if not lost:
             self.worker_cpu += report["cpu"]
         report = {
             **report,
@@ -1589,17 +1664,86 @@ def clip(text: str, limit: int) -> str:
     return f"{text[:head]}\n[… {len(text) - limit} characters left out …]\n{text[len(text) - (limit - head) :]}"
 
 
+def class_name(value: Any) -> str:
+    """The name of a value's class, whatever its metaclass or its `__class__` says."""
+    return str(vars(type)["__name__"].__get__(type(value)))
+
+
+def module_name(value: Any) -> str:
+    """The name of the module that a value's class says it is from."""
+    return exact(vars(type)["__module__"].__get__(type(value)))
+
+
+def exact(text: Any) -> str:
+    """A text as a plain `str`: a subclass of the code's may lie about its length, or about anything."""
+    return str.__str__(text) if issubclass(type(text), str) else ""
+
+
+def text_or_failure(make: Callable[[Any], Any], value: Any) -> tuple[str, str]:
+    """What the code's own `__repr__` or `__str__` makes of a value, or else with what it failed."""
+    try:
+        return exact(make(value)), ""
+    except BaseException as error:  # an interruption, too: that it came is known elsewhere
+        said = "" if value is error else text_or_failure(str, error)[0]
+        return "", clip(f"{class_name(error)}: {said}".rstrip(": "), 200)
+
+
+def describe(value: Any) -> str:
+    """A value's repr or, if it has none, other words for it."""
+    text, failure = text_or_failure(repr, value)
+    if not failure:
+        return text
+    if type(value) is int and value.bit_length() < 10_000_000:  # has more digits than Python turns into text
+        number = abs(value)
+        digits = int(number.bit_length() * math.log10(2))
+        digits += number >= 10**digits
+        last = f"{number % 10**20:020}"
+        return f"{'-' * (value < 0)}{number // 10 ** (digits - 20)}…{last} (an int with {digits:,} digits)"
+    return f"<{class_name(value)} object, whose repr raised {failure}>"
+
+
+def exit_code_of(code: Any) -> int:
+    """The status that Python's command line would end with for SystemExit's code."""
+    if not issubclass(type(code), int):
+        return int(code is not None)
+    number = int.__add__(code, 0)  # a plain int, also of a bool or the code's own subclass
+    return number & 0xFF if -(1 << 63) <= number < 1 << 63 else 0xFF
+
+
+def source_lines(code: str) -> list[str]:
+    """The lines of code as Python counts them: str.splitlines() also splits at form feeds, U+2028 and the like."""
+    return io.StringIO(code, newline=None).readlines()
+
+
+class Stream(io.TextIOWrapper):
+    """Standard output or errors; unlike its base class it has room for an attribute (see `passes_on`)."""
+
+
+def passes_on(stream: Any, real: Stream) -> bool:
+    """Whether something that took a standard stream's place writes to that stream in the end."""
+    heard: list[str] = []
+    vars(real)["write"] = heard.append
+    try:
+        stream.write("")
+        return bool(heard) or os.path.samestat(os.fstat(stream.fileno()), os.fstat(real.fileno()))
+    except BaseException:  # whatever it is, it writes nowhere that we know
+        return False
+    finally:
+        del vars(real)["write"]
+
+
 class Worker:
     """The process that runs the code: a read-eval-print loop around a real `__main__` module."""
 
     def __init__(self, control: Channel, settings: dict[str, Any]) -> None:
         self.control = control
+        self.process = os.getpid()
         self.frames = self._receive()
         self.home: str = settings["working_dir"]
         self.call: str | None = None
         self.calls = 0
         self.filename = ""
-        self.filenames: set[str] = set()
+        self.codes: dict[str, str] = {}  # what was run, by the file name it went by; the newest last
         self.flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # and what the code imports from __future__
         self.loop: Any = None  # of asyncio, once the code awaits something
         self.rich_left = RICH_LIMIT
@@ -1614,9 +1758,11 @@ class Worker:
             os.chdir(self.home)
         sys.path.insert(0, self.home)
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
-        self._open_streams()
+        self.streams: dict[str, Stream] = {}
+        self._restore_streams()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
+        self._teach_inspect()
         sys.modules["sandbox_backend"] = self._matplotlib_backend()
         sys.meta_path.insert(0, MatplotlibHook)
         MatplotlibHook.find_spec("matplotlib.pyplot")
@@ -1638,7 +1784,10 @@ class Worker:
             if frame["op"] in ("part", "text", "state", "run") and frame["id"] != state_of:
                 state, state_of, data = {}, frame["id"], bytearray()
             if frame["op"] == "run":
-                self._serve_call(frame, state)
+                try:
+                    self._serve_call(frame, state)
+                except BaseException as error:  # the code left a profiler, a limit or the like that gets in our way
+                    self._recover(frame["id"], error)
             elif frame["op"] in ("part", "text", "state"):
                 data += frame["data"]
                 if frame["op"] != "part":
@@ -1649,77 +1798,135 @@ class Worker:
             while True:
                 yield from self.control.receive()
 
-    def _open_streams(self) -> None:
-        """Give the code text streams over descriptors 1 and 2 that survive even a close()."""
+    def _restore_streams(self) -> None:
+        """Make standard output and errors text streams over descriptors 1 and 2 again.
+
+        A replacement stays if it passes on to them, as one does that also writes to a file.
+        """
         for fd, name in ((1, "stdout"), (2, "stderr")):
-            stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115  # likewise
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
+            real, stream = self.streams.get(name), getattr(sys, name, None)
+            if real is None or real.closed:
+                raw = io.FileIO(fd, "w", closefd=False)
+                real = self.streams[name] = Stream(
+                    io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True
+                )
+                setattr(sys, name, real)
+                setattr(sys, f"__{name}__", real)
+            elif stream is not real and not passes_on(stream, real):
+                setattr(sys, name, real)
+                is_closed = False  # which needs no word
+                with contextlib.suppress(BaseException):
+                    is_closed = stream is None or bool(stream.closed)
+                if not is_closed:
+                    kind = class_name(stream)
+                    self._note(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
 
     # ── one call ──
 
     def _serve_call(self, request: dict[str, Any], state: dict[str, bytearray]) -> None:
-        process = os.getpid()
+        """Run the code, then do what comes after it, and tell how it went. Nothing that the code left may stop that."""
         self.calls += not request["rehearsal"]
         self.call = request["id"]
         self.rich_left = RICH_LIMIT
-        if any(getattr(stream, "closed", stream is None) for stream in (sys.stdout, sys.stderr)):
-            self._open_streams()
+        signal.signal(signal.SIGINT, self._on_interrupt)
         resets = reset_peak_memory()
         started = cpu_seconds()
+        with_state = "" in state
         report: dict[str, Any] = {"status": "ok"}
-        try:
-            try:
-                self.interruptible = True
-                self._run(request, state, report)
-            finally:
-                self.interruptible = False
-        except BaseException as error:
+        if error := self._attempt(self._run, request, state, report):
+            self.interruptible = True
             report.update(self._describe(error))
+            self.interruptible = False
+        if os.getpid() != self.process:
+            self._end_child(report)
+        for purpose, step in self._steps_after(request, with_state, report):
+            if error := self._attempt(step):
+                self._attempt(self._note, f"{purpose} failed: {class_name(error)}: {text_or_failure(str, error)[0]}")
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(BaseException):
                 stream.flush()
-        if os.getpid() != process:
-            os._exit(0)  # the code forked: this is the child at the end of its script
         with self.lock:
             call, self.call = self.call, None
             report["cpu"] = cpu_seconds() - started
             report["memory"] = peak_memory() if resets else None
             self.control.send({"id": call, "kind": "done", **report})
 
+    def _recover(self, call_id: str, error: BaseException) -> None:
+        """Answer a call in whose aftermath we failed, and put aside what is known to make us fail."""
+        if os.getpid() != self.process:
+            os._exit(1)
+        sys.settrace(None)
+        sys.setprofile(None)
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000))
+        message = "the interpreter, as the code left it, does not let the end of the call be told"
+        kind = clip(class_name(error), 200)
+        told = {"type": kind, "message": message, "line": None, "traceback": f"{kind}: {message}\n", "missing": None}
+        self.call = None
+        self.control.send({"id": call_id, "kind": "done", "status": "error", "exception": told, "cpu": 0.0})
+
+    def _attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
+        """Do what an interruption may end, once; return what ended it, be it that or an error."""
+        try:
+            try:
+                self.interruptible = True
+                step(*arguments)
+            finally:
+                self.interruptible = False
+        except BaseException as error:
+            return error
+        return None
+
     def _run(self, request: dict[str, Any], state: dict[str, bytearray], report: dict[str, Any]) -> None:
+        """Run the code with its variables, and show the value that it ends with."""
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
+        self._restore_streams()
+        self.names["__builtins__"] = builtins
         report["stale"] = [] if request["rehearsal"] else self._use_packages(request["packages"])
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
-        with_state = "" in state
-        if with_state:
+        if "" in state:
             self.names.update(json.loads(state.pop("").decode()))
         while state:
             variable, data = state.popitem()
             self.names[variable] = data.decode()
-        try:
-            value = self._evaluate(request["data"].decode(), name)
-            if value is not None:
-                builtins._ = value  # type: ignore[attr-defined]  # as the interactive interpreter does
-                text = repr(value)
-                report["value"], report["value_length"] = clip(text, VALUE_LIMIT), len(text)
-                bundle = rich_forms(value)
-                if bundle:
-                    self._publish(bundle, True)
-        finally:
-            if request["final"]:
-                threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a script: waits for threads
-            self._show_figures()
-            if with_state:
-                variables, texts, left_out = collect_state(self.names)
-                for variable, encoded in texts.items():
-                    self._send("text", encoded, name=variable)
-                self._send("state", variables, left_out=left_out)
-            if request["final"]:
-                atexit._run_exitfuncs()
-            self._report_files(report, request["final"])
+        value = self._evaluate(request["data"].decode(), name)
+        if value is not None:
+            builtins._ = value  # type: ignore[attr-defined]  # as the interactive interpreter does
+            text = describe(value)
+            report["value"], report["value_length"] = clip(text, VALUE_LIMIT), len(text)
+            bundle = self._forms(value)
+            if bundle:
+                self._publish(bundle, True)
+
+    def _steps_after(
+        self, request: dict[str, Any], with_state: bool, report: dict[str, Any]
+    ) -> Iterator[tuple[str, Callable[[], object]]]:
+        """What is done after the code, however it ended, each with the words for it."""
+        if request["final"]:  # as at the end of a script
+            yield "waiting for threads", threading._shutdown  # type: ignore[attr-defined]
+        yield "showing the figures", self._show_figures
+        if with_state:
+            yield "collecting the state", self._send_state
+        if request["final"]:
+            yield "running what atexit has", atexit._run_exitfuncs
+        yield "listing the files", lambda: self._report_files(report, request["final"])
+
+    def _send_state(self) -> None:
+        variables, texts, left_out = collect_state(self.names)
+        for variable, encoded in texts.items():
+            self._send("text", encoded, name=variable)
+        self._send("state", variables, left_out=left_out)
+
+    def _end_child(self, report: dict[str, Any]) -> None:
+        """End a process that the code forked and that has come to the end of its script, as Python would end it."""
+        if "exception" in report and report["exception"]["type"] != "SystemExit":
+            with contextlib.suppress(BaseException):
+                sys.stderr.write(report["exception"]["traceback"])
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+        os._exit(report.get("exit_code", int(report["status"] != "ok")))
 
     def _use_packages(self, folder: str | None) -> list[str]:
         """Make what is installed importable; the names of what had been imported in another version."""
@@ -1780,8 +1987,9 @@ class Worker:
     def _evaluate(self, code: str, filename: str) -> Any:
         """Run the code; return the value of the expression that it ends with, None if it ends otherwise."""
         self.filename = filename
-        self.filenames.add(filename)
-        linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
+        self.codes.pop(filename, None)
+        self.codes[filename] = code
+        linecache.cache[filename] = (len(code), None, source_lines(code), filename)
         flags = self.flags
         tree = compile(code, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
         self.policy.check(tree, filename)
@@ -1820,9 +2028,10 @@ class Worker:
         try:
             return self.loop.run_until_complete(task)
         except KeyboardInterrupt:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                self.loop.run_until_complete(task)
+            if not task.done():  # else the code itself raised it, and asyncio would wait for ever
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    self.loop.run_until_complete(task)
             raise
 
     def _on_interrupt(self, *_: Any) -> None:
@@ -1833,58 +2042,103 @@ class Worker:
             self.interruptible = False
             raise KeyboardInterrupt
 
+    def _teach_inspect(self) -> None:
+        """Have `inspect` find the code of the session's classes: it only knows functions by the call they are from."""
+        find_file = inspect.getfile
+
+        def getfile(object: Any) -> str:
+            if isinstance(object, type) and object.__module__ == "__main__":
+                for filename, code in reversed(list(self.codes.items())):
+                    if re.search(rf"^[ \t]*class[ \t]+{re.escape(object.__name__)}\b", code, re.MULTILINE):
+                        return filename
+            return find_file(object)
+
+        inspect.getfile = getfile
+
     # ── failures ──
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
-        if isinstance(error, SystemExit):
-            if error.code is not None and not isinstance(error.code, int):
+        """What a call's report tells of the exception that ended the code."""
+        described: dict[str, Any] = {"status": "error"}
+        if issubclass(type(error), SystemExit):
+            code = error.code  # type: ignore[attr-defined]  # SystemExit has it
+            described["exit_code"] = exit_code_of(code)
+            if code is not None and not issubclass(type(code), int):
                 with contextlib.suppress(Exception):  # the code's own __str__ or stream may raise
-                    print(error.code, file=sys.stderr)
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-            if code == 0:
+                    print(code, file=sys.stderr)
+            if described["exit_code"] == 0:
                 return {"exit_code": 0}
-            described: dict[str, Any] = {"status": "error", "exit_code": code}
-        else:
-            described = {"status": "error"}
+        message, failure = text_or_failure(str, error)
+        if failure:
+            message = f"(its str() raised {failure})"
+        name, missing = class_name(error), None
+        lines = [frame.tb_lineno for frame in self._frames(error) if frame.tb_frame.f_code.co_filename == self.filename]
         try:
-            trace = traceback.walk_tb(error.__traceback__)
-            lines = [number for frame, number in trace if frame.f_code.co_filename == self.filename]
-            message = str(error)
+            if isinstance(error, SyntaxError) and error.filename == self.filename and type(error.lineno) is int:
+                lines.append(error.lineno)
             if isinstance(error, SyntaxError):
-                message = str(error.msg)
-                lines += [error.lineno or 1] if error.filename == self.filename else []
+                message = exact(error.msg) or message
+            if isinstance(error, ModuleNotFoundError):
+                missing = clip(exact(error.name), 200) or None
             summary = traceback.TracebackException.from_exception(error)
             self._keep_user_frames(summary)
-            text = "".join(summary.format() if summary.stack else summary.format_exception_only())
-        except Exception as broken:  # the code's own __str__, __repr__ or __cause__ may raise
-            lines, message = [], f"(its text could not be had: {type(broken).__name__})"
-            text = f"{type(error).__name__}: {message}\n"
+            text = exact("".join(summary.format() if summary.stack else summary.format_exception_only()))
+        except BaseException:  # its __cause__, __notes__, msg or the like is the code's own, and may raise anything
+            frames = [(frame.tb_frame, frame.tb_lineno) for frame in self._frames(error)]
+            kept = [step for step in frames if self._is_user_file(step[0].f_code.co_filename)]
+            text = "".join(traceback.StackSummary.extract(iter(kept)).format()) + f"{name}: {message}\n"
         described["exception"] = {
-            "type": clip(type(error).__name__, 200),
+            "type": clip(name, 200),
             "message": clip(message, MESSAGE_LIMIT),
             "line": lines[-1] if lines else None,
             "traceback": clip(text, TRACEBACK_LIMIT),
-            "missing": error.name if isinstance(error, ModuleNotFoundError) else None,
+            "missing": missing,
         }
         return described
 
+    def _frames(self, error: BaseException) -> Iterator[types.TracebackType]:
+        """The steps of an exception's traceback that have a line, outermost first."""
+        frame = vars(BaseException)["__traceback__"].__get__(error)
+        while frame is not None:
+            if frame.tb_lineno is not None:
+                yield frame
+            frame = frame.tb_next
+
     def _keep_user_frames(self, summary: Any) -> None:
         """Cut a traceback, and those of its causes, to the frames of the user's own code."""
-        kept = [frame for frame in summary.stack or () if self._is_user_file(frame.filename)]
-        summary.stack = traceback.StackSummary.from_list(kept)
-        related = [summary.__cause__, summary.__context__, *(getattr(summary, "exceptions", None) or ())]
-        for other in filter(None, related):
-            self._keep_user_frames(other)
+        left = [summary]
+        while left:  # a chain of causes may be longer than Python can recurse
+            each = left.pop()
+            kept = [frame for frame in each.stack or () if self._is_user_file(frame.filename)]
+            each.stack = traceback.StackSummary.from_list(kept)
+            related = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
+            left += [other for other in related if other is not None]
 
     def _is_user_file(self, filename: str) -> bool:
-        return filename in self.filenames or filename.startswith(self.home + "/")
+        return filename in self.codes or filename.startswith(self.home + "/")
 
     # ── rich output ──
 
     def display(self, *values: Any) -> None:
         """Show values in the result at this point: as images, HTML and the like if they have such a form."""
         for value in values:
-            self._publish({"text/plain": clip(repr(value), VALUE_LIMIT), **rich_forms(value)})
+            forms = self._forms(value)
+            if forms is not None:
+                self._publish({"text/plain": clip(describe(value), VALUE_LIMIT), **forms})
+
+    def _forms(self, value: Any) -> dict[str, str] | None:
+        """A value's rich forms. A figure that can't be drawn has none, and costs a note and nothing else."""
+        try:
+            return rich_forms(value)
+        except Exception as error:
+            name = f"figure {getattr(value, 'number', '')}".rstrip()
+            said = " ".join(text_or_failure(str, error)[0].split())
+            self._note(f"{name} could not be drawn: {class_name(error)}: {said}")
+            return None
+
+    def _note(self, text: str) -> None:
+        """Have a remark of ours stand in the output."""
+        self._publish({"text/plain": f"[{clip(text, 500)}]"})
 
     def _publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
         if self.rich_left < 0:
@@ -1936,7 +2190,7 @@ class Worker:
         pyplot = sys.modules.get("matplotlib.pyplot")
         for number in pyplot.get_fignums() if pyplot else ():
             figure = pyplot.figure(number)  # type: ignore[union-attr]  # there are numbers only if there is pyplot
-            self._publish({"text/plain": repr(figure), **rich_forms(figure)})
+            self.display(figure)
 
 
 class MatplotlibHook:
@@ -1954,34 +2208,42 @@ def refuse_input(_prompt: object = "", /) -> str:
     raise EOFError("input() can't be answered in the sandbox; put the value into the code instead")
 
 
+RICH_FORMS = (
+    ("image/png", "_repr_png_"),
+    ("image/jpeg", "_repr_jpeg_"),
+    ("image/svg+xml", "_repr_svg_"),
+    ("text/html", "_repr_html_"),
+    ("text/markdown", "_repr_markdown_"),
+    ("text/latex", "_repr_latex_"),
+)
+
+
 def rich_forms(value: Any) -> dict[str, str]:
-    """A value's forms other than plain text, by MIME type, binary ones in base64 (IPython's protocol)."""
-    if isinstance(value, type):
+    """A value's forms other than plain text, by MIME type, binary ones in base64 (IPython's protocol).
+
+    Raises whatever Matplotlib does where a figure can't be drawn; any other form that can't be made is not there.
+    """
+    kind = type(value)
+    if issubclass(kind, type):
         return {}
-    if type(value).__module__ == "matplotlib.figure" and hasattr(value, "savefig"):
+    if module_name(value) == "matplotlib.figure" and hasattr(value, "savefig"):
         return {"image/png": draw(value)}
-    forms: dict[str, Any] = {}
-    for mime, method in (
-        ("image/png", "_repr_png_"),
-        ("image/jpeg", "_repr_jpeg_"),
-        ("image/svg+xml", "_repr_svg_"),
-        ("text/html", "_repr_html_"),
-        ("text/markdown", "_repr_markdown_"),
-        ("text/latex", "_repr_latex_"),
-    ):
-        make = getattr(value, method, None)
-        with contextlib.suppress(Exception):  # a form that can't be made is a form that is not there
+    forms: dict[Any, Any] = {}
+    for mime, method in RICH_FORMS:
+        with contextlib.suppress(Exception):
+            make = getattr(value, method)
             forms[mime] = make() if callable(make) else None
     with contextlib.suppress(Exception):
         bundle = value._repr_mimebundle_()
         forms.update(bundle[0] if isinstance(bundle, tuple) else bundle)
     rich: dict[str, str] = {}
-    for mime, form in forms.items():
-        if isinstance(form, tuple):
+    for mime, form in list(forms.items())[:FORMS_LIMIT]:
+        if isinstance(form, tuple) and form:
             form = form[0]  # some give (data, metadata)
         if isinstance(form, bytes):
-            form = base64.b64encode(fit_image(form)).decode("ascii")
-        if isinstance(form, str) and isinstance(mime, str) and mime != "text/plain":
+            form = base64.b64encode(fit_image(bytes(form))).decode("ascii")
+        mime, form = exact(mime), exact(form)
+        if 0 < len(mime) <= 200 and form and mime != "text/plain":
             rich[mime] = form
     return rich
 
@@ -2011,7 +2273,7 @@ def fit_image(data: bytes) -> bytes:
             target = io.BytesIO()
             smaller.save(target, image.format)
             data = target.getvalue()
-    except (ImportError, OSError, ValueError):  # not there, or no image that it knows: then the host decides
+    except Exception:  # it is not there, or this is no image that it knows, or too large a one: the host decides then
         pass
     return data
 
@@ -2026,15 +2288,13 @@ def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[
     texts: dict[str, bytes] = {}
     left_out: dict[str, str] = {}
     size = parts = 2
-    for name, value in list(names.items()):
-        if (
-            not isinstance(name, str)
-            or name.startswith("_")
-            or isinstance(value, (types.ModuleType, type))
-            or callable(value)
-        ):
+    for key_given, value in list(names.items()):
+        name = exact(key_given)
+        if not name or name[0] == "_" or issubclass(type(value), (types.ModuleType, type)) or callable(value):
             continue
         try:
+            if len(name) > NAME_LIMIT:
+                raise ValueError(f"its name has {len(name)} characters")
             value, data = set_apart(plain(value, 0, set()))
             key, text = json.dumps(plain(name, 0, set())), json.dumps(value)
             length = len(key) + len(text) + len(data) + 1
@@ -2048,8 +2308,8 @@ def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[
                 texts[name] = data
             size += length + 1
             parts += count
-        except (ValueError, RecursionError) as error:
-            left_out[clip(name, 100)] = clip(str(error), 200)
+        except Exception as error:  # it is no JSON, or what raises is its own
+            left_out[clip(name, 100)] = clip(text_or_failure(str, error)[0] or class_name(error), 200)
     return b"".join([b"{", *kept[1:], b"}"]), texts, dict(list(left_out.items())[:100])
 
 
@@ -2071,40 +2331,49 @@ def parts_of(text: str) -> int:
 
 
 def plain(value: Any, depth: int, parents: set[int]) -> Any:
-    """`value` as JSON can hold it: a tuple as list, a NumPy number as Python's. Raises ValueError."""
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    """`value` as JSON can hold it: a tuple as list, a NumPy number as Python's. Raises ValueError.
+
+    Of subclasses of JSON's types it takes what they hold, and not what their methods say.
+    """
+    kind = type(value)
+    if kind not in PLAIN_TYPES and module_name(value) == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
-    if value is None or isinstance(value, bool):
+        kind = type(value)
+    if value is None or kind is bool:
         return value
-    if isinstance(value, str):
-        if not value.isascii():
+    if issubclass(kind, str):
+        text = str.__str__(value)
+        if not text.isascii():
             try:
-                value.encode()
+                text.encode()
             except UnicodeEncodeError:
                 raise ValueError("text with lone surrogates") from None
-        return value
-    if isinstance(value, int):
-        if value.bit_length() > 4096:
-            raise ValueError(f"an integer of {value.bit_length()} bits")
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{value!r} is not JSON")
-        return value
-    if not isinstance(value, (list, tuple, dict)):
-        raise ValueError(f"{type(value).__name__} is not JSON")
+        return text
+    if issubclass(kind, int):
+        number = int.__int__(value)
+        if number.bit_length() > 4096:
+            raise ValueError(f"an integer of {number.bit_length()} bits")
+        return number
+    if issubclass(kind, float):
+        fraction = float.__float__(value)
+        if not math.isfinite(fraction):
+            raise ValueError(f"{fraction!r} is not JSON")
+        return fraction
+    if not issubclass(kind, (list, tuple, dict)):
+        raise ValueError(f"{class_name(value)} is not JSON")
     if depth == STATE_DEPTH:
         raise ValueError(f"nested more than {STATE_DEPTH} deep")
     if id(value) in parents:
         raise ValueError("contains itself")
     parents.add(id(value))
     try:
-        if not isinstance(value, dict):
-            return [plain(item, depth + 1, parents) for item in value]
-        for key in value:
-            if not isinstance(key, str):
-                raise ValueError(f"a key is {type(key).__name__}, not text")
-        return {plain(key, 0, set()): plain(item, depth + 1, parents) for key, item in value.items()}
+        if not issubclass(kind, dict):
+            items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
+            return [plain(item, depth + 1, parents) for item in items]
+        for key in dict.keys(value):
+            if not issubclass(type(key), str):
+                raise ValueError(f"a key is {class_name(key)}, not text")
+        return {plain(key, 0, set()): plain(item, depth + 1, parents) for key, item in dict.items(value)}
     finally:
         parents.discard(id(value))
 
@@ -2525,8 +2794,8 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 
 
 GUEST_MODULES = (
-    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib io json linecache "
-    "marshal math os re select signal socket stat struct sys threading time traceback types warnings"
+    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib inspect io json "
+    "linecache marshal math os re select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
@@ -3399,9 +3668,6 @@ class Frame:
         return float(value)
 
 
-NONE = type(None)
-
-
 def decoded(data: bytes | bytearray) -> str:
     """Text from the sandbox. Raises ProtocolError."""
     try:
@@ -4039,7 +4305,7 @@ class Account:
         self._keep = keep is not None
         self._on_output = on_output
         self._text_left = (keep or 0) + MAX_FRAME
-        self._data_left = RICH_LIMIT + STATE_LIMIT + MAX_FRAME
+        self._data_left = DATA_LIMIT
 
     async def take(self, frame: Frame) -> None:
         """Enter a frame that is not the last. Raises ProtocolError."""
@@ -4048,29 +4314,43 @@ class Account:
             await self._show(Text(kind, frame.text))
         elif kind == "part":
             self._gather(frame)
-            self._data_left -= PART_COST
         elif kind == "display":
-            await self._show(Rich(texts(parse_within(self._gathered(frame))), frame.get("is_value", bool)))
+            await self._show(Rich(self._display(self._gathered(frame)), frame.get("is_value", bool)))
         elif kind == "text":
             name = frame.get("name", str)
-            self._texts[name] = decoded(self._gathered(frame))
-            self._data_left -= PART_COST + len(name)
+            self._data_left -= len(name)
+            self._texts[name] = self._gathered(frame).decode("utf-8", "replace")
         elif kind == "state":
             self._left_out = texts(frame.get("left_out", dict))
-            self._variables = parse_within(self._gathered(frame))
-            if not isinstance(self._variables, dict) or not self._texts.keys() <= self._variables.keys():
-                raise ProtocolError("the state is not an object with a place for each long text")
-            self._variables.update(self._texts)
+            self._variables = self._state(self._gathered(frame))
         elif kind == "content":
-            if len(self._contents) == FILES_LISTED:
-                raise ProtocolError("more files than are listed")
-            self._contents[frame.get("path", str)] = bytes(self._gathered(frame))
+            path, content = frame.get("path", str), bytes(self._gathered(frame))
+            if len(self._contents) < FILES_LISTED:
+                self._contents[path] = content
         elif kind == "omitted":
             await self._show(Omitted(frame.get("bytes", int)))
         elif kind == "earlier":
             self._earlier = frame.text
         else:
             raise ProtocolError(f"a frame of kind {kind!r}")
+
+    def _display(self, data: bytearray) -> dict[str, str]:
+        """The forms of a displayed value. What is none of our worker's making costs itself, and not the sandbox."""
+        try:
+            return texts(parse_within(data))
+        except ProtocolError as error:
+            return {"text/plain": f"[a display was left out: {error}]"}
+
+    def _state(self, data: bytearray) -> dict[str, Any]:
+        """The variables, likewise."""
+        try:
+            variables = parse_within(data)
+            if not isinstance(variables, dict):
+                raise ProtocolError("the state is not an object")
+        except ProtocolError as error:
+            self._left_out = {**self._left_out, "(all)": str(error)}
+            return {}
+        return {**variables, **self._texts}
 
     async def _show(self, item: Text | Rich | Omitted) -> None:
         if isinstance(item, Text) and self._keep:
@@ -4094,11 +4374,9 @@ class Account:
             self.output[-1] = Text(item.stream, last.text + item.text)
         elif len(self.output) < PIECES_LIMIT:
             self.output.append(item)
-        elif isinstance(item, Text):
-            gap = sum(piece.bytes for piece in self.output[PIECES_LIMIT:] if isinstance(piece, Omitted))
-            self.output[PIECES_LIMIT:] = [Omitted(gap + len(item.text.encode("utf-8", "replace")))]
         else:
-            raise ProtocolError("more pieces of output than a call can have")
+            gap = sum(piece.bytes for piece in self.output[PIECES_LIMIT:] if isinstance(piece, Omitted))
+            self.output[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
 
     def joined(self) -> tuple[Text | Rich | Omitted, ...]:
         """The output, neighbouring pieces joined; not where it is much, which would then be there twice for a while."""
@@ -4107,7 +4385,7 @@ class Account:
 
     def _gather(self, frame: Frame) -> None:
         self._parts += frame.data
-        self._data_left -= len(frame.data)
+        self._data_left -= len(frame.data) + PART_COST
         if self._data_left < 0:
             raise ProtocolError("more data than the limit lets through")
 
@@ -4148,6 +4426,14 @@ class Account:
             memory=frame.get("memory", int, NONE),
             oom_kills=frame.get("oom_kills", int),
         )
+
+
+def bytes_of(item: Text | Rich | Omitted) -> int:
+    """How much a piece of output comes to."""
+    if isinstance(item, Omitted):
+        return item.bytes
+    forms = (item.text,) if isinstance(item, Text) else item.forms.values()
+    return sum(len(form.encode("utf-8", "replace")) for form in forms)
 
 
 def exception_info(frame: Frame) -> ExceptionInfo | None:
@@ -4223,7 +4509,7 @@ def advise(exception: ExceptionInfo | None, code: str) -> str | None:
         package = DISTRIBUTIONS.get(exception.missing) or DISTRIBUTIONS.get(top)
         called = f": the package is called {package}" if package else ""
         return f"{top} is not installed. Install it with install-package{called}."
-    lines = code.splitlines()
+    lines = source_lines(code)
     if exception.type == "SyntaxError" and 0 < (exception.line or 0) <= len(lines):
         line = lines[(exception.line or 0) - 1].strip()
         if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):

@@ -47,6 +47,8 @@ DONE: dict[str, Any] = {
     "stale": [],
     "exception": {"type": "E", "message": "m", "line": 1, "traceback": "t", "missing": None},
 }
+HOST_ONLY = ("lost", "lost_before", "wall", "oom_kills", "message")  # what the supervisor adds
+REPORT = {name: value for name, value in DONE.items() if name not in HOST_ONLY}
 FRAMES: list[dict[str, Any]] = [
     {"id": CALL, "kind": "stdout", "data": b"a"},
     {"id": CALL, "kind": "stderr", "data": b"b"},
@@ -58,6 +60,7 @@ FRAMES: list[dict[str, Any]] = [
     {"id": CALL, "kind": "omitted", "bytes": 5},
     {"id": CALL, "kind": "earlier", "data": b"e"},
     DONE,
+    REPORT,
 ]
 VALUES: list[Any] = [None, True, False, 0, -1, 7, 1 << 70, 10**400, 0.5, -0.5, math.nan, math.inf, "", "x", "\u00e9"]
 VALUES += ["\ud800", "\x1b[2J\n", CALL, "ok", "error", "timeout", "done", "part", "aGk=", "a", "{}", "[]", "null"]
@@ -193,7 +196,7 @@ def tamed(attached: bool) -> Iterator[TamedSupervisor]:
 
 
 def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
-    """What the supervisor tells the host when a worker sends this: each a frame about the call that is running."""
+    """What the supervisor tells the host when a worker sends this: frames of its call that the host believes."""
     with tamed(attached) as supervisor:
         assert supervisor.control is not None
         for start in range(0, len(data), 4096):
@@ -210,6 +213,8 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
         assert frame["id"] == CALL
         assert frame["kind"] in ("part", "display", "text", "state", "content", "done", "omitted", "stdout", "stderr")
         assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["lost"] is False)
+    ended = told if told and told[-1]["kind"] == "done" else [*told, DONE]
+    assert as_host(b"".join(map(wire, ended))) is not None
     return told
 
 

@@ -5,6 +5,7 @@ Made by hypothesis; `fuzz_frames`, whose functions these tests use, finds more b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,14 +21,15 @@ import anyio.abc
 import mcp_types as types
 import pytest
 from conftest import FakeEngine
-from fuzz_frames import CALL, DONE, FRAMES, VALUES, as_host, as_supervisor, finish, lines_from, tamed, wire
+from fuzz_frames import CALL, FRAMES, REPORT, VALUES, as_host, as_supervisor, finish, lines_from, tamed, wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp import Client
 from mcp.shared.exceptions import MCPError
+from odd_code import PRELUDE, collect
 
 import sandbox_runner
-from python_docker_mcp import TOOLS, Tool, make_server, parse, parse_address
+from python_docker_mcp import TOOLS, Tool, make_server, parse, parse_address, render
 from sandbox_runner import (
     MAX_FRAME,
     PART,
@@ -88,7 +90,7 @@ def test_what_is_right_is_believed() -> None:
     result = as_host(b"".join(wire(frame) for frame in FRAMES if frame["kind"] != "part"))
     assert result is not None
     assert (result.status, result.value, result.stdout, result.contents) == ("ok", "1", "a", {"a": b"hi"})
-    assert [frame["kind"] for frame in as_supervisor(json.dumps(DONE).encode() + b"\n", True)] == ["done"]
+    assert [frame["kind"] for frame in as_supervisor(wire(REPORT), True)] == ["done"]
 
 
 @settings(max_examples=60)
@@ -156,16 +158,16 @@ def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
     monkeypatch: pytest.MonkeyPatch, frame: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 1000)
-    for limit in ("RICH_LIMIT", "STATE_LIMIT", "MAX_FRAME"):
-        monkeypatch.setattr(sandbox_runner, limit, 10_000)
+    monkeypatch.setattr(sandbox_runner, "DATA_LIMIT", 10_000)
     account = Account(1000, None)
 
     def flood() -> None:
         for number in range(3000):
             finish(account.take(Frame({**frame, "path": str(number), "name": str(number)}, frame.get("data", b""))))
 
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError) if "data" in frame else contextlib.nullcontext():
         flood()
+    assert len(account.output) <= 1001
 
 
 def test_output_that_comes_in_the_smallest_pieces_is_kept_in_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,6 +450,28 @@ def test_addresses_of_resources_are_read_or_refused(uri: str) -> None:
     assert rest
     assert offset >= 0
     assert length is None or length > 0
+
+
+# ── what code makes of its own call ──
+
+
+async def test_odd_code_may_spoil_its_call_and_not_its_session(docker: FakeEngine, tmp_path: Path) -> None:
+    codes = collect(150)
+    with anyio.fail_after(PATIENCE):
+        async with open_runner(settings_for(docker, tmp_path)) as runner:
+            await runner.execute("kept = 41", session="s")
+            for code in codes:
+                result = await runner.execute(code, session="s", state={})
+                assert (result.status in ("ok", "error"), result.state) == (True, "preserved"), told(code, result)
+                json.dumps(result.as_dict(), allow_nan=False).encode()
+                render(result).model_dump_json()
+                result = await runner.execute("kept + 1", session="s")
+                assert (result.value, result.lost_before) == ("42", None), told(code, result)
+
+
+def told(code: str, result: Result) -> str:
+    """What matters of a finding."""
+    return f"\n{code.removeprefix(PRELUDE)}\n{result.status} {result.message} {result.exception} {result.lost_before}"
 
 
 # ── what of a user's ever becomes part of a command ──

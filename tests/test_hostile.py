@@ -803,7 +803,7 @@ def lie(*_, **__):
     return '{"status": "ok"}'
 """
     attacks = [  # poison, what the next call does, how both have to be told, whether the variables are still there
-        ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "while True: pass", "ok timeout", False),
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "while True: pass", "ok timeout", True),
         ("signal.signal = signal.pthread_sigmask = lie", "time.sleep(60)", "ok timeout", True),
         ("time.monotonic = time.time = time.sleep = lie", "while True: pass", "ok timeout", True),
         ("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))", "while True: pass", "ok timeout", True),

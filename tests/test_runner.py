@@ -730,18 +730,11 @@ async def test_what_a_sandbox_says_after_its_greeting_is_not_taken_for_its_bytec
         "say({'id': me, 'kind': 'stdout', 'data': '5'})",
         "say({'id': me, 'kind': 'stdout'})",
         "say({'id': me, 'kind': 'stdout'}, b'\\xff')",
-        "say({'id': me, 'kind': 'state', 'left_out': {}}, b'{\"x\": \"\\xff\"}')",
         "say({'id': me, 'kind': 'stdout', 'data': -1})",
         "say({'id': me, 'kind': 'stdout', 'data': 2 << 20})",
         "say({'id': me, 'kind': 'omitted', 'bytes': '5'})",
-        "say({'id': me, 'kind': 'display', 'is_value': False}, b'no json')",
-        "say({'id': me, 'kind': 'display', 'is_value': False}, b'[' * 100_000)",
-        "say({'id': me, 'kind': 'display', 'is_value': False}, b'{\"a\": 1}')",
-        "say({'id': me, 'kind': 'state', 'left_out': {}}, b'[]')",
         "say({'id': me, 'kind': 'state', 'left_out': {'x': 1}}, b'{}')",
         "say({'id': me, 'kind': 'text', 'name': 5}, b'text')",
-        "say({'id': me, 'kind': 'text', 'name': 'x'}, b'\\xff')",
-        "say({'id': me, 'kind': 'text', 'name': 'x'}, b''); say({'id': me, 'kind': 'state', 'left_out': {}}, b'{}')",
         "say({'id': me, 'kind': 'done'})",
         "say({**done, 'status': 'great'})",
         "say({**done, 'wall': float('nan')})",
@@ -761,6 +754,27 @@ async def test_what_no_supervisor_sends_ends_the_sandbox_and_nothing_else(
     assert result.message is not None
     assert result.message.startswith("the container ended during the call (it sent what no supervisor sends: ")
     await until(lambda: not docker.containers())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "say({'id': me, 'kind': 'state', 'left_out': {}}, b'{\"x\": \"\\xff\"}')",
+        "say({'id': me, 'kind': 'display', 'is_value': False}, b'no json')",
+        "say({'id': me, 'kind': 'display', 'is_value': False}, b'[' * 100_000)",
+        "say({'id': me, 'kind': 'display', 'is_value': False}, b'{\"a\": 1}')",
+        "say({'id': me, 'kind': 'state', 'left_out': {}}, b'[]')",
+        "say({'id': me, 'kind': 'text', 'name': 'x'}, b'\\xff')",
+        "say({'id': me, 'kind': 'text', 'name': 'x'}, b''); say({'id': me, 'kind': 'state', 'left_out': {}}, b'{}')",
+    ],
+)
+async def test_data_that_is_not_what_our_worker_makes_costs_itself_and_not_the_sandbox(
+    runner: Runner, docker: FakeEngine, answer: str
+) -> None:
+    docker.script(run={"program": hostile(f"{answer}; say({{**done}})")})
+    result = await runner.execute("1", session="s")
+    assert (result.status, result.state, result.message) == ("ok", "preserved", None)
+    assert result.output or result.variables_left_out or "'text'" in answer
 
 
 async def test_a_session_whose_sandbox_was_given_up_has_a_new_one_in_the_next_call(
