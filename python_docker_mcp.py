@@ -745,6 +745,11 @@ def notes_on(result: Result, kept: str | None) -> Iterator[str]:
         yield f"All of the output is kept as the resource {kept}; add ?offset=20000&length=10000 to read a part of it."
     if result.oom_kills and result.status != "out_of_memory":
         yield "Note: a process that the code started was killed because memory ran out."
+    if result.stale and result.session:
+        yield (
+            f"Note: this session had imported {', '.join(result.stale)} before another version was installed, and goes "
+            "on with what it has: a fresh session has the other version."
+        )
     if result.hint:
         yield f"Hint: {result.hint}"
 

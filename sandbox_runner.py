@@ -131,6 +131,8 @@ LOOK_TIMEOUT = 5  # the same, when a sandbox is only asked how it is
 MOMENT = 1.0  # that a call is given to end, or a host to have gone, before another one on its session is refused
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
 SLACK = 10  # how much later than the supervisor the host gives a call up
+RENEW_AT = 0.8  # of `pool.max_age`, when a ready sandbox is replaced
+FIRST_CALL_ATTEMPTS = 3  # sandboxes that a call is given to while none of it begins, as they have gone
 HEAD_START = 0.1  # that a call has before the engine is busied with what is to be done about it, or after it
 RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
 RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
@@ -993,7 +995,10 @@ class Supervisor:
         self.started = self.active = time.monotonic()
         self.memory_events = open_memory_events()
         self.oom_kills = count_oom_kills(self.memory_events)
-        self.preload: list[str] = list(settings["preload"])
+        # What is installed for all may do anything when imported, so process 1 imports only what is the image's own.
+        self.installed = package_folders(settings["packages"], None)  # at the start
+        self.preload: list[str] = [] if self.installed else list(settings["preload"])
+        self.prepared = False  # whether the host has been told that there is a worker with all that
         self.packages: str | None = None  # the folder with what was installed for the session
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor can be read
 
@@ -1009,7 +1014,6 @@ class Supervisor:
         if unfiltered:
             text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
             self._tell({"id": "", "kind": "note", "text": text})
-        prepared = False
         while True:
             channels = [channel for channel in (self.channel, self.control) if channel]
             for channel in channels:
@@ -1018,9 +1022,6 @@ class Supervisor:
                 self._import_next()
             elif not self.worker:
                 self._fork()
-                if self.channel and not prepared:  # once: no frame goes without waking all who pass it on
-                    self.channel.queue({"id": "", "kind": "prepared"})
-                    prepared = True
             congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
             resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
             readers = [fd for fd in self.sources if fd not in resting]
@@ -1194,7 +1195,12 @@ class Supervisor:
         if self.worker == 0:
             try:
                 become_worker((os.open(os.devnull, os.O_RDWR), out[1], err[1], theirs.fileno()))
-                Worker(Channel(3, 3), self.settings).serve()
+                worker = Worker(Channel(3, 3), self.settings)
+                if self.installed and self.settings["preload"] and self.session is None:
+                    worker.preload(self.installed)
+                if not self.prepared:  # once: no frame goes without waking all who pass it on
+                    worker.control.send({"id": "", "kind": "prepared"})
+                worker.serve()
             finally:
                 os._exit(70)
         theirs.close()
@@ -1220,6 +1226,11 @@ class Supervisor:
 
     def _start(self, request: dict[str, Any]) -> None:
         self._reap()  # a worker that has just died must not be given the call
+        if self.begun is None and not request["rehearsal"] and self.channel:
+            fits = not self.settings["preload"] or self.installed == self._packages_of(request)
+            self.channel.send({"id": request["id"], "kind": "begun" if fits else "unfit"})
+            if not fits:  # it has imported what is no longer what the code is to have: another sandbox has to do
+                return
         self.session = request["session"]
         self.packages = request["packages"] = request["packages"] or self.packages
         self._read_all_output()
@@ -1233,6 +1244,9 @@ class Supervisor:
         if not request["rehearsal"]:
             self.unread = self.begun = self.call.id
             self.worker_used = True
+
+    def _packages_of(self, request: dict[str, Any]) -> list[str]:
+        return package_folders(self.settings["packages"], request["packages"] or self.packages)
 
     def _read_file(self, request: dict[str, Any]) -> None:
         """Send a piece of a file in the working directory."""
@@ -1254,6 +1268,9 @@ class Supervisor:
         assert self.control is not None
         try:
             for frame in self.control.receive():
+                if frame.get("kind") == "prepared" and self.channel and not self.prepared:
+                    self.prepared = True
+                    self.channel.queue({"id": "", "kind": "prepared"})
                 if self.call is None or frame.get("id") != self.call.id:
                     continue  # left over from an earlier call
                 check_worker_frame(frame)
@@ -1433,6 +1450,14 @@ class Supervisor:
             self.sources.pop(fd, None)
             os.close(fd)
         self.worker, self.control, self.worker_fds, self.pipes, self.waiting = 0, None, set(), {}, None
+
+
+def package_folders(root: str, own: str | None) -> list[str]:
+    """The folders with what is installed for a session (`own`) and for all, in this order, as far as they exist."""
+    shared = None
+    with contextlib.suppress(OSError):
+        shared = os.readlink(f"{root}/shared")
+    return [path for path in (own, shared and os.path.join(root, shared)) if path and os.path.isdir(path)]
 
 
 def peers_are_told() -> bool:
@@ -1774,6 +1799,16 @@ class Worker:
         self.files = self._list_files()
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
+        self.modules_to_preload: list[str] = settings["preload"]
+
+    def preload(self, folders: list[str]) -> None:
+        """Import what is to be imported beforehand, with these folders of packages, unless a call comes first."""
+        self._use_packages(folders)
+        for name in self.modules_to_preload:
+            if select.select([self.control.reader], [], [], 0)[0]:
+                break
+            with contextlib.suppress(Exception):  # the code that imports it will be told
+                importlib.import_module(name)
 
     def serve(self) -> None:
         """Run one request after the other until the supervisor is gone."""
@@ -1882,7 +1917,8 @@ class Worker:
         sys.argv = [name, *request["argv"]]
         self._restore_streams()
         self.names["__builtins__"] = builtins
-        report["stale"] = [] if request["rehearsal"] else self._use_packages(request["packages"])
+        if not request["rehearsal"]:
+            report["stale"] = self._use_packages(package_folders(self.packages_root, request["packages"]))
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
         if "" in state:
@@ -1928,12 +1964,8 @@ class Worker:
                 stream.flush()
         os._exit(report.get("exit_code", int(report["status"] != "ok")))
 
-    def _use_packages(self, folder: str | None) -> list[str]:
+    def _use_packages(self, folders: list[str]) -> list[str]:
         """Make what is installed importable; the names of what had been imported in another version."""
-        shared = None
-        with contextlib.suppress(OSError):
-            shared = os.path.join(self.packages_root, os.readlink(f"{self.packages_root}/shared"))
-        folders = [path for path in (folder, shared) if path and os.path.isdir(path)]
         added = [path for path in folders if path not in self.packages]
         if folders != self.packages:
             others = [entry for entry in sys.path if entry not in self.packages]
@@ -3838,6 +3870,7 @@ class Answer:
 
     def __init__(self, call_id: str) -> None:
         self.id = call_id
+        self.has_begun = False
         self.put, self.frames = anyio.create_memory_object_stream[Frame](16)
 
     async def add(self, frame: Frame) -> None:
@@ -3879,6 +3912,8 @@ class Sandbox:
         self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
         self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
         self.cancelled: str | None = None  # id of the last call that nobody waited for
+        self.never_ran = False  # whether its first call did not even begin, as the container had gone or is unfit
+        self.unfit = False  # whether it imported beforehand what has been replaced since
         self._clean = False  # whether nothing was left of the last call, once that has been looked at
         self._recycled = anyio.Event()
         self._fault: str | None = None  # what was wrong with what the sandbox sent
@@ -4081,6 +4116,7 @@ class Sandbox:
         log.debug("call %s of %s in the container %s", call_id, request.session or "no session", self.name)
         *ahead, last = in_batches(request.frames(call_id))
         answer = self._expect(call_id)
+        is_first = self.asked is None
         settled = True  # as long as nothing of it runs
         try:
             with anyio.move_on_after(request.timeout + GRACE + SLACK):
@@ -4093,6 +4129,7 @@ class Sandbox:
                 await self._write(last)
                 result = await self._collect(answer, request.session, on_output, request.output_limit)
                 settled = True
+                self.never_ran = is_first and result.status == "died" and not answer.has_begun
                 log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
                 return result
             settled = True
@@ -4232,9 +4269,15 @@ class Sandbox:
         account = Account(keep, on_output)
         try:
             async for frame in answer.frames:
-                if frame.get("kind", str) == "done":
+                kind = frame.get("kind", str)
+                if kind == "done":
                     return account.close(frame, session)
-                await account.take(frame)
+                if kind == "unfit":
+                    self.unfit = True
+                    return Result("died", message="what is installed has changed since the sandbox was made ready")
+                answer.has_begun = True
+                if kind != "begun":
+                    await account.take(frame)
         except ProtocolError as error:
             self._fault = str(error)
             self._kill_client()
@@ -4654,6 +4697,7 @@ class Pool:
         config: PoolConfig,
         tasks: anyio.abc.TaskGroup,
         report: Callable[[str], None],
+        idle_timeout: float,
     ) -> None:
         self.ready: deque[Sandbox] = deque()  # oldest first
         self._create = create
@@ -4669,20 +4713,26 @@ class Pool:
         self.returning: set[Sandbox] = set()  # of these, those being cleaned to be ready again
         self._wanted_now = 0  # of these, being created for a call that waits
         self._kept_warm = False
+        self._idle_timeout = idle_timeout  # seconds without a call after which none is kept ready any longer
+        self._used_at = time.monotonic()
         self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
 
-    async def lease(self) -> Sandbox:
-        """A sandbox that nobody uses: a ready one, else a new one. Raises EngineError, ImageError."""
+    async def lease(self, bare: bool = False) -> Sandbox:
+        """A sandbox that nobody uses: a ready one, else, or if it has to be `bare` (nothing imported), a new one.
+
+        Raises EngineError, ImageError.
+        """
+        self._used_at = time.monotonic()
         async with self._turn:
             while True:
-                while self.ready:
+                while self.ready and not bare:
                     sandbox = self.ready.popleft()
                     if not sandbox.gone.is_set() and time.monotonic() - sandbox.created <= self._config.max_age:
                         self._tasks.start_soon(self._fill_soon)
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
                 self._changed = anyio.Event()
-                if self.returning:  # that takes milliseconds, and a new one a good part of a second
+                if self.returning and not bare:  # that takes milliseconds, and a new one a good part of a second
                     await self._changed.wait()
                     continue
                 if self._count < self._config.size:
@@ -4702,8 +4752,36 @@ class Pool:
 
     def keep_warm(self) -> None:
         """From now on keep some ready, in the background."""
+        if self._config.enabled and not self._kept_warm:
+            self._tasks.start_soon(self._stay_young)
         self._kept_warm = self._config.enabled
         self._fill()
+
+    def renew(self) -> None:
+        """Replace the ready ones at once: what they have imported is no longer what is installed."""
+        while self.ready:
+            self._tasks.start_soon(self.ready.popleft().end)
+        self._fill()
+
+    async def _stay_young(self) -> None:
+        """Replace ready sandboxes before they are too old, one after the other, for as long as calls come."""
+        while True:
+            age = time.monotonic() - self.ready[0].created if self.ready else 0.0
+            await anyio.sleep(max(self._config.max_age * RENEW_AT - age, self._config.max_age / 50))
+            if not self.ready or time.monotonic() - self.ready[0].created < self._config.max_age * RENEW_AT:
+                continue
+            oldest = self.ready[0]
+            if self._is_used and self._missing() >= 0 and self._count < self._config.size:
+                self._coming += 1
+                self._count += 1
+                await self._prepare_one()
+            if oldest in self.ready:
+                self.ready.remove(oldest)
+                self._tasks.start_soon(oldest.end)
+
+    @property
+    def _is_used(self) -> bool:
+        return time.monotonic() - self._used_at < self._idle_timeout
 
     def stop(self) -> None:
         """From now on make none ready: those there are will go, and need no successors."""
@@ -4744,13 +4822,16 @@ class Pool:
 
     def _fill(self) -> None:
         """Start to make ready what is missing. Not while calls wait for new ones: those need the machine now."""
-        if self._kept_warm and not self._wanted_now:
-            there = self._count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
-            wanted = self._config.warm + round(self._extra()) - there
-            for _ in range(min(wanted, self._config.size - self._count)):
+        if self._kept_warm and self._is_used and not self._wanted_now:
+            for _ in range(min(self._missing(), self._config.size - self._count)):
                 self._coming += 1
                 self._count += 1
                 self._tasks.start_soon(self._prepare_one)
+
+    def _missing(self) -> int:
+        """How many more there should be to be ready; below zero, how many fewer."""
+        there = self._count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
+        return self._config.warm + round(self._extra()) - there
 
     async def _fill_soon(self) -> None:
         """The same, once the call that has just taken one has had the machine for a moment: most need no more."""
@@ -4837,7 +4918,7 @@ class Runner:
         self._retry_at = 0.0  # when to try again what could not be preinstalled
         self._sessions: dict[str, Session] = {}
         self._transient: set[Sandbox] = set()
-        self._pool = Pool(self._new_sandbox, config.pool, tasks, self._report)
+        self._pool = Pool(self._new_sandbox, config.pool, tasks, self._report, config.session.idle_timeout)
 
     async def execute(
         self,
@@ -4910,21 +4991,27 @@ class Runner:
     async def _execute_transient(
         self, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
     ) -> Result:
-        sandbox = await self._pool.lease()
-        self._transient.add(sandbox)
-        reuse = False
-        try:
-            with self._counted():
-                async with interruptible(lambda: sandbox, interrupt):
-                    result = await sandbox.call(request, on_output)
-            reuse = request.recycle and result.status in ("ok", "error")
-            return result
-        finally:
-            if reuse:
-                self._transient.discard(sandbox)
-                self._pool.give_back(sandbox)
-            else:
-                self._tasks.start_soon(self._end_soon, sandbox)
+        bare = False
+        for attempt in itertools.count(1):
+            sandbox = await self._pool.lease(bare)
+            self._transient.add(sandbox)
+            reuse = False
+            try:
+                with self._counted():
+                    async with interruptible(lambda: sandbox, interrupt):  # noqa: B023  # it is used up with the block
+                        result = await sandbox.call(request, on_output)
+                if sandbox.never_ran and attempt < FIRST_CALL_ATTEMPTS:
+                    bare = sandbox.unfit
+                    continue
+                reuse = request.recycle and result.status in ("ok", "error")
+                return result
+            finally:
+                if reuse:
+                    self._transient.discard(sandbox)
+                    self._pool.give_back(sandbox)
+                else:
+                    self._tasks.start_soon(self._end_soon, sandbox)
+        raise AssertionError("never reached")
 
     async def _end_soon(self, sandbox: Sandbox) -> None:
         await anyio.sleep(HEAD_START)  # first of all its result is to be passed on
@@ -4994,19 +5081,25 @@ class Runner:
     async def _call_in_session(self, session: Session, request: Request, is_new: bool, on_output: OnOutput) -> Result:
         """Make the call in the session's sandbox, or, where that has come to an end, in another."""
         assert request.session is not None
-        sandbox = await self._sandbox_of(session, request.session, is_new)
-        with self._counted():
-            is_new = sandbox.asked is None and not session.lost
-            result = await sandbox.call(request, on_output)
-            lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
-            if result.status == "died" and sandbox.expired:
-                session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
-                sandbox = await self._sandbox_of(session, request.session)
+        bare = False
+        for attempt in itertools.count(1):
+            sandbox = await self._sandbox_of(session, request.session, is_new, bare)
+            with self._counted():
+                is_new_session = sandbox.asked is None and not session.lost
                 result = await sandbox.call(request, on_output)
-            elif sandbox.was_cut(result):
-                result = await self._resume(session, request.session, sandbox, request, result, on_output)
-        if lost or is_new:
-            result = dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new)
+                lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
+                if result.status == "died" and sandbox.expired:
+                    session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
+                    sandbox = await self._sandbox_of(session, request.session)
+                    result = await sandbox.call(request, on_output)
+                elif sandbox.was_cut(result):
+                    result = await self._resume(session, request.session, sandbox, request, result, on_output)
+            if result.status != "died" or not sandbox.never_ran or attempt == FIRST_CALL_ATTEMPTS:
+                break
+            await sandbox.end()
+            session.sandbox, session.lost, is_new, bare = None, lost, False, sandbox.unfit
+        if lost or is_new_session:
+            result = dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new_session)
         return result
 
     async def _resume(
@@ -5081,7 +5174,7 @@ class Runner:
                 result = await self._resume(session, name, sandbox, None, result, on_output)
         return dataclasses.replace(result, output=(*gap, *result.output))
 
-    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False) -> Sandbox:
+    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False, bare: bool = False) -> Sandbox:
         """The session's sandbox, a new one if it has none."""
         if session.sandbox and session.sandbox.gone.is_set():
             await self._look_again(session, name)
@@ -5089,7 +5182,7 @@ class Runner:
             await self._make_room()
             session.is_coming = True
             try:
-                session.sandbox = await self._pool.lease()
+                session.sandbox = await self._pool.lease(bare)
             finally:
                 session.is_coming = False
             self._pool.let_go(session.sandbox)
@@ -5258,6 +5351,8 @@ class Runner:
         stale: tuple[str, ...] = ()
         if session is None:
             outcome = await self._install(name, text, None)
+            if outcome.ok:
+                self._pool.renew()
         else:
             entry = self._sessions.setdefault(session, Session())
             async with entry.lock:
@@ -5267,9 +5362,10 @@ class Runner:
                 sandbox = await self._sandbox_of(entry, session)
                 outcome = await self._install(name, text, sandbox)
                 if outcome.ok and outcome.folder:
-                    sandbox.packages = outcome.folder
                     request = Request("", session, timeout=self.config.docker.timeout, packages=outcome.folder)
-                    stale = (await sandbox.call(request)).stale
+                    stale = (await self._call_in_session(entry, request, False, ignore_output)).stale
+                    if entry.sandbox:
+                        entry.sandbox.packages = outcome.folder
         return describe_installation(name, outcome, session, stale, time.monotonic() - started)
 
     async def _install(self, name: str, requirement: str, sandbox: Sandbox | None) -> Outcome:
@@ -5428,6 +5524,10 @@ async def open_runner(
         finally:
             with anyio.CancelScope(shield=True):
                 await runner._leave()
+
+
+async def ignore_output(_: Text | Rich | Omitted) -> None:
+    """Drop what a call without code may write."""
 
 
 @asynccontextmanager

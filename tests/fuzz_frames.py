@@ -144,7 +144,13 @@ class TamedSupervisor(Supervisor):
     """One that has no worker: it can be told what a worker would say, and kills nothing."""
 
     def __init__(self, attached: bool) -> None:
-        settings = {"owner": "us", "idle_timeout": 60.0, "preload": [], "working_dir": "/nowhere"}
+        settings = {
+            "owner": "us",
+            "idle_timeout": 60.0,
+            "preload": [],
+            "packages": "/nowhere",
+            "working_dir": "/nowhere",
+        }
         self.host, theirs = os.pipe()
         super().__init__(Channel(os.open(os.devnull, os.O_RDONLY), theirs), settings)
         assert self.channel is not None

@@ -639,6 +639,7 @@ class Guest:
         self.channel = Channel(self.process.stdout.fileno(), self.process.stdin.fileno())
         self.frames = self._receive()
         self.prepared = 0  # how often it has told that it is
+        self.begun: list[str] = []  # the calls of which it has told that they begin
         try:
             shipped = program(harmless(GUEST_SOURCE), "supervise", self.settings)
             while shipped:
@@ -655,6 +656,8 @@ class Guest:
             for frame in self.channel.receive():
                 if frame["kind"] == "prepared":
                     self.prepared += 1
+                elif frame["kind"] == "begun":
+                    self.begun.append(frame["id"])
                 else:
                     yield frame
 
@@ -1200,6 +1203,33 @@ def test_what_a_call_leaves_is_removed_after_its_result_if_that_is_wanted_and_it
     assert guest.run("x").value == "1", "nobody asked for that to be removed"
     assert [path.name for path in guest.home.iterdir()] == ["f"]
     assert guest.prepared <= 1, "to tell that costs a call more than all else that is done after it"
+
+
+def test_a_sandbox_tells_that_its_first_call_begins_and_none_after_that(make_guest: MakeGuest) -> None:
+    guest = make_guest(idle_timeout=50.0)
+    guest.run("print()", session=None, rehearsal=True)
+    assert guest.begun == []
+    first = guest.start("1")
+    guest.wait(first)
+    guest.run("2")
+    assert guest.begun == [first]
+
+
+def test_a_sandbox_that_has_imported_what_was_replaced_since_refuses_its_first_call(
+    make_guest: MakeGuest, tmp_path: Path
+) -> None:
+    for version in ("1", "2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "alpha.py").write_text(f"version = {version}")
+    (tmp_path / "shared").symlink_to("1")
+    guest = make_guest(packages=str(tmp_path), preload=["alpha"])
+    (tmp_path / "shared").unlink()
+    (tmp_path / "shared").symlink_to("2")
+    call = guest.start("import alpha; alpha.version", session=None)
+    assert next(guest.frames) == {"id": call, "kind": "unfit"}
+    (tmp_path / "shared").unlink()
+    (tmp_path / "shared").symlink_to("1")
+    assert guest.run("import alpha; alpha.version", session=None).value == "1"
 
 
 def test_the_call_after_a_rehearsal_is_the_first(make_guest: MakeGuest, tmp_path: Path) -> None:

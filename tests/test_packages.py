@@ -35,6 +35,7 @@ from sandbox_runner import (
     PackageConfig,
     PoolConfig,
     RequestError,
+    Runner,
     derive_image,
     find_engine,
     open_runner,
@@ -635,6 +636,46 @@ async def test_sets_that_nobody_used_for_long_are_pruned(settings: Config, engin
 
 
 # ── preload and Matplotlib ──
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_the_version_that_was_installed_is_there_although_another_one_was_imported_beforehand(
+    settings: Config,
+) -> None:
+    look, session = "import alpha; alpha.__version__", "first"
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=2, preload=("alpha",)))
+    async with open_runner(config, warm=True) as runner, open_runner(config, warm=True) as other:
+        for each in (runner, other):
+            await until_prepared(each, 2)
+            assert (await each.execute(look)).value == "'1.0'"
+            await until_prepared(each, 2)
+        await runner.execute("x = 1", session="old")
+        try:
+            assert (await runner.install("alpha==2.0", session=session)).hint is None
+            assert (await runner.execute(look, session=session)).value == "'2.0'"
+            assert (await runner.execute(look)).value == "'1.0'"
+            assert (await runner.install("alpha==2.0")).ok
+            for _ in range(3):
+                assert [(await each.execute(look)).value for each in (runner, other)] == ["'2.0'", "'2.0'"]
+            await until_prepared(runner, 2)
+            warm = await runner.execute("import sys; sys.modules['alpha'].__version__")
+            assert warm.value == "'2.0'"
+            assert (await runner.execute(look, session="new")).value == "'2.0'"
+            result = await runner.execute(look, session="old")
+            assert (result.value, result.stale) == ("'1.0'", ("alpha",))
+        finally:
+            for name in ("old", "new", session):
+                await runner.close_session(name)
+
+
+async def until_prepared(runner: Runner, number: int) -> None:
+    """Wait until so many sandboxes are ready, with everything imported."""
+    with anyio.fail_after(60):
+        while len(runner._pool.ready) < number:
+            await anyio.sleep(0.05)
+        for sandbox in list(runner._pool.ready):
+            await sandbox.prepared.wait()
 
 
 @pytest.mark.engine

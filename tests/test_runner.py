@@ -1292,6 +1292,60 @@ async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config
     assert len(docker.log("run")) == 1, "it was not used again"
 
 
+@pytest.mark.parametrize("session", [None, "s"])
+async def test_a_ready_sandbox_that_was_killed_behind_our_back_costs_a_call_nothing(
+    settings: Config, docker: FakeEngine, session: str | None
+) -> None:
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=()))
+    async with open_runner(config, warm=True) as runner:
+        await until(lambda: bool(runner._pool.ready and not runner._pool.ready[0]._answers))
+        docker.run("kill", runner._pool.ready[0].name)  # and this loop has no time to notice
+        result = await runner.execute("open('ran', 'x').close(); 6 * 7", session=session)
+        assert (result.status, result.value, result.lost_before) == ("ok", "42", None), result
+        assert result.is_new == (session is not None)
+
+
+async def test_a_call_that_began_is_not_made_again(settings: Config, docker: FakeEngine) -> None:
+    async with open_runner(settings) as runner:
+        hears = Hears()
+        results: list[Result] = []
+
+        async def call() -> None:
+            results.append(await runner.execute("print('on')\nwhile True: pass", on_output=hears))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            await hears.first.wait()
+            docker.run("kill", docker.containers()[0])
+        assert results[0].status == "died"
+        assert len(docker.log("run")) == 1
+
+
+async def test_ready_sandboxes_are_renewed_before_they_are_too_old_until_nobody_makes_calls(
+    settings: Config, docker: FakeEngine
+) -> None:
+    config = dataclasses.replace(
+        settings,
+        pool=PoolConfig(warm=2, max_age=1.5, preload=()),
+        session=SessionConfig(idle_timeout=3),
+    )
+    async with open_runner(config, warm=True) as runner:
+        pool = runner._pool
+        await until(lambda: len(pool.ready) == 2)
+        first = {sandbox.name for sandbox in pool.ready}
+        seen = 99
+        with anyio.fail_after(20):
+            while first & {sandbox.name for sandbox in pool.ready}:
+                seen = min(seen, len(pool.ready))
+                await anyio.sleep(0.005)
+        assert seen >= 1, "there was none for a while"
+        assert (await runner.execute("6 * 7")).value == "42"
+        await until(lambda: not docker.containers())  # nobody has made a call for three seconds
+        assert not pool.ready
+        assert (await runner.execute("6 * 7")).value == "42"
+        await until(lambda: len(pool.ready) == 2)
+
+
 async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_its_call_is_answered(
     settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1355,7 +1409,7 @@ async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes_and_then
         return Stub()
 
     async with anyio.create_task_group() as tasks:
-        pool = sandbox_runner.Pool(create, PoolConfig(warm=0, preload=("numpy",)), tasks, print)
+        pool = sandbox_runner.Pool(create, PoolConfig(warm=0, preload=("numpy",)), tasks, print, 60)
         pool.keep_warm()
         for _ in range(3):
             tasks.start_soon(pool.lease)
