@@ -121,7 +121,10 @@ __all__ = [
 log = logging.getLogger("python_docker_mcp")
 
 # Deadlines, in seconds. Each bounds a wait for somebody else's program.
-ENGINE_TIMEOUT = 30  # an engine command that only asks or removes
+ANSWER_TIMEOUT = 8  # the engine's word that it is there; with the next one within what clients wait for a call
+ENGINE_TIMEOUT = 15  # an engine command that only asks
+REMOVE_TIMEOUT = 30  # one that removes something
+DOUBT_AFTER = 8  # without a word of a new sandbox, until the engine is asked whether it is there
 PULL_TIMEOUT = 900  # pulling or making an image
 INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
@@ -162,6 +165,10 @@ class ConfigError(SandboxError):
 
 class EngineError(SandboxError):
     """The container engine is missing, not running, not permitted, too old or not answering, or it refused."""
+
+
+class HangError(EngineError):
+    """The container engine does not answer at all."""
 
 
 class HelperError(EngineError):
@@ -3011,6 +3018,8 @@ class Engine:
         for _ in range(2):  # it may have been down for a moment
             try:
                 return (await self.run(kind, "inspect", f"--format={template}", name)).strip() or None
+            except HangError:
+                raise
             except EngineError:
                 await self.run("version")
         return None
@@ -3032,10 +3041,13 @@ class Engine:
 
     async def remove(self, name: str) -> None:
         """Kill and remove a container; that it is gone already is fine."""
-        with contextlib.suppress(EngineError):
-            await self.run("kill", name)  # Podman's `rm --force` alone waits ten seconds for process 1
-        with contextlib.suppress(EngineError):
-            await self.run("rm", "--force", name)
+        for command in (("kill",), ("rm", "--force")):  # Podman's `rm --force` alone waits ten seconds for process 1
+            try:
+                await self.run(*command, name, timeout=REMOVE_TIMEOUT)
+            except HangError:
+                return
+            except EngineError:
+                pass
 
 
 # Both Docker and Podman copy proxy settings of theirs, passwords included, into containers: unless they are set there.
@@ -3063,18 +3075,33 @@ USUAL_PLACES = (
 async def find_engine(command: str | None = None) -> Engine:
     """The engine to use: `command` if given, else the first of docker, podman and nerdctl that answers.
 
+    All are asked at once, so that one that hangs does not use up the time that a caller has.
+
     Raises:
         EngineError: none can be used; the message is about the one that came nearest.
     """
-    problem: EngineError | None = None
-    for name in (command,) if command else ("docker", "podman", "nerdctl"):
-        path = find_program(name)
-        if path is None:
-            continue
+    names = (command,) if command else ("docker", "podman", "nerdctl")
+    paths = list(dict.fromkeys(path for name in names if (path := find_program(name))))
+    answers: dict[str, Engine | EngineError] = {}
+    answered = {path: anyio.Event() for path in paths}
+
+    async def ask(path: str) -> None:
         try:
-            return await _probe(path)
+            answers[path] = await _probe(path)
         except EngineError as error:
-            problem = problem or error
+            answers[path] = error
+        answered[path].set()
+
+    problem: EngineError | None = None
+    async with open_tasks() as tasks:
+        for path in paths:
+            tasks.start_soon(ask, path)
+        for path in paths:
+            await answered[path].wait()
+            answer = answers[path]
+            if isinstance(answer, Engine):
+                return answer
+            problem = problem or answer
     if problem:
         raise problem
     if command:
@@ -3097,11 +3124,9 @@ def find_program(name: str) -> str | None:
 async def _probe(path: str) -> Engine:
     """Ask what kind of engine answers behind a command line, and whether it does."""
     try:
-        code, output, errors = await run_command([path, "version", "--format={{json .}}"], ENGINE_TIMEOUT)
-    except EngineError as error:
-        if error.__cause__:  # it did not even start
-            raise
-        raise EngineError(f"{path} does not answer: {error} Restart the engine it belongs to.") from None
+        code, output, errors = await run_command([path, "version", "--format={{json .}}"], ANSWER_TIMEOUT)
+    except HangError as error:
+        raise HangError(f"{path} does not answer: {error} Restart the engine it belongs to.") from None
     try:
         answer = json.loads(output)
         client, server = dict(answer["Client"]), dict(answer.get("Server") or {})
@@ -3180,7 +3205,7 @@ async def run_command(
                 tasks.start_soon(collect, process.stderr, errors)
             code = await process.wait()
     except TimeoutError:
-        raise EngineError(
+        raise HangError(
             f"`{Path(command[0]).name} {command[1]}` did not end within {timeout:g} seconds: the engine hangs, or "
             "the host is overloaded."
         ) from None
@@ -3499,7 +3524,7 @@ async def _remove_older_images(engine: Engine, name: str, base_name: str) -> Non
         for identity in set(listed.split()):
             if current and current.rpartition(":")[2] not in identity:
                 with contextlib.suppress(EngineError):
-                    await engine.run("rmi", identity)
+                    await engine.run("rmi", identity, timeout=REMOVE_TIMEOUT)
 
 
 # ── packages ──
@@ -3948,13 +3973,15 @@ class Sandbox:
         try:
             with anyio.fail_after(START_TIMEOUT):
                 told = {**settings, "owner": owner, "return_bytecode": not bytecode}
-                await sandbox._write(program(GUEST_SOURCE, "supervise", told, bytecode))
-                await sandbox._greeted.wait()
+                await sandbox._come_up(program(GUEST_SOURCE, "supervise", told, bytecode))
             if sandbox._greeting is None:
                 raise EngineError(
                     f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
                     f"needs a python3, 3.8 or later; `{COMPLETED} doctor` looks at everything else."
                 )
+        except HangError:
+            sandbox._kill_client()  # there is nobody who could remove it; if it starts after all, it finds no host
+            raise
         except TimeoutError:
             await sandbox.remove()
             raise EngineError(
@@ -3965,6 +3992,29 @@ class Sandbox:
             raise
         log.debug("the sandbox %s is ready after %.3f s", name, time.monotonic() - sandbox.created)
         return sandbox
+
+    async def _come_up(self, shipped: bytes) -> None:
+        """Ship the guest, and wait for its greeting. Raises HangError if the engine does not answer any more."""
+        problem: HangError | None = None
+
+        async def doubt(scope: anyio.CancelScope) -> None:
+            nonlocal problem
+            await anyio.sleep(DOUBT_AFTER)
+            try:
+                await self.engine.run("version", timeout=ANSWER_TIMEOUT)
+            except HangError as error:
+                problem = error
+                scope.cancel()
+            except EngineError:
+                pass  # it does answer, and its client will end
+
+        with anyio.CancelScope() as scope:
+            async with open_tasks() as tasks:
+                tasks.start_soon(doubt, scope)
+                await self._write(shipped)
+                await self._greeted.wait()
+        if problem:
+            raise problem
 
     @classmethod
     async def plug_in(
@@ -4913,6 +4963,8 @@ class Runner:
         self.running = 0  # calls under way
         self._tasks = tasks
         self._finding = anyio.Lock(fast_acquire=True)
+        self._failed: EngineError | None = None  # why there was no engine when it was last looked for,
+        self._failed_at = -math.inf  # and when that was found out
         self._preparing = anyio.Lock()
         self._bytecode = b""  # of the supervisor that was started first
         self._retry_at = 0.0  # when to try again what could not be preinstalled
@@ -5295,9 +5347,16 @@ class Runner:
         return [*self._transient, *self._pool.ready, *self._pool.returning, *sessions]
 
     async def _find_engine(self) -> Engine:
+        asked_at = time.monotonic()
         async with self._finding:
             if self.engine is None:
-                self.engine = await find_engine(self.config.docker.command)
+                if self._failed and self._failed_at > asked_at:
+                    raise type(self._failed)(str(self._failed))  # found out while this call waited for its turn
+                try:
+                    self.engine = await find_engine(self.config.docker.command)
+                except EngineError as error:
+                    self._failed, self._failed_at = error, time.monotonic()
+                    raise
                 log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
             return self.engine
 
@@ -5313,12 +5372,16 @@ class Runner:
 
     async def _prepare(self) -> tuple[Engine, Image]:
         """The engine and an image. (Another call that fails meanwhile may have the runner look for both anew.)"""
+        await self._find_engine()  # ahead of the queue: where there is none, nobody waits for those before
         async with self._preparing:
             engine, image = await self._find_engine(), self.image
             try:
                 if not image or (image.problem and time.monotonic() > self._retry_at):
                     self._retry_at = time.monotonic() + RETRY_AFTER
                     image = self.image = await derive_image(engine, self.config, self._report)
+            except HangError as error:
+                self.engine, self._failed, self._failed_at = None, error, time.monotonic()
+                raise
             finally:
                 self._report("")
             return engine, image
@@ -5448,7 +5511,7 @@ class Runner:
         await anyio.sleep(PRUNE_PAUSE)
         gone = sorted(found & set(await engine.leftovers()))
         for name in gone:
-            await engine.run("rm", "--force", name)
+            await engine.run("rm", "--force", name, timeout=REMOVE_TIMEOUT)
         return gone
 
     async def close_session(self, name: str) -> bool:

@@ -538,7 +538,7 @@ async def test_an_engine_that_hangs_when_a_container_is_to_be_removed_keeps_nobo
     docker.script(**{verb: {"hang": True}})
     with anyio.fail_after(PATIENCE):
         await engine.remove("name")
-    assert [call[0] for call in docker.log()][-2:] == ["kill", "rm"]
+    assert [call[0] for call in docker.log()][1:] == ["kill", "rm"][: 1 if verb == "kill" else 2]
     docker.script(**{verb: {}})
 
 

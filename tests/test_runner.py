@@ -905,10 +905,56 @@ OLD_PODMAN = json.dumps({"Client": {"APIVersion": "3.0.1", "Version": "3.0.1"}})
 async def test_an_engine_that_can_not_be_used_is_told_in_one_sentence(
     docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, version: dict[str, Any], says: str
 ) -> None:
-    monkeypatch.setattr(sandbox_runner, "ENGINE_TIMEOUT", 0.3 if "hang" in version else 30)
+    monkeypatch.setattr(sandbox_runner, "ANSWER_TIMEOUT", 0.3 if "hang" in version else 30)
     docker.script(version=version)
     with pytest.raises(EngineError, match=f"^{docker.command} {says}"):
         await find_engine(docker.command)
+
+
+async def test_engines_that_hang_are_asked_side_by_side_and_told_of_once(
+    docker: FakeEngine,
+    make_fake_engine: Callable[[str], FakeEngine],
+    settings: Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    podman = make_fake_engine("podman")
+    monkeypatch.setenv("PATH", f"{docker.folder}:{podman.folder}")
+    monkeypatch.setattr(sandbox_runner, "USUAL_PLACES", [])
+    monkeypatch.setattr(sandbox_runner, "ANSWER_TIMEOUT", 1)
+    config = dataclasses.replace(settings, docker=dataclasses.replace(settings.docker, command=None))
+    for engine in (docker, podman):
+        engine.script(version={"hang": True})
+    failures: list[str] = []
+
+    async def call(opened: Runner) -> None:
+        with pytest.raises(EngineError, match=r"`docker version` did not end within 1 seconds: the engine hangs"):
+            await opened.execute("1")
+        failures.append("told")
+
+    async with open_runner(config) as opened:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(call, opened)
+            await until(lambda: bool(docker.commands("version") and podman.commands("version")))
+        assert len(failures) == 5
+        assert len(docker.log("version")) == 1, "each of them waited for itself, one after the other"
+        podman.script(version={})
+        docker.script(version={})
+        assert (await opened.execute("6 * 7")).value == "42"
+
+
+async def test_an_engine_that_begins_to_hang_is_told_of_before_a_sandbox_is_given_up(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "DOUBT_AFTER", 0.3)
+    monkeypatch.setattr(sandbox_runner, "ANSWER_TIMEOUT", 0.5)
+    assert (await runner.execute("1")).value == "1"
+    docker.script(run={"hang": True}, version={"hang": True}, kill={"hang": True}, rm={"hang": True})
+    with pytest.raises(EngineError, match=r"`docker version` did not end within 0\.5 seconds: the engine hangs"):
+        await runner.execute("2")
+    await until(lambda: not docker.commands("run"))
+    docker.script(run={}, version={}, kill={}, rm={})
+    assert (await runner.execute("3")).value == "3"
 
 
 async def test_no_engine_at_all_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -938,7 +984,9 @@ async def test_podman_is_taken_if_docker_does_not_answer(
     assert await find_engine() == Engine(podman.command, "podman", "4.3.1")
 
 
-async def test_a_command_named_docker_may_be_podman(docker: FakeEngine) -> None:
+async def test_a_command_named_docker_may_be_podman(docker: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(docker.folder))
+    monkeypatch.setattr(sandbox_runner, "USUAL_PLACES", [])
     docker.script(version={"stdout": json.dumps({"Client": {"APIVersion": "4.3.1", "Version": "4.3.1"}})})
     assert (await find_engine()).kind == "podman"
 
