@@ -97,6 +97,7 @@ PROGRESS_INTERVAL = 0.1  # seconds between two notifications of progress
 KEEP_ALIVE = 5.0  # seconds without news after which there is one nevertheless: clients give silent calls up
 
 LINKS_SINCE = "2025-06-18"  # the protocol's version; older clients refuse a result that holds a resource_link
+NO_LINKS = ("codex",)  # in the name of a client that does so too: github.com/openai/codex/issues/33404 and /41280
 
 
 # ── tools ──
@@ -1028,9 +1029,16 @@ async def call_tool(context: Context, params: types.CallToolRequestParams) -> ty
             result = await tool.call(service, progress)
     except SandboxError as error:
         return failure(str(error))
-    if context.protocol_version < LINKS_SINCE:
+    if not takes_links(context):
         result.content = [block for block in result.content if not isinstance(block, types.ResourceLink)]
     return result
+
+
+def takes_links(context: Context) -> bool:
+    """Whether a client can take a result with links in it. What they point at is named in the text, too."""
+    client = context.session.client_params
+    name = client.client_info.name.lower() if client else ""
+    return context.protocol_version >= LINKS_SINCE and not any(part in name for part in NO_LINKS)
 
 
 class Progress:
@@ -1211,6 +1219,7 @@ class Wire(anyio.AsyncFile[str]):
         super().__init__(file)
         self._fd = os.dup(file.fileno())
         os.dup2(instead.fileno(), file.fileno())
+        self._writing = anyio.Lock(fast_acquire=True)
 
     async def __aiter__(self) -> AsyncIterator[str]:
         line: list[bytes] = []
@@ -1231,10 +1240,11 @@ class Wire(anyio.AsyncFile[str]):
 
     async def write(self, text: Any) -> int:
         data = memoryview(text.encode())
-        with contextlib.suppress(ConnectionError):  # the client is gone: the end of standard input will tell
-            while data:
-                await self._until(anyio.wait_writable)
-                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # so little never blocks then
+        async with self._writing:  # lines stay whole
+            with contextlib.suppress(ConnectionError):  # the client is gone: the end of standard input will tell
+                while data:
+                    await self._until(anyio.wait_writable)
+                    data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # so little never blocks then
         return len(text)
 
     async def flush(self) -> None:
@@ -1245,12 +1255,63 @@ class Wire(anyio.AsyncFile[str]):
             await ready(self._fd)
 
 
+class Inbox(Wire):
+    """Standard input, without the lines that the SDK can't parse: it drops them, and a client would wait for ever.
+
+    Each is answered here, with its id if that can be read.
+    """
+
+    def __init__(self, file: IO[str], instead: IO[Any], outbox: Wire) -> None:
+        super().__init__(file, instead)
+        self._outbox = outbox
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for line in super().__aiter__():
+            try:
+                types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+            except ValueError as error:
+                for answer in answers_to(line, error):
+                    await self._outbox.write(f"{json.dumps(answer)}\n")
+            else:
+                yield line
+
+
+def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
+    """The errors with which to answer a line that is not a message of JSON-RPC 2.0, one for each request in it."""
+    said = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
+    code, reason = types.PARSE_ERROR, clip(encodable(said), 200)
+    try:
+        found = json.loads(line)
+        if "surrogate" not in reason:  # which Python's parser takes
+            code, reason = types.INVALID_REQUEST, 'it is not a request such as {"jsonrpc": "2.0", "id": 1, "method": …}'
+    except (ValueError, RecursionError):
+        near = re.match(rf"\s*{{[^{{\[]*?{REQUEST_ID}", line) or re.search(
+            rf"[}}\]][^}}\]]*?{REQUEST_ID}[^}}\]]*}}\s*$", line
+        )
+        found = {"id": json.loads(near[1])} if near else {"id": None} if line.strip() else []
+    for request in found if isinstance(found, list) else [found]:
+        fields = request if isinstance(request, dict) else {}
+        is_notification = "method" in fields and "id" not in fields
+        if is_notification or {"result", "error"} & set(fields):
+            continue  # nobody waits for an answer to these
+        number = fields.get("id")
+        yield {
+            "jsonrpc": "2.0",
+            "id": number if type(number) in (str, int) else None,
+            "error": {"code": code, "message": f"The message was refused: {reason}. Send it again, corrected."},
+        }
+
+
+REQUEST_ID = r'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})'  # in a line that is not JSON
+
+
 def _take_streams() -> list[Wire]:
     """Standard input and output; none on Windows, where only sockets can be waited for: there the SDK has its own."""
     if sys.platform == "win32":
         return []
     with open(os.devnull, "r+b", buffering=0) as nothing:
-        return [Wire(sys.stdin, nothing), Wire(sys.stdout, sys.stderr or nothing)]
+        outbox = Wire(sys.stdout, sys.stderr or nothing)
+        return [Inbox(sys.stdin, nothing, outbox), outbox]
 
 
 async def _serve(config: Config) -> None:

@@ -24,9 +24,12 @@ from typing import IO, Any
 import anyio
 import anyio.abc
 import mcp_types as types
+import pydantic
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 from conftest import FakeEngine
+from hypothesis import given
+from hypothesis import strategies as st
 from mcp import Client, StdioServerParameters
 from mcp.shared.exceptions import MCPError
 from opentelemetry import trace
@@ -40,6 +43,7 @@ from python_docker_mcp import (
     STATE_BUDGET,
     Shelf,
     Wire,
+    answers_to,
     as_shown,
     describe,
     instructions,
@@ -770,14 +774,19 @@ class RawClient:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, config: Config, folder: Path, version: str = "2025-11-25", log: IO[str] | None = None
+        cls,
+        config: Config,
+        folder: Path,
+        version: str = "2025-11-25",
+        log: IO[str] | None = None,
+        name: str = "raw",
     ) -> AsyncIterator[RawClient]:
         """A client that has shaken hands."""
         command = [sys.executable, str(ROOT / "python_docker_mcp.py")]
         async with await anyio.open_process(command, env=environment(config, folder), stderr=log) as process:
             with anyio.fail_after(PATIENCE):
                 client = cls(process)
-                about = {"name": "raw", "version": "1"}
+                about = {"name": name, "version": "1"}
                 await client.send(
                     id=0,
                     method="initialize",
@@ -863,6 +872,69 @@ async def test_nothing_but_messages_comes_over_the_wire_and_broken_lines_do_no_h
         await client.call(1, "execute-transient", code="import os; os.write(1, b'raw\\n'); 'x\\u2028y'")
         assert (await client.result(1))["content"][0]["text"] == "raw\n\nValue: 'x\\u2028y'"
         assert await client.leave(None) == 0
+
+
+CALL = '{"name": "execute-transient", "arguments": {"code": %s}}'
+REFUSED: list[tuple[str, list[Any]]] = [  # lines that are no messages, and the ids of what is to be answered
+    ('{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": %s}' % (CALL % '"\\ud83d"'), [1]),
+    ('{"jsonrpc": "2.0", "method": "tools/call", "params": %s, "id": "two"}' % (CALL % '"\\udc00 \\ud800"'), ["two"]),
+    ('{"jsonrpc": "2.0", "id": 3, "method": "tools/call", "params": {"name": ', [3]),
+    ('{"params": {"arguments": {"id": 99, "x": [}, "name": "x"}, "id": 4, "jsonrpc": "2.0"}', [4]),
+    ('{"id": 5, "method": "tools/list"}', [5]),
+    ('{"jsonrpc": "1.0", "id": 6, "method": "tools/list"}', [6]),
+    ('{"jsonrpc": "2.0", "id": 7, "method": "tools/list", "params": []}', [7]),
+    ('{"jsonrpc": "2.0", "id": 8, "method": 8}', [8]),
+    ('{"jsonrpc": "2.0", "id": 9, "method": "tools/list", "params": %s}' % ('{"a":' * 300 + "1" + "}" * 300), [9]),
+    ('[{"jsonrpc": "2.0", "id": 10, "method": "ping"}, {"jsonrpc": "2.0", "id": 11, "method": "ping"}]', [10, 11]),
+    ("nonsense", [None]),
+    ("\ufeff[", [None]),
+    ("5", [None]),
+    ("", []),
+    ("  ", []),
+    ('{"method": "notifications/cancelled", "params": 5}', []),
+    ('{"id": 12, "result": "\\ud800"}', []),
+]
+
+
+@pytest.mark.parametrize(("line", "ids"), REFUSED)
+def test_a_line_that_the_sdk_would_drop_is_answered_with_what_is_wrong(line: str, ids: list[Any]) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+    answers = list(answers_to(line, caught.value))
+    assert [answer["id"] for answer in answers] == ids
+    for answer in answers:
+        assert re.fullmatch(r"The message was refused: .+\. Send it again, corrected\.", answer["error"]["message"])
+        assert answer["error"]["code"] in (types.PARSE_ERROR, types.INVALID_REQUEST)
+        types.jsonrpc_message_adapter.validate_json(json.dumps(answer))
+
+
+@given(st.text(max_size=50) | st.text('{}[]":,0123456789idmethodparams\\ud8 ', max_size=50))
+def test_no_line_is_too_odd_to_be_answered(line: str) -> None:
+    for answer in answers_to(line, ValueError("why")):
+        json.dumps(answer).encode()
+
+
+@pytest.mark.slow
+async def test_every_request_over_the_wire_gets_an_answer(config: Config, tmp_path: Path) -> None:
+    async with RawClient.open(config, tmp_path) as client:
+        for line, ids in REFUSED:
+            await client.write(line)
+            for number in ids:
+                assert "error" in await client.receive(id=number)
+        await client.call(100, "execute-transient", code="6 * 7")
+        assert (await client.result(100))["content"][0]["text"] == "Value: 42"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "links"), [("codex-mcp-client", 0), ("Codex", 0), ("claude-ai", 1)])
+async def test_clients_that_break_on_links_get_none_and_read_the_names_nevertheless(
+    config: Config, tmp_path: Path, name: str, links: int
+) -> None:
+    async with RawClient.open(config, tmp_path, name=name) as client:
+        await client.call(1, "execute-persistent", code="open('a.csv', 'w').close()", session_id="s")
+        blocks = (await client.result(1))["content"]
+        assert [block["type"] for block in blocks] == ["text"] + ["resource_link"] * links
+        assert "a.csv" in blocks[0]["text"]
 
 
 @pytest.mark.slow
