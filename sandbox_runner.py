@@ -4720,7 +4720,10 @@ def describe_installation(
         )
     where = f"in the session {session}" if session else "in every later execution"
     if outcome.installed:
-        message = f"Installed {', '.join(' '.join(item) for item in outcome.installed)}: can be imported {where}"
+        message = f"Installed {', '.join(' '.join(item) for item in outcome.installed)}"
+        message += (
+            f" for the session {session}, but not in place of what it uses" if stale else f": can be imported {where}"
+        )
     elif outcome.present:
         message = f"{name} {outcome.present} is part of the image already: nothing had to be installed"
     else:
@@ -4729,7 +4732,7 @@ def describe_installation(
     if stale:
         hint = (
             f"{', '.join(stale)} had been imported before, in another version, which this session goes on using: "
-            "for the new one start a fresh session (cleanup-session ends this one)."
+            "for the new one start a fresh session, and install it there first (cleanup-session ends this one)."
         )
     return Installation(True, message, outcome.installed, "", hint, seconds)
 

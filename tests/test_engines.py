@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,12 +26,14 @@ import anyio
 import anyio.abc
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
+from odd_code import collect
 
 import sandbox_runner
 from sandbox_runner import (
     LABEL,
     Config,
     DockerConfig,
+    EngineError,
     ImageError,
     Omitted,
     PackageConfig,
@@ -97,6 +100,10 @@ class Engine:
         with anyio.fail_after(PATIENCE):
             done = await anyio.run_process([self.command, *arguments])
         return done.stdout.decode()
+
+    def kill_at_once(self, name: str) -> None:
+        """Kill a container while the event loop stands still, so that nobody can notice."""
+        subprocess.run([self.command, "kill", name], check=True, capture_output=True)
 
     async def containers_of(self, runner: Runner) -> list[str]:
         """The names of the containers that this very runner has started."""
@@ -251,6 +258,48 @@ async def test_an_error_on_line_3_is_reported_on_line_3(runner: Runner) -> None:
     assert (result.exception.type, result.exception.line) == ("ZeroDivisionError", 3)
     assert "return 1 / x" in result.exception.traceback
     assert "sandbox_runner" not in result.exception.traceback
+
+
+ODDITIES = [  # code, how its call ends, a part of what is told of it; the session's variables are kept, whatever it is
+    ("import sys; sys.exit(True)", "error", "exit_code=1"),
+    ("import sys; sys.exit(10 ** 5000)", "error", "exit_code=255"),
+    (
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.fail()\nunittest.main(argv=['x'])",
+        "error",
+        "exit_code=1",
+    ),
+    ("import math; math.factorial(3000)", "ok", "an int with 9,131 digits"),
+    (
+        "class A:\n    def __repr__(self): raise ValueError('no')\nA()",
+        "ok",
+        "<A object, whose repr raised ValueError: no>",
+    ),
+    ("raise ModuleNotFoundError('m', name=5)", "error", "missing=None"),
+    ("raise SyntaxError('m', ('<call 1>', True, 'x', 5))", "error", "SyntaxError"),
+    ("x = 'a\u2028b'\n\nwrong = 1 / 0", "error", "wrong = 1 / 0"),
+    ("import inspect\nclass B:\n    y = 1\ninspect.getsource(B)", "ok", "y = 1"),
+    ("import io, sys; sys.stdout = io.StringIO()", "ok", ""),
+    ("print('visible')", "ok", "visible"),
+    ("import sys; sys.setprofile(lambda *_: 1 / 0)", "error", ""),
+    ("import asyncio\nasync def f(): raise KeyboardInterrupt\nawait f()", "error", "KeyboardInterrupt"),
+]
+
+
+async def test_odd_code_is_told_as_it_is_and_costs_no_variables(runner: Runner, session: str) -> None:
+    await runner.execute("kept = 41", session=session)
+    for code, status, told in ODDITIES:
+        result = await runner.execute(code, session=session, state={})
+        assert (result.status, result.state) == (status, "preserved"), result
+        assert told in repr(result), result
+        assert (await runner.execute("kept + 1", session=session)).value == "42", code
+
+
+async def test_code_that_nobody_thought_of_costs_no_variables_either(runner: Runner, session: str) -> None:
+    await runner.execute("kept = 41", session=session)
+    for code in collect(60):
+        result = await runner.execute(code, session=session, state={})
+        assert (result.status in ("ok", "error"), result.state) == (True, "preserved"), (code, result)
+        assert (await runner.execute("kept + 1", session=session)).value == "42", code
 
 
 async def test_a_call_without_session_gets_a_fresh_container(runner: Runner) -> None:
@@ -559,6 +608,69 @@ async def test_a_container_removed_behind_our_back_is_told_of_and_replaced(
     result = await runner.execute("'x' in globals()", session=session)
     assert (result.status, result.value) == ("ok", "False")
     assert result.lost_before is not None
+
+
+async def test_a_ready_sandbox_that_is_killed_just_before_a_call_costs_it_nothing(
+    config: Config, session: str, engine: Engine
+) -> None:
+    pool = PoolConfig(warm=1, preload=())
+    async with open_runner(dataclasses.replace(config, pool=pool), warm=True) as runner:
+        for name in (None, session):
+
+            async def find() -> list[str]:
+                return [sandbox.name for sandbox in runner._pool.ready if not sandbox._answers]
+
+            (ready,) = await eventually(find)
+            engine.kill_at_once(ready)
+            result = await runner.execute("6 * 7", session=name)
+            assert (result.status, result.value, result.lost_before) == ("ok", "42", None), result
+        await runner.close_session(session)
+
+
+async def test_ready_sandboxes_are_renewed_while_calls_come_and_lapse_when_none_do(
+    config: Config, engine: Engine
+) -> None:
+    settings = dataclasses.replace(
+        config, pool=PoolConfig(warm=1, max_age=5, preload=()), session=SessionConfig(idle_timeout=8)
+    )
+    async with open_runner(settings, warm=True) as runner:
+
+        async def names() -> set[str]:
+            return {sandbox.name for sandbox in runner._pool.ready}
+
+        first = await eventually(names)
+
+        async def is_renewed() -> bool:
+            found = await names()
+            assert found, "there was none for a while"
+            return not first & found
+
+        await eventually(is_renewed)
+
+        async def is_lapsed() -> bool:
+            return not await engine.containers_of(runner)
+
+        await eventually(is_lapsed)
+        assert (await runner.execute("6 * 7")).value == "42"
+        await eventually(names)
+
+
+async def test_an_engine_that_hangs_is_told_of_and_used_again_when_it_answers(
+    config: Config, engine_command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a command of ours in between: what hangs is the answer of the real one."""
+    gate = tmp_path / "gate"
+    command = tmp_path / engine_command
+    real = shutil.which(engine_command)
+    command.write_text(f'#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {real} "$@"\n')
+    command.chmod(0o755)
+    monkeypatch.setattr(sandbox_runner, "ANSWER_TIMEOUT", 2)
+    settings = dataclasses.replace(config, docker=dataclasses.replace(config.docker, command=str(command)))
+    async with open_runner(settings, warm=True) as runner:
+        with pytest.raises(EngineError, match="did not end within 2 seconds: the engine hangs"):
+            await runner.execute("6 * 7")
+        gate.touch()
+        assert (await runner.execute("6 * 7")).value == "42"
 
 
 async def test_a_call_whose_container_is_removed_tells_that_it_died(

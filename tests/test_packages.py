@@ -715,3 +715,14 @@ async def test_the_preinstalled_packages_are_there_and_matplotlib_draws_without_
         assert (result.status, result.stderr) == ("ok", "")
         pictures = [item for item in result.output if isinstance(item, sandbox_runner.Rich)]
         assert [list(picture.forms) for picture in pictures] == [["text/plain", "image/png"]]
+        result = await runner.execute(
+            "import matplotlib.pyplot as plt\nplt.plot([1]); plt.title('Ba$$in')\nplt.figure(); plt.plot([2])\n"
+            "open('file', 'w').write('x')\ny = 5\n1 / 0",
+            state={},
+        )
+        note, picture = (item for item in result.output if isinstance(item, sandbox_runner.Rich))
+        assert note.forms["text/plain"].startswith("[figure 1 could not be drawn: ValueError: Ba$$in")
+        assert "image/png" in picture.forms
+        assert (result.status, result.variables, [file.path for file in result.files]) == ("error", {"y": 5}, ["file"])
+        assert result.exception
+        assert (result.exception.type, result.exception.line) == ("ZeroDivisionError", 6)
