@@ -11,7 +11,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, get_args
@@ -534,7 +533,7 @@ async def test_an_engine_that_hangs_when_a_container_is_to_be_removed_keeps_nobo
     docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     engine = await find_engine(docker.command)
-    monkeypatch.setattr(Engine.run, "__kwdefaults__", {"timeout": 0.5, "stdin": subprocess.DEVNULL})
+    monkeypatch.setattr(sandbox_runner, "REMOVE_TIMEOUT", 0.5)
     docker.script(**{verb: {"hang": True}})
     with anyio.fail_after(PATIENCE):
         await engine.remove("name")
