@@ -11,8 +11,8 @@ inside, the *guest*. Once a sandbox is there, a call costs no engine command, ju
 answer it.
 
 The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1,
-holds the channel and never runs the user's code; and a worker, forked from it, which does. So whatever the code does
-to its own process, the supervisor lives to say what happened: the status of a `Result` and whether a session's
+holds the channel and runs neither the user's code nor packages installed for it; and a worker, forked from it, which
+does. So whatever the code does to its own process, the supervisor lives to say what happened: the status of a `Result` and whether a session's
 variables were kept follow from what that process did, not from what it printed.
 
 A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
