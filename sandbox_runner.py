@@ -12,8 +12,8 @@ answer it.
 
 The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1,
 holds the channel and runs neither the user's code nor packages installed for it; and a worker, forked from it, which
-does. So whatever the code does to its own process, the supervisor lives to say what happened: the status of a `Result` and whether a session's
-variables were kept follow from what that process did, not from what it printed.
+does. So whatever the code does to its own process, the supervisor lives to say what happened: the status of a `Result`
+and whether a session's variables were kept follow from what that process did, not from what it printed.
 
 A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
 by one `docker exec` (see `plug`). So does code that was running: its result waits. A session that nobody comes back to
@@ -124,7 +124,8 @@ log = logging.getLogger("python_docker_mcp")
 ANSWER_TIMEOUT = 8  # the engine's word that it is there; with the next one within what clients wait for a call
 ENGINE_TIMEOUT = 15  # an engine command that only asks
 REMOVE_TIMEOUT = 30  # one that removes something
-DOUBT_AFTER = 8  # without a word of a new sandbox, until the engine is asked whether it is there
+DOUBT_AFTER = 6  # without a word from a sandbox, until it is asked whether it is there, and then its engine
+PONG_TIMEOUT = 3  # for the first of these to answer
 PULL_TIMEOUT = 900  # pulling or making an image
 INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
 START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
@@ -1132,6 +1133,8 @@ class Supervisor:
                     self._read_file(frame)
                 elif frame["op"] == "interrupt":
                     self._interrupt("cancelled", frame["id"])
+                elif frame["op"] == "ping":
+                    self.channel.send({"id": frame["id"], "kind": "pong"})
                 elif frame["op"] == "farewell":
                     self.channel.send({"id": "", "kind": "farewell"})
                     self._detach(self.session is not None)
@@ -3980,7 +3983,6 @@ class Sandbox:
                     f"needs a python3, 3.8 or later; `{COMPLETED} doctor` looks at everything else."
                 )
         except HangError:
-            sandbox._kill_client()  # there is nobody who could remove it; if it starts after all, it finds no host
             raise
         except TimeoutError:
             await sandbox.remove()
@@ -3994,27 +3996,36 @@ class Sandbox:
         return sandbox
 
     async def _come_up(self, shipped: bytes) -> None:
-        """Ship the guest, and wait for its greeting. Raises HangError if the engine does not answer any more."""
-        problem: HangError | None = None
-
-        async def doubt(scope: anyio.CancelScope) -> None:
-            nonlocal problem
-            await anyio.sleep(DOUBT_AFTER)
-            try:
-                await self.engine.run("version", timeout=ANSWER_TIMEOUT)
-            except HangError as error:
-                problem = error
-                scope.cancel()
-            except EngineError:
-                pass  # it does answer, and its client will end
-
-        with anyio.CancelScope() as scope:
-            async with open_tasks() as tasks:
-                tasks.start_soon(doubt, scope)
-                await self._write(shipped)
+        """Ship the guest, and wait for its greeting. Raises HangError if the engine does not answer meanwhile."""
+        async with open_tasks() as tasks:
+            tasks.start_soon(self._write, shipped)
+            with anyio.move_on_after(DOUBT_AFTER):
                 await self._greeted.wait()
-        if problem:
-            raise problem
+                return
+            await self._require_engine()
+            await self._greeted.wait()
+
+    async def _require_engine(self) -> None:
+        """Raise HangError if the engine hangs; if it answers, whatever it says, the sandbox may only be slow."""
+        try:
+            await self.engine.run("version", timeout=ANSWER_TIMEOUT)
+        except HangError:
+            self._kill_client()  # nobody else could end it; the container, if it is there, finds no host
+            raise
+        except EngineError:
+            pass
+
+    async def _require_answer(self) -> None:
+        """Find out whether it is the code that is silent, or the sandbox with its engine. Raises HangError."""
+        pong = self._expect(secrets.token_hex(8))
+        try:
+            with anyio.move_on_after(PONG_TIMEOUT):
+                await self._send({"op": "ping", "id": pong.id})
+                async for _ in pong.frames:
+                    return
+        finally:
+            self._forget(pong)
+        await self._require_engine()
 
     @classmethod
     async def plug_in(
@@ -4184,6 +4195,9 @@ class Sandbox:
                 return result
             settled = True
             return await self._give_up(request.session)
+        except HangError:
+            settled = True  # as nobody could settle it; if the sandbox goes on, it tells the end to the next host
+            raise
         finally:
             if settled or self.left:
                 self._forget(answer)
@@ -4202,7 +4216,8 @@ class Sandbox:
         try:
             for batch in in_batches(Request(REHEARSAL, rehearsal=True).frames(answer.id)):
                 await self._write(batch)
-            await self._collect(answer, None, None, None)
+            with contextlib.suppress(HangError):
+                await self._collect(answer, None, None, None)
         finally:
             self._forget(answer)
             self._idle.set()
@@ -4230,6 +4245,8 @@ class Sandbox:
                     self.lost = "a call was cancelled, and its code did not stop in time"
             if patience.cancelled_caught:
                 await self.remove()
+        except HangError:
+            pass  # the call that comes next will be told
         finally:
             self._forget(answer)
             idle.set()
@@ -4315,10 +4332,14 @@ class Sandbox:
     async def _collect(
         self, answer: Answer, session: str | None, on_output: OnOutput | None, keep: int | None
     ) -> Result:
-        """The result that the frames of a call come to, or what became of the container if they end too soon."""
+        """The result that the frames of a call come to, or what became of the container if they end too soon.
+
+        Raises HangError if neither the container nor the engine answers.
+        """
         account = Account(keep, on_output)
         try:
-            async for frame in answer.frames:
+            frame = await self._first_frame(answer)
+            while True:
                 kind = frame.get("kind", str)
                 if kind == "done":
                     return account.close(frame, session)
@@ -4328,6 +4349,9 @@ class Sandbox:
                 answer.has_begun = True
                 if kind != "begun":
                     await account.take(frame)
+                frame = await answer.frames.receive()
+        except anyio.EndOfStream:
+            pass
         except ProtocolError as error:
             self._fault = str(error)
             self._kill_client()
@@ -4342,6 +4366,13 @@ class Sandbox:
             session=session,
             state="lost" if session else None,
         )
+
+    async def _first_frame(self, answer: Answer) -> Frame:
+        """A call's first frame. If none comes for long, see whether there is anybody to send one: raises HangError."""
+        with anyio.move_on_after(DOUBT_AFTER):
+            return await answer.frames.receive()
+        await self._require_answer()
+        return await answer.frames.receive()
 
     # ── the end ──
 
