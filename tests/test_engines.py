@@ -659,18 +659,48 @@ async def test_an_engine_that_hangs_is_told_of_and_used_again_when_it_answers(
     config: Config, engine_command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By a command of ours in between: what hangs is the answer of the real one."""
-    gate = tmp_path / "gate"
-    command = tmp_path / engine_command
-    real = shutil.which(engine_command)
-    command.write_text(f'#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {real} "$@"\n')
-    command.chmod(0o755)
+    gate, settings = behind_a_gate(config, engine_command, tmp_path)
     monkeypatch.setattr(sandbox_runner, "ANSWER_TIMEOUT", 2)
-    settings = dataclasses.replace(config, docker=dataclasses.replace(config.docker, command=str(command)))
     async with open_runner(settings, warm=True) as runner:
         with pytest.raises(EngineError, match="did not end within 2 seconds: the engine hangs"):
             await runner.execute("6 * 7")
         gate.touch()
         assert (await runner.execute("6 * 7")).value == "42"
+
+
+async def test_an_engine_that_stands_still_with_its_containers_costs_a_session_nothing(
+    config: Config,
+    engine: Engine,
+    engine_command: str,
+    session: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    gate, settings = behind_a_gate(config, engine_command, tmp_path)
+    gate.touch()
+    for name in ("DOUBT_AFTER", "PONG_TIMEOUT", "ANSWER_TIMEOUT"):
+        monkeypatch.setattr(sandbox_runner, name, 2)
+    async with open_runner(settings) as runner:
+        await runner.execute("x = 41", session=session)
+        container = await engine.container_of(runner)
+        await engine("pause", container)
+        gate.unlink()
+        with pytest.raises(EngineError, match="did not end within 2 seconds: the engine hangs"):
+            await runner.execute("x += 1", session=session)
+        gate.touch()
+        await engine("unpause", container)
+        result = await runner.execute("x", session=session)
+        assert (result.value, result.lost_before) in (("41", None), ("42", None)), result
+        await runner.close_session(session)
+
+
+def behind_a_gate(config: Config, engine_command: str, folder: Path) -> tuple[Path, Config]:
+    """A command that does what the engine's own does, but only while a file is there; the file, and such settings."""
+    gate, command = folder / "gate", folder / engine_command
+    real = shutil.which(engine_command)
+    command.write_text(f'#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {real} "$@"\n')
+    command.chmod(0o755)
+    return gate, dataclasses.replace(config, docker=dataclasses.replace(config.docker, command=str(command)))
 
 
 async def test_a_call_whose_container_is_removed_tells_that_it_died(

@@ -957,6 +957,35 @@ async def test_an_engine_that_begins_to_hang_is_told_of_before_a_sandbox_is_give
     assert (await runner.execute("3")).value == "3"
 
 
+async def test_an_engine_that_stands_still_with_its_containers_is_told_of_and_costs_a_session_nothing(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DOUBT_AFTER", "PONG_TIMEOUT", "ANSWER_TIMEOUT"):
+        monkeypatch.setattr(sandbox_runner, name, 0.4)
+    await runner.execute("x = 41", session="s")
+    (container,) = docker.containers()
+    docker.run("pause", container)
+    verbs = ("version", "ps", "exec", "kill", "rm", "container_inspect", "run")
+    docker.script(**{verb: {"hang": True} for verb in verbs})
+    with pytest.raises(EngineError, match=r"`docker version` did not end within 0\.4 seconds: the engine hangs"):
+        await runner.execute("x += 1", session="s")
+    docker.script(**{verb: {} for verb in verbs})
+    docker.run("unpause", container)
+    result = await runner.execute("x", session="s")
+    assert (result.value, result.lost_before) in (("41", None), ("42", None)), result
+    assert docker.containers() == [container]
+
+
+async def test_code_that_is_silent_for_long_is_left_alone(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DOUBT_AFTER", "ANSWER_TIMEOUT"):
+        monkeypatch.setattr(sandbox_runner, name, 0.2)
+    await runner.execute("x = 41", session="s")
+    docker.script(version={"hang": True})  # which nobody needs to ask, as the sandbox answers
+    assert (await runner.execute("import time; time.sleep(1); x", session="s")).value == "41"
+
+
 async def test_no_engine_at_all_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sandbox_runner, "USUAL_PLACES", [])
