@@ -584,7 +584,8 @@ class Life(RuleBasedStateMachine):
             assert host.warm == pool._kept_warm, f"host {slot}: it is still warming up"
             assert pool._coming == 0, f"host {slot}: {pool._coming} are coming"
             assert all(sandbox.name in there for sandbox in pool.ready), f"host {slot}: {pool.ready}"
-            assert len(pool.ready) >= (pool._config.warm if host.warm else 0), f"host {slot}: {pool.ready}"
+            kept = pool._config.warm if host.warm and pool._is_used else 0
+            assert len(pool.ready) >= kept, f"host {slot}: {pool.ready}"
 
     @invariant()
     def counts_of_the_pools_are_true(self) -> None:
