@@ -1754,13 +1754,20 @@ class Stream(io.TextIOWrapper):
     """Standard output or errors; unlike its base class it has room for an attribute (see `passes_on`)."""
 
 
+def is_same_file(fd: int, other: int) -> bool:
+    """Whether two descriptors are of one file, pipe or the like; not if one of them is closed."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.fstat(other))
+    return False
+
+
 def passes_on(stream: Any, real: Stream) -> bool:
     """Whether something that took a standard stream's place writes to that stream in the end."""
     heard: list[str] = []
     vars(real)["write"] = heard.append
     try:
         stream.write("")
-        return bool(heard) or os.path.samestat(os.fstat(stream.fileno()), os.fstat(real.fileno()))
+        return bool(heard) or is_same_file(stream.fileno(), real.fileno())
     except BaseException:  # whatever it is, it writes nowhere that we know
         return False
     finally:
@@ -1794,6 +1801,7 @@ class Worker:
         sys.path.insert(0, self.home)
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
         self.streams: dict[str, Stream] = {}
+        self.spares = {fd: os.dup(fd) for fd in (1, 2)}
         self._restore_streams()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
@@ -1850,6 +1858,10 @@ class Worker:
         """
         for fd, name in ((1, "stdout"), (2, "stderr")):
             real, stream = self.streams.get(name), getattr(sys, name, None)
+            if not is_same_file(fd, self.spares[fd]):
+                with contextlib.suppress(OSError):
+                    os.dup2(self.spares[fd], fd)
+                    self._note(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
             if real is None or real.closed:
                 raw = io.FileIO(fd, "w", closefd=False)
                 real = self.streams[name] = Stream(

@@ -932,6 +932,17 @@ def test_each_call_starts_with_the_real_streams_and_says_so_once(guest: Guest) -
     assert guest.run("print('visible')").shown == []
 
 
+@pytest.mark.parametrize("spoil", ["os.close(1)", "os.dup2(os.open('log', os.O_CREAT | os.O_WRONLY), 1)"])
+def test_descriptors_of_the_streams_are_restored_too(guest: Guest, spoil: str) -> None:
+    guest.run(f"import os, subprocess, sys\n{spoil}\nx = 1")
+    told = guest.run("print(x)\nsubprocess.run([sys.executable, '-c', 'print(2)'])\nNone")
+    assert (told.stdout, told.status) == ("1\n2\n", "ok")
+    assert told.shown == [
+        {"text/plain": "[descriptor 1 was left closed or redirected; it is the real sys.stdout again]"}
+    ]
+    assert guest.run("print('visible')").shown == []
+
+
 @pytest.mark.parametrize(
     "replacement",
     [
@@ -1384,9 +1395,9 @@ def test_the_code_can_not_stop_the_supervisor(guest: Guest) -> None:
 
 def test_the_code_has_no_descriptors_but_its_own(guest: Guest) -> None:
     told = guest.run(
-        "import os\nsorted(int(fd) for fd in os.listdir('/proc/self/fd'))[:4], len(os.listdir('/proc/self/fd'))"
+        "import os\nsorted(int(fd) for fd in os.listdir('/proc/self/fd'))[:6], len(os.listdir('/proc/self/fd'))"
     )
-    assert told.value == "([0, 1, 2, 3], 5)"  # and the one that the folder is read through
+    assert told.value == "([0, 1, 2, 3, 4, 5], 7)"  # and the one that the folder is read through
 
 
 def test_a_forged_frame_of_another_call_is_passed_over(guest: Guest) -> None:
