@@ -939,7 +939,7 @@ def check_worker_frame(frame: dict[str, Any]) -> None:
     if kind == "done":
         if frame["status"] not in ("ok", "error") or not 0 <= frame["cpu"] < 1e9:
             raise ValueError("a status or a time that no call has")
-        if frame.get("exception"):
+        if frame.get("exception") is not None:
             require_fields(frame["exception"], EXCEPTION_FIELDS)
         texts += frame.get("stale") or []
         for file in frame.get("files") or []:
@@ -1237,7 +1237,8 @@ class Supervisor:
     def _start(self, request: dict[str, Any]) -> None:
         self._reap()  # a worker that has just died must not be given the call
         if self.begun is None and not request["rehearsal"] and self.channel:
-            fits = not self.settings["preload"] or self.installed == self._packages_of(request)
+            folders = package_folders(self.settings["packages"], request["packages"])
+            fits = not self.settings["preload"] or self.installed == folders
             self.channel.send({"id": request["id"], "kind": "begun" if fits else "unfit"})
             if not fits:  # it has imported what is no longer what the code is to have: another sandbox has to do
                 return
@@ -1254,9 +1255,6 @@ class Supervisor:
         if not request["rehearsal"]:
             self.unread = self.begun = self.call.id
             self.worker_used = True
-
-    def _packages_of(self, request: dict[str, Any]) -> list[str]:
-        return package_folders(self.settings["packages"], request["packages"] or self.packages)
 
     def _read_file(self, request: dict[str, Any]) -> None:
         """Send a piece of a file in the working directory."""
@@ -1714,21 +1712,21 @@ def exact(text: Any) -> str:
     return str.__str__(text) if issubclass(type(text), str) else ""
 
 
-def text_or_failure(make: Callable[[Any], Any], value: Any) -> tuple[str, str]:
-    """What the code's own `__repr__` or `__str__` makes of a value, or else with what it failed."""
-    try:
-        return exact(make(value)), ""
-    except BaseException as error:  # an interruption, too: that it came is known elsewhere
-        said = "" if value is error else text_or_failure(str, error)[0]
-        return "", clip(f"{class_name(error)}: {said}".rstrip(": "), 200)
+def failure_of(error: BaseException) -> str:
+    """An exception in a line: the name of its class and, if it has one, its text."""
+    said = ""
+    with contextlib.suppress(BaseException):  # it is the code's own __str__
+        said = " ".join(exact(str(error)).split())
+    return clip(f"{class_name(error)}: {said}".rstrip(": "), 300)
 
 
 def describe(value: Any) -> str:
     """A value's repr or, if it has none, other words for it."""
-    text, failure = text_or_failure(repr, value)
-    if not failure:
-        return text
-    if type(value) is int and value.bit_length() < 10_000_000:  # has more digits than Python turns into text
+    try:
+        return exact(repr(value))
+    except BaseException as error:  # an interruption, too: that it came is known elsewhere
+        failure = failure_of(error)
+    if type(value) is int and 10_000 < value.bit_length() < 10_000_000:  # has more digits than Python turns into text
         number = abs(value)
         digits = int(number.bit_length() * math.log10(2))
         digits += number >= 10**digits
@@ -1898,7 +1896,8 @@ class Worker:
             self._end_child(report)
         for purpose, step in self._steps_after(request, with_state, report):
             if error := self._attempt(step):
-                self._attempt(self._note, f"{purpose} failed: {class_name(error)}: {text_or_failure(str, error)[0]}")
+                how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
+                self._attempt(self._note, f"{purpose} {how}")
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(BaseException):
                 stream.flush()
@@ -1918,8 +1917,10 @@ class Worker:
         message = "the interpreter, as the code left it, does not let the end of the call be told"
         kind = clip(class_name(error), 200)
         told = {"type": kind, "message": message, "line": None, "traceback": f"{kind}: {message}\n", "missing": None}
-        self.call = None
-        self.control.send({"id": call_id, "kind": "done", "status": "error", "exception": told, "cpu": 0.0})
+        self.interruptible = False
+        with self.lock:
+            self.call = None
+            self.control.send({"id": call_id, "kind": "done", "status": "error", "exception": told, "cpu": 0.0})
 
     def _attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Do what an interruption may end, once; return what ended it, be it that or an error."""
@@ -2122,9 +2123,10 @@ class Worker:
                     print(code, file=sys.stderr)
             if described["exit_code"] == 0:
                 return {"exit_code": 0}
-        message, failure = text_or_failure(str, error)
-        if failure:
-            message = f"(its str() raised {failure})"
+        try:
+            message = exact(str(error))
+        except BaseException as broken:
+            message = f"(its str() raised {failure_of(broken)})"
         name, missing = class_name(error), None
         lines = [frame.tb_lineno for frame in self._frames(error) if frame.tb_frame.f_code.co_filename == self.filename]
         try:
@@ -2186,8 +2188,7 @@ class Worker:
             return rich_forms(value)
         except Exception as error:
             name = f"figure {getattr(value, 'number', '')}".rstrip()
-            said = " ".join(text_or_failure(str, error)[0].split())
-            self._note(f"{name} could not be drawn: {class_name(error)}: {said}")
+            self._note(f"{name} could not be drawn: {failure_of(error)}")
             return None
 
     def _note(self, text: str) -> None:
@@ -2363,7 +2364,7 @@ def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[
             size += length + 1
             parts += count
         except Exception as error:  # it is no JSON, or what raises is its own
-            left_out[clip(name, 100)] = clip(text_or_failure(str, error)[0] or class_name(error), 200)
+            left_out[clip(name, 100)] = failure_of(error).replace("ValueError: ", "", 1)
     return b"".join([b"{", *kept[1:], b"}"]), texts, dict(list(left_out.items())[:100])
 
 
@@ -5089,8 +5090,9 @@ class Runner:
     async def _execute_transient(
         self, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
     ) -> Result:
-        bare = False
-        for attempt in itertools.count(1):
+        attempt, bare = 0, False
+        while True:
+            attempt += 1
             sandbox = await self._pool.lease(bare)
             self._transient.add(sandbox)
             reuse = False
@@ -5109,7 +5111,6 @@ class Runner:
                     self._pool.give_back(sandbox)
                 else:
                     self._tasks.start_soon(self._end_soon, sandbox)
-        raise AssertionError("never reached")
 
     async def _end_soon(self, sandbox: Sandbox) -> None:
         await anyio.sleep(HEAD_START)  # first of all its result is to be passed on

@@ -719,6 +719,10 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "forge(mine, status={})",
         "forge(mine, memory=1e999)",
         "forge(mine, exception={'type': []})",
+        "forge(mine, exception={})",
+        "forge(mine, message='all is well')",
+        "forge(mine, exit_code=True)",
+        "forge(mine, kind='display', data=b'x')",
         "while True: forge(mine, kind='part', data=b'x' * 65536)",
     ]
     for attack in attacks:
