@@ -3993,7 +3993,7 @@ class Sandbox:
             if sandbox._greeting is None:
                 raise EngineError(
                     f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
-                    f"needs a python3, 3.8 or later; `{COMPLETED} doctor` looks at everything else."
+                    f"needs a python3, 3.8 or later; `python-docker-sandbox doctor` looks at everything else."
                 )
         except HangError:
             raise
@@ -6727,15 +6727,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--show", action="store_true", help="also show pictures in the terminal (Kitty, iTerm2, or by chafa)"
     )
     shown.add_argument("--json", action="store_true", help="print one JSON object that holds everything, and no more")
-    shown.add_argument("--completion", choices=("bash", "zsh", "fish"), help="print what makes this shell complete")
     shown.add_argument("--version", action="version", version=__version__)
 
 
 async def _run_command(options: argparse.Namespace) -> int:
     """Run code; return the exit status."""
-    if options.completion:
-        print(completion(options.completion), end="")
-        return 0
     arguments = options.arguments
     if options.code is not None:
         code, name = options.code, "<string>"
@@ -7146,64 +7142,6 @@ COMMANDS = {
         _prune_command, _add_nothing, ("prune",),
     ),
 }  # fmt: skip
-
-
-COMPLETED = "python-docker-sandbox"  # the installed command: shells complete no argument of `python`
-SESSIONS = rf"""{COMPLETED} ps --json 2>/dev/null | sed -n 's/^ *"session": "\([A-Za-z0-9._-]*\)".*/\1/p'"""
-BASH_COMPLETION = """\
-_python_docker_sandbox() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} options others=
-    case ${{COMP_WORDS[1]}} in
-{cases}
-    esac
-    [ "$COMP_CWORD" = 1 ] && others='{commands}'
-    case $previous in
-        --session) others=$({sessions}) ;;
-        --completion) others='bash zsh fish' ;;
-    esac
-    case $current in -*) others=$options ;; esac
-    COMPREPLY=($(compgen -W "$others" -- "$current"))
-}}
-complete -o default -F _python_docker_sandbox {program}
-"""
-
-
-def completion(shell: str) -> str:
-    """A script that makes a shell complete `python-docker-sandbox`: commands, options, and sessions by asking `ps`."""
-    if shell == "fish":
-        return _fish_completion()
-    cases = []
-    for word in (*COMMANDS, ""):
-        actions = _parser(word)._actions
-        options = " ".join(itertools.chain.from_iterable(action.option_strings for action in actions))
-        others = f" others=$({SESSIONS})" if any(map(_is_session, actions)) else ""
-        cases.append(f"        {word or '*'}) options='{options}'{others} ;;")
-    script = BASH_COMPLETION.format(
-        cases="\n".join(cases), commands=" ".join(COMMANDS), sessions=SESSIONS, program=COMPLETED
-    )
-    return script if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{script}"
-
-
-def _is_session(action: argparse.Action) -> bool:
-    return action.metavar == "NAME" and not action.option_strings
-
-
-def _fish_completion() -> str:
-    start = f"complete -c {COMPLETED}"
-    lines = [f"{start} -n __fish_use_subcommand -a {word} -d {shlex.quote(COMMANDS[word].about)}" for word in COMMANDS]
-    for word in ("", *COMMANDS):
-        seen = f"{'' if word else 'not '}__fish_seen_subcommand_from {word or ' '.join(COMMANDS)}"
-        for action in _parser(word)._actions:
-            flags = [
-                re.sub("^--", "-l ", flag) if flag.startswith("--") else f"-s {flag[1]}"
-                for flag in action.option_strings
-            ]
-            values = "-r" if action.nargs != 0 else ""
-            if action.choices or action.metavar == "NAME":
-                values = f"-x -a {shlex.quote(' '.join(action.choices) if action.choices else f'({SESSIONS})')}"
-            if flags or _is_session(action):
-                lines.append(f"{start} -n '{seen}' {' '.join([*flags, values])} -d {shlex.quote(action.help or '')}")
-    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ def test_on_a_terminal_what_is_waited_for_takes_one_line_that_is_gone_in_the_end
     assert shown.endswith("\r\x1b[Kdone\n")
 
 
-# ── help and completion ──
+# ── help ──
 
 
 @pytest.mark.parametrize("word", ["", *sandbox_runner.COMMANDS])
@@ -395,42 +395,6 @@ def test_the_help_names_every_command_and_what_it_was_started_as(run: Run) -> No
 def test_a_misspelt_command_is_not_just_a_file_that_is_missing(run: Run) -> None:
     assert "Did you mean the command install?" in run("instal", "requests").stderr
     assert "Did you mean" not in run("nowhere.py").stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "completions"),
-    [
-        (["in"], ["install"]),
-        (["rm", "wo"], ["work"]),
-        (["--session", ""], ["work"]),
-        (["ps", "--"], ["--help", "--json", "--config"]),
-        (["--comp"], ["--completion"]),
-        (["--completion", "z"], ["zsh"]),
-        (["rm", "work", "x"], []),
-    ],
-)
-def test_bash_completes_commands_options_and_sessions(
-    run: Run, home: Path, tripwire: FakeProcess, words: list[str], completions: list[str]
-) -> None:
-    sessions = '[\n  {\n    "session": "work",\n    "name": "x"\n  },\n  {\n    "session": "$(touch bad)"\n  }\n]'
-    (home / "python-docker-sandbox").write_text(f"#!/bin/sh\ncat <<'E'\n{sessions}\nE\n", encoding="utf-8")
-    (home / "python-docker-sandbox").chmod(0o755)
-    line = (
-        " ".join(["COMP_WORDS=(python-docker-sandbox", *(f"'{word}'" for word in words)])
-        + f"); COMP_CWORD={len(words)}"
-    )
-    script = f'{run("--completion", "bash").stdout}\n{line}\n_python_docker_sandbox; echo "${{COMPREPLY[*]}}"'
-    tripwire.pass_command(["bash", tripwire.any()])
-    done = subprocess.run(
-        ["bash", "--norc", "-c", script],
-        env={"PATH": f"{home}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        cwd=home,
-        check=True,
-    )
-    assert (done.stdout.split(), done.stderr) == (completions, "")
-    assert not (home / "bad").exists()
 
 
 @pytest.mark.parametrize(
