@@ -6588,7 +6588,7 @@ async def _doctor_command(options: argparse.Namespace) -> int:
 def _print_findings(findings: Sequence[Finding]) -> None:
     """A table, then what to do about what is not well in it."""
     rows = [(one.check, one.verdict, one.seen) for one in findings]
-    print_table(("CHECK", "VERDICT", "SEEN"), rows, {"ok": GREEN, "warning": YELLOW, "failed": RED})
+    print_table(("CHECK", "VERDICT", "SEEN"), rows)
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
         about = ", ".join(one.check for one in findings if one.remedy == remedy)
@@ -6723,9 +6723,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument(
         "--images", metavar="DIR", help="where figures and other pictures are saved; by default the current folder"
     )
-    shown.add_argument(
-        "--show", action="store_true", help="also show pictures in the terminal (Kitty, iTerm2, or by chafa)"
-    )
     shown.add_argument("--json", action="store_true", help="print one JSON object that holds everything, and no more")
     shown.add_argument("--version", action="version", version=__version__)
 
@@ -6742,7 +6739,7 @@ async def _run_command(options: argparse.Namespace) -> int:
         code, name = _read_source(options.file)
     config = _run_config(options)
     state = _read_state(Path(options.state)) if options.state else None
-    screen = Screen(Path(options.images or "."), options.show)
+    screen = Screen(Path(options.images or "."))
     interrupt = anyio.Event()
     result = None
     async with open_runner(config, on_status=_show_status) as runner, open_tasks() as tasks:
@@ -6833,11 +6830,10 @@ def _write_state(file: Path, result: Result) -> None:
 
 
 class Screen:
-    """Where output goes as it comes: text to the standard streams, pictures into files and, if wanted, the terminal."""
+    """Print output as it comes: text to the standard streams, pictures into files."""
 
-    def __init__(self, folder: Path, show: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.show = show
         self.has_shown_value = False  # as a picture, so that its repr would tell nothing more
         self._pictures = 0
 
@@ -6859,15 +6855,6 @@ class Screen:
         stream.flush()
 
     def _print_picture(self, data: bytes, ending: str) -> None:
-        shown = self.show and sys.stdout.isatty()
-        if shown and (drawing := for_terminal(data, os.environ)):
-            sys.stdout.write(drawing + "\n")
-            sys.stdout.flush()
-        elif shown:
-            _complain(
-                "this terminal can't show pictures: Kitty, Ghostty, iTerm2, WezTerm can, or any if chafa is installed"
-            )
-            self.show = False
         try:
             _complain(f"saved {_save_picture(self.folder, data, ending)}")
         except OSError as error:
@@ -6897,30 +6884,6 @@ def _save_picture(folder: Path, data: bytes, ending: str) -> Path:
     raise AssertionError("there are always more numbers")
 
 
-def for_terminal(data: bytes, environ: Mapping[str, str]) -> str | None:
-    """What makes the terminal show a picture, by what the environment tells of it; None if nothing does.
-
-    Kitty's protocol (https://sw.kovidgoyal.net/kitty/graphics-protocol/), which takes PNG; iTerm2's
-    (https://iterm2.com/documentation-images.html); else chafa's drawing, if that is installed: it asks the terminal
-    whether it knows Sixel, and makes do with characters if not.
-    """
-    term, name = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
-    encoded = base64.b64encode(data).decode()
-    inside = environ.get("TMUX") or term.startswith(("screen", "tmux"))  # these pass neither protocol on
-    is_kitty = environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or name == "ghostty"
-    if is_kitty and not inside and data.startswith(b"\x89PNG"):
-        parts = [encoded[start : start + 4096] for start in range(0, len(encoded), 4096)]
-        keys = [f"m={int(number < len(parts) - 1)}" for number in range(len(parts))]
-        keys[0] = f"a=T,f=100,q=2,{keys[0]}"
-        return "".join(f"\x1b_G{key};{part}\x1b\\" for key, part in zip(keys, parts, strict=True))
-    if (name in ("iTerm.app", "WezTerm") or environ.get("LC_TERMINAL") == "iTerm2") and not inside:
-        return f"\x1b]1337;File=inline=1;size={len(data)}:{encoded}\x07"
-    if chafa := shutil.which("chafa", path=environ.get("PATH")):
-        drawn = subprocess.run([chafa, "-"], input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-        return drawn.stdout.decode("utf-8", "replace") or None
-    return None
-
-
 def plain_text(item: Text | Rich | Omitted) -> str:
     """A piece of output as text."""
     if isinstance(item, Text):
@@ -6936,7 +6899,7 @@ def _print_end(result: Result, value: bool) -> None:
         print(result.value)
     sys.stdout.flush()
     if result.exception and result.exception.type != "SystemExit":
-        print(coloured_traceback(result.exception.traceback, sys.stderr), end="", file=sys.stderr)
+        print(result.exception.traceback, end="", file=sys.stderr)
     # What is a tool for models is a command here.
     notes = [result.message, result.hint and result.hint.replace("install-package", f"`{_program()} install`")]
     if result.unread:
@@ -6952,28 +6915,7 @@ def _print_end(result: Result, value: bool) -> None:
 
 def _complain(text: str) -> None:
     """Say something that is not the code's output."""
-    print(f"{coloured('sandbox_runner:', YELLOW, sys.stderr)} {text}", file=sys.stderr, flush=True)
-
-
-BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "1;31", "32", "33"
-
-
-def coloured(text: str, colour: str, stream: Any) -> str:
-    """The text in a colour, if the stream is a terminal, and nobody objects (https://no-color.org)."""
-    if not colour or not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{colour}m{text}\x1b[0m"
-
-
-def coloured_traceback(text: str, stream: Any) -> str:
-    """A traceback with what was raised, and the marks below the code, in red, and where it was dimmed."""
-    lines = []
-    for line in text.splitlines():
-        colour = DIM if line.startswith(("Traceback", '  File "')) else ""
-        if (line and not line.startswith(" ") and not colour) or (line.strip() and set(line) <= set(" ^~")):
-            colour = RED
-        lines.append(coloured(line, colour, stream))
-    return "".join(f"{line}\n" for line in lines)
+    print(f"sandbox_runner: {text}", file=sys.stderr, flush=True)
 
 
 def exit_status(result: Result) -> int:
@@ -7066,20 +7008,11 @@ async def _list_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str] | None = None) -> None:
-    """Print rows under a head, in columns; words get their colours. On a terminal the last column wraps."""
-    colours = {**dict.fromkeys(head, BOLD), **(colours or {})}
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)][:-1]
-    indent = sum(widths) + 2 * len(widths)
-    room = shutil.get_terminal_size().columns - indent
-    for *cells, last in (head, *rows):
-        shown = [
-            coloured(cell, colours.get(cell, ""), sys.stdout) + " " * (width - len(cell))
-            for cell, width in zip(cells, widths, strict=True)
-        ]
-        lines = textwrap.wrap(last, room) if sys.stdout.isatty() and room >= 20 else [last]
-        lines = [coloured(line, colours.get(last, ""), sys.stdout) for line in lines]
-        print("  ".join([*shown, f"\n{' ' * indent}".join(lines)]).rstrip())
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under a head, in columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def duration(seconds: float) -> str:

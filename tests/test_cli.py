@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import pty
-import re
 import shlex
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import FakeEngine
-from pytest_subprocess import FakeProcess
 
 import sandbox_runner
 from sandbox_runner import Result, Rich, Screen, exit_status
@@ -275,7 +273,7 @@ def test_only_so_many_pictures_are_saved_and_what_is_no_picture_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sandbox_runner, "MAX_PICTURES", 2)
-    screen = Screen(tmp_path, show=False)
+    screen = Screen(tmp_path)
     screen._print_now(Rich({"text/plain": "broken", "image/png": "?"}))
     for _ in range(4):
         screen._print_now(Rich({"image/svg+xml": "<svg/>"}))
@@ -283,51 +281,6 @@ def test_only_so_many_pictures_are_saved_and_what_is_no_picture_is_not(
     said = capsys.readouterr()
     assert said.out == "broken\n"
     assert said.err.splitlines()[2:] == ["sandbox_runner: more than 2 pictures: the others are not saved"]
-
-
-@pytest.mark.parametrize(
-    ("environ", "start"),
-    [
-        ({"TERM": "xterm-kitty"}, "\x1b_Ga=T,f=100,q=2,m=1;"),
-        ({"TERM": "xterm-256color", "KITTY_WINDOW_ID": "1"}, "\x1b_Ga=T,f=100,q=2,m=1;"),
-        ({"TERM": "xterm-256color", "TERM_PROGRAM": "ghostty"}, "\x1b_Ga=T,f=100,q=2,m=1;"),
-        ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, "\x1b]1337;File=inline=1;size=6070:"),
-        ({"TERM": "xterm-256color", "LC_TERMINAL": "iTerm2"}, "\x1b]1337;File=inline=1;size=6070:"),
-        ({"TERM": "tmux-256color", "TMUX": "/tmp/tmux", "KITTY_WINDOW_ID": "1", "LC_TERMINAL": "iTerm2"}, None),
-        ({"TERM": "xterm-256color"}, None),
-    ],
-)
-def test_a_terminal_is_sent_pictures_by_the_protocol_that_it_knows(environ: dict[str, str], start: str | None) -> None:
-    data = PNG + bytes(6000)
-    sent = sandbox_runner.for_terminal(data, {"PATH": "/nowhere", **environ})
-    assert (sent and sent[: len(start or "")]) == start
-    if sent:
-        payload = re.sub(r"\x1b_G[^;]*;|\x1b\\|\x1b\][^:]*:|\x07", "", sent)
-        assert base64.b64decode(payload) == data
-        assert all(len(part) < 4200 for part in sent.split("\x1b\\")) or "1337" in sent
-
-
-def test_a_jpeg_is_not_sent_by_kittys_protocol_which_takes_png() -> None:
-    assert sandbox_runner.for_terminal(b"\xff\xd8", {"TERM": "xterm-kitty", "PATH": "/nowhere"}) is None
-
-
-def test_chafa_draws_where_no_protocol_is_known(tmp_path: Path, tripwire: FakeProcess) -> None:
-    (tmp_path / "chafa").write_text(f"#!{sys.executable}\nimport sys\nprint('drawn', len(sys.stdin.buffer.read()))\n")
-    (tmp_path / "chafa").chmod(0o755)
-    tripwire.pass_command([str(tmp_path / "chafa"), "-"])
-    assert sandbox_runner.for_terminal(PNG, {"TERM": "foot", "PATH": str(tmp_path)}) == f"drawn {len(PNG)}\n"
-
-
-def test_show_sends_pictures_to_the_terminal_and_saves_them_too(
-    home: Path, drawing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TERM", "xterm-kitty")
-    shown = on_terminal("--show", drawing)
-    assert shown.count("\x1b_Ga=T") == 2
-    assert len(list(home.glob("figure-*.png"))) == 2
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert on_terminal("--show", drawing).count("this terminal can't show pictures") == 1
 
 
 # ── on a terminal ──
@@ -344,21 +297,6 @@ def on_terminal(*arguments: str) -> str:
                 shown += data
     os.close(ours)
     return shown.decode().replace("\r\n", "\n")
-
-
-@pytest.mark.usefixtures("home")
-def test_a_terminal_sees_colours_unless_it_or_its_user_does_not_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    coloured = on_terminal("-c", "def f():\n    return 1 / 0\nf()")
-    assert "\x1b[1;31mZeroDivisionError: division by zero\x1b[0m\n" in coloured
-    assert '\x1b[2m  File "<string>", line 2, in f\x1b[0m\n    return 1 / 0\n' in coloured
-    for variable, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
-        monkeypatch.setenv(variable, value)
-        plain = on_terminal("-c", "def f():\n    return 1 / 0\nf()")
-        assert "\x1b[1" not in plain
-        assert "\nZeroDivisionError: division by zero\n" in plain
-        monkeypatch.delenv(variable)
 
 
 @pytest.mark.usefixtures("home")

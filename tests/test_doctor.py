@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import dis
-import io
 import json
 import re
 import signal
@@ -339,38 +338,9 @@ def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
 # ── the table ──
 
 
-def test_a_table_has_columns_of_the_same_width_and_no_colours_where_it_is_no_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    print_table(("A", "B"), [("long", "ok"), ("x", "")], {"ok": "32", "long": "31"})
+def test_a_table_has_columns_of_the_same_width(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("A", "B"), [("long", "ok"), ("x", "")])
     assert capsys.readouterr().out == "A     B\nlong  ok\nx\n"
-
-
-class Terminal(io.StringIO):
-    """A standard output that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_colours_unless_its_user_wants_none_and_is_not_overrun(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "30")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    rows = [("ok", "first words and second words")]
-    shown = []
-    for setting in ("", "1"):
-        monkeypatch.setenv("NO_COLOR", setting)
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stdout", terminal)
-        print_table(("A", "B"), rows, {"ok": "32"})
-        shown.append(terminal.getvalue())
-    assert shown == [
-        "\x1b[1mA\x1b[0m   \x1b[1mB\x1b[0m\n\x1b[32mok\x1b[0m  first words and second\n    words\n",
-        "A   B\nok  first words and second\n    words\n",
-    ]
 
 
 def test_a_remedy_that_several_checks_have_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
