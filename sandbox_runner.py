@@ -1,4 +1,4 @@
-"""Runs Python in locked-down containers, through the `docker` command line (or Podman's, or nerdctl's).
+"""Runs Python in locked-down containers, through the `docker` command line (or Podman's).
 
 The story, from the caller to the code and back:
 
@@ -2910,7 +2910,7 @@ class Engine:
     """A container engine's command line. Keeps nothing: what exists is asked of the engine, by label."""
 
     command: str  # path of the executable
-    kind: Literal["docker", "podman", "nerdctl"]
+    kind: Literal["docker", "podman"]
     version: str
     runc: str = ""  # the version of its runc, if it says
 
@@ -3089,14 +3089,14 @@ USUAL_PLACES = (
 
 
 async def find_engine(command: str | None = None) -> Engine:
-    """The engine to use: `command` if given, else the first of docker, podman and nerdctl that answers.
+    """The engine to use: `command` if given, else docker or podman, the first that answers.
 
     All are asked at once, so that one that hangs does not use up the time that a caller has.
 
     Raises:
         EngineError: none can be used; the message is about the one that came nearest.
     """
-    names = (command,) if command else ("docker", "podman", "nerdctl")
+    names = (command,) if command else ("docker", "podman")
     paths = list(dict.fromkeys(path for name in names if (path := find_program(name))))
     answers: dict[str, Engine | EngineError] = {}
     answered = {path: anyio.Event() for path in paths}
@@ -3148,9 +3148,7 @@ async def _probe(path: str) -> Engine:
         client, server = dict(answer["Client"]), dict(answer.get("Server") or {})
     except (ValueError, KeyError, TypeError, AttributeError):
         client, server = {}, None
-    kind: Literal["docker", "podman", "nerdctl"] = (
-        "podman" if "APIVersion" in client else "docker" if "ApiVersion" in client else "nerdctl"
-    )
+    kind: Literal["docker", "podman"] = "podman" if "APIVersion" in client else "docker"
     version = str((server or client).get("Version", "")).lstrip("v")
     if code or not version or (kind == "docker" and not server):
         said = last_line(errors) or f"exit status {code}"
@@ -3163,7 +3161,7 @@ async def _probe(path: str) -> Engine:
             f"{path} is installed, but its engine does not answer: start Docker Desktop, or `sudo systemctl start "
             f"docker`, or see that DOCKER_HOST and `docker context` point to one that runs. It said: {said}"
         )
-    oldest = {"docker": 20, "podman": 4, "nerdctl": 1}[kind]
+    oldest = {"docker": 20, "podman": 4}[kind]
     major = re.match(r"\d+", version)
     if major and int(major[0]) < oldest:
         raise EngineError(f"{path} is {kind} {version}, which is too old: version {oldest} or later is needed.")
@@ -6928,35 +6926,15 @@ def exit_status(result: Result) -> int:
     return result.exit_code & 0xFF if result.exit_code >= 0 else 128 - result.exit_code
 
 
-async def _prune_command(options: argparse.Namespace) -> int:
-    """`prune`: remove what died before it ran."""
-    async with open_runner(load_config(options.config)) as runner:
-        for name in await runner.prune():
-            print(name)
-    return 0
-
-
-def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    path = os.path.abspath
-    which.add_argument("--export", metavar="FILE", type=path, help="also write the image to a file, for other hosts")
-    which.add_argument("--import", dest="load", metavar="FILE", type=path, help="take it from such a file instead")
-
-
 async def _build_command(options: argparse.Namespace) -> int:
-    """`build`: prepare the image ahead of time, or move it to or from a file."""
+    """`build`: prepare the image ahead of time, and print its name."""
     config = load_config(options.config)
-    engine = await find_engine(config.docker.command)
-    if options.load:
-        print((await engine.run("load", "--input", options.load, timeout=PULL_TIMEOUT)).strip())
-    image = await derive_image(engine, config, _show_status)
+    image = await derive_image(await find_engine(config.docker.command), config, _show_status)
     _show_status("")
     if image.problem:
         why = image.problem.rstrip(".")
         raise ImageError(f"{why}. See package.index_url, package.network and package.ca_bundle in the configuration.")
-    if options.export:
-        await engine.run("save", "--output", options.export, image.name, timeout=PULL_TIMEOUT)
-    print(f"{image.name} is ready ({image.origin})" + (f", and in {options.export}" if options.export else ""))
+    print(image.name)
     return 0
 
 
@@ -7062,17 +7040,12 @@ COMMANDS = {
         ("install requests", "install 'polars>=1,<2' --session work"),
     ),
     "build": Command(
-        "Prepare the image ahead of the first call, or carry it to a host without network.", _build_command,
-        _add_build_arguments, ("build", "build --export image.tar", "build --import image.tar"),
+        "Prepare the image ahead of the first call, and print its name.", _build_command, _add_nothing, ("build",),
     ),
     "doctor": Command(
         "Try whether engine, image, limits and isolation are as they should be. The exit status is 0 if nothing failed "
         "(there may be warnings), 1 if something did, 125 if there is no engine, image or sandbox to be had.",
         _doctor_command, _add_doctor_arguments, ("doctor", "doctor --json"),
-    ),
-    "prune": Command(
-        "Remove containers that died before they ran. If there are any, it looks twice, a minute apart.",
-        _prune_command, _add_nothing, ("prune",),
     ),
 }  # fmt: skip
 

@@ -45,7 +45,16 @@ import anyio
 import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from sandbox_runner import Config, DockerConfig, PackageConfig, PoolConfig, SessionConfig, session_container
+from sandbox_runner import (
+    Config,
+    DockerConfig,
+    PackageConfig,
+    PoolConfig,
+    SessionConfig,
+    load_config,
+    open_runner,
+    session_container,
+)
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = 4
@@ -806,8 +815,8 @@ class Soak:
             await anyio.sleep(1)
         if names and not await self.containers("--filter=status=running"):
             print(f"{len(names)} never ran, as their command line was killed too soon; pruning", flush=True)
-            environment = self.environment(0)
-            await anyio.run_process([sys.executable, "-m", "sandbox_runner", "prune"], env=environment, cwd=ROOT)
+            async with open_runner(load_config(environ=self.environment(0))) as runner:
+                await runner.prune()
             names = await self.containers()
         if names:
             told = await self.engine("ps", "--all", f"--filter=volume={self.volume}", "--format={{.Names}} {{.Status}}")

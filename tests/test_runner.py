@@ -1134,7 +1134,7 @@ def arguments(kind: Any, **docker: Any) -> list[str]:
     return engine.sandbox_arguments("NAME", image, config, {"owner": "OWNER"})
 
 
-@pytest.mark.parametrize("kind", ["docker", "podman", "nerdctl"])
+@pytest.mark.parametrize("kind", ["docker", "podman"])
 @pytest.mark.parametrize(
     "flag",
     [
