@@ -48,7 +48,6 @@ from mcp.server import Server, ServerRequestContext
 from mcp.server.session import ServerSession
 from mcp.server.stdio import stdio_server
 from mcp.shared.exceptions import MCPError
-from opentelemetry import trace
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
 from sandbox_runner import (
@@ -184,7 +183,6 @@ class ExecuteTransient(Tool):
             timeout=seconds(self.timeout, service.runner.config.docker.max_timeout),
             on_output=progress.on_output,
         )
-        annotate(result)
         return render(result, state_budget=STATE_UNASKED if self.state is None else STATE_BUDGET)
 
 
@@ -242,7 +240,6 @@ class ExecutePersistent(Tool):
             is_new=self.session_id is None,
             answer_within=config.answer_within,
         )
-        annotate(result)
         return render(result, new_session=self.session_id is None, kept=service.shelf.add(result))
 
 
@@ -425,14 +422,6 @@ def suggestion(tool: type[Tool], parameter: str) -> str:
     other = ExecutePersistent if tool is ExecuteTransient else ExecuteTransient
     meant = tool.runs_code and difflib.get_close_matches(parameter, other.model_fields, 1)
     return f"{known} Did you mean {other.name}?" if meant else known
-
-
-def annotate(result: Result) -> None:
-    """Add to the span that the SDK opens for a request what came of the code. Whoever exports spans sees it."""
-    facts = {"status": result.status, "session_id": result.session, "seconds": result.wall, "memory": result.memory}
-    trace.get_current_span().set_attributes(
-        {f"python_docker_mcp.{name}": value for name, value in facts.items() if value is not None}
-    )
 
 
 def seconds(asked: float | None, most: float) -> float | None:

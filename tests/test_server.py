@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp import Client, StdioServerParameters
 from mcp.shared.exceptions import MCPError
-from opentelemetry import trace
 from test_packages import Index, fill
 
 import python_docker_mcp
@@ -640,34 +639,6 @@ async def test_a_silent_call_is_kept_alive_by_notifications(config: Config, monk
         call = await start(tasks, client, "execute-transient", listener, code="import time; time.sleep(100)")
         await listener.wait_for("1 seconds")
         call.cancel()
-
-
-async def test_the_span_of_a_request_tells_what_came_of_the_code(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spans: list[dict[str, Any]] = []
-
-    class Span(trace.NonRecordingSpan):
-        def set_attributes(self, attributes: Mapping[str, Any]) -> None:
-            spans.append(dict(attributes))
-
-    class Tracer(trace.NoOpTracer):
-        @contextmanager
-        def start_as_current_span(self, *_: Any, **__: Any) -> Iterator[trace.Span]:  # type: ignore[override]
-            with trace.use_span(Span(trace.INVALID_SPAN_CONTEXT)) as span:
-                yield span
-
-    monkeypatch.setattr("mcp.shared._otel._tracer", Tracer())
-    async with connected(config) as client:
-        await client.call_tool("execute-persistent", {"code": "1", "session_id": "s"})
-        await client.call_tool("execute-transient", {"code": "1 / 0"})
-    told = [{key: value for key, value in span.items() if key.startswith("python_docker_mcp.")} for span in spans]
-    persistent, transient = (span for span in told if span)
-    assert persistent["python_docker_mcp.session_id"] == "s"
-    assert persistent["python_docker_mcp.status"] == "ok"
-    assert transient["python_docker_mcp.status"] == "error"
-    assert "python_docker_mcp.session_id" not in transient
-    assert all(span["python_docker_mcp.seconds"] > 0 for span in (persistent, transient))
 
 
 async def test_calls_run_side_by_side(config: Config) -> None:
