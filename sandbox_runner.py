@@ -53,7 +53,6 @@ import itertools
 import json
 import linecache
 import logging
-import marshal
 import math
 import os
 import platform
@@ -2561,13 +2560,11 @@ def plug() -> None:
         connection.recv(1)  # returns when the supervisor lets go
 
 
-def supervise(settings: str, code: types.CodeType) -> None:
+def supervise(settings: str) -> None:
     """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of what uses them by habit."""
     told = json.loads(settings)
     prepare_caches()
     channel = Channel(os.dup(0), os.dup(1))
-    if told["return_bytecode"]:
-        channel.queue({"id": "", "kind": "bytecode", "data": sys.version.encode() + b"\0" + marshal.dumps(code)})
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -2589,7 +2586,7 @@ class InstallError(Exception):
     """The installer, or getting hold of it, failed. The text is its own."""
 
 
-def run_installer(settings: str, _: object) -> None:
+def run_installer(settings: str) -> None:
     """Entry of the helper: build the image's content or install packages, and tell the outcome in a frame `done`.
 
     No user's code runs here. What is told apart from `done` is progress. The end of standard input means that the host
@@ -2850,7 +2847,7 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 
 GUEST_MODULES = (
     "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib inspect io json "
-    "linecache marshal math os re select signal socket stat struct sys threading time traceback types warnings"
+    "linecache math os re select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
@@ -2871,7 +2868,7 @@ GUEST_SOURCE = _shipped("guest", GUEST_MODULES)
 INSTALLER_SOURCE = _shipped("installer", INSTALLER_MODULES)
 PLUG_SOURCE = inspect.getsource(plug)
 BOOTSTRAP = """
-import marshal, os, sys
+import os
 def take(count):
     data = b""
     while len(data) < count:
@@ -2879,26 +2876,19 @@ def take(count):
         if not piece: os._exit(0)
         data += piece
     return data
-source, bytecode, entry, settings = (take(int(take(8), 16)) for _ in range(4))
-version, _, compiled = bytecode.partition(b"\\0")
-ours = version == sys.version.encode()
-code = marshal.loads(compiled) if ours else compile(source, "sandbox_runner.py", "exec")
+source, entry, settings = (take(int(take(8), 16)) for _ in range(3))
 names = {"__name__": "sandbox_guest"}
-exec(code, names)
-names[entry.decode()](settings.decode(), code)
+exec(compile(source, "sandbox_runner.py", "exec"), names)
+names[entry.decode()](settings.decode())
 """
 
 
 BOOTSTRAP_ARGUMENTS = ("-I", "-c", BOOTSTRAP)
 
 
-def program(source: str, entry: str, settings: Mapping[str, Any], bytecode: bytes = b"") -> bytes:
-    """What BOOTSTRAP takes from its standard input: the source, the function to call, and its argument.
-
-    And what the same source was compiled to before, if it was, with the version of the Python that did; another one
-    compiles it itself, which costs as much as its own start.
-    """
-    parts = (source.encode(), bytecode, entry.encode(), json.dumps(settings).encode())
+def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
+    """What BOOTSTRAP takes from its standard input: the source, the function to call, and its argument."""
+    parts = (source.encode(), entry.encode(), json.dumps(settings).encode())
     return b"".join(b"%08x%s" % (len(part), part) for part in parts)
 
 
@@ -3941,7 +3931,6 @@ class Sandbox:
         self._errors = bytearray()
         self._greeting: Frame | None = None
         self._greeted = anyio.Event()
-        self.bytecode = b""  # of its supervisor, if it was asked for it
         self.prepared = anyio.Event()  # set when a worker is there that has what is to be preloaded
         self.packages: str | None = None  # the folder with what was installed for its session
         self.expired = False  # whether the session was not used for too long, and has ended
@@ -3969,11 +3958,8 @@ class Sandbox:
         owner: str,
         tasks: anyio.abc.TaskGroup,
         preload: Sequence[str] = (),
-        bytecode: bytes = b"",
     ) -> Sandbox:
         """Start a container and wait until its supervisor is ready. What is to be preloaded it imports after that.
-
-        Without `bytecode`, that of an earlier one, the new one has its own.
 
         Raises:
             EngineError: the engine did not start it, or it did not come up.
@@ -3986,8 +3972,7 @@ class Sandbox:
         tasks.start_soon(sandbox._serve)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                told = {**settings, "owner": owner, "return_bytecode": not bytecode}
-                await sandbox._come_up(program(GUEST_SOURCE, "supervise", told, bytecode))
+                await sandbox._come_up(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
             if sandbox._greeting is None:
                 raise EngineError(
                     f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
@@ -4135,8 +4120,6 @@ class Sandbox:
                     self.asked = frame.get("begun", str, NONE)
                     self._greeting = frame
                     self._greeted.set()
-                elif kind == "bytecode" and not self._greeting:  # later it might be the code's
-                    self.bytecode = frame.data
                 elif kind == "farewell":
                     self._kill_client()
                     return
@@ -5011,7 +4994,6 @@ class Runner:
         self._failed: EngineError | None = None  # why there was no engine when it was last looked for,
         self._failed_at = -math.inf  # and when that was found out
         self._preparing = anyio.Lock()
-        self._bytecode = b""  # of the supervisor that was started first
         self._retry_at = 0.0  # when to try again what could not be preinstalled
         self._sessions: dict[str, Session] = {}
         self._transient: set[Sandbox] = set()
@@ -5408,12 +5390,10 @@ class Runner:
     async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
         engine, image = await self._prepare()
         try:
-            sandbox = await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload, self._bytecode)
+            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
         except EngineError:
             self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
             raise
-        self._bytecode = self._bytecode or sandbox.bytecode
-        return sandbox
 
     async def _prepare(self) -> tuple[Engine, Image]:
         """The engine and an image. (Another call that fails meanwhile may have the runner look for both anew.)"""

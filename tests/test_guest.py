@@ -617,7 +617,6 @@ class Guest:
         self.settings = {
             "owner": "us",
             "digest": "d",
-            "return_bytecode": False,
             "working_dir": str(home),
             "idle_timeout": 60.0,
         }

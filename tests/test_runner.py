@@ -692,30 +692,6 @@ async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, 
     assert (await runner.execute("1")).value == "1"
 
 
-async def test_only_the_first_sandbox_compiles_its_supervisor_and_any_other_python_its_own(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await runner.execute("1")
-    with monkeypatch.context() as patch:
-        patch.setattr(sandbox_runner, "GUEST_SOURCE", "raise SystemExit('compiled anew')")
-        assert (await runner.execute("2")).value == "2"
-        version, _, compiled = runner._bytecode.partition(b"\0")
-        runner._bytecode = b"another Python\0" + compiled
-        with pytest.raises(EngineError, match="compiled anew"):
-            await runner.execute("3")
-    runner._bytecode = b"another Python\0which is not for this one"
-    assert (version.decode(), (await runner.execute("4")).value) == (sys.version, "4")
-
-
-async def test_what_a_sandbox_says_after_its_greeting_is_not_taken_for_its_bytecode(
-    runner: Runner, docker: FakeEngine
-) -> None:
-    docker.script(run={"program": hostile("say({'id': '', 'kind': 'bytecode'}, b'x'); say({**done})")})
-    assert (await runner.execute("1", session="s")).status == "ok"
-    sandbox = runner._sessions["s"].sandbox
-    assert (sandbox.bytecode if sandbox else None, runner._bytecode) == (b"", b"")
-
-
 @pytest.mark.parametrize(
     "answer",
     [
