@@ -143,7 +143,6 @@ FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
-REHEARSAL = "print()"  # the code of a call that makes a sandbox quick for the first real one
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME
 PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
 PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
@@ -1208,6 +1207,7 @@ class Supervisor:
                 if self.installed and self.settings["preload"] and self.session is None:
                     worker.preload(self.installed)
                 if not self.prepared:  # once: no frame goes without waking all who pass it on
+                    worker.rehearse()
                     worker.control.send({"id": "", "kind": "prepared"})
                 worker.serve()
             finally:
@@ -1235,7 +1235,7 @@ class Supervisor:
 
     def _start(self, request: dict[str, Any]) -> None:
         self._reap()  # a worker that has just died must not be given the call
-        if self.begun is None and not request["rehearsal"] and self.channel:
+        if self.begun is None and self.channel:
             folders = package_folders(self.settings["packages"], request["packages"])
             fits = not self.settings["preload"] or self.installed == folders
             self.channel.send({"id": request["id"], "kind": "begun" if fits else "unfit"})
@@ -1251,9 +1251,8 @@ class Supervisor:
         self.call = Call(request)
         self.told = 0
         self._to_worker(request)
-        if not request["rehearsal"]:
-            self.unread = self.begun = self.call.id
-            self.worker_used = True
+        self.unread = self.begun = self.call.id
+        self.worker_used = True
 
     def _read_file(self, request: dict[str, Any]) -> None:
         """Send a piece of a file in the working directory."""
@@ -1825,6 +1824,24 @@ class Worker:
             with contextlib.suppress(Exception):  # the code that imports it will be told
                 importlib.import_module(name)
 
+    def rehearse(self) -> None:
+        """Go through a call of nothing, so that the first real one need not wait for copies of pages that it writes to.
+
+        The supervisor passes the report over, as it is of none of its calls.
+        """
+        nothing: dict[str, Any] = {
+            "id": "",
+            "data": b"",
+            "filename": None,
+            "argv": [],
+            "packages": None,
+            "final": False,
+        }
+        self._serve_call(nothing, {})
+        self.calls = 0
+        linecache.cache.pop(self.filename)
+        del self.codes[self.filename]
+
     def serve(self) -> None:
         """Run one request after the other until the supervisor is gone."""
         state: dict[str, bytearray] = {}  # of the next call: long texts by name, and as "" all else in JSON
@@ -1879,7 +1896,7 @@ class Worker:
 
     def _serve_call(self, request: dict[str, Any], state: dict[str, bytearray]) -> None:
         """Run the code, then do what comes after it, and tell how it went. Nothing that the code left may stop that."""
-        self.calls += not request["rehearsal"]
+        self.calls += 1
         self.call = request["id"]
         self.rich_left = RICH_LIMIT
         signal.signal(signal.SIGINT, self._on_interrupt)
@@ -1939,8 +1956,7 @@ class Worker:
         sys.argv = [name, *request["argv"]]
         self._restore_streams()
         self.names["__builtins__"] = builtins
-        if not request["rehearsal"]:
-            report["stale"] = self._use_packages(package_folders(self.packages_root, request["packages"]))
+        report["stale"] = self._use_packages(package_folders(self.packages_root, request["packages"]))
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
         if "" in state:
@@ -3785,7 +3801,6 @@ class Request:
     output_limit: int | None = None  # bytes; None for all of it, which then is streamed and not kept
     packages: str | None = None  # the folder with what is installed for the session, if it is to change
     recycle: bool = False  # whether the sandbox is to be used again, by others, if the call ends well
-    rehearsal: bool = False  # whether it is none of the sandbox's calls, and nothing is to be left of it
 
     def __post_init__(self) -> None:
         """Refuse what can't be run, before anything is started for it."""
@@ -3832,14 +3847,13 @@ class Request:
             "id": call_id,
             "data": self.code.encode(),
             "session": self.session,
-            "final": self.session is None and not self.rehearsal,
+            "final": self.session is None,
             "timeout": self.timeout,
             "filename": self.filename,
             "argv": list(self.arguments),
             "output_limit": self.output_limit,
             "packages": self.packages,
             "recycle": self.recycle,
-            "rehearsal": self.rehearsal,
         }
 
 
@@ -4198,23 +4212,6 @@ class Sandbox:
             else:  # the caller does not wait any more: then the code must not go on either
                 self._idle = anyio.Event()
                 self._tasks.start_soon(self._settle, answer, self._idle)
-
-    async def rehearse(self) -> None:
-        """Go through a call that nobody is told of and nothing is left of; one that comes meanwhile waits for its end.
-
-        Supervisor and worker share all their pages after the fork, and who writes into one first waits for its copy:
-        that made the first call of a sandbox a quarter slower.
-        """
-        self._idle = anyio.Event()
-        answer = self._expect(secrets.token_hex(8))
-        try:
-            for batch in in_batches(Request(REHEARSAL, rehearsal=True).frames(answer.id)):
-                await self._write(batch)
-            with contextlib.suppress(HangError):
-                await self._collect(answer, None, None, None)
-        finally:
-            self._forget(answer)
-            self._idle.set()
 
     def was_cut(self, result: Result) -> bool:
         """Whether this result only tells that our connection ended, which says nothing of the container."""
@@ -4923,7 +4920,6 @@ class Pool:
                 try:
                     sandbox = await self._add(self._config.preload)
                     self._put(sandbox)
-                    self._tasks.start_soon(self._rehearse, sandbox)
                     break
                 except SandboxError as error:
                     if attempt == 0:
@@ -4934,12 +4930,6 @@ class Pool:
                     self._count += 1
         finally:
             self._coming -= 1
-
-    async def _rehearse(self, sandbox: Sandbox) -> None:
-        """Have a sandbox go through a call, unless the first real one comes before that."""
-        await sandbox.prepared.wait()
-        if sandbox in self.ready:
-            await sandbox.rehearse()
 
     async def _add(self, preload: Sequence[str]) -> Sandbox:
         """A new sandbox, for which a place is counted already."""

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -1285,31 +1285,6 @@ async def leave_without_a_word(_: Runner) -> None:
     """Stands in for a host that is killed."""
 
 
-def note_rehearsals(patch: pytest.MonkeyPatch) -> list[Sandbox]:
-    """The sandboxes that have gone through one."""
-    rehearsed: list[Sandbox] = []
-
-    async def rehearse(sandbox: Sandbox, real: Callable[[Sandbox], Awaitable[None]] = Sandbox.rehearse) -> None:
-        await real(sandbox)
-        rehearsed.append(sandbox)
-
-    patch.setattr(Sandbox, "rehearse", rehearse)
-    return rehearsed
-
-
-async def test_a_call_that_comes_during_a_rehearsal_waits_for_its_end_and_is_told_nothing_of_it(
-    settings: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sandbox_runner, "REHEARSAL", "import time; time.sleep(0.3); print('rehearsal')")
-    rehearsed = note_rehearsals(monkeypatch)
-    async with open_runner(dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=())), warm=True) as runner:
-        await until(lambda: any(sandbox._answers for sandbox in runner._pool.ready))
-        assert not rehearsed
-        result = await runner.execute("1 / 0")
-        assert rehearsed
-    assert (result.stdout, "<call 1>" in result.exception.traceback if result.exception else None) == ("", True)
-
-
 @pytest.mark.parametrize("same", [True, False])
 async def test_a_ready_sandbox_whose_host_was_killed_is_adopted_if_it_is_as_the_next_host_makes_them(
     settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, same: bool
@@ -1317,9 +1292,8 @@ async def test_a_ready_sandbox_whose_host_was_killed_is_adopted_if_it_is_as_the_
     config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=("json",)))
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "_leave", leave_without_a_word)
-        rehearsed = note_rehearsals(patch)
         async with open_runner(config, warm=True) as first:
-            await until(lambda: rehearsed == [*first._pool.ready] != [])
+            await until(lambda: bool(first._pool.ready and first._pool.ready[0].prepared.is_set()))
             left = first._pool.ready[0].name
     assert docker.containers() == [left]
     if not same:
