@@ -4762,8 +4762,7 @@ def describe_installation(
 class Pool:
     """Sandboxes kept ready, and the bound on how many there are in all.
 
-    A leased sandbox is the caller's, until it is gone or, with `pool.reuse` and proven clean, given back. How many are
-    kept ready follows what was needed at once, and sinks back to `pool.warm` within `pool.max_age`.
+    A leased sandbox is the caller's, until it is gone or, with `pool.reuse` and proven clean, given back.
     """
 
     def __init__(
@@ -4790,7 +4789,6 @@ class Pool:
         self._kept_warm = False
         self._idle_timeout = idle_timeout  # seconds without a call after which none is kept ready any longer
         self._used_at = time.monotonic()
-        self._peak, self._peak_at = 0.0, 0.0  # how many were missing when they were needed, and when that was
 
     async def lease(self, bare: bool = False) -> Sandbox:
         """A sandbox that nobody uses: a ready one, else, or if it has to be `bare` (nothing imported), a new one.
@@ -4817,8 +4815,6 @@ class Pool:
                 await self._changed.wait()
                 self._report("")
         self._wanted_now += 1
-        if self._kept_warm and self._wanted_now >= self._extra():
-            self._peak, self._peak_at = self._wanted_now, time.monotonic()
         try:
             return await self._add(())  # whoever waits would have to wait for what is preloaded, too
         finally:
@@ -4891,10 +4887,6 @@ class Pool:
         self.ready.append(sandbox)
         self._changed.set()
 
-    def _extra(self) -> float:
-        """How many more than usual to keep ready, after what was needed lately."""
-        return self._peak * max(0.0, 1 - (time.monotonic() - self._peak_at) / self._config.max_age)
-
     def _fill(self) -> None:
         """Start to make ready what is missing. Not while calls wait for new ones: those need the machine now."""
         if self._kept_warm and self._is_used and not self._wanted_now:
@@ -4906,7 +4898,7 @@ class Pool:
     def _missing(self) -> int:
         """How many more there should be to be ready; below zero, how many fewer."""
         there = self._count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
-        return self._config.warm + round(self._extra()) - there
+        return self._config.warm - there
 
     async def _fill_soon(self) -> None:
         """The same, once the call that has just taken one has had the machine for a moment: most need no more."""
