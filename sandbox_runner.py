@@ -137,6 +137,7 @@ SLACK = 10  # how much later than the supervisor the host gives a call up
 RENEW_AT = 0.8  # of `pool.max_age`, when a ready sandbox is replaced
 FIRST_CALL_ATTEMPTS = 3  # sandboxes that a call is given to while none of it begins, as they have gone
 HEAD_START = 0.1  # that a call has before the engine is busied with what is to be done about it, or after it
+LOCK_PAUSE = 0.2  # between two attempts to have a lock that another program holds
 RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
 RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
@@ -168,10 +169,6 @@ class EngineError(SandboxError):
 
 class HangError(EngineError):
     """The container engine does not answer at all."""
-
-
-class HelperError(EngineError):
-    """A container of an installer could not be started, or ended before it could tell how it went."""
 
 
 class ImageError(SandboxError):
@@ -3482,51 +3479,32 @@ BASE_NAME_LABEL = "python-docker-mcp.base-name"
 
 
 async def _build(engine: Engine, base: Image, name: str, config: Config, report: Callable[[str], None]) -> str:
-    """Build the derived image and return its id; if somebody else is at it, wait for theirs."""
-    helper = f"python-docker-mcp-build-{name.rpartition(':')[2]}"
-    failures = 0
-    while True:
-        try:
-            return await _build_now(engine, base, name, helper, config, report)
-        except HelperError:
-            failures += 1
-            if failures == BUILD_ATTEMPTS and not await engine.inspect("container", helper, "{{.State.Status}}"):
-                raise
-        while state := await engine.inspect("container", helper, "{{.State.Status}}"):
-            report(
-                f"waiting for another program that is preparing the image with {', '.join(config.package.preinstalled)}"
-            )
-            await anyio.sleep(1)
-            if state != "running" and state == await engine.inspect("container", helper, "{{.State.Status}}"):
-                await engine.remove(helper)  # started by somebody who died before it ran
-        if made := await _image_id(engine, name):
-            return made
-        await anyio.sleep(1)  # Podman gives a name free some time after its container is gone
-
-
-async def _build_now(
-    engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
-) -> str:
+    """Build the derived image and return its id; if another program is building it, wait for its image."""
     packages = ", ".join(config.package.preinstalled)
-    report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
-    task = {"task": "build", "requirements": config.package.preinstalled}
-    async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
-        outcome.require_success(f"{packages} could not be installed")
-        report(build_status(BUILD_STEPS, "saving the image"))
-        await engine.run(
-            "commit",
-            f"--change=LABEL {BASE_LABEL}={base.id}",
-            f"--change=LABEL {BASE_NAME_LABEL}={config.docker.image}",
-            helper,
-            name,
-            timeout=PULL_TIMEOUT,
-        )
+    build = f"build-{name.rpartition(':')[2]}"
+    waiting = f"waiting for another program that is preparing the image with {packages}"
+    async with file_lock(build, lambda: report(waiting)) as has_waited:
+        if has_waited and (made := await _image_id(engine, name)):
+            return made
+        report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
+        helper = f"python-docker-mcp-{build}-{secrets.token_hex(4)}"
+        task = {"task": "build", "requirements": config.package.preinstalled}
+        async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
+            outcome.require_success(f"{packages} could not be installed")
+            report(build_status(BUILD_STEPS, "saving the image"))
+            await engine.run(
+                "commit",
+                f"--change=LABEL {BASE_LABEL}={base.id}",
+                f"--change=LABEL {BASE_NAME_LABEL}={config.docker.image}",
+                helper,
+                name,
+                timeout=PULL_TIMEOUT,
+            )
     log.info("made the image %s with %s", name, ", ".join(" ".join(item) for item in outcome.installed))
     await _remove_older_images(engine, name, config.docker.image)
     return await _image_id(engine, name) or name
 
 
-BUILD_ATTEMPTS = 3
 BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
 
 
@@ -3534,6 +3512,37 @@ def build_status(step: int, text: str) -> str:
     """How far the derived image is: each line says it all, as a client may show any of them, and only one."""
     bar = "█" * step + "░" * (BUILD_STEPS - step)
     return f"{bar} preparing the image (once; a minute or so): {text}"
+
+
+@asynccontextmanager
+async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[bool]:
+    """Keep other programs of this user out of the same block; tell whether one of them had to be waited for.
+
+    The system frees the lock when its holder ends, in whatever way. Nobody waits where there are no such locks, as on
+    Windows, or no place for the file.
+    """
+    try:
+        import fcntl
+
+        folder = CONFIG_PATH.parent.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except (ImportError, OSError):
+        yield False
+        return
+    has_waited = False
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                has_waited = True
+                on_wait()
+                await anyio.sleep(LOCK_PAUSE)
+        yield has_waited
+    finally:
+        os.close(descriptor)
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
@@ -3630,7 +3639,7 @@ async def helper_container(
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
                     await process.wait()
                 said = last_line(errors.decode("utf-8", "replace")) or f"exit status {process.returncode}"
-                raise HelperError(f"The installer's container ended too soon: {said}") from error
+                raise EngineError(f"The installer's container ended too soon: {said}") from error
             except ProtocolError as error:
                 raise EngineError(f"The installer's container said what no installer of ours says: {error}") from error
             yield outcome

@@ -333,7 +333,7 @@ async def test_a_build_killed_half_way_leaves_nothing_and_is_done_again(settings
     await child.aclose()
     name = f"python-docker-mcp-build-{derived_name(settings).rpartition(':')[2]}"
     with anyio.fail_after(30):
-        while await engine.inspect("container", name, "{{.State.Status}}"):
+        while await engine.run("ps", "--all", "--quiet", f"--filter=name={name}"):
             await anyio.sleep(0.1)
     assert await engine.inspect("image", derived_name(settings), "{{.Id}}") is None
     image = await derive_image(engine, settings, lambda _: None)
