@@ -973,11 +973,10 @@ async def test_a_lock_is_one_programs_at_a_time_and_none_where_there_is_no_place
         async with sandbox_runner.file_lock("x", waits.set) as has_waited:
             order.append(f"other {has_waited}")
 
-    async with anyio.create_task_group() as tasks:
-        async with sandbox_runner.file_lock("x", waits.set) as has_waited:
-            tasks.start_soon(other)
-            await waits.wait()
-            order.append(f"first {has_waited}")
+    async with anyio.create_task_group() as tasks, sandbox_runner.file_lock("x", waits.set) as has_waited:
+        tasks.start_soon(other)
+        await waits.wait()
+        order.append(f"first {has_waited}")
     assert order == ["first False", "other True"]
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
