@@ -133,6 +133,8 @@ ATTACH_TIMEOUT = 15  # from `docker exec` to the same
 LOOK_TIMEOUT = 5  # the same, when a sandbox is only asked how it is
 MOMENT = 1.0  # that a call is given to end, or a host to have gone, before another one on its session is refused
 MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
+GRACE = 2.0  # between an interruption of the code and its kill
+ADOPTION_TIME = 60.0  # that an unused sandbox waits for a new host after its own was killed
 SLACK = 10  # how much later than the supervisor the host gives a call up
 RENEW_AT = 0.8  # of `pool.max_age`, when a ready sandbox is replaced
 FIRST_CALL_ATTEMPTS = 3  # sandboxes that a call is given to while none of it begins, as they have gone
@@ -142,6 +144,7 @@ RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the eng
 RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
 FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
 
+WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # beside the working directory; all the container's own
 LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
 CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME
@@ -651,8 +654,6 @@ MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; keeps what a ho
 PART = 1 << 16  # bytes of data in one frame, and read at once
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one for each frame
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
-GRACE = 2.0  # seconds between an interruption and the kill
-ADOPTION_TIME = 60.0  # seconds that an unused sandbox waits for a new host after its own was killed
 BREATH = 0.002  # seconds that output waits for more of it: to wake all who pass it on costs more than its bytes do
 EARLIER_LIMIT = 1 << 16  # bytes of output kept that appear while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while none is attached
@@ -676,7 +677,6 @@ FILES_SEEN = 5000  # more in the working directory are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
 FILES_LIMIT = 256 << 10  # bytes of all of them
 READ_LIMIT = 1 << 20  # bytes of a file read at a time
-WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # beside the working directory; all the container's own
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
 PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
@@ -844,8 +844,9 @@ def head(frame: dict[str, Any]) -> bytes:
 class Call:
     """What the supervisor keeps about the call that is running."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], grace: float) -> None:
         self.id: str = request["id"]
+        self.grace = grace  # seconds between an interruption and the kill
         self.started = time.monotonic()
         self.deadline: float = self.started + request["timeout"]
         self.nudge = self.kill_at = math.inf  # when to interrupt once more, and when to give up
@@ -865,7 +866,7 @@ class Call:
             return False
         now = time.monotonic()
         self.stopped_for, self.deadline = reason, math.inf
-        self.nudge, self.kill_at = now + GRACE / 2, now + GRACE
+        self.nudge, self.kill_at = now + self.grace / 2, now + self.grace
         return True
 
     def next_due(self) -> float:
@@ -974,6 +975,7 @@ class Supervisor:
         self.settings = settings
         self.owner: str = settings["owner"]
         self.idle_timeout: float = settings["idle_timeout"]
+        self.grace: float = settings["grace"]
         self.session: str | None = None
         self.call: Call | None = None
         self.begun: str | None = None  # id of the last call
@@ -1096,7 +1098,7 @@ class Supervisor:
             "packages": self.packages,
             "busy": self.call is not None,
             "ran": now - self.call.started if self.call else 0.0,  # seconds
-            "left": max(0.0, self.call.next_due() - now) + GRACE if self.call else 0.0,
+            "left": max(0.0, self.call.next_due() - now) + self.grace if self.call else 0.0,
             "age": round(now - self.started, 1),
             "idle": 0.0 if self.call else round(now - self.active, 1),
             "memory": memory_in_use(),
@@ -1245,7 +1247,7 @@ class Supervisor:
             text = self.earlier.decode("utf-8", "replace")
             self._tell({"id": request["id"], "kind": "earlier", "data": text.encode()})
             self.earlier.clear()
-        self.call = Call(request)
+        self.call = Call(request, self.grace)
         self.told = 0
         self._to_worker(request)
         self.unread = self.begun = self.call.id
@@ -1364,11 +1366,11 @@ class Supervisor:
 
     def _recycle(self, call_id: str) -> None:
         """Undo whatever a call may have left, look whether anything is left nevertheless, and tell."""
-        kill_all_others()
+        kill_all_others(self.grace)
         self._forget_worker()
         self.earlier.clear()
         self.lost = self.packages = self.begun = None
-        folders = (self.settings["working_dir"], *WRITABLE_FOLDERS)
+        folders = (self.settings["working_dir"], *self.settings["writable_folders"])
         for folder in folders:
             empty_folder(folder)
         clean = not any(os.listdir(folder) for folder in folders if os.path.isdir(folder))
@@ -1391,7 +1393,7 @@ class Supervisor:
         """When the sandbox ends by itself if nobody uses it."""
         if self.session is not None:
             return self.active + self.idle_timeout
-        return math.inf if self.channel else self.active + ADOPTION_TIME
+        return math.inf if self.channel else self.active + float(self.settings["adoption_time"])
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -1435,7 +1437,7 @@ class Supervisor:
 
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
         """Bury a dead worker: nothing that it started survives it, its call is concluded, and a new one is there."""
-        kill_all_others()
+        kill_all_others(self.grace)
         self._read_all_output()
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         if self.call:
@@ -1509,11 +1511,11 @@ def open_inside(folder: str, path: str) -> int:
     return fd
 
 
-def kill_all_others() -> None:
-    """Kill and reap every process that we may kill: all but process 1 and the plug."""
+def kill_all_others(patience: float) -> None:
+    """Kill every process that we may kill, all but process 1 and the plug, and reap them within so many seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
-    end = time.monotonic() + GRACE
+    end = time.monotonic() + patience
     with contextlib.suppress(ChildProcessError):
         while time.monotonic() < end:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
@@ -3907,7 +3909,10 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
     """What a supervisor is told, with a digest of all that makes its sandbox what it is, or would make another."""
     settings = {
         "working_dir": config.docker.working_dir,
+        "writable_folders": WRITABLE_FOLDERS,
         "idle_timeout": config.session.idle_timeout,
+        "adoption_time": ADOPTION_TIME,
+        "grace": GRACE,
         "allowed_modules": config.allowed_modules,
         "blocked_modules": config.blocked_modules,
         "preload": preload,

@@ -149,6 +149,7 @@ class TamedSupervisor(Supervisor):
             "idle_timeout": 60.0,
             "preload": [],
             "packages": "/nowhere",
+            "grace": 2.0,
             "working_dir": "/nowhere",
         }
         self.host, theirs = os.pipe()
@@ -163,7 +164,7 @@ class TamedSupervisor(Supervisor):
         self.mouth.setblocking(False)
         self.sources[fd] = self._from_worker
         self.abandoned: str | None = None
-        self.call = Call({"id": CALL, "timeout": 60, "output_limit": 1000, "recycle": False})
+        self.call = Call({"id": CALL, "timeout": 60, "output_limit": 1000, "recycle": False}, 2.0)
         if not attached:
             self.channel.close()
             self.channel = None

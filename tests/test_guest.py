@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeEngine, harmless
+from conftest import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest_subprocess.exceptions import ProcessNotRegisteredError
@@ -65,7 +65,7 @@ def test_a_command_that_is_not_registered_is_refused() -> None:
 def test_a_supervisor_does_not_run_in_this_process() -> None:
     for function in (sandbox_runner.kill_all_others, sandbox_runner.Supervisor.run):
         with pytest.raises(AssertionError, match="never in this process"):
-            function(None)  # type: ignore[arg-type,call-arg]
+            function(None)  # type: ignore[arg-type]
 
 
 def test_the_fake_engine_runs_nothing_that_is_not_process_1_of_another_pid_namespace() -> None:
@@ -238,7 +238,7 @@ def test_reading_a_non_blocking_channel_that_has_nothing_yields_nothing(channel:
 
 
 def make_call(limit: int | None) -> Call:
-    return Call({"id": "a", "timeout": 30.0, "output_limit": limit, "recycle": False})
+    return Call({"id": "a", "timeout": 30.0, "output_limit": limit, "recycle": False}, 2.0)
 
 
 @given(st.integers(0, 60), st.lists(st.text(max_size=30), max_size=30))
@@ -618,7 +618,10 @@ class Guest:
             "owner": "us",
             "digest": "d",
             "working_dir": str(home),
+            "writable_folders": [],
             "idle_timeout": 60.0,
+            "adoption_time": 60.0,
+            "grace": 0.6,
         }
         self.settings |= {
             "allowed_modules": [],
@@ -640,7 +643,7 @@ class Guest:
         self.prepared = 0  # how often it has told that it is
         self.begun: list[str] = []  # the calls of which it has told that they begin
         try:
-            shipped = program(harmless(GUEST_SOURCE), "supervise", self.settings)
+            shipped = program(GUEST_SOURCE, "supervise", self.settings)
             while shipped:
                 shipped = shipped[os.write(self.channel.writer, shipped) :]
             self.greeting = next(self.frames)
@@ -1504,13 +1507,10 @@ def test_a_guest_without_session_ends_with_its_host(
 
 
 def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
-    make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
 ) -> None:
     docker = make_fake_engine("docker")
-    impatient = GUEST_SOURCE.replace("\nADOPTION_TIME = 60.0 ", "\nADOPTION_TIME = 0.5 ")
-    assert impatient != GUEST_SOURCE
-    monkeypatch.setattr("test_guest.GUEST_SOURCE", impatient)
-    guest = Guest(docker, python, tmp_path)
+    guest = Guest(docker, python, tmp_path, adoption_time=0.5)
     with guest.process:
         assert guest.process.stdin
         guest.process.stdin.close()

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -935,7 +934,7 @@ async def main():
         print(runner._pool.ready[0].name, flush=True)
         await anyio.sleep_forever()
 
-sandbox_runner.GUEST_SOURCE = {source!r}
+sandbox_runner.ADOPTION_TIME = {wait}
 anyio.run(main)
 """
 
@@ -948,17 +947,11 @@ def brief(config: Config) -> Config:
     )
 
 
-def waiting_for_a_host(guest_source: str, seconds: int) -> str:
-    """The guest, with another time that an unused sandbox waits for a new host."""
-    return re.sub(r"\nADOPTION_TIME = [\d.]+ ", f"\nADOPTION_TIME = {seconds} ", guest_source)
-
-
 @asynccontextmanager
 async def host(config: Config, session: str | None, wait: int) -> AsyncIterator[tuple[anyio.abc.Process, str]]:
     """A program, with an idle and a busy session if it has any; and the name of the container that it keeps ready."""
     busy = f"print('begun', flush=True)\n{WAIT}x = 'kept'\n'unread'"
-    source = waiting_for_a_host(sandbox_runner.GUEST_SOURCE, wait)
-    program = HOST.format(config=config, session=session, busy=busy, source=source)
+    program = HOST.format(config=config, session=session, busy=busy, wait=wait)
     environment = {**os.environ, "PYTHONPATH": str(Path(sandbox_runner.__file__).parent)}
     async with await anyio.open_process([sys.executable, "-c", program], env=environment, stderr=None) as process:
         assert process.stdout
@@ -989,7 +982,7 @@ async def is_left_alone(runner: Runner, name: str) -> bool:
 async def test_what_a_killed_host_had_is_found_by_the_next_and_others_keep_their_own(
     brief: Config, session: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_runner, "GUEST_SOURCE", waiting_for_a_host(sandbox_runner.GUEST_SOURCE, 299))
+    monkeypatch.setattr(sandbox_runner, "ADOPTION_TIME", 299)
     async with open_runner(brief, warm=True) as other:  # it is there all the time
         await other.execute("x = 'other'", session=session)
         others = await ready(other)
