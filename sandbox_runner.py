@@ -2930,6 +2930,15 @@ class Engine:
             raise EngineError(f"`{self.kind} {arguments[0]}` failed: {last_line(errors) or f'exit status {code}'}")
         return output
 
+    async def require_answer(self) -> None:
+        """Raise HangError if the engine does not answer; whatever it answers, it is there."""
+        try:
+            await self.run("version", timeout=ANSWER_TIMEOUT)
+        except HangError:
+            raise
+        except EngineError:
+            pass
+
     async def spawn(self, *arguments: str) -> anyio.abc.Process:
         """Start a command with pipes for its standard streams."""
         return await open_command([self.command, *arguments], subprocess.PIPE)
@@ -3235,6 +3244,12 @@ async def run_command(
             await process.aclose()
     log.debug("`%s` ended with exit status %s after %.3f s", command[1], code, time.monotonic() - started)
     return code, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
+
+
+async def send_quietly(stream: anyio.abc.ByteSendStream, data: bytes) -> None:
+    """Write to a process; whoever reads from it sees it end."""
+    with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+        await stream.send(data)
 
 
 async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> None:
@@ -3621,17 +3636,24 @@ async def helper_container(
         async with open_tasks() as tasks:
             tasks.start_soon(keep_tail, process.stderr, errors)
             try:
-                await process.stdin.send(program(INSTALLER_SOURCE, "run_installer", installer_task(package, task)))
+                shipped = program(INSTALLER_SOURCE, "run_installer", installer_task(package, task))
+                tasks.start_soon(send_quietly, process.stdin, shipped)
                 lines = BufferedByteReceiveStream(process.stdout)
-                step = 0
-                while True:
+                step, frame = 0, None
+                with anyio.move_on_after(DOUBT_AFTER):
                     frame = await Frame.receive(lines)
-                    if frame.get("kind", str) == "done":
-                        outcome = Outcome.of(frame)
-                        break
+                if frame is None:
+                    await engine.require_answer()
+                    frame = await Frame.receive(lines)
+                while frame.get("kind", str) != "done":
                     step = frame.get("step", int, NONE) or step
                     text = last_line(frame.get("text", str))
                     report(build_status(step, text) if step else text)
+                    frame = await Frame.receive(lines)
+                outcome = Outcome.of(frame)
+            except HangError:
+                process.kill()  # nobody could remove its container, which, if it comes, finds no host and ends
+                raise
             except (
                 anyio.EndOfStream,
                 anyio.IncompleteRead,
@@ -4030,14 +4052,12 @@ class Sandbox:
             await self._greeted.wait()
 
     async def _require_engine(self) -> None:
-        """Raise HangError if the engine hangs; if it answers, whatever it says, the sandbox may only be slow."""
+        """Raise HangError if the engine hangs; if it answers, the sandbox may only be slow."""
         try:
-            await self.engine.run("version", timeout=ANSWER_TIMEOUT)
+            await self.engine.require_answer()
         except HangError:
             self._kill_client()  # nobody else could end it; the container, if it is there, finds no host
             raise
-        except EngineError:
-            pass
 
     async def _require_answer(self) -> None:
         """Find out whether it is the code that is silent, or the sandbox with its engine. Raises HangError."""
@@ -4176,8 +4196,7 @@ class Sandbox:
 
     async def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # the reader sees it end
-            await self._process.stdin.send(data)
+        await send_quietly(self._process.stdin, data)
 
     async def _send(self, frame: dict[str, Any]) -> None:
         await self._write(head(frame))
@@ -4386,9 +4405,17 @@ class Sandbox:
         self.left = True
         await self._part_with("farewell")
 
-    async def end(self) -> None:
-        """End the container, in the quickest way that works."""
+    async def end(self, must_know: bool = False) -> None:
+        """End the container, in the quickest way that works.
+
+        Raises HangError, if the caller must know, where nobody can tell whether it has ended.
+        """
         await self._part_with("end")
+        if must_know:
+            with anyio.move_on_after(DOUBT_AFTER):
+                await self.gone.wait()
+                return
+            await self._require_engine()
         with anyio.move_on_after(ATTACH_TIMEOUT):
             await self.gone.wait()
             return
@@ -5540,6 +5567,7 @@ class Runner:
 
         Raises:
             SessionError: another program is using it.
+            EngineError: the engine does not answer, so that it may not have ended.
         """
         Request("", name)
         session = self._sessions.setdefault(name, Session())
@@ -5552,7 +5580,7 @@ class Runner:
                     session.sandbox = await self._find_session(name)
         sandbox, session.sandbox = session.sandbox, None
         if sandbox:
-            await sandbox.end()  # even if a call is running: that ends with it
+            await sandbox.end(must_know=True)  # even if a call is running: that ends with it
         if not session.lock.locked():
             self._sessions.pop(name, None)
         return sandbox is not None or coming is not None

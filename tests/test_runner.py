@@ -952,6 +952,26 @@ async def test_an_engine_that_stands_still_with_its_containers_is_told_of_and_co
     assert docker.containers() == [container]
 
 
+async def test_a_session_is_not_said_to_have_ended_nor_a_package_to_be_coming_by_an_engine_that_hangs(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DOUBT_AFTER", "ANSWER_TIMEOUT"):
+        monkeypatch.setattr(sandbox_runner, name, 0.4)
+    await runner.execute("x = 41", session="s")
+    (container,) = docker.containers()
+    docker.run("pause", container)
+    docker.script(version={"hang": True}, run={"hang": True}, kill={"hang": True})
+    with pytest.raises(EngineError, match="the engine hangs"):
+        await runner.install("alpha")
+    with pytest.raises(EngineError, match="the engine hangs"):
+        await runner.close_session("s")
+    docker.script(version={}, run={}, kill={})
+    docker.run("unpause", container)
+    assert (await runner.execute("1")).value == "1"
+    await runner.close_session("s")
+    await until(lambda: not docker.containers())
+
+
 async def test_code_that_is_silent_for_long_is_left_alone(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
