@@ -478,8 +478,13 @@ class Life(RuleBasedStateMachine):
             assert (result.status, result.state) == ("died", "lost"), result
             known.dies(told=holder)
             return
+        self.is_noticed(known)
+
+    def is_noticed(self, known: Known) -> None:
+        """A container has ended, and its host has noticed: a call that came before that would die with it."""
+        holder = known.holder
         known.dies()
-        if holder is not None:  # a call that comes before the host has noticed dies with the container
+        if holder is not None:
             self.world.until(lambda: known.container not in self.hosts[holder].held())
 
     @precondition(lambda self: not self.down)
@@ -572,7 +577,7 @@ class Life(RuleBasedStateMachine):
         clock.jump(seconds)
         for known in self.sessions.values():
             if known.alive and not known.running and clock.ahead - known.touched >= IDLE_TIMEOUT:
-                known.dies()
+                self.is_noticed(known)
 
     # ── what is always true ──
 
