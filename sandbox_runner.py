@@ -5057,7 +5057,8 @@ class Runner:
 
         Raises:
             RequestError: an argument can't be accepted.
-            EngineError, ImageError: there is nothing to run the code in.
+            EngineError, ImageError: there is nothing to run the code in, or the engine has stopped answering; code that
+                runs in a session then goes on, and the next call tells its end.
             SessionError: another program is using the session, or a call that was not waited for is going on in it.
         """
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
