@@ -2130,7 +2130,9 @@ class Worker:
         """What a call's report tells of the exception that ended the code."""
         described: dict[str, Any] = {"status": "error"}
         if issubclass(type(error), SystemExit):
-            code = error.code  # type: ignore[attr-defined]  # SystemExit has it
+            code: Any = 1
+            with contextlib.suppress(BaseException):  # a subclass of the code's own may have made it anything
+                code = error.code  # type: ignore[attr-defined]  # SystemExit has it
             described["exit_code"] = exit_code_of(code)
             if code is not None and not issubclass(type(code), int):
                 with contextlib.suppress(Exception):  # the code's own __str__ or stream may raise
@@ -4836,7 +4838,6 @@ class Pool:
 
         Raises EngineError, ImageError.
         """
-        self._used_at = time.monotonic()
         async with self._turn:
             while True:
                 while self.ready and not bare:
@@ -4868,6 +4869,12 @@ class Pool:
             self._tasks.start_soon(self._stay_young)
         self._kept_warm = self._config.enabled
         self._fill()
+
+    def touch(self) -> None:
+        """Take note that a call has come, of whatever kind: for as long as they do, sandboxes are kept ready."""
+        was_used, self._used_at = self._is_used, time.monotonic()
+        if not was_used:
+            self._fill()
 
     def renew(self) -> None:
         """Replace the ready ones at once: what they have imported is no longer what is installed."""
@@ -5061,6 +5068,7 @@ class Runner:
                 runs in a session then goes on, and the next call tells its end.
             SessionError: another program is using the session, or a call that was not waited for is going on in it.
         """
+        self._pool.touch()
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
         recycle = session is None and self.config.pool.reuse
@@ -5460,6 +5468,7 @@ class Runner:
         started = time.monotonic()
         name, text = parse_requirement(requirement)
         Request("", session)
+        self._pool.touch()
         stale: tuple[str, ...] = ()
         if session is None:
             outcome = await self._install(name, text, None)

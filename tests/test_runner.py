@@ -1414,8 +1414,13 @@ async def test_ready_sandboxes_are_renewed_before_they_are_too_old_until_nobody_
         assert (await runner.execute("6 * 7")).value == "42"
         await until(lambda: not docker.containers())  # nobody has made a call for a while
         assert not pool.ready
-        assert (await runner.execute("6 * 7")).value == "42"
+        assert (await runner.execute("6 * 7", session="s")).value == "42"
         await until(lambda: len(pool.ready) == 2)
+        end = anyio.current_time() + 3  # twice what they would be kept for without a call
+        while anyio.current_time() < end:
+            await runner.execute("1", session="s")  # which takes none of them
+            await anyio.sleep(0.1)
+        assert pool.ready
 
 
 async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_its_call_is_answered(
