@@ -1891,6 +1891,17 @@ class Worker:
                     kind = class_name(stream)
                     self._note(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
 
+    def _flush_streams(self) -> None:
+        """Have all that was written go on its way, also to what the code has replaced, or removed."""
+        for name, real in self.streams.items():
+            for stream in (getattr(sys, name, real), real):
+                try:
+                    stream.flush()
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:  # the code may have put anything there
+                    pass
+
     # ── one call ──
 
     def _serve_call(self, request: dict[str, Any], state: dict[str, bytearray]) -> None:
@@ -1913,9 +1924,7 @@ class Worker:
             if error := self._attempt(step):
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self._attempt(self._note, f"{purpose} {how}")
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(BaseException):
-                stream.flush()
+        self._attempt(self._flush_streams)
         with self.lock:
             call, self.call = self.call, None
             report["cpu"] = cpu_seconds() - started
@@ -1996,9 +2005,7 @@ class Worker:
         if "exception" in report and report["exception"]["type"] != "SystemExit":
             with contextlib.suppress(BaseException):
                 sys.stderr.write(report["exception"]["traceback"])
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(BaseException):
-                stream.flush()
+        self._attempt(self._flush_streams)
         os._exit(report.get("exit_code", int(report["status"] != "ok")))
 
     def _use_packages(self, folders: list[str]) -> list[str]:
@@ -2219,9 +2226,7 @@ class Worker:
             note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
             data = json.dumps({"text/plain": note})
         self.rich_left -= len(data) + RICH_COST
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # the code may have put anything there
-                stream.flush()
+        self._flush_streams()
         self._send("display", data.encode(), is_value=is_value)
 
     def _send(self, kind: str, data: bytes, **fields: Any) -> None:

@@ -86,6 +86,7 @@ ENDS = [
     "os.path.lexists('l') or os.symlink('/nowhere', 'l')",
     "__builtins__ = {}",
     "sys.stdout = {}; sys.stderr = {}",
+    "print(1, end=''); del sys.stdout, sys.stderr",
     "sys.displayhook = sys.excepthook = sys.unraisablehook = {}",
     "import warnings; warnings.showwarning = {}; warnings.warn('x')",
     "sys.path.insert(0, {}); sys.argv = {}; sys.modules['odd'] = {}",

@@ -934,6 +934,13 @@ def test_each_call_starts_with_the_real_streams_and_says_so_once(guest: Guest) -
     assert guest.run("print('visible')").shown == []
 
 
+@pytest.mark.parametrize("spoil", ["del sys.stdout, sys.stderr", "sys.stdout = sys.stderr = io.StringIO()"])
+def test_what_was_written_before_the_streams_went_is_told_with_its_call(guest: Guest, spoil: str) -> None:
+    told = guest.run(f"import io, sys\nprint('before', end='')\n{spoil}\nNone")
+    assert (told.status, told.stdout) == ("ok", "before")
+    assert guest.run("print('after')").stdout == "after\n"
+
+
 @pytest.mark.parametrize("spoil", ["os.close(1)", "os.dup2(os.open('log', os.O_CREAT | os.O_WRONLY), 1)"])
 def test_descriptors_of_the_streams_are_restored_too(guest: Guest, spoil: str) -> None:
     guest.run(f"import os, subprocess, sys\n{spoil}\nx = 1")
