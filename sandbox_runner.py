@@ -174,6 +174,10 @@ class HangError(EngineError):
     """The container engine does not answer at all."""
 
 
+class HelperError(EngineError):
+    """A container of an installer could not be started, or ended before it could tell how it went."""
+
+
 class ImageError(SandboxError):
     """The image is not there, and can't be had."""
 
@@ -3510,25 +3514,40 @@ async def _build(engine: Engine, base: Image, name: str, config: Config, report:
     async with file_lock(build, lambda: report(waiting)) as has_waited:
         if has_waited and (made := await _image_id(engine, name)):
             return made
-        report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
-        helper = f"python-docker-mcp-{build}-{secrets.token_hex(4)}"
-        task = {"task": "build", "requirements": config.package.preinstalled}
-        async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
-            outcome.require_success(f"{packages} could not be installed")
-            report(build_status(BUILD_STEPS, "saving the image"))
-            await engine.run(
-                "commit",
-                f"--change=LABEL {BASE_LABEL}={base.id}",
-                f"--change=LABEL {BASE_NAME_LABEL}={config.docker.image}",
-                helper,
-                name,
-                timeout=PULL_TIMEOUT,
-            )
-    log.info("made the image %s with %s", name, ", ".join(" ".join(item) for item in outcome.installed))
+        for attempt in itertools.count(1):
+            try:
+                await _build_once(
+                    engine, base, name, f"python-docker-mcp-{build}-{secrets.token_hex(4)}", config, report
+                )
+                break
+            except HelperError:
+                if attempt == BUILD_ATTEMPTS:
+                    raise
     await _remove_older_images(engine, name, config.docker.image)
     return await _image_id(engine, name) or name
 
 
+async def _build_once(
+    engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
+) -> None:
+    packages = ", ".join(config.package.preinstalled)
+    report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
+    task = {"task": "build", "requirements": config.package.preinstalled}
+    async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
+        outcome.require_success(f"{packages} could not be installed")
+        report(build_status(BUILD_STEPS, "saving the image"))
+        await engine.run(
+            "commit",
+            f"--change=LABEL {BASE_LABEL}={base.id}",
+            f"--change=LABEL {BASE_NAME_LABEL}={config.docker.image}",
+            helper,
+            name,
+            timeout=PULL_TIMEOUT,
+        )
+    log.info("made the image %s with %s", name, ", ".join(" ".join(item) for item in outcome.installed))
+
+
+BUILD_ATTEMPTS = 3  # of which any but the last may end with its container killed
 BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
 
 
@@ -3670,7 +3689,7 @@ async def helper_container(
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
                     await process.wait()
                 said = last_line(errors.decode("utf-8", "replace")) or f"exit status {process.returncode}"
-                raise EngineError(f"The installer's container ended too soon: {said}") from error
+                raise HelperError(f"The installer's container ended too soon: {said}") from error
             except ProtocolError as error:
                 raise EngineError(f"The installer's container said what no installer of ours says: {error}") from error
             yield outcome

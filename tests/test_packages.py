@@ -342,6 +342,23 @@ async def test_a_build_killed_half_way_leaves_nothing_and_is_done_again(settings
 
 @pytest.mark.engine
 @pytest.mark.anyio
+async def test_a_build_whose_container_is_killed_is_tried_again(settings: Config, engine: Engine) -> None:
+    helper = f"python-docker-mcp-build-{derived_name(settings).rpartition(':')[2]}"
+    killed: list[str] = []
+
+    def kill_the_first(text: str) -> None:
+        if "installing" in text and not killed:
+            listed = [engine.command, "ps", f"--filter=name={helper}", "--format={{.Names}}"]
+            killed.extend(subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split())
+            subprocess.run([engine.command, "kill", *killed], capture_output=True, check=True)
+
+    image = await derive_image(engine, settings, kill_the_first)
+    assert len(killed) == 1
+    assert image.problem is None
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
 async def test_without_an_index_code_still_runs_and_is_told_what_is_missing(settings: Config, index: Index) -> None:
     index.files.clear()
     async with open_runner(settings) as runner:
