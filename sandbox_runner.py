@@ -85,7 +85,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import anyio
 import anyio.abc
@@ -118,6 +118,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("python_docker_mcp")
+T = TypeVar("T")
 
 # Deadlines, in seconds. Each bounds a wait for somebody else's program.
 ANSWER_TIMEOUT = 8  # the engine's word that it is there; with the next one within what clients wait for a call
@@ -1208,7 +1209,7 @@ class Supervisor:
                 become_worker((os.open(os.devnull, os.O_RDWR), out[1], err[1], theirs.fileno()))
                 worker = Worker(Channel(3, 3), self.settings)
                 if self.installed and self.settings["preload"] and self.session is None:
-                    worker.preload(self.installed)
+                    worker.preload(self.installed, self.settings["preload"])
                 if not self.prepared:  # once: no frame goes without waking all who pass it on
                     worker.rehearse()
                     worker.control.send({"id": "", "kind": "prepared"})
@@ -1816,12 +1817,11 @@ class Worker:
         self.files = self._list_files()
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
-        self.modules_to_preload: list[str] = settings["preload"]
 
-    def preload(self, folders: list[str]) -> None:
-        """Import what is to be imported beforehand, with these folders of packages, unless a call comes first."""
+    def preload(self, folders: list[str], modules: list[str]) -> None:
+        """Import these modules, with these folders of packages, unless a call comes first."""
         self._use_packages(folders)
-        for name in self.modules_to_preload:
+        for name in modules:
             if select.select([self.control.reader], [], [], 0)[0]:
                 break
             with contextlib.suppress(Exception):  # the code that imports it will be told
@@ -3257,6 +3257,14 @@ async def run_command(
     return code, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
 
+async def wait_or_doubt(wait: Callable[[], Awaitable[T]], require: Callable[[], Awaitable[None]]) -> T:
+    """Wait, and if that lasts, ask `require` once, which raises if there is nobody to wait for."""
+    with anyio.move_on_after(DOUBT_AFTER):
+        return await wait()
+    await require()
+    return await wait()
+
+
 async def send_quietly(stream: anyio.abc.ByteSendStream, data: bytes) -> None:
     """Write to a process; whoever reads from it sees it end."""
     with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -3665,12 +3673,8 @@ async def helper_container(
                 shipped = program(INSTALLER_SOURCE, "run_installer", installer_task(package, task))
                 tasks.start_soon(send_quietly, process.stdin, shipped)
                 lines = BufferedByteReceiveStream(process.stdout)
-                step, frame = 0, None
-                with anyio.move_on_after(DOUBT_AFTER):
-                    frame = await Frame.receive(lines)
-                if frame is None:
-                    await engine.require_answer()
-                    frame = await Frame.receive(lines)
+                step = 0
+                frame = await wait_or_doubt(functools.partial(Frame.receive, lines), engine.require_answer)
                 while frame.get("kind", str) != "done":
                     step = frame.get("step", int, NONE) or step
                     text = last_line(frame.get("text", str))
@@ -4052,7 +4056,7 @@ class Sandbox:
             if sandbox._greeting is None:
                 raise EngineError(
                     f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
-                    f"needs a python3, 3.8 or later; `python-docker-sandbox doctor` looks at everything else."
+                    "needs a python3, 3.8 or later; `python-docker-sandbox doctor` looks at everything else."
                 )
         except HangError:
             raise
@@ -4071,11 +4075,7 @@ class Sandbox:
         """Ship the guest, and wait for its greeting. Raises HangError if the engine does not answer meanwhile."""
         async with open_tasks() as tasks:
             tasks.start_soon(self._write, shipped)
-            with anyio.move_on_after(DOUBT_AFTER):
-                await self._greeted.wait()
-                return
-            await self._require_engine()
-            await self._greeted.wait()
+            await wait_or_doubt(self._greeted.wait, self._require_engine)
 
     async def _require_engine(self) -> None:
         """Raise HangError if the engine hangs; if it answers, the sandbox may only be slow."""
@@ -4388,7 +4388,7 @@ class Sandbox:
         """
         account = Account(keep, on_output)
         try:
-            frame = await self._first_frame(answer)
+            frame = await wait_or_doubt(answer.frames.receive, self._require_answer)
             while True:
                 kind = frame.get("kind", str)
                 if kind == "done":
@@ -4416,13 +4416,6 @@ class Sandbox:
             session=session,
             state="lost" if session else None,
         )
-
-    async def _first_frame(self, answer: Answer) -> Frame:
-        """A call's first frame. If none comes for long, see whether there is anybody to send one: raises HangError."""
-        with anyio.move_on_after(DOUBT_AFTER):
-            return await answer.frames.receive()
-        await self._require_answer()
-        return await answer.frames.receive()
 
     # ── the end ──
 
