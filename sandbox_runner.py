@@ -654,41 +654,41 @@ class Installation:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
-PROTOCOL = 1  # of the frames and of the plug; raised when an older sandbox could no longer be talked to
-MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; keeps what a hostile one can cost its reader in bounds
-PART = 1 << 16  # bytes of data in one frame, and read at once
-ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps() would make one for each frame
-HIGH_WATER = 1 << 20  # bytes queued for a slow host before the worker is no longer read, and so has to wait
-BREATH = 0.002  # seconds that output waits for more of it: to wake all who pass it on costs more than its bytes do
-EARLIER_LIMIT = 1 << 16  # bytes of output kept that appear while no call is running
-BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while none is attached
+PROTOCOL = 1  # version of the frames and the plug; raised by a change that older sandboxes would not understand
+MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; bounds what a hostile frame costs its reader
+PART = 1 << 16  # bytes of data sent in one frame, and of one read
+ENCODER = json.JSONEncoder(separators=(",", ":"))  # shared: json.dumps() would make one per frame
+HIGH_WATER = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
+BREATH = 0.002  # seconds that output waits for more: waking each process that relays it costs more than the bytes do
+EARLIER_LIMIT = 1 << 16  # bytes kept of the output written while no call is running
+BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while the session is detached
 VALUE_LIMIT = 32_000  # characters of a value's repr
 TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
-FORMS_LIMIT = 32  # of one value
-RICH_COST = 512  # characters that each of them counts for beside its own, so that there are not too many
-IMAGE_SIDE = 2000  # pixels: more is refused by some clients, or shrunk to less than can be read
-IMAGE_BYTES = 500_000  # as results of about 1 MB are refused by others
-STATE_LIMIT = 32 << 20  # bytes that a call's variables may come to
+FORMS_LIMIT = 32  # of rich output for one value
+RICH_COST = 512  # characters that each piece of rich output counts for besides its own; bounds how many there are
+IMAGE_SIDE = 2000  # pixels: some clients refuse more, or shrink it until it is illegible
+IMAGE_BYTES = 500_000  # other clients refuse results of about 1 MB
+STATE_LIMIT = 32 << 20  # bytes of variables passed into a call, or returned by it
 STATE_DEPTH = 64
 PLAIN_TYPES = {type(None), bool, str, int, float, list, tuple, dict}
 NAME_LIMIT = 1000  # characters of a variable's name
 STATE_PARTS = 1_000_000  # values within values
-PART_COST = 64  # bytes that a frame counts for beside its data
-DATA_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes of all that a call returns beside its output and its report
-FILES_LISTED = 100  # of those that a call made or changed
-FILES_SEEN = 5000  # more in the working directory are not looked at
-FILE_LIMIT = 64 << 10  # bytes of a new file that are returned when its sandbox ends with the call
-FILES_LIMIT = 256 << 10  # bytes of all of them
-READ_LIMIT = 1 << 20  # bytes of a file read at a time
+PART_COST = 64  # bytes that a frame counts for besides its data
+DATA_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes that a call returns besides its output and report
+FILES_LISTED = 100  # of the files that a call made or changed
+FILES_SEEN = 5000  # files in the working directory; any more are not looked at
+FILE_LIMIT = 64 << 10  # bytes of a new or changed file that is returned when its sandbox ends with the call
+FILES_LIMIT = 256 << 10  # bytes of all such files
+READ_LIMIT = 1 << 20  # bytes per read of a file
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
-PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, and in no file system
-PLUG_UID = 65533  # `docker exec` can be this user; the code, as 65534 and without capabilities, never
+PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
+PLUG_UID = 65533  # `docker exec` can run as this user; the code, being 65534 without capabilities, can't
 
-# System calls that code here can do without, and that exploits start from; their numbers on x86_64 and on aarch64.
-# Docker's own filter lets some pass, Podman's others, gVisor has none. clone3 has to go as a whole, as it keeps its
-# flags where no filter can see them; the C library falls back from it.
+# System calls that exploits start from and the code can do without, with their numbers on x86_64 and on aarch64.
+# Docker's own filter passes some of them, Podman's passes others, and gVisor has none. clone3 is refused altogether,
+# as it keeps its flags where no filter can see them; the C library falls back to clone.
 REFUSED_CALLS = (
     ("io_uring_setup", 425, 425, errno.EPERM),
     ("io_uring_enter", 426, 426, errno.EPERM),
@@ -708,7 +708,7 @@ REFUSED_CALLS = (
     ("vmsplice", 278, 75, errno.EPERM),
     ("clone3", 435, 435, errno.ENOSYS),
 )
-NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; and gVisor lets anybody kill process 1
+NOT_TO_PROCESS_1 = (  # allowed between processes of the same user; and gVisor lets any process kill process 1
     ("kill", 62, 129),
     ("tkill", 200, 130),
     ("tgkill", 234, 131),
@@ -720,22 +720,22 @@ NOT_TO_PROCESS_1 = (  # what one may do to another process of one's own user; an
     ("sched_setaffinity", 203, 122),
     ("sched_setattr", 314, 274),
 )
-SOCKET_FAMILIES = (1, 2, 10)  # unix, inet, inet6: the others reach past namespaces, such as vsock
-NETLINK, NETLINK_ROUTE = 16, 0  # which the C library asks for interfaces; the other protocols have had hole after hole
-NAMESPACE_FLAGS = 0x7E020000  # of clone, for a new namespace of any kind
+SOCKET_FAMILIES = (1, 2, 10)  # unix, inet, inet6: others, such as vsock, reach past namespaces
+NETLINK, NETLINK_ROUTE = 16, 0  # the C library lists interfaces with it; the other protocols have had hole after hole
+NAMESPACE_FLAGS = 0x7E020000  # clone's flags for new namespaces of any kind
 
 with contextlib.suppress(ImportError):  # on Windows, where only the host's part runs
-    import resource  # now, and not by os.wait4 in the midst of the first call
+    import resource  # now: os.wait4() would import it in the middle of the first call
 
 
 class Channel:
-    """Frames over a descriptor to read from and one to write to.
+    """A channel for frames: one descriptor to read from and one to write to.
 
-    A frame is a JSON object on a line of its own. Where that has `data`, a number, so many bytes follow it just as they
-    are: for what is large JSON would cost more than all else on the way. In memory `data` is these bytes.
+    A frame is a JSON object on a line of its own. If its `data` is a number, that many raw bytes follow the line: large
+    data would cost more as JSON than everything else on its way. In memory, `data` holds those bytes.
 
-    Blocks exactly where its descriptors do: the supervisor makes them non-blocking and so never waits in here; the
-    worker leaves them blocking and so needs no loop of its own.
+    A channel blocks exactly where its descriptors do: the supervisor makes them non-blocking and so never waits here;
+    the worker leaves them blocking and so needs no loop of its own.
     """
 
     def __init__(self, reader: int, writer: int) -> None:
@@ -750,8 +750,8 @@ class Channel:
         """Read once, and yield the frames that are complete.
 
         Raises:
-            EOFError: nobody holds the other end any more.
-            ValueError: what came is not a frame, or is too large.
+            EOFError: the other end is closed.
+            ValueError: the data is not a frame, or is too large.
         """
         try:
             data = os.read(self.reader, PART)
@@ -766,7 +766,7 @@ class Channel:
             yield frame
 
     def _next(self) -> dict[str, Any] | None:
-        """The first frame of what has come, if it is complete."""
+        """Return the first frame received, or None if it is not complete yet."""
         if self._head is None:
             end = self._inbox.find(b"\n", self._searched)
             if end < 0:
@@ -799,25 +799,25 @@ class Channel:
         return frame
 
     def send(self, frame: dict[str, Any]) -> None:
-        """Queue a frame, its data in parts if it is long, and write what the descriptor takes."""
+        """Queue a frame, splitting long data into parts, and write what the descriptor takes."""
         for part in in_parts(frame):
             self.queue(part)
             self.flush()
 
     def queue(self, frame: dict[str, Any]) -> None:
-        """Queue a frame, to be written with what follows."""
+        """Queue a frame, to be written together with the next ones."""
         self.outbox += head(frame)
         self.outbox += frame.get("data", b"")
 
     def flush(self) -> None:
-        """Write what is queued until nothing is, or the descriptor would block."""
+        """Write until the outbox is empty or the descriptor would block."""
         try:
             while self.outbox:
                 del self.outbox[: os.write(self.writer, self.outbox)]
         except BlockingIOError:
             pass
         except (BrokenPipeError, ConnectionResetError):
-            self.outbox.clear()  # whoever reads the other direction meets the end of file, and decides
+            self.outbox.clear()  # reading from the channel meets EOF, and the reader decides
 
     def set_blocking(self, blocking: bool) -> None:
         """Make both descriptors blocking or non-blocking."""
@@ -831,7 +831,7 @@ class Channel:
 
 
 def in_parts(frame: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A frame, ahead of which goes what of its data is too much for one."""
+    """Yield a frame, preceded by `part` frames with the data that is too much for one."""
     data = memoryview(frame.get("data", b""))
     word = "op" if "op" in frame else "kind"
     last = max(0, len(data) - 1) // PART * PART
@@ -841,32 +841,32 @@ def in_parts(frame: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def head(frame: dict[str, Any]) -> bytes:
-    """The line that a frame travels as, or that goes ahead of its data."""
+    """Return the line of a frame; its data, if any, follows it."""
     fields = {**frame, "data": len(frame["data"])} if "data" in frame else frame
     return ENCODER.encode(fields).encode() + b"\n"
 
 
 class Call:
-    """What the supervisor keeps about the call that is running."""
+    """State of the running call, as the supervisor keeps it."""
 
     def __init__(self, request: dict[str, Any], grace: float) -> None:
         self.id: str = request["id"]
-        self.grace = grace  # seconds between an interruption and the kill
+        self.grace = grace  # seconds between interrupting the code and killing it
         self.started = time.monotonic()
         self.deadline: float = self.started + request["timeout"]
-        self.nudge = self.kill_at = math.inf  # when to interrupt once more, and when to give up
-        self.stopped_for: str | None = None  # "timeout" or "cancelled", once it was interrupted
+        self.nudge = self.kill_at = math.inf  # when to interrupt again, and when to kill
+        self.stopped_for: str | None = None  # "timeout" or "cancelled" once interrupted
         limit: int | None = request["output_limit"]
         self.limited = limit is not None
-        self.recycle: bool = request["recycle"]  # whether to undo what it leaves, if the worker survives it
-        self.head_left = (limit or 0) * 3 // 4  # bytes that still pass at once
+        self.recycle: bool = request["recycle"]  # whether to clean up after it if the worker survives
+        self.head_left = (limit or 0) * 3 // 4  # bytes of output that are still passed on at once
         self.tail_left = (limit or 0) - self.head_left
-        self.tail: deque[tuple[str, bytes]] = deque()  # of (stream, text): the end of the output, kept to the end
-        self.omitted = 0  # bytes between head and tail
+        self.tail: deque[tuple[str, bytes]] = deque()  # (stream, text): the end of the output, held until the call ends
+        self.omitted = 0  # bytes dropped between head and tail
         self.data_left = DATA_LIMIT
 
     def interrupt(self, reason: str) -> bool:
-        """Start the clock of the interruption; False if it is ticking already."""
+        """Start the grace period of an interruption; return False if it has started already."""
         if self.stopped_for:
             return False
         now = time.monotonic()
@@ -875,11 +875,11 @@ class Call:
         return True
 
     def next_due(self) -> float:
-        """When something has to be done about this call if it does not end before."""
+        """Return when the supervisor has to act on this call, unless it ends first."""
         return min(self.deadline, self.nudge, self.kill_at)
 
     def admit(self, stream: str, text: str) -> str:
-        """What of this output passes at once. The rest goes to the tail, and pushes older output out of that."""
+        """Return the part of this output to pass on at once; the rest goes to the tail and pushes older output out."""
         if not self.limited:
             return text
         data = text.encode()
