@@ -907,7 +907,7 @@ EXCEPTION_FIELDS = {
     "traceback": (str,),
     "missing": (str, NONE),
 }
-WORKER_FIELDS = {  # by kind, what a frame of the worker's has beside `id` and `kind`, and of which types
+WORKER_FIELDS = {  # by kind: the fields of a worker's frame besides `id` and `kind`, with their types
     "part": {"data": (bytes,)},
     "display": {"data": (bytes,), "is_value": (bool,)},
     "text": {"data": (bytes,), "name": (str,)},
@@ -928,7 +928,7 @@ WORKER_FIELDS = {  # by kind, what a frame of the worker's has beside `id` and `
 
 
 def check_worker_frame(frame: dict[str, Any]) -> None:
-    """Refuse a frame that our worker can't have sent: then the code did, and the host must not be troubled with it.
+    """Refuse a frame that the worker can't have sent: the user's code forged it, and it must not reach the host.
 
     Raises ValueError.
     """
@@ -948,12 +948,12 @@ def check_worker_frame(frame: dict[str, Any]) -> None:
                 raise ValueError("a file that is not a path and a size")
     if any(type(text) is not str for text in texts):
         raise ValueError("a list of texts with something else in it")
-    if len(head(frame)) > MAX_FRAME - PART:  # as it goes on to the host, with some fields more
+    if len(head(frame)) > MAX_FRAME - PART:  # the supervisor adds some fields before passing it on
         raise ValueError("a frame that is too long")
 
 
 def require_fields(fields: dict[str, Any], known: Any) -> None:
-    """Refuse fields that are not known, or not of their type; an absent one counts as None. Raises ValueError."""
+    """Refuse unknown fields and those of a wrong type; an absent one counts as None. Raises ValueError."""
     for name in [*known, *fields]:
         value = fields.get(name)
         if type(value) not in known.get(name, ()):
@@ -963,7 +963,7 @@ def require_fields(fields: dict[str, Any], known: Any) -> None:
 
 
 def frame_cost(frame: dict[str, Any]) -> int:
-    """Bytes that a frame of a call's counts for towards DATA_LIMIT: as an object it takes some, however small it is."""
+    """Return the bytes a frame counts towards DATA_LIMIT: even a tiny one costs the host an object."""
     size = len(frame.get("data", b"")) + len(frame.get("name", ""))
     return size + (RICH_COST if frame["kind"] == "display" else PART_COST)
 
@@ -971,8 +971,9 @@ def frame_cost(frame: dict[str, Any]) -> int:
 class Supervisor:
     """Process 1 of the sandbox: holds the channel to the host, and forks, watches and replaces the worker.
 
-    It runs no user's code, has one thread and waits only in select, so it answers whether the worker is busy, stopped,
-    crashed or gone. With a session it outlives its host: it is then detached, and can be plugged into again.
+    It never runs the user's code, has one thread and waits without a time limit only in select(), so it answers even
+    when the worker is busy, stopped, crashed or gone. With a session it outlives its host: it stays, detached, and
+    another host can plug into it.
     """
 
     def __init__(self, channel: Channel, settings: dict[str, Any]) -> None:
@@ -984,42 +985,42 @@ class Supervisor:
         self.session: str | None = None
         self.call: Call | None = None
         self.begun: str | None = None  # id of the last call
-        self.unread: str | None = None  # the same, until its end has been told to a host
-        self.told = 0  # bytes of that call's output that a host has been told
-        self.kept = True  # whether the last call left the variables as it found or made them
+        self.unread: str | None = None  # the same, until a host has been sent its end
+        self.told = 0  # bytes of that call's output sent to a host
+        self.kept = True  # whether the variables survived the last call
         self.backlog: deque[dict[str, Any]] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
-        self.worker = 0  # process id; forked when all is preloaded or the first call comes, 0 until then
+        self.worker = 0  # process id; 0 until it is forked, after preloading or for the first call
         self.control: Channel | None = None
         self.worker_fds: set[int] = set()
         self.pipes: dict[str, int] = {}
-        self.waiting: str | None = None  # the stream whose output waits in its pipe for more
+        self.waiting: str | None = None  # the stream whose output is left in its pipe to be read with more
         self.waits_until = math.inf
-        self.flows = False  # whether the last output filled a whole read, so that nothing is won by waiting
+        self.flows = False  # whether the last output filled a whole read, so that waiting gains nothing
         self.decoders: dict[str, codecs.IncrementalDecoder] = {}
         self.worker_used = False
-        self.worker_cpu = 0.0  # seconds, up to its last report
-        self.lost: str | None = None  # why the session's variables went while no call was running
-        self.earlier = bytearray()  # output from between the calls
+        self.worker_cpu = 0.0  # CPU seconds up to the worker's last report
+        self.lost: str | None = None  # why the session's variables were lost while no call was running
+        self.earlier = bytearray()  # output written between calls
         self.started = self.active = time.monotonic()
         self.memory_events = open_memory_events()
         self.oom_kills = count_oom_kills(self.memory_events)
-        # What is installed for all may do anything when imported, so process 1 imports only what is the image's own.
-        self.installed = package_folders(settings["packages"], None)  # at the start
+        # Packages installed for all sessions may do anything when imported, so process 1 imports only the image's own.
+        self.installed = package_folders(settings["packages"], None)  # when the sandbox started
         self.preload: list[str] = [] if self.installed else list(settings["preload"])
-        self.prepared = False  # whether the host has been told that there is a worker with all that
-        self.packages: str | None = None  # the folder with what was installed for the session
-        self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor can be read
+        self.prepared = False  # whether the host has been told that a worker with these modules is ready
+        self.packages: str | None = None  # folder of the packages installed for the session
+        self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
 
     def run(self) -> None:
-        """Serve until the sandbox has no more reason to exist."""
+        """Serve until the sandbox is no longer needed."""
         assert self.channel is not None
         allow_inspection(False)
         unfiltered = filter_system_calls()
         self._catch_children()
         self._listen()
-        warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")  # which show() is, here
+        warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")  # show() works here
         self._attach(self.channel)
         if unfiltered:
             text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
@@ -1048,7 +1049,7 @@ class Supervisor:
             self._keep_time()
 
     def _import_next(self) -> None:
-        """Import one of the modules to preload; whoever is forked later has it at no cost."""
+        """Import one of the modules to preload; workers forked later have it at no cost."""
         name = self.preload.pop(0)
         try:
             importlib.import_module(name)
@@ -1064,7 +1065,7 @@ class Supervisor:
             gc.freeze()  # a later collection must not touch, and so copy, the pages that workers share
 
     def _catch_children(self) -> None:
-        """Have the select call wake up when a child dies. A process inside can forge that signal: it costs a look."""
+        """Wake select() when a child dies. A process inside can forge SIGCHLD, but that only costs a check."""
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
@@ -1110,15 +1111,15 @@ class Supervisor:
         }
 
     def _tell(self, frame: dict[str, Any]) -> None:
-        """Send a frame to the host, or keep it for the next one."""
+        """Send a frame to the host or, if there is none, keep it for the next host."""
         if self.channel:
-            self.channel.queue(frame)  # the loop writes it, together with what follows at once
+            self.channel.queue(frame)  # the main loop writes it, together with what follows at once
             if frame["kind"] == "done":
                 self.unread = None
             elif frame["kind"] in ("stdout", "stderr"):
                 self.told += len(frame["data"])
         else:
-            self.backlog_left -= len(json.dumps({**frame, "data": 0}))  # of all of it: the code may have forged it
+            self.backlog_left -= len(json.dumps({**frame, "data": 0}))  # all fields: the code may have forged them
             self.backlog_left -= len(frame.get("data", b""))
             if self.backlog_left > 0 or frame["kind"] == "done":
                 self.backlog.append(frame)
@@ -1144,12 +1145,12 @@ class Supervisor:
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
-            # Our output goes to a command line whose reader has died, too: it notices, and ends, when it has to write.
+            # Write once, so that the orphaned `docker run` gets EPIPE and exits.
             self.channel.send({"id": "", "kind": "farewell"})
             self._detach(self.session is not None or self.begun is None)
 
     def _detach(self, stay: bool) -> None:
-        """Let go of the host, and of life if nobody could want what is here, or come for it."""
+        """Detach from the host; exit if there is nothing to `stay` for, or if plugs can't be authenticated here."""
         if not stay or not peers_are_told():
             os._exit(0)
         assert self.channel is not None
@@ -1168,7 +1169,7 @@ class Supervisor:
         self.sources[listener.fileno()] = lambda: self._admit(listener)
 
     def _admit(self, listener: socket.socket) -> None:
-        """Answer a plug: tell our state, or take its standard input and output over as the channel."""
+        """Answer a plug: take over its standard input and output as the channel, or tell it the supervisor's status."""
         connection = listener.accept()[0]
         connection.settimeout(1)
         try:
@@ -1186,13 +1187,13 @@ class Supervisor:
             self.plug, self.owner = connection, request["owner"]
             self._attach(Channel(reader, writer))
         except (OSError, ValueError, LookupError, TypeError, struct.error):
-            pass  # a plug that went away, or that talks nonsense: it sees its connection close
+            pass  # the plug went away, or sent nonsense: it sees its connection close
         finally:
             if self.plug is not connection:
                 connection.close()
 
     def _is_meant(self, request: dict[str, Any]) -> bool:
-        """Whether a plug comes for this session or, as long as it is nobody's, for a sandbox made just like this."""
+        """Whether a plug wants this session or, if there is none yet, a sandbox with the same settings."""
         if self.session is None:
             return bool(request["settings"] == self.settings["digest"])
         return bool(request["session"] == self.session)
@@ -1200,7 +1201,7 @@ class Supervisor:
     # ── the worker ──
 
     def _fork(self) -> None:
-        """Start a worker with its own session, /dev/null, a pipe for each output and a socket to us; nothing else."""
+        """Fork a worker, in its own setsid() session, with /dev/null, two pipes and a socket to the supervisor only."""
         out, err = os.pipe(), os.pipe()
         ours, theirs = socket.socketpair()
         self.worker = os.fork()
@@ -1210,7 +1211,7 @@ class Supervisor:
                 worker = Worker(Channel(3, 3), self.settings)
                 if self.installed and self.settings["preload"] and self.session is None:
                     worker.preload(self.installed, self.settings["preload"])
-                if not self.prepared:  # once: no frame goes without waking all who pass it on
+                if not self.prepared:  # once: every frame wakes each process that relays it
                     worker.rehearse()
                     worker.control.send({"id": "", "kind": "prepared"})
                 worker.serve()
@@ -1243,7 +1244,7 @@ class Supervisor:
             folders = package_folders(self.settings["packages"], request["packages"])
             fits = not self.settings["preload"] or self.installed == folders
             self.channel.send({"id": request["id"], "kind": "begun" if fits else "unfit"})
-            if not fits:  # it has imported what is no longer what the code is to have: another sandbox has to do
+            if not fits:  # what it preloaded is not what this code is to import: the host needs another sandbox
                 return
         self.session = request["session"]
         self.packages = request["packages"] = request["packages"] or self.packages
@@ -1289,7 +1290,7 @@ class Supervisor:
                     raise ValueError("more data than a call may return")
                 kind = frame["kind"]
                 if kind in ("display", "done"):
-                    self._read_all_output()  # what was written before comes before
+                    self._read_all_output()  # output written before this frame goes before it
                 if kind == "done":
                     self._conclude(frame)
                 else:
@@ -1297,12 +1298,12 @@ class Supervisor:
                 if kind == "display":
                     self._to_worker({"op": "displayed"})
         except EOFError:
-            del self.sources[self.control.reader]  # it is dying; or it closed its end, and then time will tell
+            del self.sources[self.control.reader]  # the worker is dying; or it closed its end, and the timeout will act
         except ValueError as error:
             self._abandon(f"the code broke the protocol between worker and supervisor: {error}")
 
     def _await_output(self, stream: str) -> None:
-        """Let output wait for more; not while the other stream goes on, though, as this would change their order."""
+        """Let output wait for more, unless the other stream's is waiting too: that would change their order."""
         if self.waiting:
             self._read_all_output()
         else:
@@ -1310,7 +1311,7 @@ class Supervisor:
 
     def _read_all_output(self) -> None:
         for stream in sorted(self.pipes, key=lambda stream: stream != self.waiting):
-            for _ in range(32):  # bounded: a child of the code's may write for ever
+            for _ in range(32):  # bounded: a child process of the code may never stop writing
                 if not self._read_output(stream):
                     break
         self.waiting = None
@@ -1335,7 +1336,7 @@ class Supervisor:
             self._tell({"id": self.call.id, "kind": stream, "data": text.encode()})
 
     def _conclude(self, report: dict[str, Any], lost: bool = False) -> None:
-        """End the call with the worker's account of it or, if the worker is gone (`lost`), with ours."""
+        """End the call with the worker's report or, if the worker is gone (`lost`), with the supervisor's own."""
         call = self.call
         assert call is not None
         for stream, decoder in self.decoders.items():
@@ -1370,7 +1371,7 @@ class Supervisor:
             self._recycle(call.id)
 
     def _recycle(self, call_id: str) -> None:
-        """Undo whatever a call may have left, look whether anything is left nevertheless, and tell."""
+        """Undo whatever a call may have left, check whether anything remains, and tell the host."""
         kill_all_others(self.grace)
         self._forget_worker()
         self.earlier.clear()
@@ -1386,7 +1387,7 @@ class Supervisor:
     # ── time, interruption and death ──
 
     def _patience(self) -> float | None:
-        """Seconds until something is due."""
+        """Return the seconds until something is due, or None if nothing is."""
         if not self.worker:
             return 0.0
         if self.call:
@@ -1395,7 +1396,7 @@ class Supervisor:
         return None if end == math.inf else max(0.0, end - time.monotonic())
 
     def _end(self) -> float:
-        """When the sandbox ends by itself if nobody uses it."""
+        """Return when the sandbox ends by itself if it stays unused."""
         if self.session is not None:
             return self.active + self.idle_timeout
         return math.inf if self.channel else self.active + float(self.settings["adoption_time"])
@@ -1404,14 +1405,14 @@ class Supervisor:
         now = time.monotonic()
         if self.call is None:
             if now >= self._end():
-                if self.channel:  # a call that is on its way has not begun, and the host should know
+                if self.channel:  # tell the host that a call already on its way has not begun
                     self.channel.send({"id": "", "kind": "expired"})
                 os._exit(0)
         elif now >= self.call.kill_at:
             self._abandon(None)
         elif now >= self.call.nudge:
             self.call.nudge = math.inf
-            self._signal_worker()  # code in os.system() ignored the first one, only the command obeyed
+            self._signal_worker()  # during os.system() Python ignores SIGINT, so only the command got the first one
         elif now >= self.call.deadline:
             self._interrupt("timeout", self.call.id)
 
@@ -1425,13 +1426,13 @@ class Supervisor:
             os.killpg(self.worker, signal.SIGINT)
 
     def _abandon(self, message: str | None) -> None:
-        """Give the worker up, with everything it started."""
+        """Kill the worker and everything it started, and conclude its call."""
         os.kill(self.worker, signal.SIGKILL)
         _, status, usage = os.wait4(self.worker, 0)
         self._replace_worker(status, usage, message)
 
     def _reap(self) -> None:
-        """Collect dead children, as process 1 has to; if the worker is one of them, replace it."""
+        """Reap dead children, as process 1 has to; if the worker is one of them, replace it."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -1441,7 +1442,7 @@ class Supervisor:
                     self._replace_worker(status, usage, None)
 
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
-        """Bury a dead worker: nothing that it started survives it, its call is concluded, and a new one is there."""
+        """Clean up after a dead worker: kill all that it started and conclude its call; `run` forks the next one."""
         kill_all_others(self.grace)
         self._read_all_output()
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
@@ -1450,7 +1451,7 @@ class Supervisor:
             memory = usage.ru_maxrss * 1024
             self._conclude({"exit_code": code, "message": message, "cpu": cpu, "memory": memory}, lost=True)
         elif not self.worker_used:
-            os._exit(71)  # a worker that dies before it got a call would do so for ever
+            os._exit(71)  # a worker that dies before its first call would do so every time
         else:
             self.lost = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         self._forget_worker()
