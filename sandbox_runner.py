@@ -1464,7 +1464,7 @@ class Supervisor:
 
 
 def package_folders(root: str, own: str | None) -> list[str]:
-    """The folders with what is installed for a session (`own`) and for all, in this order, as far as they exist."""
+    """Return the existing folders of packages installed for a session (`own`) and for all sessions, in this order."""
     shared = None
     with contextlib.suppress(OSError):
         shared = os.readlink(f"{root}/shared")
@@ -1472,7 +1472,7 @@ def package_folders(root: str, own: str | None) -> list[str]:
 
 
 def peers_are_told() -> bool:
-    """Whether a socket tells who is at its other end. gVisor's (in 2022) tells who asks: then no plug can be known."""
+    """Whether SO_PEERCRED names the peer. gVisor's (in 2022) names the caller, so no plug can be authenticated."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{PLUG_ADDRESS}-{os.urandom(8).hex()}")
     listener.listen()
@@ -1498,14 +1498,14 @@ def peers_are_told() -> bool:
 
 
 def open_inside(folder: str, path: str) -> int:
-    """A descriptor of a regular file below `folder`, reached without following a link or leaving it. Raises OSError."""
+    """Open a regular file below `folder` without following a link or leaving the folder. Raises OSError."""
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise OSError(errno.EINVAL, "not a path inside the working directory")
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     for part in parts:
         last = part is parts[-1]
-        kind = os.O_NONBLOCK if last else os.O_DIRECTORY  # a pipe by that name must not make us wait
+        kind = os.O_NONBLOCK if last else os.O_DIRECTORY  # opening a pipe of that name must not block
         try:
             inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=fd)
         finally:
@@ -1518,7 +1518,7 @@ def open_inside(folder: str, path: str) -> int:
 
 
 def kill_all_others(patience: float) -> None:
-    """Kill every process that we may kill, all but process 1 and the plug, and reap them within so many seconds."""
+    """Kill all that process 1 may kill (not itself, nor the plug), and reap them for up to `patience` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
     end = time.monotonic() + patience
@@ -1529,8 +1529,8 @@ def kill_all_others(patience: float) -> None:
 
 
 def empty_folder(folder: str) -> None:
-    """Remove what is in a folder, as far as that can be done."""
-    import shutil  # only now: it brings modules for every kind of archive, and most sandboxes never come here
+    """Remove the contents of a folder, except what can't be removed."""
+    import shutil  # only here: it imports modules for every kind of archive, and few sandboxes need it
 
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
@@ -1544,7 +1544,7 @@ def empty_folder(folder: str) -> None:
 
 
 def other_processes() -> list[int]:
-    """The ids of all processes that we may kill, but our own: a plug that looks at us just now is not one."""
+    """Return the ids of all other processes that the supervisor may kill; a plug, as another user, is not one."""
     others = []
     for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}:
         with contextlib.suppress(PermissionError, ProcessLookupError):
@@ -1554,7 +1554,7 @@ def other_processes() -> list[int]:
 
 
 def system_v_objects() -> int:
-    """How many shared memory segments, semaphores and message queues there are, which outlive their processes."""
+    """Count the shared memory segments, semaphores and message queues, which outlive their processes."""
     count = 0
     for kind in ("shm", "sem", "msg"):
         with contextlib.suppress(OSError):
@@ -1563,7 +1563,7 @@ def system_v_objects() -> int:
 
 
 def prepare_caches() -> None:
-    """Give Matplotlib the list of fonts that the image has, and that would take it seconds to make."""
+    """Give Matplotlib the image's list of fonts, which would take it seconds to build."""
     with contextlib.suppress(OSError):
         os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
         for name in os.listdir(SHIPPED_CACHE):
@@ -1571,18 +1571,18 @@ def prepare_caches() -> None:
 
 
 def become_worker(descriptors: tuple[int, int, int, int]) -> None:
-    """Cut a freshly forked process off from the supervisor's session, signals, privacy and descriptors."""
+    """Cut a freshly forked worker off from the supervisor's session, signals, PR_SET_DUMPABLE and descriptors."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for target, fd in enumerate(descriptors):  # 0 to 2 are never among them, so nothing is overwritten before its turn
+    for target, fd in enumerate(descriptors):  # none of them is 0 to 2, so none is overwritten before its turn
         os.dup2(fd, target, inheritable=target < 3)
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd > 3:
             with contextlib.suppress(OSError):
                 os.close(fd)
     allow_inspection(True)
-    with contextlib.suppress(OSError):  # the first victim when memory runs out, so that the supervisor lives to tell
+    with contextlib.suppress(OSError):  # killed first when memory runs out, so that the supervisor lives to report it
         write_kernel_file("/proc/self/oom_score_adj", b"1000")
 
 
@@ -1594,16 +1594,16 @@ def allow_inspection(allowed: bool) -> None:
 
 @functools.lru_cache(None)
 def libc() -> Any:
-    """The C library; opened once, for all that are forked."""
+    """Return the C library, opened once for all forked processes."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 def filter_program(machine: str) -> bytes | None:
-    """A filter of system calls, in the kernel's BPF, for this kind of machine; None where the numbers are not known.
+    """Return a system call filter in BPF for this kind of machine, or None if its call numbers are not known here.
 
-    It refuses what REFUSED_CALLS names, what is done to process 1, new namespaces, sockets of other families, netlink
-    but for its routing protocol, and all that comes by another door: x86_64 kernels also take the calls of 32-bit
-    programs, numbered otherwise, and those of x32, numbered from 2**30.
+    The filter refuses REFUSED_CALLS, NOT_TO_PROCESS_1 on process 1, new namespaces, sockets outside SOCKET_FAMILIES
+    (except NETLINK_ROUTE), and system calls in another ABI: x86_64 kernels also take those of 32-bit programs, which
+    are numbered differently, and those of x32, which are numbered from 2**30.
     """
     if machine not in ("x86_64", "aarch64"):
         return None
@@ -1617,7 +1617,7 @@ def filter_program(machine: str) -> bytes | None:
 
     steps = [
         (load, 0, 0, architecture),
-        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # in a jump: how many steps if so, and if not
+        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # in a jump: steps to skip if true, and if false
         refuse(errno.ENOSYS),
         (load, 0, 0, 0),
         (at_least, 0, 1, 1 << 30),
@@ -1639,7 +1639,7 @@ def filter_program(machine: str) -> bytes | None:
 
 
 def filter_system_calls() -> str | None:
-    """Have the kernel refuse what `filter_program` says, to this process and all that it will fork; why not, if not."""
+    """Install `filter_program` for this process and all that it will fork; return the reason if that fails."""
     code = filter_program(os.uname().machine)
     if code is None:
         return f"its numbers are not known for {os.uname().machine}"
@@ -1652,7 +1652,7 @@ def filter_system_calls() -> str | None:
 
 
 def open_memory_events() -> int:
-    """A descriptor of where the kernel says what became of this container's memory; -1 if it does not say."""
+    """Open the kernel's file of memory events in this container; return its descriptor, or -1 if there is none."""
     for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
         with contextlib.suppress(OSError):
             return os.open(path, os.O_RDONLY)
@@ -1660,14 +1660,14 @@ def open_memory_events() -> int:
 
 
 def count_oom_kills(events: int) -> int:
-    """How many processes the kernel has killed in this container for want of memory; 0 where it does not say."""
+    """Return how many processes the kernel's OOM killer has killed in this container; 0 if that is not known."""
     with contextlib.suppress(OSError, IndexError):
         return int(os.pread(events, 4096, 0).partition(b"\noom_kill ")[2].split()[0])
     return 0
 
 
 def read_kernel_file(path: str) -> str:
-    """A small file in /proc or /sys, in a third of the system calls that open() makes: each call reads some."""
+    """Read a small file in /proc or /sys, with a third of open()'s system calls: every recycling reads several."""
     fd = os.open(path, os.O_RDONLY)
     try:
         return os.read(fd, 1 << 16).decode()
@@ -1676,7 +1676,7 @@ def read_kernel_file(path: str) -> str:
 
 
 def write_kernel_file(path: str, text: bytes) -> None:
-    """The same the other way."""
+    """Write a small file in /proc or /sys."""
     fd = os.open(path, os.O_WRONLY)
     try:
         os.write(fd, text)
@@ -1685,7 +1685,7 @@ def write_kernel_file(path: str, text: bytes) -> None:
 
 
 def memory_in_use() -> int | None:
-    """Bytes charged to the container."""
+    """Return the bytes of memory charged to the container, or None if that is not known."""
     for path in ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             return int(read_kernel_file(path))
@@ -1693,7 +1693,7 @@ def memory_in_use() -> int | None:
 
 
 def clip(text: str, limit: int) -> str:
-    """`text` within about `limit` characters: head and tail, and between them how much was left out."""
+    """Shorten `text` to about `limit` characters: head, tail, and between them how much was left out."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3
@@ -1701,35 +1701,35 @@ def clip(text: str, limit: int) -> str:
 
 
 def class_name(value: Any) -> str:
-    """The name of a value's class, whatever its metaclass or its `__class__` says."""
+    """Return the name of a value's class, whatever its metaclass or its `__class__` says."""
     return str(vars(type)["__name__"].__get__(type(value)))
 
 
 def module_name(value: Any) -> str:
-    """The name of the module that a value's class says it is from."""
+    """Return the name of the module that a value's class claims to be from."""
     return exact(vars(type)["__module__"].__get__(type(value)))
 
 
 def exact(text: Any) -> str:
-    """A text as a plain `str`: a subclass of the code's may lie about its length, or about anything."""
+    """Return a text as a plain `str`, since a subclass may lie about anything; and "" for what is no text."""
     return str.__str__(text) if issubclass(type(text), str) else ""
 
 
 def failure_of(error: BaseException) -> str:
-    """An exception in a line: the name of its class and, if it has one, its text."""
+    """Return an exception in one line: the name of its class and, if it has one, its message."""
     said = ""
-    with contextlib.suppress(BaseException):  # it is the code's own __str__
+    with contextlib.suppress(BaseException):  # the code's own __str__ may raise anything
         said = " ".join(exact(str(error)).split())
     return clip(f"{class_name(error)}: {said}".rstrip(": "), 300)
 
 
 def describe(value: Any) -> str:
-    """A value's repr or, if it has none, other words for it."""
+    """Return a value's repr or, if that raises, a substitute for it."""
     try:
         return exact(repr(value))
-    except BaseException as error:  # an interruption, too: that it came is known elsewhere
+    except BaseException as error:  # an interruption, too: it is recorded elsewhere
         failure = failure_of(error)
-    if type(value) is int and 10_000 < value.bit_length() < 10_000_000:  # has more digits than Python turns into text
+    if type(value) is int and 10_000 < value.bit_length() < 10_000_000:  # more digits than Python converts to text
         number = abs(value)
         digits = int(number.bit_length() * math.log10(2))
         digits += number >= 10**digits
@@ -1739,37 +1739,37 @@ def describe(value: Any) -> str:
 
 
 def exit_code_of(code: Any) -> int:
-    """The status that Python's command line would end with for SystemExit's code."""
+    """Return the exit status that Python's command line would give for SystemExit's `code`."""
     if not issubclass(type(code), int):
         return int(code is not None)
-    number = int.__add__(code, 0)  # a plain int, also of a bool or the code's own subclass
+    number = int.__add__(code, 0)  # a plain int, even if it was a bool or of the code's own subclass
     return number & 0xFF if -(1 << 63) <= number < 1 << 63 else 0xFF
 
 
 def source_lines(code: str) -> list[str]:
-    """The lines of code as Python counts them: str.splitlines() also splits at form feeds, U+2028 and the like."""
+    """Return the lines of code as Python counts them: str.splitlines() also splits at form feeds, U+2028 and others."""
     return io.StringIO(code, newline=None).readlines()
 
 
 class Stream(io.TextIOWrapper):
-    """Standard output or errors; unlike its base class it has room for an attribute (see `passes_on`)."""
+    """Standard output or errors, with an instance `__dict__` for `passes_on` to use."""
 
 
 def is_same_file(fd: int, other: int) -> bool:
-    """Whether two descriptors are of one file, pipe or the like; not if one of them is closed."""
+    """Whether two descriptors refer to the same file, pipe or socket; False if either is closed."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(fd), os.fstat(other))
     return False
 
 
 def passes_on(stream: Any, real: Stream) -> bool:
-    """Whether something that took a standard stream's place writes to that stream in the end."""
+    """Whether the replacement of a standard stream ends up writing to that stream."""
     heard: list[str] = []
     vars(real)["write"] = heard.append
     try:
         stream.write("")
         return bool(heard) or is_same_file(stream.fileno(), real.fileno())
-    except BaseException:  # whatever it is, it writes nowhere that we know
+    except BaseException:  # whatever it is, it is not known to write there
         return False
     finally:
         del vars(real)["write"]
