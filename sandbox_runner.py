@@ -2689,8 +2689,9 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_packages(task: dict[str, Any]) -> dict[str, Any]:
-    """Make the set of the shared one, the base and one more requirement, unless it exists; return what it holds.
+    """Make the set that adds one requirement to the shared set and the base, unless it exists.
 
+    Returns its folder, what is new in it, all that it holds, and the version of the package that the image has, if any.
     A set is a folder whose contents never change once it has its name; `shared` is a link to the one for all sessions.
     """
     root = f"{PACKAGES}/{task['image']}"
