@@ -1786,9 +1786,9 @@ class Worker:
         self.call: str | None = None
         self.calls = 0
         self.filename = ""
-        self.codes: dict[str, str] = {}  # what was run, by the file name it went by; the newest last
-        self.flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # and what the code imports from __future__
-        self.loop: Any = None  # of asyncio, once the code awaits something
+        self.codes: dict[str, str] = {}  # code run so far, by file name, newest last
+        self.flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # plus those of the code's __future__ imports
+        self.loop: Any = None  # asyncio's event loop, once the code awaits something
         self.rich_left = RICH_LIMIT
         self.lock = threading.RLock()  # around the control channel
         self.interruptible = self.shielded = self.interrupted = False
@@ -1820,18 +1820,18 @@ class Worker:
         self.policy.install()
 
     def preload(self, folders: list[str], modules: list[str]) -> None:
-        """Import these modules, with these folders of packages, unless a call comes first."""
+        """Import these modules, with these package folders on the path, until a call arrives."""
         self._use_packages(folders)
         for name in modules:
             if select.select([self.control.reader], [], [], 0)[0]:
                 break
-            with contextlib.suppress(Exception):  # the code that imports it will be told
+            with contextlib.suppress(Exception):  # code that imports it will get the error itself
                 importlib.import_module(name)
 
     def rehearse(self) -> None:
-        """Go through a call of nothing, so that the first real one need not wait for copies of pages that it writes to.
+        """Run an empty call, so that the first real one need not wait for copy-on-write of the pages it writes to.
 
-        The supervisor passes the report over, as it is of none of its calls.
+        The supervisor ignores the report, which belongs to none of its calls.
         """
         nothing: dict[str, Any] = {
             "id": "",
@@ -1847,8 +1847,8 @@ class Worker:
         del self.codes[self.filename]
 
     def serve(self) -> None:
-        """Run one request after the other until the supervisor is gone."""
-        state: dict[str, bytearray] = {}  # of the next call: long texts by name, and as "" all else in JSON
+        """Run one request after another until the supervisor is gone."""
+        state: dict[str, bytearray] = {}  # next call's variables: long texts by name; under "", the rest as JSON
         state_of = None
         data = bytearray()
         for frame in self.frames:
@@ -1857,7 +1857,7 @@ class Worker:
             if frame["op"] == "run":
                 try:
                     self._serve_call(frame, state)
-                except BaseException as error:  # the code left a profiler, a limit or the like that gets in our way
+                except BaseException as error:  # the code left a profiler, a limit or similar that breaks the worker
                     self._recover(frame["id"], error)
             elif frame["op"] in ("part", "text", "state"):
                 data += frame["data"]
@@ -1870,9 +1870,9 @@ class Worker:
                 yield from self.control.receive()
 
     def _restore_streams(self) -> None:
-        """Make standard output and errors text streams over descriptors 1 and 2 again.
+        """Restore sys.stdout and sys.stderr as text streams over descriptors 1 and 2.
 
-        A replacement stays if it passes on to them, as one does that also writes to a file.
+        A replacement that passes on to them, such as a tee to a file, stays.
         """
         for fd, name in ((1, "stdout"), (2, "stderr")):
             real, stream = self.streams.get(name), getattr(sys, name, None)
@@ -1889,7 +1889,7 @@ class Worker:
                 setattr(sys, f"__{name}__", real)
             elif stream is not real and not passes_on(stream, real):
                 setattr(sys, name, real)
-                is_closed = False  # which needs no word
+                is_closed = False  # a closed stream is replaced without a note
                 with contextlib.suppress(BaseException):
                     is_closed = stream is None or bool(stream.closed)
                 if not is_closed:
@@ -1897,7 +1897,7 @@ class Worker:
                     self._note(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
 
     def _flush_streams(self) -> None:
-        """Have all that was written go on its way, also to what the code has replaced, or removed."""
+        """Flush the standard streams: what the code has put in their place, and the real ones."""
         for name, real in self.streams.items():
             for stream in (getattr(sys, name, real), real):
                 try:
@@ -1910,7 +1910,7 @@ class Worker:
     # ── one call ──
 
     def _serve_call(self, request: dict[str, Any], state: dict[str, bytearray]) -> None:
-        """Run the code, then do what comes after it, and tell how it went. Nothing that the code left may stop that."""
+        """Run the code and the steps after it, then report. Nothing that the code left behind may prevent that."""
         self.calls += 1
         self.call = request["id"]
         self.rich_left = RICH_LIMIT
@@ -1937,13 +1937,13 @@ class Worker:
             self.control.send({"id": call, "kind": "done", **report})
 
     def _recover(self, call_id: str, error: BaseException) -> None:
-        """Answer a call in whose aftermath we failed, and put aside what is known to make us fail."""
+        """Answer a call whose end the worker failed to report, and disable what is known to cause such failures."""
         if os.getpid() != self.process:
             os._exit(1)
         sys.settrace(None)
         sys.setprofile(None)
         sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000))
-        message = "the interpreter, as the code left it, does not let the end of the call be told"
+        message = "the code left the interpreter in a state that prevents the call's outcome from being reported"
         kind = clip(class_name(error), 200)
         told = {"type": kind, "message": message, "line": None, "traceback": f"{kind}: {message}\n", "missing": None}
         self.interruptible = False
@@ -1952,7 +1952,7 @@ class Worker:
             self.control.send({"id": call_id, "kind": "done", "status": "error", "exception": told, "cpu": 0.0})
 
     def _attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
-        """Do what an interruption may end, once; return what ended it, be it that or an error."""
+        """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
         try:
             try:
                 self.interruptible = True
@@ -1964,7 +1964,7 @@ class Worker:
         return None
 
     def _run(self, request: dict[str, Any], state: dict[str, bytearray], report: dict[str, Any]) -> None:
-        """Run the code with its variables, and show the value that it ends with."""
+        """Run the code with its variables, and report the value of its last expression."""
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
         self._restore_streams()
@@ -1989,14 +1989,14 @@ class Worker:
     def _steps_after(
         self, request: dict[str, Any], with_state: bool, report: dict[str, Any]
     ) -> Iterator[tuple[str, Callable[[], object]]]:
-        """What is done after the code, however it ended, each with the words for it."""
+        """Yield the steps that follow the code, however it ended, each with a description for notes."""
         if request["final"]:  # as at the end of a script
             yield "waiting for threads", threading._shutdown  # type: ignore[attr-defined]
         yield "showing the figures", self._show_figures
         if with_state:
             yield "collecting the state", self._send_state
         if request["final"]:
-            yield "running what atexit has", atexit._run_exitfuncs
+            yield "running atexit callbacks", atexit._run_exitfuncs
         yield "listing the files", lambda: self._report_files(report, request["final"])
 
     def _send_state(self) -> None:
@@ -2006,7 +2006,7 @@ class Worker:
         self._send("state", variables, left_out=left_out)
 
     def _end_child(self, report: dict[str, Any]) -> None:
-        """End a process that the code forked and that has come to the end of its script, as Python would end it."""
+        """Exit a process that the code forked, when it reaches the end of its script, as Python would."""
         if "exception" in report and report["exception"]["type"] != "SystemExit":
             with contextlib.suppress(BaseException):
                 sys.stderr.write(report["exception"]["traceback"])
@@ -2014,7 +2014,7 @@ class Worker:
         os._exit(report.get("exit_code", int(report["status"] != "ok")))
 
     def _use_packages(self, folders: list[str]) -> list[str]:
-        """Make what is installed importable; the names of what had been imported in another version."""
+        """Make the installed packages importable; return the modules already imported in another version."""
         added = [path for path in folders if path not in self.packages]
         if folders != self.packages:
             others = [entry for entry in sys.path if entry not in self.packages]
@@ -2026,7 +2026,7 @@ class Worker:
         return sorted({name for path in added for name in self._replaced(path) if name in sys.modules})[:20]
 
     def _replaced(self, folder: str) -> Iterator[str]:
-        """The modules of those distributions in a folder that no other folder has in the same version."""
+        """Yield the modules of the distributions in a folder that no other folder has in the same version."""
         for entry in os.listdir(folder):
             elsewhere = (
                 os.path.exists(f"{path}/{entry}") for path in [*self.had_packages, *sys.path] if path != folder
@@ -2036,7 +2036,7 @@ class Worker:
                     yield from {re.split(r"[/.,]", line)[0] for line in record}
 
     def _list_files(self) -> dict[str, tuple[int, int]]:
-        """Path, time of change and size of the files in the working directory, but for hidden ones and bytecode."""
+        """Return the working directory's files, except hidden ones and bytecode: path to modification time and size."""
         found: dict[str, tuple[int, int]] = {}
         folders = [""]
         while folders and len(found) < FILES_SEEN:
@@ -2053,7 +2053,7 @@ class Worker:
         return found
 
     def _report_files(self, report: dict[str, Any], final: bool) -> None:
-        """Tell which files are new or changed; with the sandbox about to end, send the small ones."""
+        """Report the new and changed files; if the sandbox ends with this call, send the small ones."""
         before, self.files = self.files, self._list_files()
         changed = [path for path in sorted(self.files) if self.files[path] != before.get(path) and len(path) <= 200]
         changed = [path for path in changed if path.isprintable()][:FILES_LISTED]
@@ -2066,7 +2066,7 @@ class Worker:
                     self._send("content", file.read(FILE_LIMIT), path=path)
 
     def _evaluate(self, code: str, filename: str) -> Any:
-        """Run the code; return the value of the expression that it ends with, None if it ends otherwise."""
+        """Run the code; return the value of the expression it ends with, or None."""
         self.filename = filename
         self.codes.pop(filename, None)
         self.codes[filename] = code
@@ -2085,10 +2085,10 @@ class Worker:
         )
 
     def _execute(self, steps: list[types.CodeType]) -> Any:
-        """Run one piece after the other; the last one's value. An await in any puts all of them into the loop."""
+        """Run one piece after another, all in the event loop if any has an await; return the last one's value."""
 
         def is_coroutine(step: types.CodeType) -> bool:
-            return bool(step.co_flags & 0x80)  # inspect.CO_COROUTINE: there is an await at top level
+            return bool(step.co_flags & 0x80)  # inspect.CO_COROUTINE: it has a top-level await
 
         async def run_all() -> Any:
             value = None
@@ -2109,14 +2109,14 @@ class Worker:
         try:
             return self.loop.run_until_complete(task)
         except KeyboardInterrupt:
-            if not task.done():  # else the code itself raised it, and asyncio would wait for ever
+            if not task.done():  # else the code itself raised it, and asyncio would wait forever
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     self.loop.run_until_complete(task)
             raise
 
     def _on_interrupt(self, *_: Any) -> None:
-        """Raise KeyboardInterrupt in the code, once a call, and never in our own bookkeeping."""
+        """Raise KeyboardInterrupt in the code, at most once per step, and never in the worker's own bookkeeping."""
         if self.shielded:
             self.interrupted = True
         elif self.interruptible:
@@ -2124,7 +2124,7 @@ class Worker:
             raise KeyboardInterrupt
 
     def _teach_inspect(self) -> None:
-        """Have `inspect` find the code of the session's classes: it only knows functions by the call they are from."""
+        """Make `inspect` find the source of the session's classes; unaided, it finds that of functions only."""
         find_file = inspect.getfile
 
         def getfile(object: Any) -> str:
@@ -2139,11 +2139,11 @@ class Worker:
     # ── failures ──
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
-        """What a call's report tells of the exception that ended the code."""
+        """Describe, for the call's report, the exception that ended the code."""
         described: dict[str, Any] = {"status": "error"}
         if issubclass(type(error), SystemExit):
             code: Any = 1
-            with contextlib.suppress(BaseException):  # a subclass of the code's own may have made it anything
+            with contextlib.suppress(BaseException):  # the code's own subclass may make it anything
                 code = error.code  # type: ignore[attr-defined]  # SystemExit has it
             described["exit_code"] = exit_code_of(code)
             if code is not None and not issubclass(type(code), int):
@@ -2167,7 +2167,7 @@ class Worker:
             summary = traceback.TracebackException.from_exception(error)
             self._keep_user_frames(summary)
             text = exact("".join(summary.format() if summary.stack else summary.format_exception_only()))
-        except BaseException:  # its __cause__, __notes__, msg or the like is the code's own, and may raise anything
+        except BaseException:  # its __cause__, __notes__ or msg may be the code's own, and raise anything
             frames = [(frame.tb_frame, frame.tb_lineno) for frame in self._frames(error)]
             kept = [step for step in frames if self._is_user_file(step[0].f_code.co_filename)]
             text = "".join(traceback.StackSummary.extract(iter(kept)).format()) + f"{name}: {message}\n"
@@ -2181,7 +2181,7 @@ class Worker:
         return described
 
     def _frames(self, error: BaseException) -> Iterator[types.TracebackType]:
-        """The steps of an exception's traceback that have a line, outermost first."""
+        """Yield the entries of an exception's traceback that have a line number, outermost first."""
         frame = vars(BaseException)["__traceback__"].__get__(error)
         while frame is not None:
             if frame.tb_lineno is not None:
@@ -2189,7 +2189,7 @@ class Worker:
             frame = frame.tb_next
 
     def _keep_user_frames(self, summary: Any) -> None:
-        """Cut a traceback, and those of its causes, to the frames of the user's own code."""
+        """Reduce a traceback, and those of its causes, to the frames of the user's own code."""
         left = [summary]
         while left:  # a chain of causes may be longer than Python can recurse
             each = left.pop()
@@ -2204,14 +2204,14 @@ class Worker:
     # ── rich output ──
 
     def display(self, *values: Any) -> None:
-        """Show values in the result at this point: as images, HTML and the like if they have such a form."""
+        """Show values in the result at this point, as images, HTML or other rich forms if they have any."""
         for value in values:
             forms = self._forms(value)
             if forms is not None:
                 self._publish({"text/plain": clip(describe(value), VALUE_LIMIT), **forms})
 
     def _forms(self, value: Any) -> dict[str, str] | None:
-        """A value's rich forms. A figure that can't be drawn has none, and costs a note and nothing else."""
+        """Return a value's rich forms, or None and a note in the output for a figure that can't be drawn."""
         try:
             return rich_forms(value)
         except Exception as error:
@@ -2220,12 +2220,12 @@ class Worker:
             return None
 
     def _note(self, text: str) -> None:
-        """Have a remark of ours stand in the output."""
+        """Put a note from the worker, in brackets, into the output."""
         self._publish({"text/plain": f"[{clip(text, 500)}]"})
 
     def _publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
         if self.rich_left < 0:
-            return  # the last one said so
+            return  # a note has already said so
         data = json.dumps(bundle)
         if len(data) + RICH_COST > self.rich_left:
             note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
@@ -2235,16 +2235,16 @@ class Worker:
         self._send("display", data.encode(), is_value=is_value)
 
     def _send(self, kind: str, data: bytes, **fields: Any) -> None:
-        """Send a frame that belongs to the running call, whole even if an interruption comes in between."""
+        """Send a frame of the running call, whole even if an interruption arrives meanwhile."""
         with self.lock:
             if self.call is None:
-                return  # a thread of an earlier call: there is no result that this could go into
+                return  # from a thread that outlived its call: there is no result to put this into
             self.shielded = threading.current_thread() is threading.main_thread()
             try:
                 self.control.send({"id": self.call, "kind": kind, **fields, "data": data})
                 if kind == "display":
                     while next(self.frames)["op"] != "displayed":
-                        pass  # what the code writes from here on comes after
+                        pass  # wait, so that the code's later output comes after the display
             finally:
                 self.shielded = False
             if self.interrupted:
@@ -2252,7 +2252,7 @@ class Worker:
                 self._on_interrupt()
 
     def _matplotlib_backend(self) -> types.ModuleType:
-        """A Matplotlib backend whose `show()` puts the open figures into the result; imports Matplotlib when used."""
+        """Return a Matplotlib backend whose `show()` puts open figures into the result; using it imports Matplotlib."""
         backend = types.ModuleType("sandbox_backend")
 
         def find(name: str) -> Any:
@@ -2263,7 +2263,7 @@ class Worker:
             vars(backend).update(FigureCanvas=FigureCanvasAgg, show=lambda *_, **__: self._show_figures())
             return FigureCanvasAgg
 
-        backend.__getattr__ = find  # type: ignore[method-assign]  # a module's own, PEP 562
+        backend.__getattr__ = find  # type: ignore[method-assign]  # a module's own __getattr__: PEP 562
         return backend
 
     def _show_figures(self) -> None:
@@ -2275,17 +2275,17 @@ class Worker:
 
 
 class MatplotlibHook:
-    """Has pyplot, when it is imported, draw for us. Not by MPLBACKEND, which the code's children would inherit."""
+    """Import hook that gives pyplot the sandbox's backend; MPLBACKEND would be inherited by the code's children."""
 
     @staticmethod
     def find_spec(name: str, *_: Any) -> None:
-        """Find nothing, but notice that pyplot is being looked for."""
+        """Find nothing, but set the backend when pyplot is about to be imported."""
         if name == "matplotlib.pyplot" and "matplotlib" in sys.modules:
             sys.modules["matplotlib"].rcParams["backend"] = "module://sandbox_backend"
 
 
 def refuse_input(_prompt: object = "", /) -> str:
-    """Stands in for input(): nobody is there to answer."""
+    """Stand in for input(), which has no one to answer it in a sandbox."""
     raise EOFError("input() can't be answered in the sandbox; put the value into the code instead")
 
 
@@ -2300,9 +2300,9 @@ RICH_FORMS = (
 
 
 def rich_forms(value: Any) -> dict[str, str]:
-    """A value's forms other than plain text, by MIME type, binary ones in base64 (IPython's protocol).
+    """Return a value's forms other than plain text, by MIME type, binary ones in base64 (IPython's protocol).
 
-    Raises whatever Matplotlib does where a figure can't be drawn; any other form that can't be made is not there.
+    Raises whatever Matplotlib raises if a figure can't be drawn; any other form that can't be made is left out.
     """
     kind = type(value)
     if issubclass(kind, type):
@@ -2320,7 +2320,7 @@ def rich_forms(value: Any) -> dict[str, str]:
     rich: dict[str, str] = {}
     for mime, form in list(forms.items())[:FORMS_LIMIT]:
         if isinstance(form, tuple) and form:
-            form = form[0]  # some give (data, metadata)
+            form = form[0]  # some return (data, metadata)
         if isinstance(form, bytes):
             form = base64.b64encode(fit_image(bytes(form))).decode("ascii")
         mime, form = exact(mime), exact(form)
@@ -2330,7 +2330,7 @@ def rich_forms(value: Any) -> dict[str, str]:
 
 
 def draw(figure: Any) -> str:
-    """A Matplotlib figure as PNG in base64; it is closed, so that it does not come again at the end of the call."""
+    """Return a Matplotlib figure as base64 PNG, and close it, so that the end of the call does not show it again."""
     image = io.BytesIO()
     try:
         figure.savefig(image, format="png", bbox_inches="tight")
@@ -2341,7 +2341,7 @@ def draw(figure: Any) -> str:
 
 
 def fit_image(data: bytes) -> bytes:
-    """An image such as every client takes it, scaled down if need be; by Pillow, which Matplotlib brings with it."""
+    """Scale an image down, if need be, to a size every client accepts; by Pillow, which Matplotlib depends on."""
     try:
         from PIL import Image
 
@@ -2354,16 +2354,16 @@ def fit_image(data: bytes) -> bytes:
             target = io.BytesIO()
             smaller.save(target, image.format)
             data = target.getvalue()
-    except Exception:  # it is not there, or this is no image that it knows, or too large a one: the host decides then
+    except Exception:  # no Pillow, an unknown format, or an image too large for Pillow: the host decides then
         pass
     return data
 
 
 def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[str, str]]:
-    """The variables that JSON can hold.
+    """Encode the variables that JSON can hold.
 
-    Returns: its text; the long texts that it does not hold (see `set_apart`); and of the variables that it can't hold
-    the names and the reasons (at most 100).
+    Returns: the JSON; the long texts kept out of it (see `set_apart`); and, of the variables that JSON can't hold,
+    names and reasons (at most 100).
     """
     kept: list[bytes] = []
     texts: dict[str, bytes] = {}
@@ -2384,37 +2384,37 @@ def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[
                 raise ValueError(f"too large: {count} values")
             if length >= STATE_LIMIT - size:
                 raise ValueError(f"too large: {length} bytes")
-            kept += [b",", key.encode(), b":", text.encode()]  # to copy it once more would cost as much as to make it
+            kept += [b",", key.encode(), b":", text.encode()]  # another copy would cost as much as encoding it
             if data:
                 texts[name] = data
             size += length + 1
             parts += count
-        except Exception as error:  # it is no JSON, or what raises is its own
+        except Exception as error:  # the value is not JSON, or its own code raised
             left_out[clip(name, 100)] = failure_of(error).replace("ValueError: ", "", 1)
     return b"".join([b"{", *kept[1:], b"}"]), texts, dict(list(left_out.items())[:100])
 
 
 def set_apart(value: Any) -> tuple[Any, bytes]:
-    """A value for JSON and, if it is a long text, the text instead: JSON would cost more than all else on its way."""
+    """Return a value for JSON, and a long text apart from it, as encoding that costs more than all else done to it."""
     if isinstance(value, str) and len(value) > PART:
         return None, str.encode(value)
     return value, b""
 
 
 def parts_of(text: str) -> int:
-    """How many values JSON comes to, or some more. Takes no longer than its length needs, whatever the text is."""
+    """Return an upper bound on the values within a JSON text's value, in linear time whatever the text is."""
     count = sum(map(text.count, "[{,"))
-    if count > STATE_PARTS:  # look closer: those in strings do not count
+    if count > STATE_PARTS:  # look closer: marks in strings do not count
         bare = text.replace("\\\\", "").replace('\\"', "")
-        if bare.count('"') <= 4 * STATE_PARTS:  # a key and a value each, at most
+        if bare.count('"') <= 4 * STATE_PARTS:  # quotes of a key and a value each, at most
             count = sum(piece.count(mark) for piece in bare.split('"')[::2] for mark in "[{,")
     return count
 
 
 def plain(value: Any, depth: int, parents: set[int]) -> Any:
-    """`value` as JSON can hold it: a tuple as list, a NumPy number as Python's. Raises ValueError.
+    """Return `value` as JSON can hold it: a tuple as a list, a NumPy number as Python's. Raises ValueError.
 
-    Of subclasses of JSON's types it takes what they hold, and not what their methods say.
+    An instance of a subclass of JSON's types counts as what it holds, not as what its methods say.
     """
     kind = type(value)
     if kind not in PLAIN_TYPES and module_name(value) == "numpy" and getattr(value, "ndim", None) == 0:
@@ -2460,13 +2460,13 @@ def plain(value: Any, depth: int, parents: set[int]) -> Any:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its finished children."""
+    """Return the CPU time of this process and its finished children, in seconds."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def reset_peak_memory() -> bool:
-    """Let the kernel start this process's high-water mark anew; whether it did."""
+    """Reset this process's memory high-water mark; return whether the kernel allowed it."""
     try:
         write_kernel_file("/proc/self/clear_refs", b"5")
     except OSError:
@@ -2475,15 +2475,15 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory() -> int:
-    """Most bytes this process had resident since reset_peak_memory()."""
+    """Return the most bytes this process has had resident since reset_peak_memory()."""
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 class ImportPolicy:
     """Which modules the user's own code may import. A guard rail against habit, not a wall: see Security in the README.
 
-    Libraries import what they need: an import counts as the user's if the module that asks is not one that was itself
-    imported from outside the working directory.
+    Libraries may import what they need: an import is the user's unless the importing module itself was imported from
+    outside the working directory.
     """
 
     def __init__(self, allowed: list[str], blocked: list[str], home: str) -> None:
@@ -2492,7 +2492,7 @@ class ImportPolicy:
         self.home = home
 
     def check(self, tree: Any, filename: str) -> None:
-        """Refuse code whose imports can be seen to break the policy, before any of it runs."""
+        """Refuse code whose imports visibly break the policy, before any of it runs."""
         if not (self.allowed or self.blocked):
             return
         for node in ast.walk(tree):
@@ -2508,7 +2508,7 @@ class ImportPolicy:
             for name in names:
                 refusal = self._refusal(name)
                 if refusal:
-                    # Raised by a statement at the import's own place, so that line and traceback are as for any error.
+                    # Raise from the import's own position, so that line and traceback are as for any error.
                     statement = ast.parse("raise refusal").body[0]
                     for part in ast.walk(statement):
                         ast.copy_location(part, node)
@@ -2530,7 +2530,7 @@ class ImportPolicy:
         return None
 
     def install(self) -> None:
-        """Check at run time what could not be seen before."""
+        """Check at run time the imports that `check` can't see."""
         if not (self.allowed or self.blocked):
             return
         real_import, real_import_module = builtins.__import__, importlib.import_module
@@ -2539,7 +2539,7 @@ class ImportPolicy:
             name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
         ) -> Any:
             caller = sys._getframe(1)
-            # Extension modules import with a list, in the name of whoever called them: strptime() needs _strptime.
+            # Extension modules pass a list, and the globals of their caller: strptime() needs _strptime.
             from_extension = isinstance(fromlist, list) and "__import__" not in caller.f_code.co_names
             if not from_extension:
                 self._require(name, caller.f_globals if globals is None else globals, level)
@@ -2561,7 +2561,7 @@ class ImportPolicy:
 
     def _is_users(self, asking: dict[str, Any]) -> bool:
         if asking is globals():
-            return False  # this very program
+            return False  # this program itself
         name = asking.get("__name__")
         module = sys.modules.get(name) if isinstance(name, str) else None
         if module is None or name == "__main__" or vars(module) is not asking:
@@ -2570,13 +2570,13 @@ class ImportPolicy:
 
 
 def plug() -> None:
-    """Runs in `docker exec`: hands its standard input and output to the supervisor, and stays while they are used."""
+    """Pass the standard input and output of a `docker exec` to the supervisor, and stay while it uses them."""
     import array
     import os
     import socket
 
     request = b""
-    while not request.endswith(b"\n"):  # one byte at a time: what follows is the supervisor's
+    while not request.endswith(b"\n"):  # one byte at a time: what follows is for the supervisor
         byte = os.read(0, 1)
         if not byte:
             return
@@ -2588,7 +2588,7 @@ def plug() -> None:
 
 
 def supervise(settings: str) -> None:
-    """Entry of the guest: descriptors 0 and 1 become the channel, out of the way of what uses them by habit."""
+    """Run the guest, with its channel moved off descriptors 0 and 1, which other code uses by habit."""
     told = json.loads(settings)
     prepare_caches()
     channel = Channel(os.dup(0), os.dup(1))
@@ -2601,23 +2601,23 @@ def supervise(settings: str) -> None:
 
 # ════════ end of guest ════════
 
-# ════════ installer: from here to the closing line, shipped into helper containers that have the network ════════
+# ════════ installer: from here to the closing line, shipped into helper containers with network access ════════
 
 TOOLS = "/opt/python-docker-mcp"  # in the derived image: the installer itself, and Matplotlib's font cache
 PACKAGES = "/packages"  # where the volume with installed packages is mounted, in sandboxes read-only
-CERTIFICATES = "/dev/shm/certificates.pem"  # in memory: nothing of the host's stays in an image
-UNUSED_AFTER = 30 * 86400  # seconds after its last installation until a set of packages is pruned
+CERTIFICATES = "/dev/shm/certificates.pem"  # in memory, so that the host's certificates never stay in an image
+UNUSED_AFTER = 30 * 86400  # seconds after which a set of packages is pruned if no installation asks for it
 
 
 class InstallError(Exception):
-    """The installer, or getting hold of it, failed. The text is its own."""
+    """The installer failed, or could not be fetched. The text is its own, where it printed any."""
 
 
 def run_installer(settings: str) -> None:
-    """Entry of the helper: build the image's content or install packages, and tell the outcome in a frame `done`.
+    """Run the helper: build the image's content or install packages, and report the outcome in a frame `done`.
 
-    No user's code runs here. What is told apart from `done` is progress. The end of standard input means that the host
-    has gone: then nothing is left to work for, and nothing half-made may stay.
+    The user's code never runs here. All other frames are progress. EOF on standard input means that the host has gone:
+    the helper then exits at once, so that nothing half-made is committed or made available.
     """
     task = json.loads(settings)
     threading.Thread(target=exit_with_host, daemon=True).start()
@@ -2644,11 +2644,11 @@ def run_installer(settings: str) -> None:
         tell("done", ok=True, **outcome)
     except (InstallError, OSError) as error:
         tell("done", ok=False, output=str(error)[-8000:])
-    threading.Event().wait()  # the host commits or reads on, then closes our input
+    threading.Event().wait()  # the host commits or reads on, then closes standard input
 
 
 def exit_with_host() -> None:
-    """End this process when standard input ends."""
+    """Exit at EOF on standard input."""
     while os.read(0, 4096):
         pass
     os._exit(0)
@@ -2660,7 +2660,7 @@ def tell(kind: str, **fields: Any) -> None:
 
 
 def trust(certificates: str) -> None:
-    """Have everything that is started from here on trust the host's certificates."""
+    """Make everything that runs from here on trust the host's certificates."""
     with open(CERTIFICATES, "w") as file:
         file.write(certificates)
     for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT"):
@@ -2668,7 +2668,7 @@ def trust(certificates: str) -> None:
 
 
 def build_content(task: dict[str, Any]) -> dict[str, Any]:
-    """Turn the container into what the derived image is made of; the host commits it then."""
+    """Give the container the content of the derived image; the host then commits it."""
     command = installer_command(task)
     if task["requirements"]:
         tell("progress", text=f"installing {', '.join(task['requirements'])}", step=2)
@@ -2683,16 +2683,17 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
         tell("progress", text="listing fonts for Matplotlib", step=4)
         environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
         subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
-    for entry in os.scandir("/tmp"):  # Podman would copy what is there into every sandbox
+    for entry in os.scandir("/tmp"):  # Podman would copy its contents into every sandbox
         shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
     found = importlib.metadata.distributions(path=[*folders])
     return {"installed": sorted([item.metadata["Name"], item.version] for item in found)}
 
 
 def add_packages(task: dict[str, Any]) -> dict[str, Any]:
-    """Make the set that is a given one plus one requirement, unless it exists; tell its folder and what is new in it.
+    """Make the set that adds one requirement to the shared set and the base, unless it exists.
 
-    A set is a folder that never changes once it has its name; `shared` is a link to the one that is there for all.
+    Returns its folder, what is new in it, all that it holds, and the version of the package that the image has, if any.
+    A set is a folder whose contents never change once it has its name; `shared` is a link to the one for all sessions.
     """
     root = f"{PACKAGES}/{task['image']}"
     shared = f"{root}/shared"
@@ -2724,7 +2725,7 @@ def add_packages(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: str | None) -> dict[str, Any]:
-    """What a set was asked to hold (name to requirement) and what it holds (pairs of name and version)."""
+    """Return what a set was asked to hold (name to requirement) and what it holds (pairs of name and version)."""
     try:
         with open(f"{folder}/.manifest.json") as file:
             manifest: dict[str, Any] = json.load(file)
@@ -2734,13 +2735,13 @@ def read_manifest(folder: str | None) -> dict[str, Any]:
 
 
 def read_set(folder: str | None) -> dict[str, str]:
-    """The requirements of a set."""
+    """Return the requirements of a set."""
     requirements: dict[str, str] = read_manifest(folder)["requirements"]
     return requirements
 
 
 def make_set(folder: str, wanted: dict[str, str], command: list[str], task: dict[str, Any]) -> None:
-    """Install what the image lacks of `wanted` aside, and give the folder its name when it is complete."""
+    """Install what the image lacks of `wanted` in a temporary folder, and rename that to `folder` once complete."""
     aside = f"{os.path.dirname(folder)}/.new-{os.urandom(8).hex()}"
     os.mkdir(aside)
     try:
@@ -2763,7 +2764,7 @@ def make_set(folder: str, wanted: dict[str, str], command: list[str], task: dict
 
 
 def resolve(command: list[str], arguments: list[str]) -> list[list[str]]:
-    """Name and version of what would have to be installed beside what the image already has."""
+    """Return name and version of each package to install beyond those the image already has."""
     if "uv" in command[0]:
         output = run_tool([*command, "install", "--dry-run", *arguments])
         return [list(match) for match in re.findall(r"^ \+ (\S+)==(\S+)", output, re.MULTILINE)]
@@ -2775,7 +2776,7 @@ def resolve(command: list[str], arguments: list[str]) -> list[list[str]]:
 
 
 def prune_sets(root: str) -> None:
-    """Remove the sets nobody has asked for in a long time, and what dead helpers left half-made."""
+    """Remove the sets that no installation has asked for in a long time, and what dead helpers left half-made."""
     now = time.time()
     kept = os.path.realpath(f"{root}/shared")
     for place in [
@@ -2789,7 +2790,7 @@ def prune_sets(root: str) -> None:
 
 
 def run_tool(command: list[str]) -> str:
-    """Run the installer, telling its lines as progress; return them. Raises InstallError."""
+    """Run the installer, sending each line as progress; return its output. Raises InstallError."""
     lines = []
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -2805,7 +2806,7 @@ def run_tool(command: list[str]) -> str:
 
 
 def installer_command(task: dict[str, Any]) -> list[str]:
-    """The command line of uv or pip, fetched unless the image or an earlier helper has it."""
+    """Return the command line of uv or pip, fetching the tool unless the image or an earlier helper has it."""
     place = TOOLS if task["task"] == "build" else f"{PACKAGES}/.tools"
     for folder in (TOOLS, f"{PACKAGES}/.tools"):
         if task["installer"] == "uv" and os.path.exists(f"{folder}/uv"):
@@ -2830,7 +2831,7 @@ def installer_command(task: dict[str, Any]) -> list[str]:
 
 
 def fetch_wheel(name: str, task: dict[str, Any]) -> bytes:
-    """The newest wheel of a project for this machine, from the index (PEP 503), with the standard library only."""
+    """Fetch a project's newest wheel for this machine from the index (PEP 503), with the standard library only."""
     page = f"{(task['index_url'] or 'https://pypi.org/simple').rstrip('/')}/{name}/"
     links = re.findall(
         r'<a\s([^>]*?)href="([^"#]+)[^>]*>\s*([^<\s]+)\s*<', fetch(page, task).decode("utf-8", "replace")
@@ -2857,7 +2858,7 @@ def fetch_wheel(name: str, task: dict[str, Any]) -> bytes:
 
 
 def fetch(url: str, task: dict[str, Any]) -> bytes:
-    """The content at an address. Raises InstallError."""
+    """Return the content at a URL. Raises InstallError."""
     context = ssl.create_default_context()
     if urllib.parse.urlsplit(url).hostname in [host.partition(":")[0] for host in task["trusted_hosts"]]:
         context = ssl._create_unverified_context()
@@ -2883,14 +2884,14 @@ INSTALLER_MODULES = (
 
 
 def _shipped(part: str, modules: Sequence[str]) -> str:
-    """A marked part of this file as a program of its own: its imports, then the part at its own lines."""
+    """Return a marked part of this file as a standalone program: its imports, then the part at its original lines."""
     before, mark, rest = inspect.getsource(sys.modules[__name__]).partition(f"# ════════ {part}: ")
     source = (mark + rest).partition(f"# ════════ end of {part}")[0]
     imports = f"from __future__ import annotations; import {', '.join(modules)}; from collections import deque"
     return imports + "\n" * before.count("\n") + source
 
 
-# Now, so that a file replaced under a running server can't give half of each.
+# Read at import, so that replacing this file under a running server can't mix old source with new.
 GUEST_SOURCE = _shipped("guest", GUEST_MODULES)
 INSTALLER_SOURCE = _shipped("installer", INSTALLER_MODULES)
 PLUG_SOURCE = inspect.getsource(plug)
@@ -2914,7 +2915,7 @@ BOOTSTRAP_ARGUMENTS = ("-I", "-c", BOOTSTRAP)
 
 
 def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
-    """What BOOTSTRAP takes from its standard input: the source, the function to call, and its argument."""
+    """Encode what BOOTSTRAP reads from standard input: the source, the function to call, and its argument."""
     parts = (source.encode(), entry.encode(), json.dumps(settings).encode())
     return b"".join(b"%08x%s" % (len(part), part) for part in parts)
 
