@@ -23,7 +23,12 @@ import argparse
 import base64
 import binascii
 import contextlib
+import ctypes
+import dataclasses
 import difflib
+import errno
+import functools
+import inspect
 import itertools
 import json
 import logging
@@ -32,14 +37,17 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
+import socket
 import struct
 import sys
+import textwrap
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Annotated, Any, ClassVar, Literal
+from typing import IO, Annotated, Any, ClassVar, Literal, get_args
 
 import anyio
 import mcp_types as types
@@ -51,9 +59,20 @@ from mcp.shared.exceptions import MCPError
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
 from sandbox_runner import (
+    BASE_LABEL,
+    CONFIG_HELP,
+    PACKAGES,
+    RUNC_REMEDY,
+    WRITABLE_FOLDERS,
     Config,
     ConfigError,
+    DockerConfig,
+    Engine,
+    EngineError,
+    ExceptionInfo,
     FileInfo,
+    Image,
+    ImageError,
     Installation,
     Omitted,
     RequestError,
@@ -61,14 +80,24 @@ from sandbox_runner import (
     Rich,
     Runner,
     SandboxError,
+    SessionConfig,
     Text,
     __version__,
     clip,
+    component_version,
+    host_image_name,
     load_config,
     open_runner,
     open_tasks,
+    parse_requirement,
     plain_text,
+    run_to_exit,
+    runc_problem,
     set_up_logging,
+    show_status,
+    size_in_bytes,
+    source_lines,
+    split_mount,
 )
 
 gc.freeze()  # nor is it looked through later
@@ -183,7 +212,11 @@ class ExecuteTransient(Tool):
             timeout=seconds(self.timeout, service.runner.config.docker.max_timeout),
             on_output=progress.on_output,
         )
-        return render(result, state_budget=STATE_UNASKED if self.state is None else STATE_BUDGET)
+        return render(
+            result,
+            hint=service.hint_on(result, self.code),
+            state_budget=STATE_UNASKED if self.state is None else STATE_BUDGET,
+        )
 
 
 class ExecutePersistent(Tool):
@@ -240,7 +273,12 @@ class ExecutePersistent(Tool):
             is_new=self.session_id is None,
             answer_within=config.answer_within,
         )
-        return render(result, new_session=self.session_id is None, kept=service.shelf.add(result))
+        return render(
+            result,
+            new_session=self.session_id is None,
+            kept=service.shelf.add(result),
+            hint=service.hint_on(result, self.code),
+        )
 
 
 class InstallPackage(Tool):
@@ -455,7 +493,12 @@ Section = str | types.ImageContent | types.EmbeddedResource | types.ResourceLink
 
 
 def render(
-    result: Result, *, new_session: bool = False, kept: str | None = None, state_budget: int = STATE_BUDGET
+    result: Result,
+    *,
+    new_session: bool = False,
+    kept: str | None = None,
+    hint: str | None = None,
+    state_budget: int = STATE_BUDGET,
 ) -> types.CallToolResult:
     """What a model gets to see of a result.
 
@@ -463,11 +506,12 @@ def render(
         result: what the Runner says.
         new_session: whether the session's id was made up for this call.
         kept: address of the resource that has the whole output, if that is too long for a result.
+        hint: what to do about a failure, see `hint_on`.
         state_budget: bytes of JSON for the variables.
     """
     pieces = within(output_pieces(result), OUTPUT_BUDGET)
     variables, missing = state_within(result, state_budget)
-    background, notes = list(before(result)), list(notes_on(result, kept))
+    background, notes = list(before(result)), list(notes_on(result, kept, hint))
     sections: list[Section] = [
         *background,
         *headline(result),
@@ -729,7 +773,7 @@ def error_fields(result: Result) -> dict[str, Any] | None:
     }
 
 
-def notes_on(result: Result, kept: str | None) -> Iterator[str]:
+def notes_on(result: Result, kept: str | None, hint: str | None) -> Iterator[str]:
     """What the caller should know or do."""
     if kept:
         yield f"All of the output is kept as the resource {kept}; add ?offset=20000&length=10000 to read a part of it."
@@ -740,8 +784,10 @@ def notes_on(result: Result, kept: str | None) -> Iterator[str]:
             f"Note: this session had imported {', '.join(result.stale)} before another version was installed, and goes "
             "on with what it has: a fresh session has the other version."
         )
-    if result.hint:
-        yield f"Hint: {result.hint}"
+    if result.status == "ok" and result.message:
+        yield f"Note: {result.message}."
+    if hint:
+        yield f"Hint: {hint}"
 
 
 def session_section(result: Result, new_session: bool) -> Iterator[str]:
@@ -866,18 +912,102 @@ def resource(uri: str, data: bytes) -> types.TextResourceContents | types.BlobRe
 def render_installation(installation: Installation, session: str | None) -> types.CallToolResult:
     """What a model gets to see of an installation."""
     output = clip(as_shown(installation.output), VALUE_BUDGET).strip()
-    hint = f"Hint: {installation.hint}" if installation.hint else ""
+    hint = hint_on_installation(installation)
     structured = {
         "status": "ok" if installation.ok else "error",
         "message": installation.message,
         "installed": [{"name": name, "version": version} for name, version in installation.installed],
         "output": output,
-        "hint": installation.hint,
+        "hint": hint,
         "session_id": session,
         "seconds": round(installation.seconds, 3),
     }
-    sections = [section for section in (f"{installation.message}.", output, hint) if section]
+    sections = [section for section in (f"{installation.message}.", output, hint and f"Hint: {hint}") if section]
     return answer(sections, structured, is_error=not installation.ok)
+
+
+# What to do about a failure
+
+# Import names whose distribution is called otherwise, among those that people ask for.
+DISTRIBUTIONS = {
+    "attr": "attrs", "bs4": "beautifulsoup4", "Bio": "biopython", "Crypto": "pycryptodome", "cv2":
+    "opencv-python-headless", "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv",
+    "fitz": "PyMuPDF", "git": "GitPython", "google.protobuf": "protobuf", "jwt": "PyJWT", "magic": "python-magic",
+    "MySQLdb": "mysqlclient", "nacl": "PyNaCl", "OpenSSL": "pyOpenSSL", "PIL": "Pillow", "pptx": "python-pptx",
+    "psycopg2": "psycopg2-binary", "serial": "pyserial", "skimage": "scikit-image", "sklearn": "scikit-learn",
+    "slugify": "python-slugify", "usb": "pyusb", "yaml": "PyYAML", "zmq": "pyzmq",
+}  # fmt: skip
+
+
+def hint_on(result: Result, code: str, config: Config, lacking: str | None = None) -> str | None:
+    """Return what to do about a failure that has a usual cause; `lacking` says why the image has not all packages."""
+    if result.status == "out_of_memory":
+        return "Work on less data at a time, or have the operator raise docker.memory_limit."
+    if result.status == "timeout":
+        return "Allow it more time with `timeout`, or do less in one call."
+    if (exception := result.exception) is None:
+        return None
+    if exception.missing:
+        return hint_on_missing(exception.missing) + (f" ({lacking})" if lacking else "")
+    return hint_on_syntax(exception, code) or hint_on_walls(exception.message, config.docker)
+
+
+def hint_on_missing(module: str) -> str:
+    """Return where a module that could not be imported comes from."""
+    top = module.partition(".")[0]
+    if top in sys.stdlib_module_names:
+        return (
+            f"{top} belongs to Python's standard library, but this image was built without it: do without it, or "
+            "have the operator set docker.image to one that has it."
+        )
+    package = DISTRIBUTIONS.get(module) or DISTRIBUTIONS.get(top)
+    called = f": the package is called {package}" if package else ""
+    return f"{top} is not installed. Install it with install-package{called}."
+
+
+def hint_on_syntax(exception: ExceptionInfo, code: str) -> str | None:
+    """Return what to write in place of a line that IPython would take."""
+    lines = source_lines(code)
+    if exception.type != "SyntaxError" or not 0 < (exception.line or 0) <= len(lines):
+        return None
+    line = lines[(exception.line or 0) - 1].strip()
+    if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):
+        return "Packages are not installed from code here: use install-package, then import them."
+    if re.match(r"!\s*\w", line):
+        return "Shell commands are not part of Python: use subprocess.run([...])."
+    if re.match(r"%%?[a-z]", line):
+        return "IPython's magic commands are not available here: leave the line out. Figures are shown without it."
+    return None
+
+
+def hint_on_walls(message: str, docker: DockerConfig) -> str | None:
+    """Return what to do where code ran against the sandbox's walls: by error number, as exceptions' types vary."""
+    if docker.network_disabled and re.search(r"\[Errno (-2|-3|101)\]", message):
+        return (
+            "Code here has no network (docker.network_disabled): put the data into the code, or have the operator make "
+            "a folder with it visible (docker.mounts)."
+        )
+    if "[Errno 30]" in message and docker.read_only:
+        return f"Only {docker.working_dir} and /tmp can be written to (docker.read_only)."
+    if "[Errno 28]" in message:
+        return f"Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
+    return None
+
+
+def hint_on_installation(installation: Installation) -> str | None:
+    """Return what to do about an installation that failed, or that an import came before."""
+    if installation.stale:
+        return (
+            f"{', '.join(installation.stale)} had been imported before, in another version, which this session goes on "
+            "using: for the new one start a fresh session, and install it there first (cleanup-session ends this one)."
+        )
+    if installation.needs_build:
+        return "Something has no wheel for this Python. To have it built from source, set package.wheels_only: false."
+    known = {name.lower(): package for name, package in DISTRIBUTIONS.items()}
+    package = known.get(installation.name) or known.get(installation.name.replace("-", "_"))
+    if installation.ok or not package:
+        return None
+    return f"{installation.name} is the name of an import; the package is called {package}."
 
 
 # The whole
@@ -971,6 +1101,11 @@ class Service:
     runner: Runner
     shelf: Shelf = field(default_factory=Shelf)
     reporter: Reporter = field(default_factory=lambda: Reporter())
+
+    def hint_on(self, result: Result, code: str) -> str | None:
+        """Return what to do about a failure of this runner's."""
+        image = self.runner.image
+        return hint_on(result, code, self.runner.config, image.problem if image else None)
 
 
 Context = ServerRequestContext[Service]
@@ -1167,12 +1302,542 @@ def cut(data: Any, length: int | None, size: str) -> Any:
     return data if length is None else data[:length]
 
 
+# ── doctor ──
+#
+# Find out whether the walls hold by running into them: each check evaluates an expression, made of the probe's
+# functions, in a sandbox that is started and called like any other, and judges what came back.
+
+# Ceilings for what is tried, so that an examination harms no host whose limits are high, or do not hold.
+TRIED_MEMORY = 512 << 20  # bytes
+TRIED_DISK = 64 << 20  # bytes in one folder; they count as memory, so a quarter of that at most
+TRIED_OUTPUT = 8 << 20  # bytes
+TRIED_PROCESSES = 500
+TRIED_CPU = 0.5  # cores
+
+
+# The probe: functions that run in the sandbox, with these modules.
+PROBE_MODULES = "ctypes, errno, importlib, os, signal, socket, time"
+
+
+def refused_with(action: Callable[..., object], *arguments: Any) -> str | None:
+    """Return the name of the error with which the kernel refuses an action; None if it permits it."""
+    try:
+        action(*arguments)
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, type(error).__name__)
+    return None
+
+
+def rights(process: str) -> dict[str, str]:
+    """Return what the kernel says of a process's rights: its capabilities, NoNewPrivs and Seccomp."""
+    with open(f"/proc/{process}/status") as file:
+        fields = dict(line.strip().partition(":\t")[::2] for line in file)
+    return {name: value for name, value in fields.items() if name.startswith(("Cap", "NoNewPrivs", "Seccomp"))}
+
+
+def create_in(folder: str) -> str | None:
+    """Return the error with which the kernel refuses a new folder in `folder`."""
+    path = f"{folder}/python-docker-mcp-doctor"
+    reason = refused_with(os.mkdir, path)
+    if reason is None:
+        os.rmdir(path)
+    return reason
+
+
+def writable_mounts() -> list[str]:
+    """Return the mounted folders and files that code may write to, apart from the kernel's own."""
+    with open("/proc/self/mountinfo") as file:
+        mounts = [line.split()[4].replace("\\040", " ") for line in file]
+    mounts = [path for path in mounts if path.split("/")[1] not in ("proc", "sys")]
+    return [path for path in mounts if (os.path.isdir(path) or os.path.isfile(path)) and os.access(path, os.W_OK)]
+
+
+def network() -> list[Any]:
+    """Return the interfaces and, if there is none but the loopback, how connecting and name resolution fail."""
+    names = [name for _, name in socket.if_nameindex()]
+    if names not in ([], ["lo"]):  # that tells enough; a connection might wait long for its answer
+        return [names, None, None]
+    connecting = refused_with(socket.create_connection, ("1.1.1.1", 53), 2)
+    return [names, connecting, refused_with(socket.gethostbyname, "example.com")]
+
+
+def open_parts_of_process_1() -> list[str]:
+    """Return the parts of process 1 that code can look into; last of all, try to kill it."""
+    libc = ctypes.CDLL(None)
+    parts = [name for name in ("mem", "environ", "maps") if not refused_with(os.open, f"/proc/1/{name}", os.O_RDONLY)]
+    parts += [] if refused_with(os.listdir, "/proc/1/fd") else ["fd"]
+    if libc.ptrace(16, 1, 0, 0) == 0:  # PTRACE_ATTACH
+        parts.append("ptrace")
+        libc.ptrace(17, 1, 0, 0)  # PTRACE_DETACH
+    return parts if refused_with(os.kill, 1, 9) else [*parts, "kill"]
+
+
+def open_system_calls() -> list[str]:
+    """Return the parts of the kernel that code can use, no ordinary program needs, and many escapes started from."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    refused = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EAFNOSUPPORT)
+    calls: dict[str, tuple[int, ...]] = {"io_uring": (425, 1, 0)}
+    if os.uname().machine in ("x86_64", "aarch64"):
+        calls["keyrings"] = ({"x86_64": 250, "aarch64": 219}[os.uname().machine], 0, -3, 0)
+    found = [name for name, call in calls.items() if libc.syscall(*call) >= 0 or ctypes.get_errno() not in refused]
+    child = os.fork()
+    if child == 0:
+        os._exit(ctypes.get_errno() if libc.unshare(0x10000000) else 0)  # CLONE_NEWUSER
+    if os.waitpid(child, 0)[1] >> 8 not in refused:
+        found.append("user namespaces")
+    return found if refused_with(lambda: socket.socket(40, socket.SOCK_STREAM).close()) else [*found, "vsock"]
+
+
+def spend_cpu(processes: int, seconds: float) -> float:
+    """Return how many cores `processes` processes get if each wants one."""
+    started = time.monotonic()
+    children = []
+    for _ in range(processes):
+        children.append(os.fork())
+        if not children[-1]:
+            while time.monotonic() < started + seconds:
+                pass
+            os._exit(0)
+    used = [os.wait4(child, 0)[2] for child in children]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used) / (time.monotonic() - started)
+
+
+def fork_all(most: int) -> list[Any]:
+    """Fork until the kernel refuses, at most `most` times; return how many children there were, and the error."""
+    children: list[int] = []
+    reason = None
+    while reason is None and len(children) < most:
+        try:
+            children.append(os.fork())
+        except OSError as error:
+            reason = errno.errorcode.get(error.errno or 0, "?")
+        if children and not children[-1]:
+            time.sleep(60)
+    for child in children:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    return [len(children), reason]
+
+
+def fill(folder: str, most: int) -> list[Any]:
+    """Write to a folder until it is full, at most `most` bytes; return its name, how many there were, and the error."""
+    path = f"{folder}/python-docker-mcp-doctor"
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
+    reason, written = None, 0
+    while reason is None and written < most:
+        reason = refused_with(os.write, descriptor, bytes(1 << 20))
+        written = os.fstat(descriptor).st_size
+    os.unlink(path)
+    os.close(descriptor)
+    return [folder, written, reason]
+
+
+def hold_memory(size: int) -> int:
+    """Hold `size` bytes of memory at once."""
+    return sum(map(len, [b"x" * (1 << 20) for _ in range(size >> 20)]))
+
+
+PROBE: tuple[Callable[..., Any], ...] = (
+    refused_with, rights, create_in, writable_mounts, network, open_parts_of_process_1, open_system_calls,
+    spend_cpu, fork_all, fill, hold_memory,
+)  # fmt: skip
+
+
+# The judges
+
+Verdict = Literal["ok", "warning", "failed"]
+Judgement = tuple[Verdict | bool, str] | tuple[Verdict | bool, str, str]  # with what was seen, and a remedy
+REPORT = "Report it, with the output of `python-docker-mcp doctor --json`."
+BUSY = "See what else this host is doing, and try again."
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The engine and the image under examination, as the engine describes them."""
+
+    config: Config  # with limits that are safe to try
+    engine: Engine
+    image: Image
+    version: Mapping[str, Any] = field(default_factory=dict)  # printed by the engine's command `version`
+    info: Mapping[str, Any] = field(default_factory=dict)  # and by `info`
+    is_hosts: bool = False  # whether the image is made from this host's Python
+
+    @property
+    def runtime(self) -> tuple[str, str]:
+        """Name and version of the OCI runtime; "" for what the engine does not tell."""
+        podman = (self.info.get("host") or {}).get("ociRuntime") or {}
+        name = str(self.config.docker.runtime or podman.get("name") or self.info.get("DefaultRuntime") or "")
+        if name and name == podman.get("name"):
+            found = re.search(r"\d+\.\d+[^\s,]*", str(podman.get("version")))
+            return name, found[0] if found else ""
+        return name, component_version(self.version, name)
+
+    @property
+    def runtime_details(self) -> Mapping[str, Any]:
+        """How Docker was told to start that runtime."""
+        return (self.info.get("Runtimes") or {}).get(self.runtime[0]) or {}
+
+    @property
+    def is_gvisor(self) -> bool:
+        """Whether sandboxes have gVisor's kernel, and not the host's."""
+        return "runsc" in f"{self.runtime[0]} {self.runtime_details.get('path')}"
+
+    @property
+    def is_rootless(self) -> bool:
+        """Whether the engine runs without root's rights."""
+        podman = ((self.info.get("host") or {}).get("security") or {}).get("rootless")
+        return bool(podman) or "name=rootless" in (self.info.get("SecurityOptions") or [])
+
+
+def judge_engine(patient: Patient, *_: Any) -> Judgement:
+    """Which engine it is, and whether the command line is its own."""
+    engine = patient.engine
+    client = str((patient.version.get("Client") or {}).get("Version") or "").lstrip("v")
+    other = f", command line {client}" if client not in ("", engine.version) else ""
+    cgroups = (patient.info.get("host") or {}).get("cgroupVersion") or patient.info.get("CgroupVersion") or "?"
+    root = "rootless" if patient.is_rootless else "rootful"
+    seen = (
+        f"{engine.kind} {engine.version}{other} ({engine.command}), {root}, cgroup version {str(cgroups).lstrip('v')}"
+    )
+    parts = (patient.version.get("Server") or {}).get("Components") or []
+    if engine.kind == "docker" and any("podman" in str(part.get("Name")).lower() for part in parts):
+        return "warning", f"{seen}, talking to Podman", "Set docker.command to podman: the two need different flags."
+    return "ok", seen
+
+
+def judge_runtime(patient: Patient, *_: Any) -> Judgement:
+    """Which program starts the containers, and whether there are known ways out of them."""
+    name, version = patient.runtime
+    if not name:
+        remedy = f"See what `{patient.engine.kind} info` says; it should name a runtime such as runc."
+        return "warning", "the engine does not say which", remedy
+    if patient.is_gvisor:
+        return "ok", f"{name} {version}".strip() + ": gVisor, whose kernel stands between the code and the host's"
+    if problem := runc_problem(version) if name == "runc" else None:
+        return "warning", f"runc {version}; known ways out of this version: {problem}", RUNC_REMEDY
+    return "ok", f"{name} {version}".strip()
+
+
+def judge_image(patient: Patient, *_: Any) -> Judgement:
+    """Which image the sandboxes are made from."""
+    image, wanted = patient.image, patient.config.docker.image
+    seen = f"{image.name}, from " + ("this host's Python" if patient.is_hosts else wanted)
+    build = "`python-docker-mcp build`"
+    if image.problem:
+        return "failed", seen, f"{image.problem}. Try {build}, and set package.index_url if this host has a mirror."
+    if patient.is_hosts and wanted != "host":
+        remedy = f"Pull or load {wanted}, then {build}; or set docker.image to `host` if that is what you want."
+        return "warning", f"{seen}, in place of {wanted}", remedy
+    return "ok", seen
+
+
+def judge_memory(patient: Patient, result: Result, seen: Any) -> Judgement:
+    """Whether a process that takes more than the limit, in memory and swap, is ended."""
+    limit = megabytes(patient.config.docker.memory_limit)
+    if result.status in ("out_of_memory", "died") or (result.exception and result.exception.type == "MemoryError"):
+        return "ok", f"a process that took more than {limit} was ended"
+    return "failed", f"a process could take {megabytes(seen)}; the limit is {limit}, memory and swap together"
+
+
+def judge_disk(patient: Patient, _: Result, seen: Any) -> Judgement:
+    """Whether the folders that code may write to fill up."""
+    limit = patient.config.docker.disk_limit
+    most = size_in_bytes(limit) + (1 << 20)
+    if endless := [folder for folder, size, reason in seen if reason != "ENOSPC" or size > most]:
+        return "failed", f"{', '.join(endless)} took more than {megabytes(limit)}"
+    return "ok", f"{', '.join(folder for folder, *_ in seen)} are full at {megabytes(limit)} each"
+
+
+def judge_file_system(patient: Patient, _: Result, seen: Any) -> Judgement:
+    """Whether code can write to nothing but its own folders, and can't change what others import."""
+    docker, (root, packages, mounts) = patient.config.docker, seen
+    given = [docker.working_dir, *WRITABLE_FOLDERS]
+    given += [split_mount(mount)[2] for mount in docker.mounts if mount.endswith(":rw")]
+    if others := sorted({*mounts, *([] if packages == "EROFS" else [PACKAGES])} - set(given)):
+        return "failed", f"{', '.join(others)} can be written"
+    places = ", ".join(path for path in given if path in mounts)
+    if not docker.read_only:
+        seen = f"not read-only, by configuration (docker.read_only: false); {places} can be written"
+        return "warning", seen, "Set docker.read_only to true."
+    return ("ok", f"read-only but for {places}") if root == "EROFS" else ("failed", "the root is not read-only")
+
+
+def judge_network(patient: Patient, _: Result, seen: Any) -> Judgement:
+    """Whether there is nothing to reach."""
+    names, connecting, resolving = seen
+    shown = ", ".join(names) or "none"
+    if not patient.config.docker.network_disabled:
+        remedy = "Set docker.network_disabled to true, unless code has to reach the network."
+        return "warning", f"open, by configuration (docker.network_disabled: false): {shown}", remedy
+    if names in ([], ["lo"]) and connecting and resolving:
+        return "ok", f"no interface but {shown}; connecting fails ({connecting}), so does resolving a name"
+    return "failed", f"there is one: {shown}"
+
+
+def judge_root(_: Patient, __: Result, seen: Any) -> Judgement:
+    """Whether the code has none of root's powers, and can't gain any."""
+    users, own, first, refused = seen  # process 1 is as the engine made it; gVisor tells nothing of it
+    powers = ["an id of 0"] if 0 in users else []
+    powers += [f"{name} {value}" for name, value in own.items() if name.startswith("Cap") and int(value, 16)]
+    powers += [name for name, reason in refused.items() if not reason]
+    if {own["NoNewPrivs"], first.get("NoNewPrivs", "1")} != {"1"}:
+        powers.append("rights gained by programs such as sudo")
+    return ("failed", ", ".join(powers)) if powers else ("ok", f"none: {users[0]}, {', '.join(refused)} are refused")
+
+
+def judge_system_calls(patient: Patient, _: Result, seen: Any) -> Judgement:
+    """Whether the kernel's rarer parts are out of reach."""
+    own, first, calls = seen
+    if patient.is_gvisor:
+        return "ok", "answered by gVisor's kernel, not by the host's"
+    if (own["Seccomp"], first.get("Seccomp")) != ("2", "2"):  # of process 1, that is the engine's filter
+        remedy = "Have the engine use its default seccomp profile; it may have been built or set up without."
+        return "failed", "not filtered by the engine (seccomp)", remedy
+    if calls:
+        remedy = "Update the engine; where that does not help, give it a stricter seccomp profile."
+        return "warning", f"filtered (seccomp), but these are open: {', '.join(calls)}", remedy
+    return "ok", "filtered (seccomp); io_uring, keyrings, user namespaces and vsock are refused"
+
+
+def judge_process_1(patient: Patient, result: Result, seen: Any) -> Judgement:
+    """Whether code can neither look into nor end the process that speaks for the sandbox."""
+    parts = ", ".join(seen if result.status == "ok" else ["kill"])
+    if parts and patient.is_gvisor:
+        remedy = (
+            "gVisor does not keep processes of one user apart: hostile code can speak for its sandbox, perhaps end it. "
+            "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
+        )
+        return "warning", f"code gets at its {parts}", remedy
+    return (
+        ("failed", f"code gets at its {parts}", REPORT) if parts else ("ok", "can't be read, traced or killed by code")
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise about sandboxes, and how to find out whether it is kept."""
+
+    name: str
+    expression: str  # evaluated in the sandbox, with values from the configuration in the place of {names}
+    judge: Callable[[Patient, Result, Any], Judgement]  # of the call's result, and the expression's value
+    flag: str = ""  # by which the engine is told to keep it
+    timeout: float = 60.0  # seconds
+
+
+LOOP = "exec('while True: pass')"
+CHECKS = (
+    Check("engine", "", judge_engine),
+    Check("runtime", "", judge_runtime),
+    Check("image", "", judge_image),
+    Check("imports", "len([importlib.import_module(name) for name in {modules}])", lambda patient, result, _: (
+        result.status == "ok",
+        ", ".join(patient.config.package.preinstalled) + ("" if result.status == "ok" else f": {why_not(result)}"),
+        BUSY if result.status == "timeout" else patient.image.problem or "Run `python-docker-mcp build`.",
+    ), timeout=120),
+    Check("memory", "hold_memory({docker.memory_limit} * 5 // 4)", judge_memory, "--memory and --memory-swap"),
+    Check("CPU", "spend_cpu(2, 0.6)", lambda patient, _, cores: (
+        cores <= patient.config.docker.cpu_limit * 1.3 + 0.05,
+        f"of {patient.config.docker.cpu_limit:g} cores, processes that want more got {cores:.2f}",
+    ), "--cpus"),
+    Check("processes", "fork_all({docker.pids_limit} + 50)", lambda patient, _, seen: (
+        seen[1] == "EAGAIN" and seen[0] < patient.config.docker.pids_limit,
+        f"{seen[0]} children, then {seen[1] or 'no end'}; the limit is {patient.config.docker.pids_limit} in all",
+    ), "--pids-limit"),
+    Check("disk", "[fill(folder, {docker.disk_limit} + (2 << 20)) for folder in {folders}]", judge_disk,
+          "--tmpfs and --shm-size"),
+    Check("output", "print('x' * ({docker.output_limit} + (1 << 20)))", lambda patient, result, _: (
+        result.status == "ok" and 0 < len(result.stdout) <= size_in_bytes(patient.config.docker.output_limit),
+        f"{megabytes(len(result.stdout))} were kept, and the call ended with {result.status}", REPORT,
+    )),
+    Check("time-out", LOOP, lambda _, result, __: (
+        (result.status, result.state) == ("timeout", "preserved"),
+        f"a loop ended with {result.status} after {result.wall:.1f} s, its session is {result.state}", BUSY,
+    ), timeout=0.3),
+    Check("kill", f"(signal.signal(2, signal.SIG_IGN), {LOOP})", lambda _, result, __: (
+        (result.status, result.lost) == ("timeout", True),
+        f"a loop that ignores the interrupt ended with {result.status} after {result.wall:.1f} s", BUSY,
+    ), timeout=0.3),
+    Check("file system", "(create_in('/'), create_in({packages}), writable_mounts())", judge_file_system,
+          "--read-only, --tmpfs and --mount=…,ro"),
+    Check("network", "network()", judge_network, "--network=none"),
+    Check("root", "([*os.getresuid(), *os.getresgid(), *os.getgroups()], rights('self'), rights('1'), "
+          "{{'setuid': refused_with(os.setuid, 0), 'chroot': refused_with(os.chroot, '/')}})",
+          judge_root, "--user, --cap-drop=ALL and --security-opt=no-new-privileges"),
+    Check("system calls", "(rights('self'), rights('1'), open_system_calls())", judge_system_calls),
+    Check("process 1", "open_parts_of_process_1()", judge_process_1),
+    Check("environment", "[name for name in os.environ if name.lower().endswith('_proxy') and os.environ[name]]",
+          lambda _, __, proxies: (not proxies, ", ".join(proxies) or "no proxies",
+          "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf).")),
+)  # fmt: skip
+
+
+def judge(check: Check, patient: Patient, result: Result) -> Finding:
+    """Judge the result of an attempt. What can't be seen to hold counts as failed."""
+    remedy = ["Look at what the other checks say, then try again; if it stays, report it."]
+    try:
+        judgement, seen, *advice = check.judge(patient, result, (result.variables or {}).get("seen"))
+        verdict: Verdict = judgement if isinstance(judgement, str) else "ok" if judgement else "failed"
+        remedy = [""] if verdict == "ok" else advice or [unkept(patient, check.flag)]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a sandbox says is not to be believed
+        verdict, seen = "failed", f"the probe's answer makes no sense ({type(error).__name__}: {error})"
+        if result.status != "ok":
+            seen = f"the attempt ended with {result.status} ({why_not(result)})"
+    return Finding(check.name, verdict, one_line(seen), one_line(remedy[0]))
+
+
+def why_not(result: Result) -> str:
+    """Return what kept an attempt from its end."""
+    return result.exception.message if result.exception else result.message or result.status
+
+
+def unkept(patient: Patient, flag: str) -> str:
+    """Return what to do if the engine was given a flag and does not keep to it."""
+    by_cgroup = flag in ("--memory and --memory-swap", "--cpus", "--pids-limit")
+    if by_cgroup and "--ignore-cgroups" in (patient.runtime_details.get("runtimeArgs") or []):
+        return (
+            "As gVisor is set up here these limits have no effect: remove --ignore-cgroups from the runtimeArgs of "
+            f"{patient.runtime[0]} in /etc/docker/daemon.json, and restart Docker."
+        )
+    if by_cgroup and patient.is_rootless:
+        return (
+            "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu "
+            "cpuset io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
+        )
+    if patient.is_gvisor:
+        return f"This gVisor does not keep to {flag}: update it, and see https://gvisor.dev/docs for what it supports."
+    return (
+        f"The engine was given {flag} and does not keep to it: look for warnings in `{patient.engine.kind} info`, "
+        "update it, and until then run no code on it that you don't trust."
+    )
+
+
+def one_line(text: str) -> str:
+    """Return text that may have come from a sandbox, fit to be shown on a terminal."""
+    return textwrap.shorten("".join(char if char.isprintable() else " " for char in text), 1000, placeholder=" …")
+
+
+def megabytes(size: str | float) -> str:
+    """Return a size as people read it."""
+    return f"{(size_in_bytes(size) if isinstance(size, str) else size) / (1 << 20):.4g} MB"
+
+
+# The examination
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The doctor's word on one check."""
+
+    check: str
+    verdict: Verdict
+    seen: str
+    remedy: str = ""
+
+
+async def examine(config: Config) -> list[Finding]:
+    """Try what is promised of a sandbox, in one with the configured limits, and judge what came of it.
+
+    Where there is no engine, no image or no sandbox to be had, that is the last finding.
+    """
+    # Import rules are no wall, and would only keep the probe out. If this program is killed, its session ends soon.
+    config = dataclasses.replace(config, allowed_modules=(), blocked_modules=(), session=SessionConfig(idle_timeout=60))
+    config = dataclasses.replace(config, docker=within_trial(config.docker))
+    session = f"doctor-{secrets.token_hex(8)}"
+    findings: list[Finding] = []
+    async with open_runner(config, on_status=show_status) as runner:
+        try:
+            where = "engine"
+            await runner.find_engine()
+            where = "image"
+            patient = await describe_engine(config, *await runner.prepare())
+            findings = [judge(check, patient, Result("ok")) for check in CHECKS[:3]]
+            where = "start-up"
+            await runner.execute("0", session=session)
+            show_status("trying limits and walls, which takes some seconds")
+            for check in CHECKS[3:]:
+                findings.append(judge(check, patient, await attempt(check, runner, session)))
+        except SandboxError as error:
+            findings.append(Finding(where, "failed", "there is none that can be used", one_line(str(error))))
+        finally:
+            show_status("")
+            with anyio.CancelScope(shield=True), contextlib.suppress(SandboxError):
+                await runner.close_session(session)
+    return findings
+
+
+def within_trial(docker: DockerConfig) -> DockerConfig:
+    """Lower limits to what can be tried: whether the engine keeps to one does not depend on its value."""
+    memory = min(size_in_bytes(docker.memory_limit), TRIED_MEMORY)
+    return dataclasses.replace(
+        docker,
+        memory_limit=str(memory),
+        disk_limit=str(min(size_in_bytes(docker.disk_limit), TRIED_DISK, memory // 4)),
+        output_limit=str(min(size_in_bytes(docker.output_limit), TRIED_OUTPUT)),
+        pids_limit=min(docker.pids_limit, TRIED_PROCESSES),
+        cpu_limit=min(docker.cpu_limit, TRIED_CPU),
+    )
+
+
+async def describe_engine(config: Config, engine: Engine, image: Image) -> Patient:
+    """Ask the engine about itself, its runtime and the image."""
+
+    async def ask(command: str) -> dict[str, Any]:
+        with contextlib.suppress(EngineError, ValueError, RecursionError):
+            answer = json.loads(await engine.run(command, "--format={{json .}}"))
+            return answer if isinstance(answer, dict) else {}
+        return {}
+
+    base = await engine.inspect("image", image.name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
+    hosts = await engine.inspect("image", host_image_name(), "{{.Id}}")
+    is_hosts = hosts is not None and hosts in (base, image.id)
+    return Patient(config, engine, image, await ask("version"), await ask("info"), is_hosts)
+
+
+async def attempt(check: Check, runner: Runner, session: str) -> Result:
+    """Evaluate a check's expression in the session's sandbox."""
+    if not check.expression:
+        return Result("ok")
+    probe = "\n".join([f"import {PROBE_MODULES}", *map(inspect.getsource, PROBE)])
+    names = {
+        "docker": runner.config.docker,
+        "modules": [import_name(requirement) for requirement in runner.config.package.preinstalled],
+        "folders": [*dict.fromkeys(("/tmp", runner.config.docker.working_dir, "/dev/shm"))],
+        "packages": repr(PACKAGES),
+    }
+    code = f"from typing import *\n{probe}\nseen = {check.expression.format(**names)}"
+    try:
+        return await runner.execute(code, session=session, state={}, timeout=check.timeout)
+    except SandboxError as error:
+        return Result("died", message=str(error))
+
+
+def import_name(requirement: str) -> str:
+    """Return the module to import of a distribution."""
+    name = re.split(r"[\[<>=!~]", parse_requirement(requirement)[1])[0]
+    known = {distribution.lower(): module for module, distribution in DISTRIBUTIONS.items()}
+    return known.get(name.lower(), name.replace("-", "_"))
+
+
 # ── program ──
+
+EXAMPLES = """\
+examples:
+  python-docker-mcp                               serve; a client does that
+  python-docker-mcp doctor                        try whether engine, image, limits and isolation are as they should be
+  python-docker-mcp build                         make the image ahead of the first call, and print its name
+  python-docker-mcp install 'polars>=1,<2'        install a package for every sandbox; --session NAME for one session
+  python-docker-mcp ps                            list the sandboxes on this host
+  python-docker-mcp rm work                       end a session, with all that it keeps
+
+The exit status is 0 if all went well, 1 if a check failed, a package could not be installed or a session was not there,
+125 if there is no engine, image or sandbox to be had, 2 if a setting or an argument is wrong."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve on standard input and output until the client closes them, or a signal comes."""
+    """Serve on standard input and output until the client or a signal ends it; or run an operator's command."""
     options = _parser().parse_args(argv)
+    if options.command:
+        run_to_exit("python-docker-mcp", functools.partial(options.command, options))
     set_up_logging("python-docker-mcp: %(message)s", logging.INFO)
     try:
         config = load_config(options.config)
@@ -1183,19 +1848,135 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    form: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
         prog="python-docker-mcp",
         description="An MCP server that runs Python in locked-down containers. It speaks MCP on standard input and "
-        "output: clients start it, people only to see whether it starts.",
-        allow_abbrev=False,
+        "output:\nclients start it. Its commands are for the people who look after it.",
+        epilog=EXAMPLES,
+        **form,
     )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="configuration; by default $PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml",
-    )
+    parser.set_defaults(command=None, config=None)
     parser.add_argument("--version", action="version", version=f"python-docker-mcp {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (command, about) in COMMANDS.items():
+        one = commands.add_parser(name, help=about, description=about, **form)
+        one.set_defaults(command=command)
+        if name == "install":
+            one.add_argument("requirement", metavar="PACKAGE", help="such as requests or 'pandas[excel]>=2,<3'")
+            one.add_argument("--session", metavar="NAME", help="only for this session")
+        if name == "rm":
+            one.add_argument("sessions", nargs="+", metavar="NAME", help="a session; `ps` lists them")
+        if name in ("doctor", "ps"):
+            one.add_argument("--json", action="store_true", help="print JSON")
+    for one in (parser, *commands.choices.values()):
+        # No default here: the one of a command would win over what was given ahead of it.
+        one.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
     return parser
+
+
+async def _doctor(options: argparse.Namespace) -> int:
+    """Print the findings of an examination; exit status 1 if one of them is a failure."""
+    started = time.monotonic()
+    findings = await examine(load_config(options.config))
+    seconds = time.monotonic() - started
+    count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}
+    if options.json:
+        checks = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"checks": checks, "count": count, "seconds": round(seconds, 1)}, indent=2))
+    else:
+        _print_findings(findings)
+        told = f"{count['ok']} ok, {count['warning']} with a warning, {count['failed']} failed"
+        print(f"\nchecked in {seconds:.1f} s: {told}")
+    if findings[-1].check != CHECKS[-1].name:
+        return 125
+    return 1 if count["failed"] else 0
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """Print a table, then what to do about what is not well in it."""
+    print_table(("CHECK", "VERDICT", "SEEN"), [(one.check, one.verdict, one.seen) for one in findings])
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
+        about = ", ".join(one.check for one in findings if one.remedy == remedy)
+        print()
+        print(textwrap.fill(f"{about}: {remedy}", width, subsequent_indent="  ", break_on_hyphens=False))
+
+
+async def _build(options: argparse.Namespace) -> int:
+    """Make the image ahead of time, and print its name."""
+    async with open_runner(load_config(options.config), on_status=show_status) as runner:
+        _, image = await runner.prepare()
+    if image.problem:
+        why = image.problem.rstrip(".")
+        raise ImageError(f"{why}. See package.index_url, package.network and package.ca_bundle in the configuration.")
+    print(image.name)
+    return 0
+
+
+async def _install(options: argparse.Namespace) -> int:
+    """Install a package for a session, or for every later execution."""
+    async with open_runner(load_config(options.config), on_status=show_status) as runner:
+        installation = await runner.install(options.requirement, session=options.session)
+    stream = sys.stdout if installation.ok else sys.stderr
+    for text in filter(None, (installation.message, installation.output, hint_on_installation(installation))):
+        print(text, file=stream)
+    return 0 if installation.ok else 1
+
+
+async def _list(options: argparse.Namespace) -> int:
+    """Print the sandboxes on this engine."""
+    async with open_runner(load_config(options.config)) as runner:
+        sandboxes = await runner.list_sandboxes()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
+        return 0
+    rows = []
+    for info in sandboxes:
+        if not info.answers:
+            rows.append(("?", "does not answer", "?", "?", "?", "?", info.name))
+            continue
+        state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
+        owner = f"pid {info.owner.rpartition('-')[2]}" if info.attached else "-"
+        memory = f"{info.memory / 1048576:.0f} MB" if info.memory else "?"
+        rows.append((info.session or "-", state, owner, duration(info.age), duration(info.idle), memory, info.name))
+    print_table(("SESSION", "STATE", "OWNER", "AGE", "IDLE", "MEMORY", "CONTAINER"), rows)
+    return 0
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under a head, in columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units."""
+    for length, unit, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} {seconds % length // smaller:.0f} {part}"
+    return f"{seconds:.0f} s"
+
+
+async def _remove(options: argparse.Namespace) -> int:
+    """End sessions; exit status 1 if one of them was not there."""
+    missing = 0
+    async with open_runner(load_config(options.config)) as runner:
+        for name in options.sessions:
+            if not await runner.close_session(name):
+                missing = 1
+                print(f"python-docker-mcp: there is no session {name!r}: `ps` lists those there are", file=sys.stderr)
+    return missing
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Awaitable[int]], str]] = {
+    "doctor": (_doctor, "Try whether engine, image, limits and isolation are as they should be."),
+    "build": (_build, "Make the image ahead of the first call, and print its name."),
+    "install": (_install, "Install a package for the sandboxes, or for one session."),
+    "ps": (_list, "List the sandboxes on this host."),
+    "rm": (_remove, "End sessions, with all that they keep."),
+}
 
 
 class Wire(anyio.AsyncFile[str]):

@@ -85,7 +85,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import anyio
 import anyio.abc
@@ -607,7 +607,6 @@ class Result:
     exit_code: int | None = None  # of SystemExit or a process that ended; minus the signal if one killed it
     lost: bool = False  # whether the process that ran the code is gone, and all that it held
     message: str | None = None  # what happened, in a sentence, where the code did not simply end
-    hint: str | None = None  # what the caller could do about it
     session: str | None = None
     is_new: bool = False  # whether the session began with this call
     state: Literal["preserved", "lost"] | None = None  # what became of the session's variables; None while code runs
@@ -644,11 +643,13 @@ class Result:
 class Installation:
     """What came of installing a package."""
 
+    name: str  # of the package, normalized
     ok: bool
     message: str  # in a sentence
-    installed: tuple[tuple[str, str], ...] = ()  # name and version of what is new
-    output: str = ""  # what matters of the installer's own words
-    hint: str | None = None
+    installed: tuple[tuple[str, str], ...] = ()  # name and version of each new package
+    output: str = ""  # the part of the installer's output that matters
+    needs_build: bool = False  # whether something has no wheel for this Python, and may not be built from source
+    stale: tuple[str, ...] = ()  # modules that the session had imported before, in another version
     seconds: float = 0.0
 
 
@@ -3195,6 +3196,34 @@ async def _probe(path: str) -> Engine:
     return Engine(path, kind, version, component_version({"Server": server}, "runc"))
 
 
+def component_version(answer: Any, name: str) -> str:
+    """The version of a component (such as runc) in what `docker version` prints as JSON."""
+    try:
+        versions = {part["Name"]: str(part["Version"]) for part in answer["Server"]["Components"]}
+    except (KeyError, TypeError):
+        return ""
+    return versions.get(name, "")
+
+
+def runc_problem(version: str) -> str | None:
+    """The known ways out of a container that a version of runc leaves open; None if it leaves none open, or is none."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:-rc\.?(\d+))?", version)
+    if not match:
+        return None
+    number = (int(match[1]), int(match[2]), int(match[3]), int(match[4]) if match[4] else math.inf)
+    # https://github.com/opencontainers/runc/security/advisories
+    fixed_in_2025 = {(1, 2): (1, 2, 8), (1, 3): (1, 3, 3), (1, 4): (1, 4, 0, 3)}
+    problems = []
+    if number < (1, 1, 12):
+        problems.append("CVE-2024-21626")
+    if number < fixed_in_2025.get(number[:2], (1, 2, 8)):
+        problems.append("CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881")
+    return ", ".join(problems) or None
+
+
+RUNC_REMEDY = "Update runc to 1.2.8, 1.3.3 or 1.4.0 or later, unless your distribution has backported the fixes."
+
+
 async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
     """Start an engine command: in a session of its own, so that a signal to our group leaves it to us."""
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
@@ -4058,7 +4087,7 @@ class Sandbox:
             if sandbox._greeting is None:
                 raise EngineError(
                     f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
-                    "needs a python3, 3.8 or later; `python-docker-sandbox doctor` looks at everything else."
+                    "needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at everything else."
                 )
         except HangError:
             raise
@@ -4661,56 +4690,6 @@ def merge(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitte
 
 # ── runner ──
 
-# Import names whose distribution is called otherwise, among those that people ask for.
-DISTRIBUTIONS = {
-    "attr": "attrs", "bs4": "beautifulsoup4", "Bio": "biopython", "Crypto": "pycryptodome", "cv2":
-    "opencv-python-headless", "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv",
-    "fitz": "PyMuPDF", "git": "GitPython", "google.protobuf": "protobuf", "jwt": "PyJWT", "magic": "python-magic",
-    "MySQLdb": "mysqlclient", "nacl": "PyNaCl", "OpenSSL": "pyOpenSSL", "PIL": "Pillow", "pptx": "python-pptx",
-    "psycopg2": "psycopg2-binary", "serial": "pyserial", "skimage": "scikit-image", "sklearn": "scikit-learn",
-    "slugify": "python-slugify", "usb": "pyusb", "yaml": "PyYAML", "zmq": "pyzmq",
-}  # fmt: skip
-
-
-def advise(exception: ExceptionInfo | None, code: str) -> str | None:
-    """What to do about a failure that has a usual cause."""
-    if exception is None:
-        return None
-    if exception.missing:
-        top = exception.missing.partition(".")[0]
-        if top in sys.stdlib_module_names:
-            return (
-                f"{top} belongs to Python's standard library, but this image was built without it: do without it, or "
-                "have the operator set docker.image to one that has it."
-            )
-        package = DISTRIBUTIONS.get(exception.missing) or DISTRIBUTIONS.get(top)
-        called = f": the package is called {package}" if package else ""
-        return f"{top} is not installed. Install it with install-package{called}."
-    lines = source_lines(code)
-    if exception.type == "SyntaxError" and 0 < (exception.line or 0) <= len(lines):
-        line = lines[(exception.line or 0) - 1].strip()
-        if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):
-            return "Packages are not installed from code here: use install-package, then import them."
-        if re.match(r"!\s*\w", line):
-            return "Shell commands are not part of Python: use subprocess.run([...])."
-        if re.match(r"%%?[a-z]", line):
-            return "IPython's magic commands are not available here: leave the line out. Figures are shown without it."
-    return None
-
-
-def advise_on_walls(message: str, docker: DockerConfig) -> str | None:
-    """What to do where code ran against the sandbox's walls: by the system's numbers, as exceptions' types vary."""
-    if docker.network_disabled and re.search(r"\[Errno (-2|-3|101)\]", message):
-        return (
-            "Code here has no network (docker.network_disabled): put the data into the code, or have the operator make "
-            "a folder with it visible (docker.mounts)."
-        )
-    if "[Errno 30]" in message and docker.read_only:
-        return f"Only {docker.working_dir} and /tmp can be written to (docker.read_only)."
-    if "[Errno 28]" in message:
-        return f"Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
-    return None
-
 
 @dataclass
 class Session:
@@ -4788,20 +4767,13 @@ class Ongoing:
 
 
 def describe_installation(
-    name: str, outcome: Outcome, session: str | None, stale: Sequence[str], seconds: float
+    name: str, outcome: Outcome, session: str | None, stale: tuple[str, ...], seconds: float
 ) -> Installation:
-    """What to tell of an installation."""
+    """Return what came of an installation."""
     if not outcome.ok:
-        package = DISTRIBUTIONS.get(name) or DISTRIBUTIONS.get(name.replace("-", "_"))
-        package = package or next((value for key, value in DISTRIBUTIONS.items() if key.lower() == name), None)
-        hint = f"{name} is the name of an import; the package is called {package}." if package else None
-        if "--no-build" in outcome.output or "--only-binary" in outcome.output:
-            hint = (
-                "Something has no wheel for this Python. To have it built from source, set package.wheels_only: false."
-            )
-        return Installation(
-            False, f"{name} could not be installed", (), shorten_installer_output(outcome.output), hint, seconds
-        )
+        needs_build = "--no-build" in outcome.output or "--only-binary" in outcome.output
+        output = shorten_installer_output(outcome.output)
+        return Installation(name, False, f"{name} could not be installed", (), output, needs_build, (), seconds)
     where = f"in the session {session}" if session else "in every later execution"
     if outcome.installed:
         message = f"Installed {', '.join(' '.join(item) for item in outcome.installed)}"
@@ -4812,13 +4784,7 @@ def describe_installation(
         message = f"{name} {outcome.present} is part of the image already: nothing had to be installed"
     else:
         message = f"{name} was installed already: can be imported {where}"
-    hint = None
-    if stale:
-        hint = (
-            f"{', '.join(stale)} had been imported before, in another version, which this session goes on using: "
-            "for the new one start a fresh session, and install it there first (cleanup-session ends this one)."
-        )
-    return Installation(True, message, outcome.installed, "", hint, seconds)
+    return Installation(name, True, message, outcome.installed, stale=stale, seconds=seconds)
 
 
 class Pool:
@@ -5099,24 +5065,15 @@ class Runner:
         return await self._execute_in_session(entry, request, on_output, interrupt, is_new, deadline)
 
     def _explain(self, result: Result, request: Request | None) -> Result:
-        """The result with a word on what happened, and on what can be done about it, where that is known."""
+        """Return the result with a word on what happened, where the sandbox could not know it."""
+        message = result.message
         if result.status == "out_of_memory":
             message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
-            hint = "Work on less data at a time, or have the operator raise docker.memory_limit."
-            return dataclasses.replace(result, message=message, hint=hint)
-        if result.status == "timeout" and not result.message:
-            limit = f"within {request.timeout:g} seconds" if request else "in time"
-            result = dataclasses.replace(result, message=f"the code did not end {limit}")
-        if result.status == "timeout":
-            return dataclasses.replace(result, hint="Allow it more time with `timeout`, or do less in one call.")
-        if request and request.session and not request.code.strip():
-            return dataclasses.replace(result, hint="There was no code to run, and none running to wait for.")
-        advice = advise(result.exception, request.code if request else "")
-        if result.exception and not advice:
-            advice = advise_on_walls(result.exception.message, self.config.docker)
-        if advice and self.image and self.image.problem and result.exception and result.exception.missing:
-            advice += f" ({self.image.problem})"
-        return dataclasses.replace(result, hint=advice) if advice else result
+        elif result.status == "timeout" and not message:
+            message = f"the code did not end {f'within {request.timeout:g} seconds' if request else 'in time'}"
+        elif request and request.session and not request.code.strip():
+            message = "there was no code to run, and none running to wait for"
+        return dataclasses.replace(result, message=message)
 
     async def _execute_transient(
         self, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
@@ -5333,7 +5290,7 @@ class Runner:
         if not (self.config.session.evict and idle):
             raise SessionError(
                 f"There are {len(there)} sessions already, which is the most allowed (session.max): "
-                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first (cleanup-session)."
+                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first."
             )
         oldest = min(idle, key=lambda name: there[name].used)
         log.info("ending the session %s, the longest idle one, to make room for another", oldest)
@@ -5389,7 +5346,7 @@ class Runner:
             EngineError: it can't be known whether there is one.
             SessionError: another host has it, or its container does not answer.
         """
-        engine = await self._find_engine()
+        engine = await self.find_engine()
         container = session_container(name)
         begun = time.monotonic()
         while container in await engine.sandboxes(f"--filter=name={container}"):
@@ -5424,7 +5381,8 @@ class Runner:
         sessions = [session.sandbox for session in self._sessions.values() if session.sandbox]
         return [*self._transient, *self._pool.ready, *self._pool.returning, *sessions]
 
-    async def _find_engine(self) -> Engine:
+    async def find_engine(self) -> Engine:
+        """Return the engine. Raises EngineError."""
         asked_at = time.monotonic()
         async with self._finding:
             if self.engine is None:
@@ -5439,18 +5397,22 @@ class Runner:
             return self.engine
 
     async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
-        engine, image = await self._prepare()
+        engine, image = await self.prepare()
         try:
             return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
         except EngineError:
             self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
             raise
 
-    async def _prepare(self) -> tuple[Engine, Image]:
-        """The engine and an image. (Another call that fails meanwhile may have the runner look for both anew.)"""
-        await self._find_engine()  # ahead of the queue: where there is none, nobody waits for those before
+    async def prepare(self) -> tuple[Engine, Image]:
+        """Return the engine and the image, which is pulled or made first if it is missing.
+
+        Raises:
+            EngineError, ImageError: there is nothing to run code in.
+        """
+        await self.find_engine()  # ahead of the queue: where there is none, nobody waits for those before
         async with self._preparing:
-            engine, image = await self._find_engine(), self.image
+            engine, image = await self.find_engine(), self.image
             try:
                 if not image or (image.problem and time.monotonic() > self._retry_at):
                     self._retry_at = time.monotonic() + RETRY_AFTER
@@ -5510,7 +5472,7 @@ class Runner:
 
     async def _install(self, name: str, requirement: str, sandbox: Sandbox | None) -> Outcome:
         """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        engine, image = await self._prepare()
+        engine, image = await self.prepare()
         task = {
             "task": "install",
             "name": name,
@@ -5550,7 +5512,7 @@ class Runner:
 
     async def list_sandboxes(self) -> list[SandboxInfo]:
         """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
-        engine = await self._find_engine()
+        engine = await self.find_engine()
         names = await engine.sandboxes()
         answers = await self._ask(engine, names, patience=LOOK_TIMEOUT)
         infos = [info for info in answers if isinstance(info, SandboxInfo)]
@@ -5582,7 +5544,7 @@ class Runner:
 
         Running ones need nothing of the kind: those that nobody uses end by themselves.
         """
-        engine = await self._find_engine()
+        engine = await self.find_engine()
         if not (found := set(await engine.leftovers())):
             return []
         await anyio.sleep(PRUNE_PAUSE)
@@ -5617,7 +5579,7 @@ class Runner:
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
         with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
-            engine, image = await self._prepare()
+            engine, image = await self.prepare()
             settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
             names = await engine.sandboxes(f"--filter=label={LABEL}.settings={settings}")
             unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
@@ -5628,7 +5590,7 @@ class Runner:
 
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
-            engine = await self._find_engine()
+            engine = await self.find_engine()
             problem = runc_problem(engine.runc)
             if problem and self.config.docker.runtime in (None, "runc"):
                 log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
@@ -5706,927 +5668,6 @@ async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
         raise error
 
 
-# ── doctor ──
-#
-# Whether the walls hold is found out by running into them: `examine` has the functions of the probe run in sandboxes
-# that are started and called like any other, and CHECKS judges what they met.
-
-
-# ════════ probe: from here to the closing line, the doctor runs this in a sandbox, as code like any other ════════
-
-
-def refusal(action: Callable[..., object], *arguments: Any) -> str | None:
-    """The name of the error with which the kernel refuses something; None if it lets it be done."""
-    try:
-        action(*arguments)
-    except OSError as error:
-        return errno.errorcode.get(error.errno or 0, type(error).__name__)
-    return None
-
-
-def look_around(files: int) -> dict[str, Any]:
-    """What a sandbox is like from inside, and how it answers what can be tried at no cost."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    networks = [name for _, name in socket.if_nameindex()]
-    alone = networks in ([], ["lo"])  # if not, that tells enough, and waiting for a network's answer nothing more
-    return {
-        "status": read_status(os.getpid()),
-        "no_new_privs": libc.prctl(39, 0, 0, 0, 0),
-        "seccomp": libc.prctl(21, 0, 0, 0, 0),
-        "status_of_1": read_status(1),
-        "users": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
-        "user_map": read("/proc/self/uid_map").split(),
-        "environment": dict(os.environ),
-        "cgroups": {name: read_limit(name) for name in ("memory", "swap", "cpu", "pids")},
-        "cgroup_version": 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1,
-        "host_swap": "".join(line.split()[1] for line in read("/proc/meminfo").splitlines() if "SwapTotal" in line),
-        "cpus": os.cpu_count(),
-        "creating": {folder: create_in(folder) for folder in ("/", "/packages")},
-        "writable": list(writable_places()),
-        "devices": list(unusual_devices()),
-        "networks": networks,
-        "connecting": refusal(socket.create_connection, ("1.1.1.1", 53), 2) if alone else None,
-        "resolving": refusal(socket.gethostbyname, "example.com") if alone else None,
-        "process_1": dict(reach_for_process_1(libc)),
-        "system_calls": dict(call_the_kernel(libc)),
-        "files": open_all(files),
-        "becoming_root": refusal(os.setuid, 0),
-        "changing_root": refusal(os.chroot, "/"),
-        "making_a_device": refusal(make_device, "/tmp/python-docker-mcp-doctor"),
-    }
-
-
-def read(path: str) -> str:
-    """A file's text; nothing if there is none."""
-    try:
-        with open(path) as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def read_status(process: int) -> dict[str, str]:
-    """What the kernel tells of a process' rights."""
-    fields = dict(line.partition(":\t")[::2] for line in read(f"/proc/{process}/status").splitlines())
-    return {name: value for name, value in fields.items() if name.startswith(("Cap", "NoNewPrivs", "Seccomp"))}
-
-
-def read_limit(name: str) -> str:
-    """A limit as the container's cgroup has it, in either version's words; nothing if it is not shown."""
-    old = {
-        "memory": "memory/memory.limit_in_bytes",
-        "swap": "memory/memory.memsw.limit_in_bytes",
-        "cpu": "cpu/cpu.cfs_quota_us",
-        "pids": "pids/pids.max",
-    }
-    new = {"memory": "memory.max", "swap": "memory.swap.max", "cpu": "cpu.max", "pids": "pids.max"}
-    if text := read(f"/sys/fs/cgroup/{new[name]}"):
-        return text.strip()
-    period = f" {read('/sys/fs/cgroup/cpu/cpu.cfs_period_us')}" if name == "cpu" else ""
-    return (read(f"/sys/fs/cgroup/{old[name]}") + period).strip().replace("\n", "")
-
-
-def create_in(folder: str) -> str | None:
-    """The error with which creating something in a folder is refused."""
-    reason = refusal(os.mkdir, f"{folder}/python-docker-mcp-doctor")
-    if reason is None:
-        os.rmdir(f"{folder}/python-docker-mcp-doctor")
-    return reason
-
-
-def make_device(path: str) -> None:
-    """Make a device, the host's first disk, and open it."""
-    os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(8, 0))
-    try:
-        os.close(os.open(path, os.O_RDONLY))
-    finally:
-        os.unlink(path)
-
-
-def writable_places() -> Iterator[str]:
-    """The mounted folders and files that may be written."""
-    for line in read("/proc/self/mountinfo").splitlines():
-        path = line.split()[4].replace("\\040", " ")
-        is_kernels = path.split("/")[1] in ("proc", "sys")
-        if not is_kernels and (os.path.isdir(path) or os.path.isfile(path)) and os.access(path, os.W_OK):
-            yield path
-
-
-def unusual_devices() -> Iterator[str]:
-    """Devices that may be read or written and are not those that every container has."""
-    usual = {"null", "zero", "full", "random", "urandom", "tty", "console", "ptmx"}
-    for folder, folders, names in os.walk("/dev"):
-        folders[:] = [name for name in folders if name not in ("pts", "shm", "mqueue", "fd")]
-        for path in (os.path.join(folder, name) for name in names if name not in usual):
-            with contextlib.suppress(OSError):
-                is_device = stat.S_IFMT(os.lstat(path).st_mode) in (stat.S_IFBLK, stat.S_IFCHR)
-                if is_device and (os.access(path, os.R_OK) or os.access(path, os.W_OK)):
-                    yield path
-
-
-def reach_for_process_1(libc: Any) -> Iterator[tuple[str, str | None]]:
-    """What refuses to let process 1 be looked into."""
-    for name in ("mem", "environ", "maps"):
-        yield name, refusal(os.open, f"/proc/1/{name}", os.O_RDONLY)
-    yield "fd", refusal(os.listdir, "/proc/1/fd")
-    attached = libc.ptrace(16, 1, 0, 0) == 0
-    yield "ptrace", None if attached else errno.errorcode.get(ctypes.get_errno(), "?")
-    if attached:
-        libc.ptrace(17, 1, 0, 0)
-
-
-def call_the_kernel(libc: Any) -> Iterator[tuple[str, str | None]]:
-    """How parts of the kernel that no ordinary program needs, and many escapes did, answer."""
-    keyctl = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
-    calls = [("io_uring", (425, 1, 0)), *([("keyrings", (keyctl, 0, -3, 0))] if keyctl else [])]
-    for name, arguments in calls:
-        answer = libc.syscall(*arguments)
-        yield name, None if answer >= 0 else errno.errorcode.get(ctypes.get_errno(), "?")
-    child = os.fork()
-    if child == 0:
-        os._exit(ctypes.get_errno() if libc.unshare(0x10000000) else 0)
-    code = os.waitpid(child, 0)[1] >> 8
-    yield "user namespaces", errno.errorcode.get(code, "?") if code else None
-    yield "vsock", refusal(lambda: socket.socket(40, socket.SOCK_STREAM).close())
-
-
-def open_all(most: int) -> int:
-    """How many files can be open at once, as far as `most`."""
-    opened: list[int] = []
-    with contextlib.suppress(OSError):
-        while len(opened) < most:
-            opened.append(os.open("/dev/null", os.O_RDONLY))
-    for descriptor in opened:
-        os.close(descriptor)
-    return len(opened)
-
-
-def spend_cpu(processes: int, seconds: float) -> float:
-    """How many cores so many processes get that all want one."""
-    started = time.monotonic()
-    children = []
-    for _ in range(processes):
-        children.append(os.fork())
-        if not children[-1]:
-            while time.monotonic() < started + seconds:
-                pass
-            os._exit(0)
-    used = [os.wait4(child, 0)[2] for child in children]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used) / (time.monotonic() - started)
-
-
-def fork_all(most: int) -> list[Any]:
-    """How many children there can be at once, as far as `most`, and the error that ended it."""
-    gate, opener = os.pipe()
-    children: list[int] = []
-    reason = None
-    try:
-        while len(children) < most:
-            child = os.fork()
-            if child == 0:
-                os.close(opener)
-                os.read(gate, 1)
-                os._exit(0)
-            children.append(child)
-    except OSError as error:
-        reason = errno.errorcode.get(error.errno or 0, "?")
-    os.close(opener)
-    for child in children:
-        os.waitpid(child, 0)
-    os.close(gate)
-    return [len(children), reason]
-
-
-def fill(folder: str, most: int, by_writing: bool) -> list[Any]:
-    """How many bytes a folder takes, as far as `most`, and the error that ended it; or how it takes all at once."""
-    path = f"{folder}/python-docker-mcp-doctor"
-    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
-    written = 0
-    try:
-        if not by_writing:
-            return [None, refusal(os.posix_fallocate, descriptor, 0, most)]
-        piece = bytes(1 << 20)
-        while written < most:
-            written += os.write(descriptor, piece)
-    except OSError as error:
-        return [written, errno.errorcode.get(error.errno or 0, "?")]
-    finally:
-        os.close(descriptor)
-        os.unlink(path)
-    return [written, None]
-
-
-def hold_memory(size: int) -> int:
-    """Hold so many bytes of memory at once."""
-    return sum(map(len, [b"x" * (1 << 20) for _ in range(size >> 20)]))
-
-
-def import_all(names: list[str]) -> dict[str, str | None]:
-    """Why modules can't be imported; None for those that can."""
-    problems: dict[str, str | None] = {}
-    for name in names:
-        try:
-            importlib.import_module(name)
-            problems[name] = None
-        except Exception as error:
-            problems[name] = f"{type(error).__name__}: {error}"[:200]
-    return problems
-
-
-# ════════ end of probe ════════
-
-PROBE_MODULES = "contextlib ctypes errno importlib os socket stat time".split()
-PROBE_SOURCE = _shipped("probe", PROBE_MODULES)
-
-# What is tried at most, so that an examination harms no host whose limits are high, or do not hold.
-TRIED_MEMORY = 1 << 30  # bytes
-TRIED_DISK = 128 << 20  # bytes written to a folder; they count as memory
-TRIED_OUTPUT = 64 << 20  # bytes
-TRIED_PROCESSES = 2000
-TRIED_FILES = 5000
-SPIN = 0.6  # seconds of computing; a few of the periods, of 0.1 seconds, by which the kernel doles CPU out
-SLOW_START = 5.0  # seconds
-IMPORT_TIMEOUT = 120  # seconds
-
-Verdict = Literal["ok", "warning", "failed"]
-Judgement = tuple[Verdict, str, str]  # the verdict, what was seen, and unless all is well what to do about it
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the doctor says about one thing."""
-
-    check: str
-    verdict: Verdict
-    seen: str
-    remedy: str = ""
-
-
-class UntoldError(Exception):
-    """An attempt ended before it could tell anything."""
-
-
-@dataclass
-class Examination:
-    """What the engine said and what its sandboxes met. The checks judge from this alone."""
-
-    config: Config
-    engine: Engine
-    image: Image
-    version: dict[str, Any]  # what the engine's commands `version` and `info` print
-    info: dict[str, Any]
-    own_runtime_version: str = ""  # of `docker.runtime`, which no engine tells
-    created: str = ""  # when the image was made
-    is_hosts: bool = False  # whether the image is made from this host's Python
-    variables: tuple[str, ...] = ()  # the environment that the image brings, as NAME=VALUE
-    start: float = 0.0  # seconds until the first sandbox had answered a call
-    call: float = 0.0  # seconds for a call after that
-    results: dict[str, Result] = field(default_factory=dict)  # by the name of the attempt, see `attempts`
-
-    def told(self, attempt: str) -> Any:
-        """What the probe found out. Raises UntoldError."""
-        result = self.results[attempt]
-        if result.status != "ok" or result.variables is None:
-            said = result.exception.message if result.exception else result.message
-            raise UntoldError(f"what tries it ended with {result.status}{f' ({said})' if said else ''}")
-        return result.variables["seen"]
-
-    @property
-    def host(self) -> dict[str, Any]:
-        """What Podman says of its host; empty for Docker."""
-        return self.info.get("host") or {}
-
-    @property
-    def runtime(self) -> str:
-        """The name of the OCI runtime for sandboxes."""
-        own = (self.host.get("ociRuntime") or {}).get("name") or self.info.get("DefaultRuntime")
-        return self.config.docker.runtime or str(own or "")
-
-    @property
-    def runtime_version(self) -> str:
-        """The version of that runtime, as far as it can be known."""
-        podman = self.host.get("ociRuntime") or {}
-        if self.runtime == podman.get("name"):
-            return version_in(str(podman.get("version")))
-        return component_version(self.version, self.runtime) or self.own_runtime_version
-
-    @property
-    def runtime_details(self) -> dict[str, Any]:
-        """How that runtime is set up in Docker."""
-        return (self.info.get("Runtimes") or {}).get(self.runtime) or {}
-
-    @property
-    def is_gvisor(self) -> bool:
-        """Whether the sandboxes have gVisor's kernel, and not the host's."""
-        return "runsc" in f"{self.runtime} {self.runtime_details.get('path')}"
-
-    @property
-    def is_rootless(self) -> bool:
-        """Whether the engine itself has no root's rights."""
-        security = self.info.get("SecurityOptions") or []
-        return bool((self.host.get("security") or {}).get("rootless")) or "name=rootless" in security
-
-
-def unkept(examination: Examination, flag: str) -> str:
-    """What to do if a sandbox was started with a flag, and is not as that says."""
-    by_cgroup = flag in ("--memory", "--memory-swap", "--cpus", "--pids-limit")
-    if by_cgroup and "--ignore-cgroups" in (examination.runtime_details.get("runtimeArgs") or []):
-        return (
-            "As gVisor is set up here these limits have no effect: remove --ignore-cgroups from the runtimeArgs of "
-            f"{examination.runtime} in /etc/docker/daemon.json, and restart Docker."
-        )
-    if by_cgroup and examination.is_rootless:
-        return (
-            "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu "
-            "cpuset io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
-        )
-    if examination.is_gvisor:
-        return f"This gVisor does not keep to {flag}: update it, and see https://gvisor.dev/docs for what it supports."
-    return (
-        f"The engine was given {flag} and does not keep to it: look for warnings in `{examination.engine.kind} info`, "
-        "update it, and until then run no code on it that you don't trust."
-    )
-
-
-# ── what is tried ──
-
-
-def attempts(config: Config) -> dict[str, tuple[str, float]]:
-    """What is run in one sandbox, a call after the other: by name, the code and the seconds it may take."""
-    docker = config.docker
-    memory, disk, output = map(size_in_bytes, (docker.memory_limit, docker.disk_limit, docker.output_limit))
-    spinners = max(1, math.ceil(docker.cpu_limit + 0.01))
-    folders = dict.fromkeys(("/tmp", docker.working_dir, "/dev/shm"))
-    filling = [(folder, disk + (2 << 20), disk <= min(TRIED_DISK, memory // 2)) for folder in folders]
-    return {
-        "look": (probe(f"look_around({TRIED_FILES})"), 30),
-        "cpu": (probe(f"spend_cpu(min({spinners}, os.cpu_count()), {SPIN})"), 30),
-        "processes": (probe(f"fork_all({min(docker.pids_limit + 50, TRIED_PROCESSES)})"), 60),
-        "disk": (probe(f"{{one[0]: fill(*one) for one in {filling}}}"), 60),
-        "output": (f"print('x' * {min(output + (1 << 20), TRIED_OUTPUT)})", 60),
-        "interrupt": ("while True: pass", 0.3),
-        "memory": (probe(f"hold_memory({min(memory * 5 // 4, TRIED_MEMORY)})"), 60),
-        "kill": (probe("refusal(os.kill, 1, 9)"), 10),
-    }
-
-
-STUBBORN = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
-
-
-def probe(expression: str) -> str:
-    """Code that leaves the value of an expression, made of the probe's functions, for the host to see."""
-    return f"{PROBE_SOURCE}\nseen = {expression}"
-
-
-async def examine(config: Config) -> list[Finding]:
-    """Try what is promised of a sandbox, in sandboxes with the configured limits, and judge what came of it.
-
-    Where there is no engine, no image or no sandbox to be had, that is the last finding.
-    """
-    # Import rules are no wall, and would only keep the probe out. Should this program be killed, its session ends soon.
-    open_rules = dataclasses.replace(
-        config, allowed_modules=(), blocked_modules=(), session=SessionConfig(idle_timeout=60)
-    )
-    async with open_runner(open_rules, on_status=_show_status) as runner:
-        try:
-            engine = await runner._find_engine()
-        except EngineError as error:
-            return [Finding("engine", "failed", "none that can be used", str(error))]
-        try:
-            await runner._prepare()
-        except SandboxError as error:
-            found = Finding("engine", "ok", f"{engine.kind} {engine.version} ({engine.command})")
-            return [found, Finding("image", "failed", "none that can be used", str(error))]
-        finally:
-            _show_status("")
-        assert runner.image is not None
-        examination = await _interrogate(config, engine, runner.image)
-        findings = [judge(name, check, examination) for name, check in ENGINE_CHECKS]
-        _show_status("trying its limits and walls, which takes some seconds")
-        try:
-            await _try_all(runner, examination)
-        except EngineError as error:
-            remedy = f"{error} {unkept(examination, '--cpus')}" if examination.is_rootless else str(error)
-            return [*findings, Finding("start-up", "failed", "no sandbox starts", remedy)]
-        finally:
-            _show_status("")
-    return findings + [judge(name, check, examination) for name, check in SANDBOX_CHECKS]
-
-
-async def _interrogate(config: Config, engine: Engine, image: Image) -> Examination:
-    """What the engine says of itself, its runtime and the image."""
-
-    async def ask(*command: str) -> Any:
-        try:
-            return json.loads(await engine.run(*command))
-        except (EngineError, ValueError, RecursionError):
-            return None
-
-    version, info = [await ask(command, "--format={{json .}}") for command in ("version", "info")]
-    variables = await ask("image", "inspect", "--format={{json .Config.Env}}", image.name)
-    examination = Examination(
-        config,
-        engine,
-        image,
-        version if isinstance(version, dict) else {},
-        info if isinstance(info, dict) else {},
-        created=await engine.inspect("image", image.name, "{{.Created}}") or "",
-        variables=tuple(map(str, variables or ())),
-    )
-    base = await engine.inspect("image", image.name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
-    hosts = await _image_id(engine, host_image_name())
-    examination.is_hosts = hosts is not None and hosts in (base, image.id)
-    if config.docker.runtime and (program := find_program(config.docker.runtime)):
-        with contextlib.suppress(EngineError):
-            _, said, _ = await run_command([program, "--version"], ENGINE_TIMEOUT)
-            examination.own_runtime_version = version_in(said)
-    return examination
-
-
-async def _try_all(runner: Runner, examination: Examination) -> None:
-    """Make the attempts: most in one sandbox, and the two that take long in one of its own each, meanwhile."""
-    config = examination.config
-    session = f"doctor-{secrets.token_hex(8)}"
-    modules = [import_name(requirement) for requirement in config.package.preinstalled]
-
-    async def attempt(name: str, code: str, timeout: float, session: str | None = None) -> None:
-        try:
-            result = await runner.execute(code, session=session, state={}, timeout=timeout)
-        except SandboxError as error:
-            result = Result("died", message=str(error))
-        examination.results[name] = result
-
-    async def timed_call(is_new: bool = False) -> float:
-        started = time.monotonic()
-        await runner.execute("0", session=session, is_new=is_new)
-        return time.monotonic() - started
-
-    try:
-        examination.start = await timed_call(is_new=True)
-        examination.call = sorted([await timed_call() for _ in range(5)])[2]
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(attempt, "imports", probe(f"import_all({modules})"), IMPORT_TIMEOUT)
-            tasks.start_soon(attempt, "stubborn", STUBBORN, 0.3)
-            for name, (code, timeout) in attempts(config).items():
-                await attempt(name, code, timeout, session)
-    finally:
-        with anyio.CancelScope(shield=True):
-            await runner.close_session(session)
-
-
-# ── what is judged ──
-
-
-def judge(name: str, check: Callable[[Examination], Judgement], examination: Examination) -> Finding:
-    """What a check makes of the examination. Whatever can't be seen to hold does not count as holding."""
-    remedy = "Look at what the other checks say, then try again; if it stays, report it."
-    try:
-        verdict, seen, remedy = check(examination)
-    except UntoldError as error:
-        verdict, seen = "failed", str(error)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # as what a sandbox tells is not to be believed
-        verdict, seen = "failed", f"the probe told no sense ({type(error).__name__}: {error})"
-    return Finding(name, verdict, one_line(seen), one_line(remedy))
-
-
-def one_line(text: str) -> str:
-    """Text that may have come from a sandbox, fit to be shown on a terminal."""
-    return textwrap.shorten("".join(char if char.isprintable() else " " for char in text), 1000, placeholder=" …")
-
-
-def version_in(text: str) -> str:
-    """The version number in what a program says of itself."""
-    match = re.search(r"\d+\.\d+(\.\d+)?[^\s,]*", text)
-    return match[0] if match else ""
-
-
-def component_version(answer: Any, name: str) -> str:
-    """The version of a component (such as runc) in what `docker version` prints as JSON."""
-    try:
-        versions = {part["Name"]: str(part["Version"]) for part in answer["Server"]["Components"]}
-    except (KeyError, TypeError):
-        return ""
-    return versions.get(name, "")
-
-
-def runc_problem(version: str) -> str | None:
-    """The known ways out of a container that a version of runc leaves open; None if it leaves none open, or is none."""
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:-rc\.?(\d+))?", version)
-    if not match:
-        return None
-    number = (int(match[1]), int(match[2]), int(match[3]), int(match[4]) if match[4] else math.inf)
-    # https://github.com/opencontainers/runc/security/advisories
-    fixed_in_2025 = {(1, 2): (1, 2, 8), (1, 3): (1, 3, 3), (1, 4): (1, 4, 0, 3)}
-    problems = []
-    if number < (1, 1, 12):
-        problems.append("CVE-2024-21626")
-    if number < fixed_in_2025.get(number[:2], (1, 2, 8)):
-        problems.append("CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881")
-    return ", ".join(problems) or None
-
-
-RUNC_REMEDY = "Update runc to 1.2.8, 1.3.3 or 1.4.0 or later, unless your distribution has backported the fixes."
-
-
-def check_engine(examination: Examination) -> Judgement:
-    """What engine it is, and whether the command line is its own."""
-    engine = examination.engine
-    client = str((examination.version.get("Client") or {}).get("Version") or "").lstrip("v")
-    other = f", command line {client}" if client not in ("", engine.version) else ""
-    seen = f"{engine.kind} {engine.version}{other} ({engine.command})"
-    parts = (examination.version.get("Server") or {}).get("Components") or []
-    if engine.kind == "docker" and any("podman" in str(part.get("Name")).lower() for part in parts):
-        return "warning", f"{seen}, talking to Podman", "Set docker.command to podman: the two need different flags."
-    return "ok", seen, ""
-
-
-def check_runtime(examination: Examination) -> Judgement:
-    """What starts the containers, and whether there are known ways out of them."""
-    name, version = examination.runtime, examination.runtime_version
-    if not name:
-        remedy = f"See what `{examination.engine.kind} info` says; it should name a runtime such as runc."
-        return "warning", "the engine does not say which", remedy
-    if examination.is_gvisor:
-        return "ok", f"{name} {version}".strip() + ": gVisor, whose kernel stands between the code and the host's", ""
-    problem = runc_problem(version) if name == "runc" else None
-    if problem:
-        return "warning", f"runc {version}; known ways out of this version: {problem}", RUNC_REMEDY
-    return "ok", f"{name} {version}".strip(), ""
-
-
-def check_image(examination: Examination) -> Judgement:
-    """What the sandboxes are made from."""
-    image, wanted = examination.image, examination.config.docker.image
-    base = "this host's Python" if examination.is_hosts else wanted
-    made = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)", examination.created)
-    seen = f"{image.name}, from {base}" + (f", made {made[1]}" if made else "")
-    if image.problem:
-        return "failed", seen, f"{image.problem}. Try `build`, and set package.index_url if this host has a mirror."
-    if examination.is_hosts and wanted != "host":
-        remedy = f"Pull or load {wanted}, then `build`; or set docker.image to `host` if that is what you want."
-        return "warning", f"{seen}, in place of {wanted}", remedy
-    return "ok", seen, ""
-
-
-def check_start(examination: Examination) -> Judgement:
-    """What starting takes."""
-    seen = f"a sandbox is there in {examination.start:.1f} s, a call in it takes {examination.call * 1000:.1f} ms"
-    if examination.start > SLOW_START:
-        return "warning", seen, "See what else this host is doing; `pool.warm` sandboxes are started ahead of need."
-    return "ok", seen, ""
-
-
-def check_imports(examination: Examination) -> Judgement:
-    """Whether what should be preinstalled can be imported."""
-    wanted = examination.config.package.preinstalled
-    if not wanted:
-        return "ok", "none are to be preinstalled (package.preinstalled)", ""
-    if examination.results["imports"].status == "timeout":
-        seen = f"not all in {IMPORT_TIMEOUT} s: {', '.join(wanted)}"
-        return "warning", seen, "See what else this host is doing, and try again."
-    problems = [reason for reason in examination.told("imports").values() if reason]
-    if problems:
-        return "failed", "; ".join(problems), examination.image.problem or "Prepare the image anew: `build`."
-    return "ok", f"{', '.join(wanted)}: imported", ""
-
-
-def import_name(requirement: str) -> str:
-    """What is imported of a distribution."""
-    name = re.split(r"[\[<>=!~]", parse_requirement(requirement)[1])[0]
-    known = {distribution.lower(): module for module, distribution in DISTRIBUTIONS.items()}
-    return known.get(name.lower(), name.replace("-", "_"))
-
-
-def check_volume(examination: Examination) -> Judgement:
-    """Whether code is kept from changing what others import."""
-    if examination.told("look")["creating"][PACKAGES] == "EROFS":
-        return "ok", f"{examination.config.package.volume} at {PACKAGES}, read-only", ""
-    return "failed", f"{PACKAGES} is not read-only", unkept(examination, "--mount=…,ro")
-
-
-def megabytes(size: float) -> str:
-    """A size for people."""
-    return f"{size / (1 << 20):.4g} MB"
-
-
-def check_memory(examination: Examination) -> Judgement:
-    """Whether a process that takes more memory than it may is ended."""
-    limit, result = size_in_bytes(examination.config.docker.memory_limit), examination.results["memory"]
-    if result.status in ("out_of_memory", "died") or (result.exception and result.exception.type == "MemoryError"):
-        return "ok", f"a process that took more than {megabytes(limit)} was ended", ""
-    held = examination.told("memory")
-    if held < limit and examination.told("look")["cgroups"]["memory"] == str(limit):
-        return "ok", f"{megabytes(limit)} are set, which is too much to try", ""
-    return "failed", f"a process could take {megabytes(held)}", unkept(examination, "--memory")
-
-
-def check_swap(examination: Examination) -> Judgement:
-    """Whether the memory limit could be passed by swapping."""
-    look = examination.told("look")
-    limit = size_in_bytes(examination.config.docker.memory_limit)
-    if look["cgroups"]["swap"] in ("0", str(limit)):
-        return "ok", "can't be used", ""
-    if not int(look["host_swap"] or 0):
-        return "ok", "this host has none", ""
-    if look["cgroups"]["swap"] or examination.info.get("SwapLimit") is False:
-        remedy = "Boot the kernel with `swapaccount=1` (or with cgroup version 2), or switch swap off."
-        return "failed", "is not counted, so the memory limit can be passed by it", remedy
-    if check_memory(examination)[0] == "ok":
-        return "ok", "did not save the process that took too much memory", ""
-    return "failed", "can be used", unkept(examination, "--memory-swap")
-
-
-def check_cpu(examination: Examination) -> Judgement:
-    """Whether processes together get no more CPU than they may."""
-    limit, look, used = examination.config.docker.cpu_limit, examination.told("look"), examination.told("cpu")
-    seen = f"of {limit:g} cores, processes that want more got {used:.2f}"
-    if limit >= look["cpus"]:
-        return "ok", f"{limit:g} cores, and the engine has {look['cpus']}: there is nothing to limit", ""
-    quota, _, period = look["cgroups"]["cpu"].partition(" ")
-    is_set = quota.isdigit() and abs(int(quota) / int(period) - limit) < 0.01
-    if used > limit * 1.3 + 0.05 or (quota and not is_set):
-        return "failed", seen, unkept(examination, "--cpus")
-    if used < limit * 0.7 and not is_set:
-        return "warning", f"{seen}, as others got the rest", "This host is too busy to tell: try again when it is not."
-    return "ok", seen, ""
-
-
-def check_processes(examination: Examination) -> Judgement:
-    """Whether there is an end to starting processes."""
-    limit = examination.config.docker.pids_limit
-    children, reason = examination.told("processes")
-    if reason == "EAGAIN" and children < limit:
-        return "ok", f"the {children + 1}th child was refused; the limit is {limit}, with the sandbox's own", ""
-    if not reason and children < limit and examination.told("look")["cgroups"]["pids"] == str(limit):
-        return "ok", f"{limit} are set, which is too many to try", ""
-    seen = f"{children} children could be started, then {reason}" if reason else f"{children} children could be started"
-    return "failed", f"{seen}; the limit is {limit}", unkept(examination, "--pids-limit")
-
-
-def check_disk(examination: Examination) -> Judgement:
-    """Whether the folders that code may write to fill up."""
-    limit = size_in_bytes(examination.config.docker.disk_limit)
-    told = examination.told("disk")
-    most = limit + (1 << 20)
-    open_ended = [folder for folder, (written, reason) in told.items() if reason != "ENOSPC" or (written or 0) > most]
-    if open_ended:
-        seen = f"{', '.join(open_ended)} took more than {megabytes(limit)}"
-        return "failed", seen, unkept(examination, "--tmpfs=…,size=… or --shm-size")
-    return "ok", f"{', '.join(told)} are full at {megabytes(limit)} each", ""
-
-
-def check_files(examination: Examination) -> Judgement:
-    """Whether there is an end to opening files."""
-    opened = examination.told("look")["files"]
-    if opened >= TRIED_FILES:
-        return "failed", f"{opened} could be open at once", unkept(examination, "--ulimit=nofile")
-    return "ok", f"{opened} at once, and no more", ""
-
-
-def check_output(examination: Examination) -> Judgement:
-    """Whether too much output is cut, and the call is none the worse for it."""
-    limit, result = size_in_bytes(examination.config.docker.output_limit), examination.results["output"]
-    kept = len(result.stdout)
-    omitted = sum(item.bytes for item in result.output if isinstance(item, Omitted))
-    if limit >= TRIED_OUTPUT and result.status == "ok":
-        return "ok", f"{megabytes(limit)} are allowed, which is too much to try", ""
-    if result.status == "ok" and omitted and kept <= limit:
-        return "ok", f"of {megabytes(kept + omitted)}, {megabytes(kept)} were kept", ""
-    return "failed", f"{megabytes(kept)} were kept, {result.status}", "Report it, with the output of `doctor --json`."
-
-
-def check_interrupt(examination: Examination) -> Judgement:
-    """Whether code that takes too long is interrupted, and its session is none the worse for it."""
-    result = examination.results["interrupt"]
-    if (result.status, result.state) == ("timeout", "preserved"):
-        return "ok", f"a loop was interrupted after {result.wall:.1f} s, and its session kept", ""
-    seen = f"a loop ended with {result.status}, and its session is {result.state}"
-    return "failed", seen, "See what else this host is doing, and try again."
-
-
-def check_kill(examination: Examination) -> Judgement:
-    """Whether code that can't be interrupted is killed."""
-    result = examination.results["stubborn"]
-    if result.status == "timeout":
-        return "ok", f"a loop that can't be interrupted was killed after {result.wall:.1f} s", ""
-    seen = f"a loop that can't be interrupted ended with {result.status}"
-    return "failed", seen, "See what else this host is doing, and try again."
-
-
-def check_file_system(examination: Examination) -> Judgement:
-    """Whether code can write to nothing but what it is given."""
-    docker, look = examination.config.docker, examination.told("look")
-    given = [docker.working_dir, "/tmp", "/dev/shm", "/dev/mqueue"]
-    given += [split_mount(mount)[2] for mount in docker.mounts if mount.endswith(":rw")]
-    others = sorted(set(look["writable"]) - set(given))
-    places = ", ".join(place for place in given if place in look["writable"])
-    if others:
-        return "failed", f"{', '.join(others)} can be written", unkept(examination, "--read-only and --tmpfs")
-    if not docker.read_only:
-        remedy = "Set docker.read_only to true."
-        return "warning", f"not read-only, by configuration (docker.read_only: false); {places} can be written", remedy
-    if look["creating"]["/"] != "EROFS":
-        return "failed", "the root is not read-only", unkept(examination, "--read-only")
-    return "ok", f"read-only but for {places}", ""
-
-
-def check_network(examination: Examination) -> Judgement:
-    """Whether there is nothing to reach."""
-    look = examination.told("look")
-    networks = ", ".join(look["networks"]) or "none"
-    if not examination.config.docker.network_disabled:
-        remedy = "Set docker.network_disabled to true, unless code has to reach the network."
-        return "warning", f"open, by configuration (docker.network_disabled: false): {networks}", remedy
-    if look["networks"] not in ([], ["lo"]) or not look["connecting"] or not look["resolving"]:
-        return "failed", f"there is one: {networks}", unkept(examination, "--network=none")
-    seen = f"no interface but {networks}; connecting fails ({look['connecting']}), so does resolving a name"
-    return "ok", seen, ""
-
-
-def check_user(examination: Examination) -> Judgement:
-    """Whether the code is nobody, and stays so."""
-    look = examination.told("look")
-    if 0 in look["users"] or not look["becoming_root"]:
-        return "failed", f"ids {look['users']}", unkept(examination, "--user")
-    return "ok", f"{look['users'][0]}; becoming root is refused ({look['becoming_root']})", ""
-
-
-def check_user_namespace(examination: Examination) -> Judgement:
-    """Whether root in a container would be root of the host."""
-    user_map = examination.told("look")["user_map"]
-    kind = "rootless" if examination.is_rootless else "rootful"
-    if user_map[:3] != ["0", "0", "4294967295"]:
-        return "ok", f"{kind}; root inside is {user_map[1]} outside", ""
-    if examination.is_gvisor:
-        return "ok", f"{kind}; gVisor's kernel has its own users", ""
-    if sys.platform != "linux" or examination.info.get("OperatingSystem") == "Docker Desktop":
-        return "ok", f"{kind}, in a virtual machine", ""
-    remedy = (
-        "The code is nobody either way; to have a second wall behind that use a rootless engine, or Docker's "
-        "userns-remap (https://docs.docker.com/engine/security/userns-remap)."
-    )
-    return "warning", f"none ({kind} engine): root in a container would be root of this host", remedy
-
-
-def check_capabilities(examination: Examination) -> Judgement:
-    """Whether the code has none of root's powers."""
-    look = examination.told("look")
-    sets = {name: value for name, value in look["status"].items() if name.startswith("Cap")}
-    powers = [f"{name} {value}" for name, value in sets.items() if int(value, 16)]
-    powers += [what.replace("_", " ") for what in ("changing_root", "making_a_device") if not look[what]]
-    if powers or not sets:
-        return "failed", ", ".join(powers) or "the kernel does not tell", unkept(examination, "--cap-drop=ALL")
-    return "ok", f"none; chroot is refused ({look['changing_root']}), so is mknod", ""
-
-
-def check_privileges(examination: Examination) -> Judgement:
-    """Whether no program that is started could have more rights."""
-    look = examination.told("look")  # process 1 is as the engine made it; gVisor does not tell of it
-    if look["no_new_privs"] == 1 and look["status_of_1"].get("NoNewPrivs", "1") == "1":
-        return "ok", "can't be gained, by programs such as sudo", ""
-    return "failed", "can be gained", unkept(examination, "--security-opt=no-new-privileges")
-
-
-def check_system_calls(examination: Examination) -> Judgement:
-    """Whether the kernel's rarer parts are out of reach."""
-    look = examination.told("look")
-    refused = ("EPERM", "EACCES", "ENOSYS", "EAFNOSUPPORT")
-    open_calls = ", ".join(name for name, reason in look["system_calls"].items() if reason not in refused)
-    if examination.is_gvisor:
-        return "ok", "answered by gVisor's kernel, not by the host's", ""
-    if look["seccomp"] != 2 or look["status_of_1"].get("Seccomp") != "2":  # what process 1 has is the engine's
-        remedy = "Have the engine use its default seccomp profile; it may have been built or set up without."
-        return "failed", "not filtered by the engine (seccomp)", remedy
-    if open_calls:
-        remedy = "Update the engine; where that does not help, give it a stricter seccomp profile."
-        return "warning", f"filtered (seccomp), but these are open: {open_calls}", remedy
-    return "ok", f"filtered (seccomp); refused are {', '.join(look['system_calls'])}", ""
-
-
-def check_devices(examination: Examination) -> Judgement:
-    """Whether there is no device that could be used."""
-    if devices := examination.told("look")["devices"]:
-        if examination.is_gvisor:
-            return "ok", f"gVisor's own: {', '.join(devices)}", ""
-        return "failed", ", ".join(devices), "See that no device is given to every container (`--device`, CDI)."
-    return "ok", "none but /dev/null and its like", ""
-
-
-def check_process_1(examination: Examination) -> Judgement:
-    """Whether the process that speaks for the sandbox can't be looked into, nor ended, by the code."""
-    open_parts = [name for name, reason in examination.told("look")["process_1"].items() if not reason]
-    if examination.results["kill"].status != "ok":
-        open_parts.append("kill")
-    if not open_parts:
-        return "ok", "can't be read, traced or killed by code", ""
-    seen = f"code gets at its {', '.join(open_parts)}"
-    if examination.is_gvisor:
-        remedy = (
-            "gVisor does not keep processes of one user apart: hostile code can speak for its sandbox, perhaps end it. "
-            "Don't trust what a session says after such code ran in it; other sandboxes are not concerned."
-        )
-        return "warning", seen, remedy
-    return "failed", seen, "Report it, with the output of `doctor --json`."
-
-
-def check_environment(examination: Examination) -> Judgement:
-    """Whether nothing of the host's variables has come in."""
-    inside = examination.told("look")["environment"]
-    proxies = [name for name, value in inside.items() if name.lower().endswith("_proxy") and value]
-    images = dict(variable.partition("=")[::2] for variable in examination.variables)
-    ours = {"HOME", "PATH", "LANG", "TERM", "HOSTNAME", "TMPDIR", "LC_CTYPE"}
-    ours |= {name for name in inside if name.endswith("_NUM_THREADS") or name in ("MPLBACKEND", "MPLCONFIGDIR")}
-    hosts = [
-        name
-        for name, value in inside.items()
-        if value and name not in ours and value == os.environ.get(name) != images.get(name)
-    ]
-    if found := sorted({*proxies, *hosts}):
-        remedy = "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf)."
-        return "failed", f"from the host: {', '.join(found)}", remedy
-    return "ok", f"{len(inside)} variables, none of the host's; no proxies", ""
-
-
-def check_cgroups(examination: Examination) -> Judgement:
-    """By what the limits are kept."""
-    version = str(examination.host.get("cgroupVersion") or examination.info.get("CgroupVersion") or "").lstrip("v")
-    driver = examination.host.get("cgroupManager") or examination.info.get("CgroupDriver") or "?"
-    version = version or str(examination.told("look")["cgroup_version"])
-    seen = f"version {version}, managed by {driver}"
-    if version == "1":
-        remedy = (
-            "Version 1 works, but systemd and kernels are giving it up: boot with `systemd.unified_cgroup_hierarchy=1`."
-        )
-        return "warning", seen, remedy
-    return "ok", seen, ""
-
-
-# The order is the table's. What the first few judge can be seen before any sandbox is started.
-ENGINE_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
-    ("engine", check_engine),
-    ("runtime", check_runtime),
-    ("image", check_image),
-)
-SANDBOX_CHECKS: tuple[tuple[str, Callable[[Examination], Judgement]], ...] = (
-    ("start-up", check_start),
-    ("imports", check_imports),
-    ("package volume", check_volume),
-    ("memory", check_memory),
-    ("swap", check_swap),
-    ("CPU", check_cpu),
-    ("processes", check_processes),
-    ("disk", check_disk),
-    ("open files", check_files),
-    ("output", check_output),
-    ("time-out", check_interrupt),
-    ("kill", check_kill),
-    ("file system", check_file_system),
-    ("network", check_network),
-    ("user", check_user),
-    ("capabilities", check_capabilities),
-    ("privileges", check_privileges),
-    ("system calls", check_system_calls),
-    ("devices", check_devices),
-    ("process 1", check_process_1),
-    ("environment", check_environment),
-    ("cgroups", check_cgroups),
-    ("user namespace", check_user_namespace),
-)
-
-
-def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-
-
-async def _doctor_command(options: argparse.Namespace) -> int:
-    """`doctor`: try what is promised of a sandbox; exit status 1 if something of it does not hold."""
-    started = time.monotonic()
-    findings = await examine(load_config(options.config))
-    seconds = time.monotonic() - started
-    count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}
-    if options.json:
-        checks = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"checks": checks, "count": count, "seconds": round(seconds, 1)}, indent=2))
-    else:
-        _print_findings(findings)
-        told = f"{count['ok']} ok, {count['warning']} with a warning, {count['failed']} failed"
-        print(f"\nchecked in {seconds:.1f} s: {told}")
-    if findings[-1].check != SANDBOX_CHECKS[-1][0]:
-        return 125
-    return 1 if count["failed"] else 0
-
-
-def _print_findings(findings: Sequence[Finding]) -> None:
-    """A table, then what to do about what is not well in it."""
-    rows = [(one.check, one.verdict, one.seen) for one in findings]
-    print_table(("CHECK", "VERDICT", "SEEN"), rows)
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    for remedy in dict.fromkeys(one.remedy for one in findings if one.remedy):
-        about = ", ".join(one.check for one in findings if one.remedy == remedy)
-        print()
-        print(textwrap.fill(f"{about}: {remedy}", width, subsequent_indent="  ", break_on_hyphens=False))
-
-
 # ── command line ──
 
 EXAMPLES = """\
@@ -6643,17 +5684,19 @@ The exit status is the code's own; 124 after a time-out, 137 out of memory, 130 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; ends the process with the exit status that `--help` describes."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a script in a sandbox; end the process with the exit status that `--help` describes."""
+    run_to_exit("sandbox_runner", functools.partial(_run_script, _parser().parse_args(argv)))
+
+
+def run_to_exit(program: str, command: Callable[[], Awaitable[int]]) -> NoReturn:
+    """Run a command and end the process with its exit status, or with the one for the error or signal that ended it."""
     clear_status = "\r\x1b[K" if sys.stderr.isatty() else ""
     set_up_logging(f"{clear_status}%(message)s", logging.INFO)
     try:
-        word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
-        options = _parser(word).parse_args(arguments[1:] if word else arguments)
         try:
-            code = anyio.run(_until_signal, COMMANDS[word].run, options) if word else anyio.run(_run_command, options)
+            code = anyio.run(_until_signal, command)
         except SandboxError as error:
-            _complain(str(error))
+            print(f"{clear_status}{program}: {error}", file=sys.stderr)
             code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
         sys.stdout.flush()
     except BrokenPipeError:
@@ -6664,8 +5707,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-async def _until_signal(run: Callable[[argparse.Namespace], Awaitable[int]], options: argparse.Namespace) -> int:
-    """Run a command; a signal ends it in good order, with the exit status that a shell gives whom it killed."""
+async def _until_signal(command: Callable[[], Awaitable[int]]) -> int:
+    """Run a command; a signal ends it in good order, with the exit status that a shell reports for that signal."""
     received: list[int] = []
 
     async def watch(scope: anyio.CancelScope) -> None:
@@ -6676,7 +5719,7 @@ async def _until_signal(run: Callable[[argparse.Namespace], Awaitable[int]], opt
 
     async with open_tasks() as tasks:
         tasks.start_soon(watch, tasks.cancel_scope)
-        return await run(options)
+        return await command()
     return 128 + received[-1]
 
 
@@ -6703,27 +5746,17 @@ def _program() -> str:
     return f"python {name}" if name.endswith(".py") else name
 
 
-def _parser(word: str = "") -> argparse.ArgumentParser:
-    """The parser of a command; without a word, of what runs code."""
-    program = f"{_program()} {word}".rstrip()
+def _parser() -> argparse.ArgumentParser:
+    program = _program()
     parser = argparse.ArgumentParser(
-        prog=program, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=program,
+        usage=f"{program} [options] (FILE | - | -c CODE) [ARGUMENT …]",
+        description="Run Python in a locked-down container: no network, read-only, limited memory, CPU and time.",
+        epilog=EXAMPLES.format(program=program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    if word:
-        parser.description = textwrap.fill(COMMANDS[word].about, 80)
-        parser.epilog = "examples:\n" + "\n".join(f"  {_program()} {example}" for example in COMMANDS[word].examples)
-        COMMANDS[word].add_arguments(parser)
-        parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    else:
-        parser.usage = f"{program} [options] (FILE | - | -c CODE) [ARGUMENT …]\n       {program} COMMAND …"
-        parser.description = (
-            "Run Python in a locked-down container: no network, read-only, limited memory, CPU and time.\n\ncommands:\n"
-            + "\n".join(
-                f"  {name:22}{command.about.partition('. ')[0].rstrip('.')}" for name, command in COMMANDS.items()
-            )
-        )
-        parser.epilog = EXAMPLES.format(program=program)
-        _add_run_arguments(parser)
+    _add_run_arguments(parser)
     return parser
 
 
@@ -6758,7 +5791,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--version", action="version", version=__version__)
 
 
-async def _run_command(options: argparse.Namespace) -> int:
+async def _run_script(options: argparse.Namespace) -> int:
     """Run code; return the exit status."""
     arguments = options.arguments
     if options.code is not None:
@@ -6773,7 +5806,7 @@ async def _run_command(options: argparse.Namespace) -> int:
     screen = Screen(Path(options.images or "."))
     interrupt = anyio.Event()
     result = None
-    async with open_runner(config, on_status=_show_status) as runner, open_tasks() as tasks:
+    async with open_runner(config, on_status=show_status) as runner, open_tasks() as tasks:
         received: list[int] = []
         tasks.start_soon(_watch_signals, runner, interrupt, tasks.cancel_scope, received)
         result = await runner.execute(
@@ -6826,14 +5859,16 @@ async def _watch_signals(runner: Runner, interrupt: anyio.Event, scope: anyio.Ca
                 scope.cancel()
 
 
+OPERATOR_COMMANDS = ("doctor", "build", "install", "ps", "rm")  # of the other program, that one may look for here
+
+
 def _read_source(file: str) -> tuple[str, str]:
     """The source in a file, or on standard input, and the name it goes by."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return importlib.util.decode_source(data), "<stdin>" if file == "-" else Path(file).name
     except OSError as error:
-        alike = difflib.get_close_matches(file, COMMANDS, 1)
-        meant = f" Did you mean the command {alike[0]}?" if alike else ""
+        meant = f" Did you mean `python-docker-mcp {file}`?" if file in OPERATOR_COMMANDS else ""
         raise RequestError(f"{file} can't be read: {error.strerror}.{meant}") from error
     except (SyntaxError, UnicodeDecodeError) as error:
         raise RequestError(f"{file} is not Python source: {error}.") from error
@@ -6931,8 +5966,9 @@ def _print_end(result: Result, value: bool) -> None:
     sys.stdout.flush()
     if result.exception and result.exception.type != "SystemExit":
         print(result.exception.traceback, end="", file=sys.stderr)
-    # What is a tool for models is a command here.
-    notes = [result.message, result.hint and result.hint.replace("install-package", f"`{_program()} install`")]
+    notes = [result.message]
+    if result.exception and result.exception.missing:
+        notes.append(f"`python-docker-mcp install PACKAGE` installs what {result.exception.missing} is part of")
     if result.unread:
         print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)
         notes.append(f"(that was the end of the session's previous call, left running: {result.unread.status})")
@@ -6959,128 +5995,12 @@ def exit_status(result: Result) -> int:
     return result.exit_code & 0xFF if result.exit_code >= 0 else 128 - result.exit_code
 
 
-async def _build_command(options: argparse.Namespace) -> int:
-    """`build`: prepare the image ahead of time, and print its name."""
-    config = load_config(options.config)
-    image = await derive_image(await find_engine(config.docker.command), config, _show_status)
-    _show_status("")
-    if image.problem:
-        why = image.problem.rstrip(".")
-        raise ImageError(f"{why}. See package.index_url, package.network and package.ca_bundle in the configuration.")
-    print(image.name)
-    return 0
-
-
-def _add_install_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("requirement", metavar="PACKAGE", help="such as requests or 'pandas[excel]>=2,<3'")
-    parser.add_argument("--session", metavar="NAME", help="only for this session")
-
-
-async def _install_command(options: argparse.Namespace) -> int:
-    """`install`: a package for a session, or for every later execution."""
-    async with open_runner(load_config(options.config), on_status=_show_status) as runner:
-        installation = await runner.install(options.requirement, session=options.session)
-    _show_status("")
-    stream = sys.stdout if installation.ok else sys.stderr
-    for text in filter(None, (installation.message, installation.output, installation.hint)):
-        print(text, file=stream)
-    return 0 if installation.ok else 1
-
-
-def _show_status(status: str) -> None:
+def show_status(status: str) -> None:
     """Show what is being waited for: on a terminal in one line that is written over, else in lines of its own."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{status[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
     elif status:
         print(status, file=sys.stderr)
-
-
-def _add_list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print a JSON array")
-
-
-async def _list_command(options: argparse.Namespace) -> int:
-    """`ps`: a table of the sandboxes on this engine."""
-    async with open_runner(load_config(options.config)) as runner:
-        sandboxes = await runner.list_sandboxes()
-    if options.json:
-        print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
-        return 0
-    rows = []
-    for info in sandboxes:
-        if not info.answers:
-            rows.append(("?", "does not answer", "?", "?", "?", "?", info.name))
-            continue
-        state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
-        owner = f"pid {info.owner.rpartition('-')[2]}" if info.attached else "-"
-        memory = f"{info.memory / 1048576:.0f} MB" if info.memory else "?"
-        rows.append((info.session or "-", state, owner, duration(info.age), duration(info.idle), memory, info.name))
-    print_table(("SESSION", "STATE", "OWNER", "AGE", "IDLE", "MEMORY", "CONTAINER"), rows)
-    return 0
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a head, in columns."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: in its two largest units."""
-    for length, unit, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit} {seconds % length // smaller:.0f} {part}"
-    return f"{seconds:.0f} s"
-
-
-def _add_remove_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sessions", nargs="+", metavar="NAME", help="a session; `ps` lists them")
-
-
-async def _remove_command(options: argparse.Namespace) -> int:
-    """`rm`: end sessions; exit status 1 if one of them was not there."""
-    missing = 0
-    async with open_runner(load_config(options.config)) as runner:
-        for name in options.sessions:
-            if not await runner.close_session(name):
-                _complain(f"there is no session {name!r}: `ps` lists those there are")
-                missing = 1
-    return missing
-
-
-@dataclass(frozen=True)
-class Command:
-    """A first word that does something else than run code."""
-
-    about: str
-    run: Callable[[argparse.Namespace], Awaitable[int]]
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    examples: tuple[str, ...]
-
-
-def _add_nothing(_: argparse.ArgumentParser) -> None:
-    pass
-
-
-COMMANDS = {
-    "ps": Command("List the sandboxes on this host.", _list_command, _add_list_arguments, ("ps", "ps --json")),
-    "rm": Command(
-        "End sessions, with all that they keep.", _remove_command, _add_remove_arguments, ("rm work", "rm one two")
-    ),
-    "install": Command(
-        "Install a package for the sandboxes, or for one session.", _install_command, _add_install_arguments,
-        ("install requests", "install 'polars>=1,<2' --session work"),
-    ),
-    "build": Command(
-        "Prepare the image ahead of the first call, and print its name.", _build_command, _add_nothing, ("build",),
-    ),
-    "doctor": Command(
-        "Try whether engine, image, limits and isolation are as they should be. The exit status is 0 if nothing failed "
-        "(there may be warnings), 1 if something did, 125 if there is no engine, image or sandbox to be had.",
-        _doctor_command, _add_doctor_arguments, ("doctor", "doctor --json"),
-    ),
-}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ same two functions through inputs that are made, not found.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -129,10 +128,9 @@ def as_host(data: bytes) -> Result | None:
         result = account.close(frames[-1], "s")
     except (ProtocolError, anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound):
         return None
-    advice = sandbox_runner.advise(result.exception, "1 +\n!pip")
-    result = dataclasses.replace(result, hint=advice)
+    hint = python_docker_mcp.hint_on(result, "1 +\n!pip", sandbox_runner.Config())
     json.dumps(result.as_dict())
-    python_docker_mcp.render(result).model_dump_json()
+    python_docker_mcp.render(result, hint=hint).model_dump_json()
     python_docker_mcp.Shelf().add(result)
     assert sandbox_runner.exit_status(result) >= 0
     for item in result.output:
@@ -267,7 +265,7 @@ def main() -> None:
             for name, value in list(vars(owner).items()):
                 if isinstance(value, type(main)):
                     setattr(owner, name, atheris.instrument_func(value))
-        for name in ("parse_within", "parts_of", "exception_info", "file_info", "merge", "advise"):
+        for name in ("parse_within", "parts_of", "exception_info", "file_info", "merge"):
             setattr(sandbox_runner, name, atheris.instrument_func(getattr(sandbox_runner, name)))
         options = [sys.argv[0], f"-max_total_time={seconds}", f"-dict={dictionary}", "-max_len=8192", corpus]
         atheris.Setup(options, one_input)

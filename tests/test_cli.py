@@ -1,4 +1,4 @@
-"""The command line, as a real child process with the fake engine first on its PATH."""
+"""Both programs' command lines, as real child processes with the fake engine first on their PATH."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -21,11 +22,11 @@ import pytest
 import yaml
 from conftest import FakeEngine
 
+import python_docker_mcp
 import sandbox_runner
 from sandbox_runner import Result, Rich, Screen, exit_status
 
 pytestmark = pytest.mark.slow
-PROGRAM = [sys.executable, sandbox_runner.__file__]
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
@@ -33,6 +34,12 @@ ON = "print('on', flush=True)\n"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, lambda *_: print('no'))\n{ON}while True: signal.pause()"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def program(*arguments: str) -> list[str]:
+    """The command that runs a script or, with one of its words first, an operator's command."""
+    module = python_docker_mcp if arguments[:1] and arguments[0] in python_docker_mcp.COMMANDS else sandbox_runner
+    return [sys.executable, str(module.__file__), *arguments]
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def run(home: Path) -> Run:
 
     def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*PROGRAM, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=30, cwd=home
+            program(*arguments), input=stdin, capture_output=True, text=True, check=False, timeout=30, cwd=home
         )
 
     return run
@@ -66,7 +73,7 @@ def run(home: Path) -> Run:
 @contextmanager
 def started(*arguments: str, stdout: Any = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     """The command line, running."""
-    command = [*PROGRAM, *arguments]
+    command = program(*arguments)
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True) as child:
         try:
             yield child
@@ -107,8 +114,7 @@ def test_a_failure_shows_the_traceback_and_a_hint(run: Run) -> None:
     assert done.stderr.startswith('Traceback (most recent call last):\n  File "<string>", line 3, in <module>\n')
     assert done.stderr.endswith(
         "ModuleNotFoundError: No module named 'bs4'\n"
-        "sandbox_runner: bs4 is not installed. Install it with `python sandbox_runner.py install`: the package is "
-        "called beautifulsoup4.\n"
+        "sandbox_runner: `python-docker-mcp install PACKAGE` installs what bs4 is part of\n"
     )
 
 
@@ -213,7 +219,7 @@ def test_a_session_works_across_invocations_is_listed_and_removed(run: Run, dock
     until(lambda: docker.containers() == [])  # it ended by a plug: no client of its own was waited for
     done = run("rm", "work")
     assert done.returncode == 1
-    assert done.stderr == "sandbox_runner: there is no session 'work': `ps` lists those there are\n"
+    assert done.stderr == "python-docker-mcp: there is no session 'work': `ps` lists those there are\n"
 
 
 def test_json_holds_everything_and_nothing_else_is_printed(run: Run) -> None:
@@ -289,7 +295,7 @@ def test_only_so_many_pictures_are_saved_and_what_is_no_picture_is_not(
 def on_terminal(*arguments: str) -> str:
     """What the command line shows on a terminal, to its end."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen([*PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs):
+    with subprocess.Popen(program(*arguments), stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs):
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # what a terminal says when nobody writes to it any more
@@ -310,29 +316,44 @@ def test_on_a_terminal_what_is_waited_for_takes_one_line_that_is_gone_in_the_end
 # ── help ──
 
 
-@pytest.mark.parametrize("word", ["", *sandbox_runner.COMMANDS])
-def test_every_command_has_help_with_examples_that_it_takes(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/python-docker-sandbox"])
-    parser = sandbox_runner._parser(word)
+@pytest.mark.parametrize("module", [sandbox_runner, python_docker_mcp])
+def test_the_help_has_examples_that_the_program_takes(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sandbox_runner.py"])
+    parser = module._parser()
     examples = parser.format_help().partition("examples:\n")[2].partition("\n\n")[0].splitlines()
-    assert examples
+    assert len(examples) > 4
     for example in examples:
-        program, *arguments = shlex.split(example.partition("   ")[0] if not word else example)
-        if program == "…":
-            program, *arguments = arguments[1:]
-        assert program == "python-docker-sandbox"
-        parser.parse_args(arguments[1:] if word else arguments)
+        words = shlex.split(re.split(r"   |; ", example.strip())[0])
+        words = words[2:] if words[0] == "…" else words  # what is piped into it
+        name = ["python", "sandbox_runner.py"] if module is sandbox_runner else ["python-docker-mcp"]
+        assert words[: len(name)] == name
+        parser.parse_args(words[len(name) :])
 
 
-def test_the_help_names_every_command_and_what_it_was_started_as(run: Run) -> None:
-    said = run("--help").stdout
-    assert all(f"\n  {word} " in said for word in sandbox_runner.COMMANDS)
-    assert "usage: python sandbox_runner.py [options]" in said
+def test_the_configuration_may_be_named_on_either_side_of_the_command() -> None:
+    parse = python_docker_mcp._parser().parse_args
+    assert parse([]).config is parse(["ps"]).config is None
+    assert parse(["--config", "x", "ps"]).config == parse(["ps", "--config", "x"]).config == "x"
 
 
-def test_a_misspelt_command_is_not_just_a_file_that_is_missing(run: Run) -> None:
-    assert "Did you mean the command install?" in run("instal", "requests").stderr
+def test_an_operators_command_is_not_just_a_file_that_is_missing(run: Run) -> None:
+    said = subprocess.run(
+        [sys.executable, str(sandbox_runner.__file__), "doctor"], capture_output=True, text=True, check=False
+    )
+    assert (said.returncode, "Did you mean `python-docker-mcp doctor`?" in said.stderr) == (2, True)
+    assert set(sandbox_runner.OPERATOR_COMMANDS) == set(python_docker_mcp.COMMANDS)
     assert "Did you mean" not in run("nowhere.py").stderr
+
+
+def test_packages_are_installed_and_images_made_by_a_command(run: Run, docker: FakeEngine) -> None:
+    assert run("build").stdout == "python:3.12.2-slim\n"
+    refused = run("install", "no such=thing")
+    assert (refused.returncode, refused.stderr.startswith("python-docker-mcp: ")) == (2, True)
+    docker.script(version={"exit": 1, "stderr": "Cannot connect to the Docker daemon.\n"})
+    for command in ("build", "ps"):
+        done = run(command)
+        assert (done.returncode, done.stderr.count("\n")) == (125, 1)
+        assert "its engine does not answer" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -340,7 +361,7 @@ def test_a_misspelt_command_is_not_just_a_file_that_is_missing(run: Run) -> None
     [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3_720, "1 h 2 min"), (90_000, "1 d 1 h")],
 )
 def test_times_are_said_in_their_two_largest_units(seconds: float, said: str) -> None:
-    assert sandbox_runner.duration(seconds) == said
+    assert python_docker_mcp.duration(seconds) == said
 
 
 # ── signals and pipes ──

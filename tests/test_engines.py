@@ -28,6 +28,7 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 from odd_code import collect
 
+import python_docker_mcp
 import sandbox_runner
 from sandbox_runner import (
     LABEL,
@@ -221,14 +222,15 @@ class CommandLine(Protocol):
 
 @pytest.fixture
 def command_line(config: Config, engine_command: str, tmp_path: Path) -> CommandLine:
-    """`python sandbox_runner.py …`, with the same settings as the runners of the test."""
+    """`python sandbox_runner.py …`, or an operator's command, with the same settings as the runners of the test."""
     settings = tmp_path / "config.yaml"
     settings.write_text(json.dumps(dataclasses.asdict(config)))
 
     @asynccontextmanager
     async def start(*arguments: str) -> AsyncIterator[Program]:
+        module = python_docker_mcp if arguments[0] in python_docker_mcp.COMMANDS else sandbox_runner
         async with await anyio.open_process(
-            [sys.executable, str(sandbox_runner.__file__), *arguments],
+            [sys.executable, str(module.__file__), *arguments],
             env={**os.environ, "PYTHON_DOCKER_MCP_CONFIG": str(settings)},
             start_new_session=True,
         ) as process:

@@ -175,12 +175,13 @@ def test_the_source_distribution_holds_every_file_of_the_project(built: Path, tr
 
 
 @pytest.mark.slow
-def test_both_commands_start_from_an_environment_that_has_only_the_wheel(installed: Path, tmp_path: Path) -> None:
-    for command, name in (("python-docker-mcp", "python-docker-mcp "), ("python-docker-sandbox", "")):
-        assert (
-            run(installed, "-P", installed.with_name(command), "--version", cwd=tmp_path).stdout
-            == f"{name}{__version__}\n"
-        )
+def test_both_programs_start_from_an_environment_that_has_only_the_wheel(installed: Path, tmp_path: Path) -> None:
+    for command, name in (
+        ([installed.with_name("python-docker-mcp")], "python-docker-mcp "),
+        (["-m", "python_docker_mcp"], "python-docker-mcp "),
+        (["-m", "sandbox_runner"], ""),
+    ):
+        assert run(installed, "-P", *command, "--version", cwd=tmp_path).stdout == f"{name}{__version__}\n"
     where = run(installed, "-P", "-c", "import sandbox_runner; print(sandbox_runner.__file__)", cwd=tmp_path).stdout
     assert where.startswith(str(installed.parents[1]))
 

@@ -45,6 +45,8 @@ from python_docker_mcp import (
     answers_to,
     as_shown,
     describe,
+    hint_on,
+    hint_on_installation,
     instructions,
     main,
     make_server,
@@ -111,13 +113,77 @@ def test_standard_error_is_marked_as_such_and_kept_in_order() -> None:
     assert result.structured_content["stderr"] == "careful"
 
 
+@pytest.mark.parametrize(
+    ("kind", "missing", "code", "hint"),
+    [
+        (
+            "ModuleNotFoundError",
+            "cv2",
+            "",
+            "cv2 is not installed. Install it with install-package: the package is called opencv",
+        ),
+        ("ModuleNotFoundError", "rich.text", "", "rich is not installed. Install it with install-package."),
+        ("ModuleNotFoundError", "tkinter", "", "tkinter belongs to Python's standard library, but"),
+        ("SyntaxError", None, "!pip install x", "Packages are not installed from code here: use install-package"),
+        ("SyntaxError", None, "%pip install x", "Packages are not installed from code here: use install-package"),
+        ("SyntaxError", None, "!ls -l", "Shell commands are not part of Python: use subprocess"),
+        ("SyntaxError", None, "%matplotlib inline", "IPython's magic commands are not available here"),
+        ("SyntaxError", None, "x = = 1", None),
+        ("ValueError", None, "!pip", None),
+    ],
+)
+def test_a_failure_with_a_usual_cause_has_a_hint(kind: str, missing: str | None, code: str, hint: str | None) -> None:
+    result = Result("error", exception=ExceptionInfo(kind, "", 1, "", missing))
+    advice = hint_on(result, code, Config())
+    assert advice == hint if hint is None else (advice or "").startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("message", "docker", "words"),
+    [
+        ("<urlopen error [Errno -3] Temporary failure in name resolution>", {}, "no network (docker.network_disabled)"),
+        ("[Errno 101] Network is unreachable", {}, "no network (docker.network_disabled)"),
+        ("[Errno 101] Network is unreachable", {"network_disabled": False}, None),
+        ("[Errno 30] Read-only file system: '/etc/x'", {}, "Only /app and /tmp can be written to"),
+        ("[Errno 30] Read-only file system: '/data/x'", {"read_only": False}, None),
+        ("[Errno 28] No space left on device", {"disk_limit": "3m"}, "Files may take 3m"),
+        ("[Errno 2] No such file or directory: 'x'", {}, None),
+    ],
+)
+def test_code_that_runs_against_a_wall_is_told_which(message: str, docker: dict[str, Any], words: str | None) -> None:
+    result = Result("error", exception=ExceptionInfo("OSError", message, 1, ""))
+    advice = hint_on(result, "", Config(DockerConfig(**docker)))
+    assert words in advice if words and advice else advice is words
+
+
+def test_limits_that_were_met_have_a_hint_and_what_the_image_lacks_is_said() -> None:
+    assert "docker.memory_limit" in (hint_on(Result("out_of_memory"), "", Config()) or "")
+    assert "`timeout`" in (hint_on(Result("timeout"), "", Config()) or "")
+    missing = Result("error", exception=ExceptionInfo("ModuleNotFoundError", "", 1, "", "numpy"))
+    assert (hint_on(missing, "", Config(), "numpy could not be preinstalled: no index") or "").endswith(
+        "Install it with install-package. (numpy could not be preinstalled: no index)"
+    )
+
+
+def test_an_installation_has_a_hint_where_something_is_to_be_known() -> None:
+    assert hint_on_installation(Installation("polars", True, "Installed polars 1.0")) is None
+    assert hint_on_installation(Installation("nonesuch", False, "nonesuch could not be installed")) is None
+    for installation, words in (
+        (Installation("cv2", False, "", ()), "the package is called opencv-python-headless"),
+        (Installation("pil", False, "", ()), "the package is called Pillow"),
+        (Installation("x", False, "", needs_build=True), "set package.wheels_only: false"),
+        (Installation("x", True, "", stale=("x",)), "x had been imported before, in another version"),
+    ):
+        assert words in (hint_on_installation(installation) or "")
+
+
 def test_a_call_without_anything_to_see_says_so() -> None:
     assert text_of(render(Result("ok"))) == "(no output)"
 
 
 def test_an_error_is_told_first_with_its_line_and_then_its_traceback() -> None:
     error = ExceptionInfo("ValueError", "no\nreally", 3, "Traceback …\nValueError: no\nreally\n")
-    result = render(Result("error", output=(Text("stdout", "before\n"),), exception=error, hint="Do better."))
+    result = render(Result("error", output=(Text("stdout", "before\n"),), exception=error), hint="Do better.")
     assert text_of(result) == (
         "Failed on line 3: ValueError: no\n\nbefore\n\nTraceback …\nValueError: no\nreally\n\nHint: Do better."
     )
@@ -355,13 +421,16 @@ def test_a_transient_calls_small_files_come_with_the_result_and_of_the_others_it
 
 
 def test_an_installation_tells_what_is_there_now_or_why_it_is_not() -> None:
-    done = render_installation(Installation(True, "Installed x 1.0: can be imported", (("x", "1.0"),)), "s")
+    done = render_installation(Installation("polars", True, "Installed x 1.0: can be imported", (("x", "1.0"),)), "s")
     assert text_of(done) == "Installed x 1.0: can be imported."
     assert done.structured_content["installed"] == [{"name": "x", "version": "1.0"}]
     assert done.structured_content["session_id"] == "s"
-    failed = render_installation(Installation(False, "x could not be installed", (), "error: no x", "Try y."), None)
+    failed = render_installation(Installation("yaml", False, "yaml could not be installed", (), "error: no yaml"), None)
     assert failed.is_error
-    assert text_of(failed) == "x could not be installed.\n\nerror: no x\n\nHint: Try y."
+    assert text_of(failed) == (
+        "yaml could not be installed.\n\nerror: no yaml\n\n"
+        "Hint: yaml is the name of an import; the package is called PyYAML."
+    )
 
 
 def test_kept_output_is_bounded_for_a_session_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

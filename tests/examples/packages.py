@@ -13,7 +13,8 @@ async def main() -> None:
         await runner.execute("sizes = [12, 3_400, 5_600_000]", session="sizes")
 
         result = await runner.execute("import humanize", session="sizes")
-        print(result.status, "-", result.hint)  # what to do about it
+        if result.exception and result.exception.missing:
+            print(f"{result.exception.missing} is missing")
 
         installation = await runner.install("humanize>=4", session="sizes")
         print(installation.message)
