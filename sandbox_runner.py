@@ -1,30 +1,31 @@
-"""Runs Python in locked-down containers, through the `docker` command line (or Podman's).
+"""Run Python in locked-down containers, through the `docker` command line (or Podman's).
 
-The story, from the caller to the code and back:
+The path from the caller to the code and back:
 
     caller ─ Runner ─ Sandbox ══ `docker run -i` ══ Supervisor (process 1) ─ Worker (forked, runs the code)
                       one pipe each way, for the container's whole life
 
 A `Runner` (see `open_runner`) knows the engine, the image and the open sessions. A `Sandbox` is one container: an
-attached `docker run -i --rm …` process whose standard input and output carry frames (see `Channel`) to a small program
-inside, the *guest*. Once a sandbox is there, a call costs no engine command, just one request and the frames that
-answer it.
+attached `docker run -i --rm …` process whose standard input and output carry frames (see `Channel`) to and from a small
+program inside, the *guest*. Once a sandbox is running, a call costs no engine command, only one request and the frames
+that answer it.
 
-The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1,
-holds the channel and runs neither the user's code nor packages installed for it; and a worker, forked from it, which
-does. So whatever the code does to its own process, the supervisor lives to say what happened: the status of a `Result`
-and whether a session's variables were kept follow from what that process did, not from what it printed.
+The guest is the middle part of this file, shipped as source over the pipe. It is a supervisor, which is process 1,
+holds the channel, and runs neither the user's code nor packages installed for it; and a worker, forked from the
+supervisor, which runs both. So whatever the user's code does to its own process, the supervisor survives to report it:
+the status of a `Result`, and whether a session's variables were kept, follow from what the worker did, not from what
+it printed.
 
-A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
-by one `docker exec` (see `plug`). So does code that was running: its result waits. A session that nobody comes back to
-ends by itself, from inside, after `session.idle_timeout`; a sandbox that was kept ready and never used, a minute after
-its host was killed, unless the next host adopts it; any other at once.
+A session outlives its host: on a farewell the supervisor detaches and waits for the next host, which plugs itself in
+with one `docker exec` (see `plug`). Running code outlives the host too, and its result waits. A session that no host
+returns to ends by itself, from inside, after `session.idle_timeout`. When a host is killed, a sandbox that was kept
+ready and never used ends a minute later, unless the next host adopts it; any other sandbox ends at once.
 
     async with open_runner() as runner:
         result = await runner.execute("6 * 7")
         print(result.status, result.value)
 
-As a program it runs a script, a piece of code, or what is on standard input: `python sandbox_runner.py --help`.
+As a program, it runs a script, a piece of code, or its standard input: `python sandbox_runner.py --help`.
 """
 
 from __future__ import annotations
@@ -120,51 +121,51 @@ __all__ = [
 log = logging.getLogger("python_docker_mcp")
 T = TypeVar("T")
 
-# Deadlines, in seconds. Each bounds a wait for somebody else's program.
-ANSWER_TIMEOUT = 8  # the engine's word that it is there; with the next one within what clients wait for a call
-ENGINE_TIMEOUT = 15  # an engine command that only asks
-REMOVE_TIMEOUT = 30  # one that removes something
-DOUBT_AFTER = 6  # without a word from a sandbox, until it is asked whether it is there, and then its engine
-PONG_TIMEOUT = 3  # for the first of these to answer
-PULL_TIMEOUT = 900  # pulling or making an image
-INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
-START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
-PRUNE_PAUSE = 75  # longer than any container takes from being created to running
-ATTACH_TIMEOUT = 15  # from `docker exec` to the same
-LOOK_TIMEOUT = 5  # the same, when a sandbox is only asked how it is
-MOMENT = 1.0  # that a call is given to end, or a host to have gone, before another one on its session is refused
-MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
-GRACE = 2.0  # between an interruption of the code and its kill
-ADOPTION_TIME = 60.0  # that an unused sandbox waits for a new host after its own was killed
-SLACK = 10  # how much later than the supervisor the host gives a call up
-RENEW_AT = 0.8  # of `pool.max_age`, when a ready sandbox is replaced
-FIRST_CALL_ATTEMPTS = 3  # sandboxes that a call is given to while none of it begins, as they have gone
-HEAD_START = 0.1  # that a call has before the engine is busied with what is to be done about it, or after it
-LOCK_PAUSE = 0.2  # between two attempts to have a lock that another program holds
-RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
-RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
-FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
+# Each of these deadlines bounds a wait for a program that is not this one.
+ANSWER_TIMEOUT = 8  # seconds for the engine to answer at all; with the next, less than clients wait for a call
+ENGINE_TIMEOUT = 15  # seconds for an engine command that only queries
+REMOVE_TIMEOUT = 30  # seconds for an engine command that removes something
+DOUBT_AFTER = 6  # seconds of silence before a sandbox, and then its engine, is asked whether it is there
+PONG_TIMEOUT = 3  # seconds for the sandbox to answer that question
+PULL_TIMEOUT = 900  # seconds to pull or make an image
+INSTALL_TIMEOUT = 900  # seconds to build the derived image, or to install a package
+START_TIMEOUT = 60  # seconds from `docker run` to the supervisor's greeting
+PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
+ATTACH_TIMEOUT = 15  # seconds from `docker exec` to the supervisor's greeting
+LOOK_TIMEOUT = 5  # seconds for the same, when a sandbox is only asked for its state
+MOMENT = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
+MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
+GRACE = 2.0  # seconds between interrupting the code and killing it
+ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
+SLACK = 10  # seconds the host waits past the supervisor's own deadline
+RENEW_AT = 0.8  # fraction of `pool.max_age` at which a ready sandbox is replaced
+FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
+HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
+LOCK_PAUSE = 0.2  # seconds between attempts to take a lock that another program holds
+RETRY_AT_MOST = 60  # seconds, at most, between attempts to keep a sandbox ready while the engine fails
+RETRY_AFTER = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
+FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
 
-WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # beside the working directory; all the container's own
-LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
+WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
+LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
-CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME
-PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
-PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
-JOINED_LIMIT = 1 << 20  # characters up to which all of them are, in the end
-NOTES_LOGGED = 100  # of what a sandbox remarks
-ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
+CODE_LIMIT = 256 << 10  # bytes of code in one call; less than MAX_FRAME
+PIECES_LIMIT = 100_000  # pieces of output in one result; more than a genuine supervisor lets through
+PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
+JOINED_LIMIT = 1 << 20  # characters of output up to which all neighbouring pieces are joined at the end
+NOTES_LOGGED = 100  # notes of one sandbox that are logged
+ERRORS_KEPT = 8192  # bytes kept of the stderr of the engine's command line
 
 
 # ── errors ──
 
 
 class SandboxError(Exception):
-    """What a caller may catch. The message is one sentence or two for a person: the fact and the next step."""
+    """Base of the errors a caller may catch. Its message, one or two sentences, gives the fact and the next step."""
 
 
 class ConfigError(SandboxError):
-    """A setting is unknown, or has a value that can't be."""
+    """A setting is unknown, or its value is invalid."""
 
 
 class EngineError(SandboxError):
@@ -176,19 +177,19 @@ class HangError(EngineError):
 
 
 class HelperError(EngineError):
-    """A container of an installer could not be started, or ended before it could tell how it went."""
+    """An installer's container could not be started, or ended before it reported an outcome."""
 
 
 class ImageError(SandboxError):
-    """The image is not there, and can't be had."""
+    """The image is missing, and could not be pulled or made."""
 
 
 class SessionError(SandboxError):
-    """The session can't be used: another program has it, or there is none of that name."""
+    """The session can't be used: another program is using it, or no session has that name."""
 
 
 class RequestError(SandboxError):
-    """An argument of the call can't be accepted."""
+    """An argument of the call is invalid."""
 
 
 # ── configuration ──
@@ -196,7 +197,7 @@ class RequestError(SandboxError):
 
 @dataclass(frozen=True)
 class DockerConfig:
-    """How the containers are. Sizes are text as Docker takes it: a number and b, k, m or g."""
+    """Settings of the containers. Sizes are text in Docker's format: a number and b, k, m or g."""
 
     command: str | None = None
     image: str = "python:3.12.2-slim"
@@ -214,7 +215,7 @@ class DockerConfig:
     mounts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no container could be made from."""
+        """Refuse values that no container could be created with."""
         for name, least in (("memory_limit", "32m"), ("disk_limit", "1m"), ("output_limit", "1k")):
             value = getattr(self, name)
             try:
@@ -238,7 +239,7 @@ class DockerConfig:
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """How long sessions are kept."""
+    """Limits on sessions and their calls."""
 
     idle_timeout: float = 1800.0
     max: int = 64
@@ -247,7 +248,7 @@ class SessionConfig:
     answer_within: float = 50.0
 
     def __post_init__(self) -> None:
-        """Refuse a time that is none."""
+        """Refuse limits that are not above zero."""
         if self.max < 1:
             raise ValueError(f"session.max: {self.max!r} is not a number above zero")
         for name in ("idle_timeout", "max_timeout", "answer_within"):
@@ -257,7 +258,7 @@ class SessionConfig:
 
 @dataclass(frozen=True)
 class PackageConfig:
-    """What is installed, from where, and with what."""
+    """The installer, its sources, and the packages it preinstalls."""
 
     installer: Literal["uv", "pip"] = "uv"
     index_url: str | None = None
@@ -269,7 +270,7 @@ class PackageConfig:
     volume: str = "python-docker-mcp-packages"
 
     def __post_init__(self) -> None:
-        """Refuse what no installer could be given."""
+        """Refuse values that no installer could use."""
         for requirement in self.preinstalled:
             try:
                 parse_requirement(requirement)
@@ -289,7 +290,7 @@ class PackageConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Sandboxes kept ready, so that a call finds one started and with the usual modules imported."""
+    """Sandboxes kept ready, so that a call finds one running, with the usual modules imported."""
 
     enabled: bool = True
     size: int = 32
@@ -300,7 +301,7 @@ class PoolConfig:
     reuse: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no pool could work with."""
+        """Refuse values that no pool could work with."""
         for name in ("size", "max_age", "max_concurrent_creations"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"pool.{name}: {getattr(self, name)!r} is not a number above zero")
@@ -313,7 +314,7 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, and the only place of its default. `config.yaml` says what each one means."""
+    """All settings; their defaults are defined only here. `config.yaml` explains each one."""
 
     docker: DockerConfig = field(default_factory=DockerConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
@@ -324,7 +325,7 @@ class Config:
 
 
 CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
-ENVIRONMENT = {  # variable: the setting that it wins over
+ENVIRONMENT = {  # variable: the setting it overrides
     "PYTHON_DOCKER_MCP_POOL_ENABLED": "pool.enabled",
     "PYTHON_DOCKER_MCP_POOL_SIZE": "pool.size",
     "PYTHON_DOCKER_MCP_POOL_MAX_AGE": "pool.max_age",
@@ -335,12 +336,12 @@ ENVIRONMENT = {  # variable: the setting that it wins over
 
 
 def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration: defaults, then the file, then the environment.
+    """Load the configuration: defaults, overridden by the file, then by the environment.
 
     The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml (which may be missing).
 
     Raises:
-        ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
+        ConfigError: the file can't be read or has an unknown key, or a value is invalid.
     """
     named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
     file = config_file(path, environ)
@@ -371,16 +372,16 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
 
 
 def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the configuration is, or would be."""
+    """Return the path of the configuration file, which may not exist."""
     return Path(path or environ.get("PYTHON_DOCKER_MCP_CONFIG") or CONFIG_PATH).expanduser()
 
 
 def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
-    """A Config made of plain data, with pydantic's checks of types and ours of values. Raises ConfigError."""
+    """Make a Config from plain data; pydantic checks types, the classes check values. Raises ConfigError."""
     import pydantic
 
     for cls in (Config, DockerConfig, SessionConfig, PackageConfig, PoolConfig):
-        setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # no attribute to mypy
+        setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # mypy knows no such attribute
     settings = (
         {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
     )
@@ -407,7 +408,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
         raise ConfigError(f"{where}: {shown} is not accepted: {wanted}.") from None
 
 
-WANTED = {  # what to write instead of a value of the wrong type, by pydantic's names for that
+WANTED = {  # advice on a value of the wrong type, by pydantic's error type
     "dataclass_type": "it must be keys with values, as in config.yaml",
     "tuple_type": "it must be a list, such as [one, two]",
     "bool_type": "it must be true or false",
@@ -422,16 +423,16 @@ WANTED = {  # what to write instead of a value of the wrong type, by pydantic's 
 
 
 def parse_requirement(text: str) -> tuple[str, str]:
-    """The normalised name of a distribution and the whole requirement, without spaces (PEP 508, PEP 503).
+    """Return a distribution's normalised name (PEP 503) and the whole requirement, without spaces (PEP 508).
 
-    A name, extras and version specifiers: nothing that an installer could take for an option, a path or an address.
+    A name, extras and version specifiers are accepted: nothing an installer could take for an option, path or address.
 
     Raises:
-        RequestError: it is anything else.
+        RequestError: the text is anything else.
     """
     name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
-    short = text[:201]  # matching takes the more time the longer the text is, and out of proportion
+    short = text[:201]  # matching time grows faster than the length of the text
     match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", short)
     if not match or len(text) > 200:
         several = re.fullmatch(rf"{name}(?:[, ]+{name})+", short.strip())
@@ -446,7 +447,7 @@ def parse_requirement(text: str) -> tuple[str, str]:
 
 @functools.cache
 def size_in_bytes(size: str) -> int:
-    """Bytes that a size such as `256m` stands for. Raises ValueError for other text."""
+    """Convert a size such as `256m` to bytes. Raises ValueError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmg]?)(?:i?b)?", size.strip().lower())
     if not match:
         raise ValueError(f"{size!r} is not a size such as 256m or 1g")
@@ -454,9 +455,9 @@ def size_in_bytes(size: str) -> int:
 
 
 def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> str:
-    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
+    """Return the engine's --mount argument for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
 
-    Raises ValueError if it is anything else, or would undo the sandbox: see the paths to keep.
+    Raises ValueError for other text, or a mount that would undo the sandbox (see the two functions `…_paths_to_keep`).
     """
     place, source, target, mode = split_mount(mount)
     if not source.exists():
@@ -475,18 +476,18 @@ def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> s
 
 
 def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
-    """The host's path of a mount as it is written and as it is, the container's path, and the mode."""
+    """Split a mount into the host path as written, the host path resolved, the container path and the mode."""
     match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
     if not match:
         raise ValueError(
-            f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw behind it to let code write"
+            f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw after it to let code write"
         )
     target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
-    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # the engine follows links: so do we
+    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # resolved, as the engine follows links
 
 
 def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
-    """Raise ConfigError if code would see the configuration in use, which may hold an index's password."""
+    """Raise ConfigError if a mount would show the user's code the configuration, which may hold passwords."""
     for mount in mounts:
         place, source, _, _ = split_mount(mount)
         if is_within(file.resolve(), source):
@@ -494,7 +495,7 @@ def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
 
 
 def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
-    """What no mount may hide in a container, and whether nothing may be mounted below it either."""
+    """Yield each container path that no mount may hide, and whether mounts below it are refused, too."""
     for path in ("/proc", "/sys", "/dev", PACKAGES):
         yield path, True
     for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
@@ -510,7 +511,7 @@ def is_within(path: str | Path, folder: str | Path) -> bool:
 
 
 def why_not_mounted(source: Path) -> str | None:
-    """Why no code may see this place of the host; None if it may. Links in `source` are resolved already."""
+    """Return why the user's code may not see this host path, or None if it may. `source` must be resolved."""
     for place, what, all_of_it in host_paths_to_keep():
         place = place.expanduser().resolve()
         if is_within(place, source):
@@ -518,17 +519,17 @@ def why_not_mounted(source: Path) -> str | None:
         if all_of_it and is_within(source, place):
             return f"it is part of {what} ({place})"
     entries = [source]
-    with contextlib.suppress(OSError):  # a folder that this user can't list, or no folder
+    with contextlib.suppress(OSError):  # `source` is not a folder, or this user can't list it
         entries += source.iterdir()
     for entry in entries:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(entry.stat().st_mode):
-                return f"{entry} is a socket, and some program of this host listens to it"
+                return f"{entry} is a socket that a program on this host listens on"
     return None
 
 
 def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
-    """Places of the host, what they are, and whether also no part of them may be mounted."""
+    """Yield each host path that must stay hidden, its description, and whether paths below it must, too."""
     yield Path("/"), "the host's root", False
     yield Path.home(), "the home directory", False
     yield Path("/etc"), "the host's configuration", False
@@ -541,7 +542,7 @@ def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
             yield root / engine, "the engine's own data", True
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     for folder in ("/run", "/var/run", *([runtime] if runtime else []), "~/.docker/run", "~/.docker/desktop"):
-        yield Path(folder), "where sockets of this host's programs are", False
+        yield Path(folder), "the folder of this host's sockets", False
     for variable in ("DOCKER_HOST", "CONTAINER_HOST"):
         scheme, _, path = os.environ.get(variable, "").partition("://")
         if scheme == "unix" and path:
