@@ -556,7 +556,7 @@ Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died",
 
 @dataclass(frozen=True)
 class Text:
-    """Output that the code, or what it started, wrote."""
+    """Output written by the code, or by a process it started."""
 
     stream: Literal["stdout", "stderr"]
     text: str
@@ -567,25 +567,25 @@ class Rich:
     """A value shown in more than one form: MIME type to text, or to base64 for binary types."""
 
     forms: Mapping[str, str]
-    is_value: bool = False  # whether it is the value of the last expression
+    is_value: bool = False  # whether this is the value of the last expression
 
 
 @dataclass(frozen=True)
 class Omitted:
-    """Output that was left out here, between head and tail, because there was more than the limit."""
+    """Gap in the output, between its head and its tail, where it exceeded the limit."""
 
     bytes: int
 
 
 @dataclass(frozen=True)
 class ExceptionInfo:
-    """What the code raised."""
+    """Exception raised by the code."""
 
     type: str
     message: str
-    line: int | None  # of this call's code
-    traceback: str  # the frames of the user's own code only
-    missing: str | None = None  # the module that was not found, if that is what happened
+    line: int | None  # in this call's code
+    traceback: str  # only the frames of the user's own code
+    missing: str | None = None  # the module that was not found, if that was the cause
 
 
 @dataclass(frozen=True)
@@ -598,57 +598,57 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Result:
-    """All that one call tells. A failure of the code is a status, not an exception."""
+    """Outcome of one call. A failure of the code is a status, not an exception."""
 
     status: Status
-    output: tuple[Text | Rich | Omitted, ...] = ()  # in the order in which it appeared
-    value: str | None = None  # repr of the last expression; None if the code does not end in one, or it is None
+    output: tuple[Text | Rich | Omitted, ...] = ()  # in order of appearance
+    value: str | None = None  # repr of the last expression; None if the code does not end in one, or its value is None
     value_omitted: int = 0  # characters left out of the value
     exception: ExceptionInfo | None = None
-    exit_code: int | None = None  # of SystemExit or a process that ended; minus the signal if one killed it
-    lost: bool = False  # whether the process that ran the code is gone, and all that it held
-    message: str | None = None  # what happened, in a sentence, where the code did not simply end
-    hint: str | None = None  # what the caller could do about it
+    exit_code: int | None = None  # of SystemExit or of the worker that ended; minus the signal if one killed it
+    lost: bool = False  # whether the process that ran the code is gone, with everything it held
+    message: str | None = None  # one sentence on what happened, unless the code simply ended
+    hint: str | None = None  # advice to the caller
     session: str | None = None
     is_new: bool = False  # whether the session began with this call
-    state: Literal["preserved", "lost"] | None = None  # what became of the session's variables; None while code runs
-    lost_before: str | None = None  # why they were lost between the previous call and this one, if they were
-    earlier: str = ""  # what work left running by earlier calls wrote since the last one
-    unread: Result | None = None  # the end of the previous call, if nobody waited for that
-    variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables JSON can hold
-    variables_left_out: Mapping[str, str] = field(default_factory=dict)  # those it can't hold: name to reason
-    files: tuple[FileInfo, ...] = ()  # that the call made or changed in the working directory, at most 100
-    contents: Mapping[str, bytes] = field(default_factory=dict)  # of small ones, if the sandbox ends with the call
-    stale: tuple[str, ...] = ()  # modules imported before, of which another version was installed since
+    state: Literal["preserved", "lost"] | None = None  # fate of the session's variables; None while code runs
+    lost_before: str | None = None  # reason the variables were lost between the previous call and this one, if any were
+    earlier: str = ""  # output since the last call from work that earlier calls left running
+    unread: Result | None = None  # end of the previous call, if no caller waited for it
+    variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables that JSON can hold
+    variables_left_out: Mapping[str, str] = field(default_factory=dict)  # the other variables: name to reason
+    files: tuple[FileInfo, ...] = ()  # files made or changed in the working directory by the call, at most 100
+    contents: Mapping[str, bytes] = field(default_factory=dict)  # of small files, if the sandbox ends with the call
+    stale: tuple[str, ...] = ()  # modules already imported when another version of them was installed
     wall: float = 0.0  # seconds
     cpu: float = 0.0  # seconds
-    memory: int | None = None  # most bytes resident in the code's process
-    oom_kills: int = 0  # processes killed for want of memory, the code's children included
+    memory: int | None = None  # peak resident bytes of the code's process
+    oom_kills: int = 0  # processes killed for lack of memory, including the code's children
 
     @property
     def stdout(self) -> str:
-        """What was written to standard output."""
+        """Text written to standard output."""
         return "".join(item.text for item in self.output if isinstance(item, Text) and item.stream == "stdout")
 
     @property
     def stderr(self) -> str:
-        """What was written to standard error."""
+        """Text written to standard error."""
         return "".join(item.text for item in self.output if isinstance(item, Text) and item.stream == "stderr")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with `stdout` and `stderr`."""
+        """Convert to plain data for JSON, with `stdout` and `stderr`."""
         contents = {path: base64.b64encode(data).decode() for path, data in self.contents.items()}
         return {**dataclasses.asdict(self), "contents": contents, "stdout": self.stdout, "stderr": self.stderr}
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What came of installing a package."""
+    """Outcome of installing a package."""
 
     ok: bool
-    message: str  # in a sentence
-    installed: tuple[tuple[str, str], ...] = ()  # name and version of what is new
-    output: str = ""  # what matters of the installer's own words
+    message: str  # one sentence
+    installed: tuple[tuple[str, str], ...] = ()  # name and version of each newly installed package
+    output: str = ""  # relevant part of the installer's own output
     hint: str | None = None
     seconds: float = 0.0
 
