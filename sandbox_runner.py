@@ -605,14 +605,14 @@ class Result:
     value: str | None = None  # repr of the last expression; None if the code does not end in one, or its value is None
     value_omitted: int = 0  # characters left out of the value
     exception: ExceptionInfo | None = None
-    exit_code: int | None = None  # of SystemExit or of the worker that ended; minus the signal if one killed it
+    exit_code: int | None = None  # of SystemExit or of the ended worker; negative signal number if one killed it
     lost: bool = False  # whether the process that ran the code is gone, with everything it held
     message: str | None = None  # one sentence on what happened, unless the code simply ended
     hint: str | None = None  # advice to the caller
     session: str | None = None
     is_new: bool = False  # whether the session began with this call
     state: Literal["preserved", "lost"] | None = None  # fate of the session's variables; None while code runs
-    lost_before: str | None = None  # reason the variables were lost between the previous call and this one, if any were
+    lost_before: str | None = None  # reason the variables were lost between the previous call and this one, if so
     earlier: str = ""  # output since the last call from work that earlier calls left running
     unread: Result | None = None  # end of the previous call, if no caller waited for it
     variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables that JSON can hold
@@ -2926,18 +2926,18 @@ def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Engine:
-    """A container engine's command line. Keeps nothing: what exists is asked of the engine, by label."""
+    """A container engine's command line. Holds no state: it asks the engine, by label, which containers exist."""
 
-    command: str  # path of the executable
+    command: str  # path to the executable
     kind: Literal["docker", "podman"]
     version: str
-    runc: str = ""  # the version of its runc, if it says
+    runc: str = ""  # version of the engine's runc, if reported
 
     async def run(self, *arguments: str, timeout: float = ENGINE_TIMEOUT, stdin: Any = subprocess.DEVNULL) -> str:
-        """Run a command to its end and return what it printed.
+        """Run a command to its end and return its output.
 
         Raises:
-            EngineError: it failed, in its own words, or took longer than `timeout` seconds.
+            EngineError: the command failed (the message quotes it), or took longer than `timeout` seconds.
         """
         code, output, errors = await run_command([self.command, *arguments], timeout, stdin)
         if code:
@@ -2945,7 +2945,7 @@ class Engine:
         return output
 
     async def require_answer(self) -> None:
-        """Raise HangError if the engine does not answer; whatever it answers, it is there."""
+        """Raise HangError if the engine does not answer; any answer will do, even an error."""
         try:
             await self.run("version", timeout=ANSWER_TIMEOUT)
         except HangError:
@@ -2958,7 +2958,7 @@ class Engine:
         return await open_command([self.command, *arguments], subprocess.PIPE)
 
     def sandbox_arguments(self, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
-        """The command that starts a sandbox; what its flags hold off is told under Security in the README."""
+        """Return the command that starts a sandbox; Security in the README explains what its flags prevent."""
         docker = config.docker
         environment = {
             "MPLBACKEND": "agg",
@@ -2968,20 +2968,20 @@ class Engine:
             "LANG": "C.UTF-8",
         }
         for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
-            environment[f"{library}_NUM_THREADS"] = "1"  # a fork must find no threads, and half a core feeds no more
+            environment[f"{library}_NUM_THREADS"] = "1"  # forking needs a single thread, and half a core feeds no more
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
-        if self.kind == "docker":  # runc before 1.2 lets the mode of the directory below win: then the owner has to do
-            tmpfs += ",uid=65534,gid=65534"  # (Podman does not know these two, and does not need them)
+        if self.kind == "docker":  # runc before 1.2 keeps the mount point's own mode, so the owner has to grant access
+            tmpfs += ",uid=65534,gid=65534"  # (Podman neither knows nor needs these two)
         return [
             *self._run(name),
             f"--label={LABEL}={PROTOCOL}",
             *(f"--label={LABEL}.{key}={value}" for key, value in labels.items()),
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
-            # Else Docker copies the host's resolv.conf, which tells a company's name servers and domains.
+            # Otherwise Docker copies the host's resolv.conf, which reveals a company's name servers and domains.
             *(["--dns=0.0.0.0", "--dns-search=."] if docker.network_disabled and self.kind == "docker" else []),
             *(["--read-only"] if docker.read_only else []),
-            # Podman would add writable directories without a limit of their own to a read-only root.
+            # Otherwise Podman adds writable directories without a size limit of their own to a read-only root.
             *(["--read-only-tmpfs=false"] if self.kind == "podman" else []),
             *(
                 f"--tmpfs={path}:{tmpfs},{'noexec' if path == '/tmp' else 'exec'}"
@@ -2989,7 +2989,7 @@ class Engine:
             ),
             f"--workdir={docker.working_dir}",
             f"--memory={size_in_bytes(docker.memory_limit)}",
-            f"--memory-swap={size_in_bytes(docker.memory_limit)}",  # of both together: so no swap
+            f"--memory-swap={size_in_bytes(docker.memory_limit)}",  # memory and swap together, so no swap
             f"--cpus={docker.cpu_limit}",
             f"--pids-limit={docker.pids_limit}",
             "--cap-drop=ALL",
@@ -3014,11 +3014,11 @@ class Engine:
     def _mounts(self, docker: DockerConfig) -> list[str]:
         try:
             return [f"--mount={mount_argument(mount, docker.working_dir)}" for mount in docker.mounts]
-        except ValueError as error:  # what is mounted has changed since the configuration was read
+        except ValueError as error:  # a mounted path has changed since the configuration was read
             raise EngineError(f"A sandbox can't be started: {error}.") from None
 
     def installer_arguments(self, name: str, image: str, package: PackageConfig) -> list[str]:
-        """The command that starts a helper container: with the network, as root, and without any code of the user's."""
+        """Return the command that starts a helper container: networked, as root, and without any of the user's code."""
         return [
             *self._run(name),
             f"--label={LABEL.replace('sandbox', 'installer')}",
@@ -3033,7 +3033,7 @@ class Engine:
         ]
 
     def _run(self, name: str) -> list[str]:
-        """What every container of ours is started with."""
+        """Return the arguments that every container is started with."""
         return [
             "run",
             "--interactive",
@@ -3043,23 +3043,23 @@ class Engine:
             "--log-driver=none",
             "--entrypoint=python3",
             *NO_PROXIES,
-            # To proxy signals Podman's client catches SIGPIPE, too. Then it survives its reader's, that is our, death,
-            # fails to write what the container says on that, and removes the container.
+            # To proxy signals, Podman's client also catches SIGPIPE. So it would survive the death of its reader (the
+            # host), fail to write the container's reaction to that, and remove the container.
             *(["--http-proxy=false", "--sig-proxy=false"] if self.kind == "podman" else []),
         ]
 
     def plug_arguments(self, name: str) -> list[str]:
-        """The command that runs `plug` in the sandbox `name`."""
+        """Return the command that runs `plug` in the sandbox `name`."""
         program = f"{PLUG_SOURCE}\nplug()"
         return ["exec", "--interactive", f"--user={PLUG_UID}:{PLUG_UID}", name, "python3", "-I", "-S", "-c", program]
 
     async def inspect(self, kind: str, name: str, template: str) -> str | None:
-        """One fact about an image or container; None if there is none of that name.
+        """Return one fact about an image or container, or None if none has that name.
 
         Raises:
-            EngineError: the engine does not answer, so nobody knows.
+            EngineError: the engine does not answer, so the fact is unknown.
         """
-        for _ in range(2):  # it may have been down for a moment
+        for _ in range(2):  # the engine may have been down for a moment
             try:
                 return (await self.run(kind, "inspect", f"--format={template}", name)).strip() or None
             except HangError:
@@ -3069,22 +3069,22 @@ class Engine:
         return None
 
     async def sandboxes(self, *filters: str) -> list[str]:
-        """The names of the sandboxes that run or are paused, whoever started them; with filters, of those."""
-        states = ("--filter=status=running", "--filter=status=paused")  # Podman would leave out what is paused
+        """Return the names of all hosts' running or paused sandboxes that match `filters`."""
+        states = ("--filter=status=running", "--filter=status=paused")  # by default Podman omits paused ones
         return await self._ours(*states, *filters)
 
     async def leftovers(self) -> list[str]:
-        """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
+        """Return the names of sandboxes that do not run, because their host or the engine died while starting them."""
         return await self._ours("--all", "--filter=status=created", "--filter=status=exited")
 
     async def _ours(self, *options: str) -> list[str]:
-        """The names of containers that have all our labels, and a name as we give them: one alone may be anybody's."""
+        """Return the names of containers with all of a sandbox's labels and its form of name: others may have one."""
         labels = (f"--filter=label={label}" for label in (LABEL, f"{LABEL}.owner", f"{LABEL}.settings"))
         names = (await self.run("ps", *options, *labels, "--format={{.Names}}")).split()
         return [name for name in names if CONTAINER_NAME.fullmatch(name)]
 
     async def remove(self, name: str) -> None:
-        """Kill and remove a container; that it is gone already is fine."""
+        """Kill and remove a container; it may be gone already."""
         for command in (("kill",), ("rm", "--force")):  # Podman's `rm --force` alone waits ten seconds for process 1
             try:
                 await self.run(*command, name, timeout=REMOVE_TIMEOUT)
@@ -3094,13 +3094,13 @@ class Engine:
                 pass
 
 
-# Both Docker and Podman copy proxy settings of theirs, passwords included, into containers: unless they are set there.
+# Docker and Podman copy their proxy settings, passwords included, into containers unless these variables are set there.
 NO_PROXIES = [
     f"--env={variable}="
     for proxy in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
     for variable in (proxy, proxy.upper())
 ]
-# What the engine's command line needs to find its engine, and nothing else of ours: the variables of this process may
+# The only variables passed to the engine's command line, those it needs to find its engine. Others of this process may
 # hold secrets, and both Docker and Podman copy proxy settings, passwords included, into containers.
 ENGINE_ENVIRONMENT = (
     "PATH HOME USER LOGNAME LANG TMPDIR TEMP TMP DOCKER_HOST DOCKER_CONTEXT DOCKER_CONFIG DOCKER_CERT_PATH "
@@ -3109,7 +3109,7 @@ ENGINE_ENVIRONMENT = (
     "DBUS_SESSION_BUS_ADDRESS SSH_AUTH_SOCK SYSTEMROOT SYSTEMDRIVE USERPROFILE APPDATA LOCALAPPDATA PROGRAMDATA "
     "PROGRAMFILES COMSPEC PATHEXT"
 ).split()
-# Programs started by a desktop get a short PATH.
+# Searched after PATH, as programs started from a desktop get a short PATH.
 USUAL_PLACES = (
     "/usr/local/bin /usr/bin /opt/homebrew/bin /opt/local/bin /opt/podman/bin /snap/bin ~/.docker/bin ~/.orbstack/bin "
     "~/.rd/bin /Applications/Docker.app/Contents/Resources/bin C:/Progra~1/Docker/Docker/resources/bin"
@@ -3117,12 +3117,12 @@ USUAL_PLACES = (
 
 
 async def find_engine(command: str | None = None) -> Engine:
-    """The engine to use: `command` if given, else docker or podman, the first that answers.
+    """Find the engine to use: `command` if given, else docker, else podman, if it answers.
 
-    All are asked at once, so that one that hangs does not use up the time that a caller has.
+    All are asked at once, so that one that hangs does not use up the caller's time.
 
     Raises:
-        EngineError: none can be used; the message is about the one that came nearest.
+        EngineError: none can be used; the message is about the first one that is installed.
     """
     names = (command,) if command else ("docker", "podman")
     paths = list(dict.fromkeys(path for name in names if (path := find_program(name))))
@@ -3159,14 +3159,14 @@ async def find_engine(command: str | None = None) -> Engine:
 
 
 def find_program(name: str) -> str | None:
-    """Where a program is: on PATH or in one of the usual places."""
+    """Find a program on PATH or in one of the usual places; return its absolute path."""
     places = [os.environ.get("PATH", os.defpath), *(str(Path(place).expanduser()) for place in USUAL_PLACES)]
     found = shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
-    return os.path.abspath(found) if found else None  # commands are started elsewhere
+    return os.path.abspath(found) if found else None  # commands run in another directory
 
 
 async def _probe(path: str) -> Engine:
-    """Ask what kind of engine answers behind a command line, and whether it does."""
+    """Ask a command line for its engine's kind and version. Raises EngineError if that engine can't be used."""
     try:
         code, output, errors = await run_command([path, "version", "--format={{json .}}"], ANSWER_TIMEOUT)
     except HangError as error:
@@ -3183,7 +3183,7 @@ async def _probe(path: str) -> Engine:
         if "permission denied" in errors:
             raise EngineError(
                 f"{path} may not be used by this user: add the user to the group docker (`sudo usermod -aG docker "
-                f"$USER`, then log in anew), or use rootless Docker or Podman. It said: {said}"
+                f"$USER`, then log in again), or use rootless Docker or Podman. It said: {said}"
             )
         raise EngineError(
             f"{path} is installed, but its engine does not answer: start Docker Desktop, or `sudo systemctl start "
@@ -3197,25 +3197,25 @@ async def _probe(path: str) -> Engine:
 
 
 async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
-    """Start an engine command: in a session of its own, so that a signal to our group leaves it to us."""
+    """Start an engine command in its own session, so that signals to this program's process group don't reach it."""
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
-    if command[1] == "pull":  # the one command that may need a proxy itself
+    if command[1] == "pull":  # the only command that may need a proxy itself
         environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     log.debug("starting: %s", shlex.join(clip(part, 200) for part in command))
     try:
-        with anyio.CancelScope(shield=True):  # cancelled half-way, a process would be there that nobody owns
+        with anyio.CancelScope(shield=True):  # cancelling half-way would leave a process without an owner
             process = await anyio.open_process(
                 command,
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=environment,
-                cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
+                cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` in its working directory
                 start_new_session=True,
             )
     except OSError as error:
         raise EngineError(
-            f"{command[0]} can't be run: {error.strerror}. Install it anew, or set docker.command to one that can."
+            f"{command[0]} can't be run: {error.strerror}. Reinstall it, or set docker.command to one that can."
         ) from error
     return process
 
@@ -3226,7 +3226,7 @@ async def run_command(
     stdin: Any = subprocess.DEVNULL,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str, str]:
-    """Run an engine command to its end; its exit status, output (MAX_FRAME bytes at most) and errors."""
+    """Run an engine command to its end; return its status and the last MAX_FRAME bytes of its output and errors."""
     started = time.monotonic()
     process = await open_command(command, stdin)
     output, errors = bytearray(), bytearray()
@@ -3261,7 +3261,7 @@ async def run_command(
 
 
 async def wait_or_doubt(wait: Callable[[], Awaitable[T]], require: Callable[[], Awaitable[None]]) -> T:
-    """Wait, and if that lasts, ask `require` once, which raises if there is nobody to wait for."""
+    """Call `wait`; after DOUBT_AFTER seconds call `require`, which raises if there is no point, then `wait` again."""
     with anyio.move_on_after(DOUBT_AFTER):
         return await wait()
     await require()
@@ -3269,27 +3269,27 @@ async def wait_or_doubt(wait: Callable[[], Awaitable[T]], require: Callable[[], 
 
 
 async def send_quietly(stream: anyio.abc.ByteSendStream, data: bytes) -> None:
-    """Write to a process; whoever reads from it sees it end."""
+    """Write to a process, ignoring that it has ended: the reader of its output notices."""
     with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
         await stream.send(data)
 
 
 async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> None:
-    """Read a stream to its end, and keep its last ERRORS_KEPT bytes."""
+    """Read a stream to its end, keeping its last ERRORS_KEPT bytes."""
     async for data in stream:
         tail += data
         del tail[:-ERRORS_KEPT]
 
 
 def without_passwords(text: str) -> str:
-    """The text, with what an address has between its scheme and its host hidden."""
+    """Hide user names and passwords in the addresses of a text."""
     return re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
 
 
 def last_line(text: str) -> str:
-    """The last line with something in it, printable, short and without passwords: engines say the reason last."""
+    """Return the last non-blank line, printable, short and without passwords: engines give the reason last."""
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    if len(lines) > 1 and re.match(r"(See|Run) '\w+ [\w ]*--help'", lines[-1]):  # Docker's very last words
+    if len(lines) > 1 and re.match(r"(See|Run) '\w+ [\w ]*--help'", lines[-1]):  # Docker's closing advice
         lines.pop()
     said = without_passwords(lines[-1]) if lines else ""
     return textwrap.shorten("".join(char if char.isprintable() else " " for char in said), 300, placeholder=" …")
@@ -3300,26 +3300,26 @@ def last_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Image:
-    """The image that sandboxes are made from."""
+    """Image that sandboxes are made from."""
 
     name: str
     id: str
-    origin: str  # how it came to be here
-    problem: str | None = None  # why it lacks the packages that should be preinstalled
+    origin: str  # where it came from, in words
+    problem: str | None = None  # reason the preinstalled packages are missing
 
     @property
     def packages(self) -> str:
-        """The folder in the volume for what is installed on top of this image."""
+        """Folder in the volume for packages installed on top of this image."""
         return f"{PACKAGES}/{self.id.rpartition(':')[2][:12]}"
 
 
 async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str], None]) -> Image:
-    """The configured image: present, else pulled, else, if it is the default one, made from this host's own Python.
+    """Find the configured image, else pull it, else (for the default image) make one from this host's own Python.
 
-    `report` is told, a line at a time, what takes long.
+    Steps that take long are reported, one line at a time, to `report`.
 
     Raises:
-        ImageError: it can't be had.
+        ImageError: the image is missing, and could not be pulled or made.
     """
     if docker.image == "host":
         return await _host_image(engine, report)
@@ -3347,7 +3347,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
         return Image(docker.image, identity, "pulled")
     if not may_be_made:
         raise ImageError(
-            f"The image {docker.image} is not here and can't be pulled: {said.rstrip('.') or 'nobody says why'}. "
+            f"The image {docker.image} is not here and can't be pulled: {said.rstrip('.') or 'no reason given'}. "
             f"Pull or load it by hand, set docker.image to one that is here, or to `host` for this host's Python."
         )
     log.warning("%s can't be pulled (%s): making an image from this host's own Python", docker.image, said)
@@ -3359,7 +3359,7 @@ async def _image_id(engine: Engine, name: str) -> str | None:
 
 
 def host_image_name() -> str:
-    """Where the image made from this Python is kept: one for each interpreter, in its version and place."""
+    """Return the name of the image made from this Python, distinct for each interpreter version and path."""
     place = base64.b32encode(str(_interpreter()).encode()).decode().strip("=").lower()[-24:]
     return f"python-docker-mcp-host:{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{place}"
 
@@ -3369,7 +3369,7 @@ def _interpreter() -> Path:
 
 
 async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
-    """An image of this host's interpreter, standard library, and the shared libraries that they and wheels need."""
+    """Return an image with this host's interpreter, standard library and shared libraries, made if missing."""
     name = host_image_name()
     if sys.platform != "linux":
         raise ImageError(
@@ -3393,7 +3393,7 @@ async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
             except EngineError as error:
                 failure = error
             finally:
-                os.close(reader)  # if the import failed, the writer must see that nobody listens
+                os.close(reader)  # if the import failed, the writer must get EPIPE
         if failure:
             raise ImageError(
                 f"An image can't be made from this host's Python: {str(failure).rstrip('.')}. Set docker.image to one "
@@ -3404,7 +3404,7 @@ async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
     return Image(name, identity or "", "made from this host's Python")
 
 
-# The libraries that manylinux wheels may expect (PEP 599 and later), and the stubs of older glibc's parts.
+# Libraries that manylinux wheels may expect (PEP 599 and later), and stubs for former parts of glibc.
 BASELINE_LIBRARIES = (
     "libpthread.so.0 libdl.so.2 librt.so.1 libutil.so.1 libresolv.so.2 libm.so.6 libnss_files.so.2 libnss_dns.so.2 "
     "libstdc++.so.6 libgcc_s.so.1 libz.so.1 libexpat.so.1"
@@ -3412,7 +3412,7 @@ BASELINE_LIBRARIES = (
 
 
 def _write_host_files(descriptor: int) -> None:
-    """Write the tar of a minimal root file system around this interpreter, and close the descriptor."""
+    """Write a tar of a minimal root file system around this interpreter, then close the descriptor."""
     executable, library = _interpreter(), Path(os.__file__).parent
     shell = Path("/bin/sh").resolve()
     shared = _libraries_of(executable, shell, *library.glob("lib-dynload/*.so"))
@@ -3447,7 +3447,7 @@ def _write_host_files(descriptor: int) -> None:
         open(descriptor, "wb") as pipe,
         tarfile.open(fileobj=pipe, mode="w|") as tar,
     ):
-        tar.dereference = True  # a library's usual name is a link; what counts is that the name is there
+        tar.dereference = True  # a library's usual name is a link, under which the file itself must be stored
         for path in sorted({*shared, executable, Path("/etc/ld.so.cache")}):
             if path.exists():
                 tar.add(path, str(path).lstrip("/"), filter=wanted)
@@ -3466,7 +3466,7 @@ def _write_host_files(descriptor: int) -> None:
 
 
 def _libraries_of(*programs: Path) -> set[Path]:
-    """The shared libraries that programs and extension modules need, and those that wheels may rely on."""
+    """Find the shared libraries that programs and extension modules need, and those that wheels may rely on."""
     ldd = subprocess.run(
         ["ldd", *map(str, programs)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     ).stdout
@@ -3477,13 +3477,14 @@ def _libraries_of(*programs: Path) -> set[Path]:
 
 
 async def derive_image(engine: Engine, config: Config, report: Callable[[str], None]) -> Image:
-    """The image for sandboxes: the base image plus the preinstalled packages, their bytecode and a list of fonts.
+    """Find or make the sandboxes' image: the base image plus preinstalled packages, their bytecode and a font list.
 
-    Made by committing a helper container, which any engine can do, once for a base image and list of packages: whoever
-    comes second meanwhile waits for it. If the packages can't be had, it is the base image, with `problem`.
+    It is made by committing a helper container, which any engine can do, once per base image and list of packages;
+    another program that wants it meanwhile waits. If the packages can't be installed, return the base image, with
+    `problem`.
 
     Raises:
-        ImageError: not even the base image can be had.
+        ImageError: not even the base image could be found, pulled or made.
     """
     docker, package = config.docker, config.package
     if not package.preinstalled:
@@ -3494,7 +3495,7 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
     if made and (
         not base_id or base_id == await engine.inspect("image", name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
     ):
-        return Image(name, made, "derived")  # from what is the base image now, or from one that is not here any more
+        return Image(name, made, "derived")  # from the current base image, or from one that is gone
     base = await find_image(engine, docker, report)
     try:
         with anyio.fail_after(INSTALL_TIMEOUT):
@@ -3507,13 +3508,13 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
 
 
 def derived_name(docker: DockerConfig, package: PackageConfig) -> str:
-    """The derived image's name, which follows from what it is made of."""
+    """Return the derived image's name, a digest of its ingredients."""
     recipe = "\n".join((str(RECIPE), docker.image, host_image_name(), package.installer, *package.preinstalled))
     return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-RECIPE = 3  # raised when the same packages would make another image
-BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of the image that it was made from
+RECIPE = 3  # increased when the same packages would yield a different image
+BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of its base image
 BASE_NAME_LABEL = "python-docker-mcp.base-name"
 
 
@@ -3558,22 +3559,22 @@ async def _build_once(
     log.info("made the image %s with %s", name, ", ".join(" ".join(item) for item in outcome.installed))
 
 
-BUILD_ATTEMPTS = 3  # of which any but the last may end with its container killed
-BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
+BUILD_ATTEMPTS = 3  # attempts to build the derived image; repeated only if its helper container ended too soon
+BUILD_STEPS = 5  # steps shown: fetching the installer, installing, compiling, listing fonts, saving
 
 
 def build_status(step: int, text: str) -> str:
-    """How far the derived image is: each line says it all, as a client may show any of them, and only one."""
+    """Return a progress line for the derived image; each is self-contained, as a client may show only one of them."""
     bar = "█" * step + "░" * (BUILD_STEPS - step)
     return f"{bar} preparing the image (once; a minute or so): {text}"
 
 
 @asynccontextmanager
 async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[bool]:
-    """Keep other programs of this user out of the same block; tell whether one of them had to be waited for.
+    """Keep other programs of this user out of the same block; yield whether this program had to wait for one of them.
 
-    The system frees the lock when its holder ends, in whatever way. Nobody waits where there are no such locks, as on
-    Windows, or no place for the file.
+    The system frees the lock when its holder ends, in whatever way. Without such locks, as on Windows, or without a
+    place for the file, nothing is locked.
     """
     try:
         import fcntl
@@ -3600,7 +3601,7 @@ async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[boo
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
-    """Remove what was derived from the same base image before, unless something uses it."""
+    """Remove older images derived from the same base image, unless something uses them."""
     with contextlib.suppress(EngineError):
         current = await _image_id(engine, name)
         listed = await engine.run("images", "--no-trunc", "--quiet", f"--filter=label={BASE_NAME_LABEL}={base_name}")
@@ -3615,17 +3616,17 @@ async def _remove_older_images(engine: Engine, name: str, base_name: str) -> Non
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a helper container tells at its end."""
+    """Final report of a helper container."""
 
     ok: bool
     output: str = ""
     folder: str | None = None
     installed: tuple[tuple[str, str], ...] = ()
-    present: str | None = None  # the version of the package that was asked for, if the image has it
+    present: str | None = None  # version of the requested package, if the image has it
 
     @classmethod
     def of(cls, frame: Frame) -> Outcome:
-        """Read a frame `done`. Raises ProtocolError."""
+        """Read a `done` frame. Raises ProtocolError."""
         pairs = frame.get("installed", list, NONE) or []
         if not all(type(pair) is list and [type(part) for part in pair] == [str, str] for pair in pairs):
             raise ProtocolError("installed is not a list of names and versions")
@@ -3638,13 +3639,13 @@ class Outcome:
         )
 
     def require_success(self, what: str) -> None:
-        """Raise EngineError, with what matters of the installer's words, if it failed."""
+        """Raise EngineError, with the relevant part of the installer's output, if the installer failed."""
         if not self.ok:
             raise EngineError(f"{what}: {shorten_installer_output(self.output)}")
 
 
 def shorten_installer_output(output: str) -> str:
-    """The lines of an installer's output that say why it failed, or its last ones if none looks like that."""
+    """Return the lines of an installer's output that give the reason for its failure, else its last lines."""
     lines = list(dict.fromkeys(line.strip() for line in output.splitlines() if line.strip()))
     telling = [
         line
@@ -3658,10 +3659,10 @@ def shorten_installer_output(output: str) -> str:
 async def helper_container(
     engine: Engine, name: str, image: str, package: PackageConfig, task: dict[str, Any], report: Callable[[str], None]
 ) -> AsyncIterator[Outcome]:
-    """Have an installer run in a container; the container waits, finished, for the time of the `async with`.
+    """Run an installer in a container, which stays, with its work done, until the `async with` ends.
 
     Raises:
-        EngineError: it could not be started, or ended without an outcome.
+        EngineError: the container could not be started, or ended without an outcome.
     """
     process = await engine.spawn(*engine.installer_arguments(name, image, package))
     errors = bytearray()
@@ -3685,7 +3686,7 @@ async def helper_container(
                     frame = await Frame.receive(lines)
                 outcome = Outcome.of(frame)
             except HangError:
-                process.kill()  # nobody could remove its container, which, if it comes, finds no host and ends
+                process.kill()  # the container can't be removed; if it ever starts, it finds no host and ends
                 raise
             except (
                 anyio.EndOfStream,
@@ -3698,11 +3699,11 @@ async def helper_container(
                 said = last_line(errors.decode("utf-8", "replace")) or f"exit status {process.returncode}"
                 raise HelperError(f"The installer's container ended too soon: {said}") from error
             except ProtocolError as error:
-                raise EngineError(f"The installer's container said what no installer of ours says: {error}") from error
+                raise EngineError(f"The installer's container broke the protocol: {error}") from error
             yield outcome
     finally:
         with anyio.CancelScope(shield=True):
-            await process.stdin.aclose()  # at that its process exits, and the engine removes it
+            await process.stdin.aclose()  # on EOF the container's process exits, and the engine removes the container
             with anyio.move_on_after(ATTACH_TIMEOUT):
                 await process.wait()
             if process.returncode is None:
@@ -3712,7 +3713,7 @@ async def helper_container(
 
 
 def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, Any]:
-    """What the installer is told: on the helper's standard input, so that no image keeps any of it."""
+    """Return the installer's task, which the helper gets on standard input so that no image keeps any of it."""
     certificates, asked_for = host_certificates(package)
     environment = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     if package.index_url:
@@ -3734,7 +3735,7 @@ def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, An
 
 
 def host_certificates(package: PackageConfig) -> tuple[str, bool]:
-    """The host's bundle of trusted certificates, and whether a setting says that it must be used."""
+    """Return the host's bundle of trusted certificates, and whether a setting asks for one."""
     named = package.ca_bundle or os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
     usual = (
         ssl.get_default_verify_paths().cafile,
