@@ -121,7 +121,7 @@ __all__ = [
 log = logging.getLogger("python_docker_mcp")
 T = TypeVar("T")
 
-# Each of these deadlines bounds a wait for a program that is not this one.
+# Deadlines and similar bounds. Each timeout bounds a wait for another program.
 ANSWER_TIMEOUT = 8  # seconds for the engine to answer at all; with the next, less than clients wait for a call
 ENGINE_TIMEOUT = 15  # seconds for an engine command that only queries
 REMOVE_TIMEOUT = 30  # seconds for an engine command that removes something
@@ -3078,7 +3078,7 @@ class Engine:
         return await self._ours("--all", "--filter=status=created", "--filter=status=exited")
 
     async def _ours(self, *options: str) -> list[str]:
-        """Return the names of containers with all of a sandbox's labels and its form of name: others may have one."""
+        """Return the names of containers with a sandbox's labels and form of name; either alone proves nothing."""
         labels = (f"--filter=label={label}" for label in (LABEL, f"{LABEL}.owner", f"{LABEL}.settings"))
         names = (await self.run("ps", *options, *labels, "--format={{.Names}}")).split()
         return [name for name in names if CONTAINER_NAME.fullmatch(name)]
