@@ -1,30 +1,31 @@
-"""Runs Python in locked-down containers, through the `docker` command line (or Podman's).
+"""Run Python in locked-down containers, through the `docker` command line (or Podman's).
 
-The story, from the caller to the code and back:
+The path from the caller to the code and back:
 
     caller ─ Runner ─ Sandbox ══ `docker run -i` ══ Supervisor (process 1) ─ Worker (forked, runs the code)
                       one pipe each way, for the container's whole life
 
 A `Runner` (see `open_runner`) knows the engine, the image and the open sessions. A `Sandbox` is one container: an
-attached `docker run -i --rm …` process whose standard input and output carry frames (see `Channel`) to a small program
-inside, the *guest*. Once a sandbox is there, a call costs no engine command, just one request and the frames that
-answer it.
+attached `docker run -i --rm …` process whose standard input and output carry frames (see `Channel`) to and from a small
+program inside, the *guest*. Once a sandbox is running, a call costs no engine command, only one request and the frames
+that answer it.
 
-The guest is the middle part of this very file, shipped as source over the pipe: a supervisor, which is process 1,
-holds the channel and runs neither the user's code nor packages installed for it; and a worker, forked from it, which
-does. So whatever the code does to its own process, the supervisor lives to say what happened: the status of a `Result`
-and whether a session's variables were kept follow from what that process did, not from what it printed.
+The guest is the middle part of this file, shipped as source over the pipe. It is a supervisor, which is process 1,
+holds the channel, and runs neither the user's code nor packages installed for it; and a worker, forked from the
+supervisor, which runs both. So whatever the user's code does to its own process, the supervisor survives to report it:
+the status of a `Result`, and whether a session's variables were kept, follow from what the worker did, not from what
+it printed.
 
-A session outlives its host: on a farewell the supervisor detaches and waits for the next one, which plugs itself in
-by one `docker exec` (see `plug`). So does code that was running: its result waits. A session that nobody comes back to
-ends by itself, from inside, after `session.idle_timeout`; a sandbox that was kept ready and never used, a minute after
-its host was killed, unless the next host adopts it; any other at once.
+A session outlives its host: on a farewell the supervisor detaches and waits for the next host, which plugs itself in
+with one `docker exec` (see `plug`). Running code outlives the host too, and its result waits. A session that no host
+returns to ends by itself, from inside, after `session.idle_timeout`. When a host is killed, a sandbox that was kept
+ready and never used ends a minute later, unless the next host adopts it; any other sandbox ends at once.
 
     async with open_runner() as runner:
         result = await runner.execute("6 * 7")
         print(result.status, result.value)
 
-As a program it runs a script, a piece of code, or what is on standard input: `python sandbox_runner.py --help`.
+As a program, it runs a script, a piece of code, or its standard input: `python sandbox_runner.py --help`.
 """
 
 from __future__ import annotations
@@ -120,51 +121,51 @@ __all__ = [
 log = logging.getLogger("python_docker_mcp")
 T = TypeVar("T")
 
-# Deadlines, in seconds. Each bounds a wait for somebody else's program.
-ANSWER_TIMEOUT = 8  # the engine's word that it is there; with the next one within what clients wait for a call
-ENGINE_TIMEOUT = 15  # an engine command that only asks
-REMOVE_TIMEOUT = 30  # one that removes something
-DOUBT_AFTER = 6  # without a word from a sandbox, until it is asked whether it is there, and then its engine
-PONG_TIMEOUT = 3  # for the first of these to answer
-PULL_TIMEOUT = 900  # pulling or making an image
-INSTALL_TIMEOUT = 900  # building the derived image, or installing a package
-START_TIMEOUT = 60  # from `docker run` to the supervisor's first word
-PRUNE_PAUSE = 75  # longer than any container takes from being created to running
-ATTACH_TIMEOUT = 15  # from `docker exec` to the same
-LOOK_TIMEOUT = 5  # the same, when a sandbox is only asked how it is
-MOMENT = 1.0  # that a call is given to end, or a host to have gone, before another one on its session is refused
-MAX_PLUGS = 8  # how many sandboxes are asked at once; each costs the engine a process
-GRACE = 2.0  # between an interruption of the code and its kill
-ADOPTION_TIME = 60.0  # that an unused sandbox waits for a new host after its own was killed
-SLACK = 10  # how much later than the supervisor the host gives a call up
-RENEW_AT = 0.8  # of `pool.max_age`, when a ready sandbox is replaced
-FIRST_CALL_ATTEMPTS = 3  # sandboxes that a call is given to while none of it begins, as they have gone
-HEAD_START = 0.1  # that a call has before the engine is busied with what is to be done about it, or after it
-LOCK_PAUSE = 0.2  # between two attempts to have a lock that another program holds
-RETRY_AT_MOST = 60  # between two attempts to keep a sandbox ready while the engine can't
-RETRY_AFTER = 600  # from an image that could not be completed to the next attempt
-FAREWELL_TIMEOUT = 0.5  # for the supervisor to acknowledge that we leave
+# Deadlines and similar bounds. Each timeout bounds a wait for another program.
+ANSWER_TIMEOUT = 8  # seconds for the engine to answer at all; with the next, less than clients wait for a call
+ENGINE_TIMEOUT = 15  # seconds for an engine command that only queries
+REMOVE_TIMEOUT = 30  # seconds for an engine command that removes something
+DOUBT_AFTER = 6  # seconds of silence before a sandbox, and then its engine, is asked whether it is there
+PONG_TIMEOUT = 3  # seconds for the sandbox to answer that question
+PULL_TIMEOUT = 900  # seconds to pull or make an image
+INSTALL_TIMEOUT = 900  # seconds to build the derived image, or to install a package
+START_TIMEOUT = 60  # seconds from `docker run` to the supervisor's greeting
+PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
+ATTACH_TIMEOUT = 15  # seconds from `docker exec` to the supervisor's greeting
+LOOK_TIMEOUT = 5  # seconds for the same, when a sandbox is only asked for its state
+MOMENT = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
+MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
+GRACE = 2.0  # seconds between interrupting the code and killing it
+ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
+SLACK = 10  # seconds the host waits past the supervisor's own deadline
+RENEW_AT = 0.8  # fraction of `pool.max_age` at which a ready sandbox is replaced
+FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
+HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
+LOCK_PAUSE = 0.2  # seconds between attempts to take a lock that another program holds
+RETRY_AT_MOST = 60  # seconds, at most, between attempts to keep a sandbox ready while the engine fails
+RETRY_AFTER = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
+FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
 
-WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # beside the working directory; all the container's own
-LABEL = "python-docker-mcp.sandbox"  # on every container of ours, and on no other
+WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
+LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
-CODE_LIMIT = 256 << 10  # bytes of code in one call; within MAX_FRAME
-PIECES_LIMIT = 100_000  # pieces of output in one result; more than our supervisor lets through
-PIECE = 4096  # characters up to which neighbouring pieces are joined as they come
-JOINED_LIMIT = 1 << 20  # characters up to which all of them are, in the end
-NOTES_LOGGED = 100  # of what a sandbox remarks
-ERRORS_KEPT = 8192  # bytes of what the engine's command line says on stderr
+CODE_LIMIT = 256 << 10  # bytes of code in one call; less than MAX_FRAME
+PIECES_LIMIT = 100_000  # pieces of output in one result; more than a genuine supervisor lets through
+PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
+JOINED_LIMIT = 1 << 20  # characters of output up to which all neighbouring pieces are joined at the end
+NOTES_LOGGED = 100  # notes of one sandbox that are logged
+ERRORS_KEPT = 8192  # bytes kept of the stderr of the engine's command line
 
 
 # ── errors ──
 
 
 class SandboxError(Exception):
-    """What a caller may catch. The message is one sentence or two for a person: the fact and the next step."""
+    """Base of the errors a caller may catch. Its message, one or two sentences, gives the fact and the next step."""
 
 
 class ConfigError(SandboxError):
-    """A setting is unknown, or has a value that can't be."""
+    """A setting is unknown, or its value is invalid."""
 
 
 class EngineError(SandboxError):
@@ -176,19 +177,19 @@ class HangError(EngineError):
 
 
 class HelperError(EngineError):
-    """A container of an installer could not be started, or ended before it could tell how it went."""
+    """An installer's container could not be started, or ended before it reported an outcome."""
 
 
 class ImageError(SandboxError):
-    """The image is not there, and can't be had."""
+    """The image is missing, and could not be pulled or made."""
 
 
 class SessionError(SandboxError):
-    """The session can't be used: another program has it, or there is none of that name."""
+    """The session can't be used: another program is using it, or no session has that name."""
 
 
 class RequestError(SandboxError):
-    """An argument of the call can't be accepted."""
+    """An argument of the call is invalid."""
 
 
 # ── configuration ──
@@ -196,7 +197,7 @@ class RequestError(SandboxError):
 
 @dataclass(frozen=True)
 class DockerConfig:
-    """How the containers are. Sizes are text as Docker takes it: a number and b, k, m or g."""
+    """Settings of the containers. Sizes are text in Docker's format: a number and b, k, m or g."""
 
     command: str | None = None
     image: str = "python:3.12.2-slim"
@@ -214,7 +215,7 @@ class DockerConfig:
     mounts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no container could be made from."""
+        """Refuse values that no container could be created with."""
         for name, least in (("memory_limit", "32m"), ("disk_limit", "1m"), ("output_limit", "1k")):
             value = getattr(self, name)
             try:
@@ -238,7 +239,7 @@ class DockerConfig:
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """How long sessions are kept."""
+    """Limits on sessions and their calls."""
 
     idle_timeout: float = 1800.0
     max: int = 64
@@ -247,7 +248,7 @@ class SessionConfig:
     answer_within: float = 50.0
 
     def __post_init__(self) -> None:
-        """Refuse a time that is none."""
+        """Refuse limits that are not above zero."""
         if self.max < 1:
             raise ValueError(f"session.max: {self.max!r} is not a number above zero")
         for name in ("idle_timeout", "max_timeout", "answer_within"):
@@ -257,7 +258,7 @@ class SessionConfig:
 
 @dataclass(frozen=True)
 class PackageConfig:
-    """What is installed, from where, and with what."""
+    """The installer, its sources, and the packages it preinstalls."""
 
     installer: Literal["uv", "pip"] = "uv"
     index_url: str | None = None
@@ -269,7 +270,7 @@ class PackageConfig:
     volume: str = "python-docker-mcp-packages"
 
     def __post_init__(self) -> None:
-        """Refuse what no installer could be given."""
+        """Refuse values that no installer could use."""
         for requirement in self.preinstalled:
             try:
                 parse_requirement(requirement)
@@ -289,7 +290,7 @@ class PackageConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Sandboxes kept ready, so that a call finds one started and with the usual modules imported."""
+    """Sandboxes kept ready, so that a call finds one running, with the usual modules imported."""
 
     enabled: bool = True
     size: int = 32
@@ -300,7 +301,7 @@ class PoolConfig:
     reuse: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no pool could work with."""
+        """Refuse values that no pool could work with."""
         for name in ("size", "max_age", "max_concurrent_creations"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"pool.{name}: {getattr(self, name)!r} is not a number above zero")
@@ -313,7 +314,7 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, and the only place of its default. `config.yaml` says what each one means."""
+    """All settings; their defaults are defined only here. `config.yaml` explains each one."""
 
     docker: DockerConfig = field(default_factory=DockerConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
@@ -324,7 +325,7 @@ class Config:
 
 
 CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
-ENVIRONMENT = {  # variable: the setting that it wins over
+ENVIRONMENT = {  # variable: the setting it overrides
     "PYTHON_DOCKER_MCP_POOL_ENABLED": "pool.enabled",
     "PYTHON_DOCKER_MCP_POOL_SIZE": "pool.size",
     "PYTHON_DOCKER_MCP_POOL_MAX_AGE": "pool.max_age",
@@ -335,12 +336,12 @@ ENVIRONMENT = {  # variable: the setting that it wins over
 
 
 def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration: defaults, then the file, then the environment.
+    """Load the configuration: defaults, overridden by the file, then by the environment.
 
     The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml (which may be missing).
 
     Raises:
-        ConfigError: it can't be read, has a key that does not exist, or a value that can't be.
+        ConfigError: the file can't be read or has an unknown key, or a value is invalid.
     """
     named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
     file = config_file(path, environ)
@@ -371,16 +372,16 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
 
 
 def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the configuration is, or would be."""
+    """Return the path of the configuration file, which may not exist."""
     return Path(path or environ.get("PYTHON_DOCKER_MCP_CONFIG") or CONFIG_PATH).expanduser()
 
 
 def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
-    """A Config made of plain data, with pydantic's checks of types and ours of values. Raises ConfigError."""
+    """Make a Config from plain data; pydantic checks types, the classes check values. Raises ConfigError."""
     import pydantic
 
     for cls in (Config, DockerConfig, SessionConfig, PackageConfig, PoolConfig):
-        setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # no attribute to mypy
+        setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # mypy knows no such attribute
     settings = (
         {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
     )
@@ -407,7 +408,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
         raise ConfigError(f"{where}: {shown} is not accepted: {wanted}.") from None
 
 
-WANTED = {  # what to write instead of a value of the wrong type, by pydantic's names for that
+WANTED = {  # advice on a value of the wrong type, by pydantic's error type
     "dataclass_type": "it must be keys with values, as in config.yaml",
     "tuple_type": "it must be a list, such as [one, two]",
     "bool_type": "it must be true or false",
@@ -422,16 +423,16 @@ WANTED = {  # what to write instead of a value of the wrong type, by pydantic's 
 
 
 def parse_requirement(text: str) -> tuple[str, str]:
-    """The normalised name of a distribution and the whole requirement, without spaces (PEP 508, PEP 503).
+    """Return a distribution's normalised name (PEP 503) and the whole requirement, without spaces (PEP 508).
 
-    A name, extras and version specifiers: nothing that an installer could take for an option, a path or an address.
+    A name, extras and version specifiers are accepted: nothing an installer could take for an option, path or address.
 
     Raises:
-        RequestError: it is anything else.
+        RequestError: the text is anything else.
     """
     name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
-    short = text[:201]  # matching takes the more time the longer the text is, and out of proportion
+    short = text[:201]  # matching time grows faster than the length of the text
     match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", short)
     if not match or len(text) > 200:
         several = re.fullmatch(rf"{name}(?:[, ]+{name})+", short.strip())
@@ -446,7 +447,7 @@ def parse_requirement(text: str) -> tuple[str, str]:
 
 @functools.cache
 def size_in_bytes(size: str) -> int:
-    """Bytes that a size such as `256m` stands for. Raises ValueError for other text."""
+    """Convert a size such as `256m` to bytes. Raises ValueError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmg]?)(?:i?b)?", size.strip().lower())
     if not match:
         raise ValueError(f"{size!r} is not a size such as 256m or 1g")
@@ -454,9 +455,9 @@ def size_in_bytes(size: str) -> int:
 
 
 def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> str:
-    """The engine's --mount for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
+    """Return the engine's --mount argument for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
 
-    Raises ValueError if it is anything else, or would undo the sandbox: see the paths to keep.
+    Raises ValueError for other text, or a mount that would undo the sandbox (see the two functions `…_paths_to_keep`).
     """
     place, source, target, mode = split_mount(mount)
     if not source.exists():
@@ -475,18 +476,18 @@ def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> s
 
 
 def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
-    """The host's path of a mount as it is written and as it is, the container's path, and the mode."""
+    """Split a mount into the host path as written, the host path resolved, the container path and the mode."""
     match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
     if not match:
         raise ValueError(
-            f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw behind it to let code write"
+            f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw after it to let code write"
         )
     target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
-    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # the engine follows links: so do we
+    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # resolved, as the engine follows links
 
 
 def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
-    """Raise ConfigError if code would see the configuration in use, which may hold an index's password."""
+    """Raise ConfigError if a mount would show the user's code the configuration, which may hold passwords."""
     for mount in mounts:
         place, source, _, _ = split_mount(mount)
         if is_within(file.resolve(), source):
@@ -494,7 +495,7 @@ def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
 
 
 def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
-    """What no mount may hide in a container, and whether nothing may be mounted below it either."""
+    """Yield each container path that no mount may hide, and whether mounts below it are refused, too."""
     for path in ("/proc", "/sys", "/dev", PACKAGES):
         yield path, True
     for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
@@ -510,7 +511,7 @@ def is_within(path: str | Path, folder: str | Path) -> bool:
 
 
 def why_not_mounted(source: Path) -> str | None:
-    """Why no code may see this place of the host; None if it may. Links in `source` are resolved already."""
+    """Return why the user's code may not see this host path, or None if it may. `source` must be resolved."""
     for place, what, all_of_it in host_paths_to_keep():
         place = place.expanduser().resolve()
         if is_within(place, source):
@@ -518,17 +519,17 @@ def why_not_mounted(source: Path) -> str | None:
         if all_of_it and is_within(source, place):
             return f"it is part of {what} ({place})"
     entries = [source]
-    with contextlib.suppress(OSError):  # a folder that this user can't list, or no folder
+    with contextlib.suppress(OSError):  # `source` is not a folder, or this user can't list it
         entries += source.iterdir()
     for entry in entries:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(entry.stat().st_mode):
-                return f"{entry} is a socket, and some program of this host listens to it"
+                return f"{entry} is a socket that a program on this host listens on"
     return None
 
 
 def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
-    """Places of the host, what they are, and whether also no part of them may be mounted."""
+    """Yield each host path that must stay hidden, its description, and whether paths below it must, too."""
     yield Path("/"), "the host's root", False
     yield Path.home(), "the home directory", False
     yield Path("/etc"), "the host's configuration", False
@@ -541,7 +542,7 @@ def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
             yield root / engine, "the engine's own data", True
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     for folder in ("/run", "/var/run", *([runtime] if runtime else []), "~/.docker/run", "~/.docker/desktop"):
-        yield Path(folder), "where sockets of this host's programs are", False
+        yield Path(folder), "the folder of this host's sockets", False
     for variable in ("DOCKER_HOST", "CONTAINER_HOST"):
         scheme, _, path = os.environ.get(variable, "").partition("://")
         if scheme == "unix" and path:
@@ -555,7 +556,7 @@ Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died",
 
 @dataclass(frozen=True)
 class Text:
-    """Output that the code, or what it started, wrote."""
+    """Output written by the code, or by a process it started."""
 
     stream: Literal["stdout", "stderr"]
     text: str
@@ -566,25 +567,25 @@ class Rich:
     """A value shown in more than one form: MIME type to text, or to base64 for binary types."""
 
     forms: Mapping[str, str]
-    is_value: bool = False  # whether it is the value of the last expression
+    is_value: bool = False  # whether this is the value of the last expression
 
 
 @dataclass(frozen=True)
 class Omitted:
-    """Output that was left out here, between head and tail, because there was more than the limit."""
+    """Gap in the output, between its head and its tail, where it exceeded the limit."""
 
     bytes: int
 
 
 @dataclass(frozen=True)
 class ExceptionInfo:
-    """What the code raised."""
+    """Exception raised by the code."""
 
     type: str
     message: str
-    line: int | None  # of this call's code
-    traceback: str  # the frames of the user's own code only
-    missing: str | None = None  # the module that was not found, if that is what happened
+    line: int | None  # in this call's code
+    traceback: str  # only the frames of the user's own code
+    missing: str | None = None  # the module that was not found, if that was the cause
 
 
 @dataclass(frozen=True)
@@ -597,51 +598,51 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Result:
-    """All that one call tells. A failure of the code is a status, not an exception."""
+    """Outcome of one call. A failure of the code is a status, not an exception."""
 
     status: Status
-    output: tuple[Text | Rich | Omitted, ...] = ()  # in the order in which it appeared
-    value: str | None = None  # repr of the last expression; None if the code does not end in one, or it is None
+    output: tuple[Text | Rich | Omitted, ...] = ()  # in order of appearance
+    value: str | None = None  # repr of the last expression; None if the code does not end in one, or its value is None
     value_omitted: int = 0  # characters left out of the value
     exception: ExceptionInfo | None = None
-    exit_code: int | None = None  # of SystemExit or a process that ended; minus the signal if one killed it
-    lost: bool = False  # whether the process that ran the code is gone, and all that it held
-    message: str | None = None  # what happened, in a sentence, where the code did not simply end
+    exit_code: int | None = None  # of SystemExit or of the ended worker; negative signal number if one killed it
+    lost: bool = False  # whether the process that ran the code is gone, with everything it held
+    message: str | None = None  # one sentence on what happened, unless the code simply ended
     session: str | None = None
     is_new: bool = False  # whether the session began with this call
-    state: Literal["preserved", "lost"] | None = None  # what became of the session's variables; None while code runs
-    lost_before: str | None = None  # why they were lost between the previous call and this one, if they were
-    earlier: str = ""  # what work left running by earlier calls wrote since the last one
-    unread: Result | None = None  # the end of the previous call, if nobody waited for that
-    variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables JSON can hold
-    variables_left_out: Mapping[str, str] = field(default_factory=dict)  # those it can't hold: name to reason
-    files: tuple[FileInfo, ...] = ()  # that the call made or changed in the working directory, at most 100
-    contents: Mapping[str, bytes] = field(default_factory=dict)  # of small ones, if the sandbox ends with the call
-    stale: tuple[str, ...] = ()  # modules imported before, of which another version was installed since
+    state: Literal["preserved", "lost"] | None = None  # fate of the session's variables; None while code runs
+    lost_before: str | None = None  # reason the variables were lost between the previous call and this one, if so
+    earlier: str = ""  # output since the last call from work that earlier calls left running
+    unread: Result | None = None  # end of the previous call, if no caller waited for it
+    variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables that JSON can hold
+    variables_left_out: Mapping[str, str] = field(default_factory=dict)  # the other variables: name to reason
+    files: tuple[FileInfo, ...] = ()  # files made or changed in the working directory by the call, at most 100
+    contents: Mapping[str, bytes] = field(default_factory=dict)  # of small files, if the sandbox ends with the call
+    stale: tuple[str, ...] = ()  # modules already imported when another version of them was installed
     wall: float = 0.0  # seconds
     cpu: float = 0.0  # seconds
-    memory: int | None = None  # most bytes resident in the code's process
-    oom_kills: int = 0  # processes killed for want of memory, the code's children included
+    memory: int | None = None  # peak resident bytes of the code's process
+    oom_kills: int = 0  # processes killed for lack of memory, including the code's children
 
     @property
     def stdout(self) -> str:
-        """What was written to standard output."""
+        """Text written to standard output."""
         return "".join(item.text for item in self.output if isinstance(item, Text) and item.stream == "stdout")
 
     @property
     def stderr(self) -> str:
-        """What was written to standard error."""
+        """Text written to standard error."""
         return "".join(item.text for item in self.output if isinstance(item, Text) and item.stream == "stderr")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with `stdout` and `stderr`."""
+        """Convert to plain data for JSON, with `stdout` and `stderr`."""
         contents = {path: base64.b64encode(data).decode() for path, data in self.contents.items()}
         return {**dataclasses.asdict(self), "contents": contents, "stdout": self.stdout, "stderr": self.stderr}
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What came of installing a package."""
+    """Outcome of installing a package."""
 
     name: str  # of the package, normalized
     ok: bool
@@ -2926,18 +2927,18 @@ def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Engine:
-    """A container engine's command line. Keeps nothing: what exists is asked of the engine, by label."""
+    """A container engine's command line. Holds no state: it asks the engine, by label, which containers exist."""
 
-    command: str  # path of the executable
+    command: str  # path to the executable
     kind: Literal["docker", "podman"]
     version: str
-    runc: str = ""  # the version of its runc, if it says
+    runc: str = ""  # version of the engine's runc, if reported
 
     async def run(self, *arguments: str, timeout: float = ENGINE_TIMEOUT, stdin: Any = subprocess.DEVNULL) -> str:
-        """Run a command to its end and return what it printed.
+        """Run a command to its end and return its output.
 
         Raises:
-            EngineError: it failed, in its own words, or took longer than `timeout` seconds.
+            EngineError: the command failed (the message quotes it), or took longer than `timeout` seconds.
         """
         code, output, errors = await run_command([self.command, *arguments], timeout, stdin)
         if code:
@@ -2945,7 +2946,7 @@ class Engine:
         return output
 
     async def require_answer(self) -> None:
-        """Raise HangError if the engine does not answer; whatever it answers, it is there."""
+        """Raise HangError if the engine does not answer; any answer will do, even an error."""
         try:
             await self.run("version", timeout=ANSWER_TIMEOUT)
         except HangError:
@@ -2958,7 +2959,7 @@ class Engine:
         return await open_command([self.command, *arguments], subprocess.PIPE)
 
     def sandbox_arguments(self, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
-        """The command that starts a sandbox; what its flags hold off is told under Security in the README."""
+        """Return the command that starts a sandbox; Security in the README explains what its flags prevent."""
         docker = config.docker
         environment = {
             "MPLBACKEND": "agg",
@@ -2968,20 +2969,20 @@ class Engine:
             "LANG": "C.UTF-8",
         }
         for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
-            environment[f"{library}_NUM_THREADS"] = "1"  # a fork must find no threads, and half a core feeds no more
+            environment[f"{library}_NUM_THREADS"] = "1"  # forking needs a single thread, and half a core feeds no more
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
-        if self.kind == "docker":  # runc before 1.2 lets the mode of the directory below win: then the owner has to do
-            tmpfs += ",uid=65534,gid=65534"  # (Podman does not know these two, and does not need them)
+        if self.kind == "docker":  # runc before 1.2 keeps the mount point's own mode, so the owner has to grant access
+            tmpfs += ",uid=65534,gid=65534"  # (Podman neither knows nor needs these two)
         return [
             *self._run(name),
             f"--label={LABEL}={PROTOCOL}",
             *(f"--label={LABEL}.{key}={value}" for key, value in labels.items()),
             "--hostname=sandbox",
             *(["--network=none"] if docker.network_disabled else []),
-            # Else Docker copies the host's resolv.conf, which tells a company's name servers and domains.
+            # Otherwise Docker copies the host's resolv.conf, which reveals a company's name servers and domains.
             *(["--dns=0.0.0.0", "--dns-search=."] if docker.network_disabled and self.kind == "docker" else []),
             *(["--read-only"] if docker.read_only else []),
-            # Podman would add writable directories without a limit of their own to a read-only root.
+            # Otherwise Podman adds writable directories without a size limit of their own to a read-only root.
             *(["--read-only-tmpfs=false"] if self.kind == "podman" else []),
             *(
                 f"--tmpfs={path}:{tmpfs},{'noexec' if path == '/tmp' else 'exec'}"
@@ -2989,7 +2990,7 @@ class Engine:
             ),
             f"--workdir={docker.working_dir}",
             f"--memory={size_in_bytes(docker.memory_limit)}",
-            f"--memory-swap={size_in_bytes(docker.memory_limit)}",  # of both together: so no swap
+            f"--memory-swap={size_in_bytes(docker.memory_limit)}",  # memory and swap together, so no swap
             f"--cpus={docker.cpu_limit}",
             f"--pids-limit={docker.pids_limit}",
             "--cap-drop=ALL",
@@ -3014,11 +3015,11 @@ class Engine:
     def _mounts(self, docker: DockerConfig) -> list[str]:
         try:
             return [f"--mount={mount_argument(mount, docker.working_dir)}" for mount in docker.mounts]
-        except ValueError as error:  # what is mounted has changed since the configuration was read
+        except ValueError as error:  # a mounted path has changed since the configuration was read
             raise EngineError(f"A sandbox can't be started: {error}.") from None
 
     def installer_arguments(self, name: str, image: str, package: PackageConfig) -> list[str]:
-        """The command that starts a helper container: with the network, as root, and without any code of the user's."""
+        """Return the command that starts a helper container: networked, as root, and without any of the user's code."""
         return [
             *self._run(name),
             f"--label={LABEL.replace('sandbox', 'installer')}",
@@ -3033,7 +3034,7 @@ class Engine:
         ]
 
     def _run(self, name: str) -> list[str]:
-        """What every container of ours is started with."""
+        """Return the arguments that every container is started with."""
         return [
             "run",
             "--interactive",
@@ -3043,23 +3044,23 @@ class Engine:
             "--log-driver=none",
             "--entrypoint=python3",
             *NO_PROXIES,
-            # To proxy signals Podman's client catches SIGPIPE, too. Then it survives its reader's, that is our, death,
-            # fails to write what the container says on that, and removes the container.
+            # To proxy signals, Podman's client also catches SIGPIPE. So it would survive the death of its reader (the
+            # host), fail to write the container's reaction to that, and remove the container.
             *(["--http-proxy=false", "--sig-proxy=false"] if self.kind == "podman" else []),
         ]
 
     def plug_arguments(self, name: str) -> list[str]:
-        """The command that runs `plug` in the sandbox `name`."""
+        """Return the command that runs `plug` in the sandbox `name`."""
         program = f"{PLUG_SOURCE}\nplug()"
         return ["exec", "--interactive", f"--user={PLUG_UID}:{PLUG_UID}", name, "python3", "-I", "-S", "-c", program]
 
     async def inspect(self, kind: str, name: str, template: str) -> str | None:
-        """One fact about an image or container; None if there is none of that name.
+        """Return one fact about an image or container, or None if none has that name.
 
         Raises:
-            EngineError: the engine does not answer, so nobody knows.
+            EngineError: the engine does not answer, so the fact is unknown.
         """
-        for _ in range(2):  # it may have been down for a moment
+        for _ in range(2):  # the engine may have been down for a moment
             try:
                 return (await self.run(kind, "inspect", f"--format={template}", name)).strip() or None
             except HangError:
@@ -3069,22 +3070,22 @@ class Engine:
         return None
 
     async def sandboxes(self, *filters: str) -> list[str]:
-        """The names of the sandboxes that run or are paused, whoever started them; with filters, of those."""
-        states = ("--filter=status=running", "--filter=status=paused")  # Podman would leave out what is paused
+        """Return the names of all hosts' running or paused sandboxes that match `filters`."""
+        states = ("--filter=status=running", "--filter=status=paused")  # by default Podman omits paused ones
         return await self._ours(*states, *filters)
 
     async def leftovers(self) -> list[str]:
-        """The names of our containers that do not run: whoever was about to start them died, or the engine did."""
+        """Return the names of sandboxes that do not run, because their host or the engine died while starting them."""
         return await self._ours("--all", "--filter=status=created", "--filter=status=exited")
 
     async def _ours(self, *options: str) -> list[str]:
-        """The names of containers that have all our labels, and a name as we give them: one alone may be anybody's."""
+        """Return the names of containers with a sandbox's labels and form of name; either alone proves nothing."""
         labels = (f"--filter=label={label}" for label in (LABEL, f"{LABEL}.owner", f"{LABEL}.settings"))
         names = (await self.run("ps", *options, *labels, "--format={{.Names}}")).split()
         return [name for name in names if CONTAINER_NAME.fullmatch(name)]
 
     async def remove(self, name: str) -> None:
-        """Kill and remove a container; that it is gone already is fine."""
+        """Kill and remove a container; it may be gone already."""
         for command in (("kill",), ("rm", "--force")):  # Podman's `rm --force` alone waits ten seconds for process 1
             try:
                 await self.run(*command, name, timeout=REMOVE_TIMEOUT)
@@ -3094,13 +3095,13 @@ class Engine:
                 pass
 
 
-# Both Docker and Podman copy proxy settings of theirs, passwords included, into containers: unless they are set there.
+# Docker and Podman copy their proxy settings, passwords included, into containers unless these variables are set there.
 NO_PROXIES = [
     f"--env={variable}="
     for proxy in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
     for variable in (proxy, proxy.upper())
 ]
-# What the engine's command line needs to find its engine, and nothing else of ours: the variables of this process may
+# The only variables passed to the engine's command line, those it needs to find its engine. Others of this process may
 # hold secrets, and both Docker and Podman copy proxy settings, passwords included, into containers.
 ENGINE_ENVIRONMENT = (
     "PATH HOME USER LOGNAME LANG TMPDIR TEMP TMP DOCKER_HOST DOCKER_CONTEXT DOCKER_CONFIG DOCKER_CERT_PATH "
@@ -3109,7 +3110,7 @@ ENGINE_ENVIRONMENT = (
     "DBUS_SESSION_BUS_ADDRESS SSH_AUTH_SOCK SYSTEMROOT SYSTEMDRIVE USERPROFILE APPDATA LOCALAPPDATA PROGRAMDATA "
     "PROGRAMFILES COMSPEC PATHEXT"
 ).split()
-# Programs started by a desktop get a short PATH.
+# Searched after PATH, as programs started from a desktop get a short PATH.
 USUAL_PLACES = (
     "/usr/local/bin /usr/bin /opt/homebrew/bin /opt/local/bin /opt/podman/bin /snap/bin ~/.docker/bin ~/.orbstack/bin "
     "~/.rd/bin /Applications/Docker.app/Contents/Resources/bin C:/Progra~1/Docker/Docker/resources/bin"
@@ -3117,12 +3118,12 @@ USUAL_PLACES = (
 
 
 async def find_engine(command: str | None = None) -> Engine:
-    """The engine to use: `command` if given, else docker or podman, the first that answers.
+    """Find the engine to use: `command` if given, else docker, else podman, if it answers.
 
-    All are asked at once, so that one that hangs does not use up the time that a caller has.
+    All are asked at once, so that one that hangs does not use up the caller's time.
 
     Raises:
-        EngineError: none can be used; the message is about the one that came nearest.
+        EngineError: none can be used; the message is about the first one that is installed.
     """
     names = (command,) if command else ("docker", "podman")
     paths = list(dict.fromkeys(path for name in names if (path := find_program(name))))
@@ -3159,14 +3160,14 @@ async def find_engine(command: str | None = None) -> Engine:
 
 
 def find_program(name: str) -> str | None:
-    """Where a program is: on PATH or in one of the usual places."""
+    """Find a program on PATH or in one of the usual places; return its absolute path."""
     places = [os.environ.get("PATH", os.defpath), *(str(Path(place).expanduser()) for place in USUAL_PLACES)]
     found = shutil.which(str(Path(name).expanduser()), path=os.pathsep.join(places))
-    return os.path.abspath(found) if found else None  # commands are started elsewhere
+    return os.path.abspath(found) if found else None  # commands run in another directory
 
 
 async def _probe(path: str) -> Engine:
-    """Ask what kind of engine answers behind a command line, and whether it does."""
+    """Ask a command line for its engine's kind and version. Raises EngineError if that engine can't be used."""
     try:
         code, output, errors = await run_command([path, "version", "--format={{json .}}"], ANSWER_TIMEOUT)
     except HangError as error:
@@ -3183,7 +3184,7 @@ async def _probe(path: str) -> Engine:
         if "permission denied" in errors:
             raise EngineError(
                 f"{path} may not be used by this user: add the user to the group docker (`sudo usermod -aG docker "
-                f"$USER`, then log in anew), or use rootless Docker or Podman. It said: {said}"
+                f"$USER`, then log in again), or use rootless Docker or Podman. It said: {said}"
             )
         raise EngineError(
             f"{path} is installed, but its engine does not answer: start Docker Desktop, or `sudo systemctl start "
@@ -3197,7 +3198,7 @@ async def _probe(path: str) -> Engine:
 
 
 def component_version(answer: Any, name: str) -> str:
-    """The version of a component (such as runc) in what `docker version` prints as JSON."""
+    """Return the version of a component, such as runc, from the JSON that `docker version` prints; "" if it is not there."""
     try:
         versions = {part["Name"]: str(part["Version"]) for part in answer["Server"]["Components"]}
     except (KeyError, TypeError):
@@ -3206,7 +3207,7 @@ def component_version(answer: Any, name: str) -> str:
 
 
 def runc_problem(version: str) -> str | None:
-    """The known ways out of a container that a version of runc leaves open; None if it leaves none open, or is none."""
+    """Return the known container escapes that a version of runc is open to; None if there are none."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:-rc\.?(\d+))?", version)
     if not match:
         return None
@@ -3225,25 +3226,25 @@ RUNC_REMEDY = "Update runc to 1.2.8, 1.3.3 or 1.4.0 or later, unless your distri
 
 
 async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
-    """Start an engine command: in a session of its own, so that a signal to our group leaves it to us."""
+    """Start an engine command in its own session, so that signals to this program's process group don't reach it."""
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
-    if command[1] == "pull":  # the one command that may need a proxy itself
+    if command[1] == "pull":  # the only command that may need a proxy itself
         environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     log.debug("starting: %s", shlex.join(clip(part, 200) for part in command))
     try:
-        with anyio.CancelScope(shield=True):  # cancelled half-way, a process would be there that nobody owns
+        with anyio.CancelScope(shield=True):  # cancelling half-way would leave a process without an owner
             process = await anyio.open_process(
                 command,
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=environment,
-                cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` where it was started
+                cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` in its working directory
                 start_new_session=True,
             )
     except OSError as error:
         raise EngineError(
-            f"{command[0]} can't be run: {error.strerror}. Install it anew, or set docker.command to one that can."
+            f"{command[0]} can't be run: {error.strerror}. Reinstall it, or set docker.command to one that can."
         ) from error
     return process
 
@@ -3254,7 +3255,7 @@ async def run_command(
     stdin: Any = subprocess.DEVNULL,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str, str]:
-    """Run an engine command to its end; its exit status, output (MAX_FRAME bytes at most) and errors."""
+    """Run an engine command to its end; return its status and the last MAX_FRAME bytes of its output and errors."""
     started = time.monotonic()
     process = await open_command(command, stdin)
     output, errors = bytearray(), bytearray()
@@ -3289,7 +3290,7 @@ async def run_command(
 
 
 async def wait_or_doubt(wait: Callable[[], Awaitable[T]], require: Callable[[], Awaitable[None]]) -> T:
-    """Wait, and if that lasts, ask `require` once, which raises if there is nobody to wait for."""
+    """Call `wait`; after DOUBT_AFTER seconds call `require`, which raises if there is no point, then `wait` again."""
     with anyio.move_on_after(DOUBT_AFTER):
         return await wait()
     await require()
@@ -3297,27 +3298,27 @@ async def wait_or_doubt(wait: Callable[[], Awaitable[T]], require: Callable[[], 
 
 
 async def send_quietly(stream: anyio.abc.ByteSendStream, data: bytes) -> None:
-    """Write to a process; whoever reads from it sees it end."""
+    """Write to a process, ignoring that it has ended: the reader of its output notices."""
     with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
         await stream.send(data)
 
 
 async def keep_tail(stream: anyio.abc.ByteReceiveStream, tail: bytearray) -> None:
-    """Read a stream to its end, and keep its last ERRORS_KEPT bytes."""
+    """Read a stream to its end, keeping its last ERRORS_KEPT bytes."""
     async for data in stream:
         tail += data
         del tail[:-ERRORS_KEPT]
 
 
 def without_passwords(text: str) -> str:
-    """The text, with what an address has between its scheme and its host hidden."""
+    """Hide user names and passwords in the addresses of a text."""
     return re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
 
 
 def last_line(text: str) -> str:
-    """The last line with something in it, printable, short and without passwords: engines say the reason last."""
+    """Return the last non-blank line, printable, short and without passwords: engines give the reason last."""
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    if len(lines) > 1 and re.match(r"(See|Run) '\w+ [\w ]*--help'", lines[-1]):  # Docker's very last words
+    if len(lines) > 1 and re.match(r"(See|Run) '\w+ [\w ]*--help'", lines[-1]):  # Docker's closing advice
         lines.pop()
     said = without_passwords(lines[-1]) if lines else ""
     return textwrap.shorten("".join(char if char.isprintable() else " " for char in said), 300, placeholder=" …")
@@ -3328,26 +3329,26 @@ def last_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Image:
-    """The image that sandboxes are made from."""
+    """Image that sandboxes are made from."""
 
     name: str
     id: str
-    origin: str  # how it came to be here
-    problem: str | None = None  # why it lacks the packages that should be preinstalled
+    origin: str  # where it came from, in words
+    problem: str | None = None  # reason the preinstalled packages are missing
 
     @property
     def packages(self) -> str:
-        """The folder in the volume for what is installed on top of this image."""
+        """Folder in the volume for packages installed on top of this image."""
         return f"{PACKAGES}/{self.id.rpartition(':')[2][:12]}"
 
 
 async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str], None]) -> Image:
-    """The configured image: present, else pulled, else, if it is the default one, made from this host's own Python.
+    """Find the configured image, else pull it, else (for the default image) make one from this host's own Python.
 
-    `report` is told, a line at a time, what takes long.
+    Steps that take long are reported, one line at a time, to `report`.
 
     Raises:
-        ImageError: it can't be had.
+        ImageError: the image is missing, and could not be pulled or made.
     """
     if docker.image == "host":
         return await _host_image(engine, report)
@@ -3375,7 +3376,7 @@ async def find_image(engine: Engine, docker: DockerConfig, report: Callable[[str
         return Image(docker.image, identity, "pulled")
     if not may_be_made:
         raise ImageError(
-            f"The image {docker.image} is not here and can't be pulled: {said.rstrip('.') or 'nobody says why'}. "
+            f"The image {docker.image} is not here and can't be pulled: {said.rstrip('.') or 'no reason given'}. "
             f"Pull or load it by hand, set docker.image to one that is here, or to `host` for this host's Python."
         )
     log.warning("%s can't be pulled (%s): making an image from this host's own Python", docker.image, said)
@@ -3387,7 +3388,7 @@ async def _image_id(engine: Engine, name: str) -> str | None:
 
 
 def host_image_name() -> str:
-    """Where the image made from this Python is kept: one for each interpreter, in its version and place."""
+    """Return the name of the image made from this Python, distinct for each interpreter version and path."""
     place = base64.b32encode(str(_interpreter()).encode()).decode().strip("=").lower()[-24:]
     return f"python-docker-mcp-host:{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{place}"
 
@@ -3397,7 +3398,7 @@ def _interpreter() -> Path:
 
 
 async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
-    """An image of this host's interpreter, standard library, and the shared libraries that they and wheels need."""
+    """Return an image with this host's interpreter, standard library and shared libraries, made if missing."""
     name = host_image_name()
     if sys.platform != "linux":
         raise ImageError(
@@ -3421,7 +3422,7 @@ async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
             except EngineError as error:
                 failure = error
             finally:
-                os.close(reader)  # if the import failed, the writer must see that nobody listens
+                os.close(reader)  # if the import failed, the writer must get EPIPE
         if failure:
             raise ImageError(
                 f"An image can't be made from this host's Python: {str(failure).rstrip('.')}. Set docker.image to one "
@@ -3432,7 +3433,7 @@ async def _host_image(engine: Engine, report: Callable[[str], None]) -> Image:
     return Image(name, identity or "", "made from this host's Python")
 
 
-# The libraries that manylinux wheels may expect (PEP 599 and later), and the stubs of older glibc's parts.
+# Libraries that manylinux wheels may expect (PEP 599 and later), and stubs for former parts of glibc.
 BASELINE_LIBRARIES = (
     "libpthread.so.0 libdl.so.2 librt.so.1 libutil.so.1 libresolv.so.2 libm.so.6 libnss_files.so.2 libnss_dns.so.2 "
     "libstdc++.so.6 libgcc_s.so.1 libz.so.1 libexpat.so.1"
@@ -3440,7 +3441,7 @@ BASELINE_LIBRARIES = (
 
 
 def _write_host_files(descriptor: int) -> None:
-    """Write the tar of a minimal root file system around this interpreter, and close the descriptor."""
+    """Write a tar of a minimal root file system around this interpreter, then close the descriptor."""
     executable, library = _interpreter(), Path(os.__file__).parent
     shell = Path("/bin/sh").resolve()
     shared = _libraries_of(executable, shell, *library.glob("lib-dynload/*.so"))
@@ -3475,7 +3476,7 @@ def _write_host_files(descriptor: int) -> None:
         open(descriptor, "wb") as pipe,
         tarfile.open(fileobj=pipe, mode="w|") as tar,
     ):
-        tar.dereference = True  # a library's usual name is a link; what counts is that the name is there
+        tar.dereference = True  # a library's usual name is a link, under which the file itself must be stored
         for path in sorted({*shared, executable, Path("/etc/ld.so.cache")}):
             if path.exists():
                 tar.add(path, str(path).lstrip("/"), filter=wanted)
@@ -3494,7 +3495,7 @@ def _write_host_files(descriptor: int) -> None:
 
 
 def _libraries_of(*programs: Path) -> set[Path]:
-    """The shared libraries that programs and extension modules need, and those that wheels may rely on."""
+    """Find the shared libraries that programs and extension modules need, and those that wheels may rely on."""
     ldd = subprocess.run(
         ["ldd", *map(str, programs)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     ).stdout
@@ -3505,13 +3506,14 @@ def _libraries_of(*programs: Path) -> set[Path]:
 
 
 async def derive_image(engine: Engine, config: Config, report: Callable[[str], None]) -> Image:
-    """The image for sandboxes: the base image plus the preinstalled packages, their bytecode and a list of fonts.
+    """Find or make the sandboxes' image: the base image plus preinstalled packages, their bytecode and a font list.
 
-    Made by committing a helper container, which any engine can do, once for a base image and list of packages: whoever
-    comes second meanwhile waits for it. If the packages can't be had, it is the base image, with `problem`.
+    It is made by committing a helper container, which any engine can do, once per base image and list of packages;
+    another program that wants it meanwhile waits. If the packages can't be installed, return the base image, with
+    `problem`.
 
     Raises:
-        ImageError: not even the base image can be had.
+        ImageError: not even the base image could be found, pulled or made.
     """
     docker, package = config.docker, config.package
     if not package.preinstalled:
@@ -3522,7 +3524,7 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
     if made and (
         not base_id or base_id == await engine.inspect("image", name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
     ):
-        return Image(name, made, "derived")  # from what is the base image now, or from one that is not here any more
+        return Image(name, made, "derived")  # from the current base image, or from one that is gone
     base = await find_image(engine, docker, report)
     try:
         with anyio.fail_after(INSTALL_TIMEOUT):
@@ -3535,13 +3537,13 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
 
 
 def derived_name(docker: DockerConfig, package: PackageConfig) -> str:
-    """The derived image's name, which follows from what it is made of."""
+    """Return the derived image's name, a digest of its ingredients."""
     recipe = "\n".join((str(RECIPE), docker.image, host_image_name(), package.installer, *package.preinstalled))
     return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-RECIPE = 3  # raised when the same packages would make another image
-BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of the image that it was made from
+RECIPE = 3  # increased when the same packages would yield a different image
+BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of its base image
 BASE_NAME_LABEL = "python-docker-mcp.base-name"
 
 
@@ -3586,22 +3588,22 @@ async def _build_once(
     log.info("made the image %s with %s", name, ", ".join(" ".join(item) for item in outcome.installed))
 
 
-BUILD_ATTEMPTS = 3  # of which any but the last may end with its container killed
-BUILD_STEPS = 5  # fetching the installer, installing, compiling, listing fonts, saving
+BUILD_ATTEMPTS = 3  # attempts to build the derived image; repeated only if its helper container ended too soon
+BUILD_STEPS = 5  # steps shown: fetching the installer, installing, compiling, listing fonts, saving
 
 
 def build_status(step: int, text: str) -> str:
-    """How far the derived image is: each line says it all, as a client may show any of them, and only one."""
+    """Return a progress line for the derived image; each is self-contained, as a client may show only one of them."""
     bar = "█" * step + "░" * (BUILD_STEPS - step)
     return f"{bar} preparing the image (once; a minute or so): {text}"
 
 
 @asynccontextmanager
 async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[bool]:
-    """Keep other programs of this user out of the same block; tell whether one of them had to be waited for.
+    """Keep other programs of this user out of the same block; yield whether this program had to wait for one of them.
 
-    The system frees the lock when its holder ends, in whatever way. Nobody waits where there are no such locks, as on
-    Windows, or no place for the file.
+    The system frees the lock when its holder ends, in whatever way. Without such locks, as on Windows, or without a
+    place for the file, nothing is locked.
     """
     try:
         import fcntl
@@ -3628,7 +3630,7 @@ async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[boo
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
-    """Remove what was derived from the same base image before, unless something uses it."""
+    """Remove older images derived from the same base image, unless something uses them."""
     with contextlib.suppress(EngineError):
         current = await _image_id(engine, name)
         listed = await engine.run("images", "--no-trunc", "--quiet", f"--filter=label={BASE_NAME_LABEL}={base_name}")
@@ -3643,17 +3645,17 @@ async def _remove_older_images(engine: Engine, name: str, base_name: str) -> Non
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a helper container tells at its end."""
+    """Final report of a helper container."""
 
     ok: bool
     output: str = ""
     folder: str | None = None
     installed: tuple[tuple[str, str], ...] = ()
-    present: str | None = None  # the version of the package that was asked for, if the image has it
+    present: str | None = None  # version of the requested package, if the image has it
 
     @classmethod
     def of(cls, frame: Frame) -> Outcome:
-        """Read a frame `done`. Raises ProtocolError."""
+        """Read a `done` frame. Raises ProtocolError."""
         pairs = frame.get("installed", list, NONE) or []
         if not all(type(pair) is list and [type(part) for part in pair] == [str, str] for pair in pairs):
             raise ProtocolError("installed is not a list of names and versions")
@@ -3666,13 +3668,13 @@ class Outcome:
         )
 
     def require_success(self, what: str) -> None:
-        """Raise EngineError, with what matters of the installer's words, if it failed."""
+        """Raise EngineError, with the relevant part of the installer's output, if the installer failed."""
         if not self.ok:
             raise EngineError(f"{what}: {shorten_installer_output(self.output)}")
 
 
 def shorten_installer_output(output: str) -> str:
-    """The lines of an installer's output that say why it failed, or its last ones if none looks like that."""
+    """Return the lines of an installer's output that give the reason for its failure, else its last lines."""
     lines = list(dict.fromkeys(line.strip() for line in output.splitlines() if line.strip()))
     telling = [
         line
@@ -3686,10 +3688,10 @@ def shorten_installer_output(output: str) -> str:
 async def helper_container(
     engine: Engine, name: str, image: str, package: PackageConfig, task: dict[str, Any], report: Callable[[str], None]
 ) -> AsyncIterator[Outcome]:
-    """Have an installer run in a container; the container waits, finished, for the time of the `async with`.
+    """Run an installer in a container, which stays, with its work done, until the `async with` ends.
 
     Raises:
-        EngineError: it could not be started, or ended without an outcome.
+        EngineError: the container could not be started, or ended without an outcome.
     """
     process = await engine.spawn(*engine.installer_arguments(name, image, package))
     errors = bytearray()
@@ -3713,7 +3715,7 @@ async def helper_container(
                     frame = await Frame.receive(lines)
                 outcome = Outcome.of(frame)
             except HangError:
-                process.kill()  # nobody could remove its container, which, if it comes, finds no host and ends
+                process.kill()  # the container can't be removed; if it ever starts, it finds no host and ends
                 raise
             except (
                 anyio.EndOfStream,
@@ -3726,11 +3728,11 @@ async def helper_container(
                 said = last_line(errors.decode("utf-8", "replace")) or f"exit status {process.returncode}"
                 raise HelperError(f"The installer's container ended too soon: {said}") from error
             except ProtocolError as error:
-                raise EngineError(f"The installer's container said what no installer of ours says: {error}") from error
+                raise EngineError(f"The installer's container broke the protocol: {error}") from error
             yield outcome
     finally:
         with anyio.CancelScope(shield=True):
-            await process.stdin.aclose()  # at that its process exits, and the engine removes it
+            await process.stdin.aclose()  # on EOF the container's process exits, and the engine removes the container
             with anyio.move_on_after(ATTACH_TIMEOUT):
                 await process.wait()
             if process.returncode is None:
@@ -3740,7 +3742,7 @@ async def helper_container(
 
 
 def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, Any]:
-    """What the installer is told: on the helper's standard input, so that no image keeps any of it."""
+    """Return the installer's task, which the helper gets on standard input so that no image keeps any of it."""
     certificates, asked_for = host_certificates(package)
     environment = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     if package.index_url:
@@ -3762,7 +3764,7 @@ def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, An
 
 
 def host_certificates(package: PackageConfig) -> tuple[str, bool]:
-    """The host's bundle of trusted certificates, and whether a setting says that it must be used."""
+    """Return the host's bundle of trusted certificates, and whether a setting asks for one."""
     named = package.ca_bundle or os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
     usual = (
         ssl.get_default_verify_paths().cafile,

@@ -521,7 +521,7 @@ async def test_an_engine_whose_command_disappears_is_told_in_one_sentence(docker
             os.rename(docker.command, f"{docker.command}.away")
             try:
                 assert (await runner.execute("6 * 7", session="s")).value == "42"  # needs none
-                with pytest.raises(EngineError, match=r"can't be run: No such file or directory\. Install it anew, or"):
+                with pytest.raises(EngineError, match=r"can't be run: No such file or directory\. Reinstall it, or"):
                     await runner.execute("6 * 7")
             finally:
                 os.rename(f"{docker.command}.away", docker.command)
