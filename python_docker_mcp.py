@@ -1,23 +1,24 @@
 """The MCP server: four tools with which an agent runs Python in locked-down containers, over standard input and output.
 
-The story, from the top: the tools, each a model of its arguments that makes one call of the Runner; what becomes of the
-answer, content that a model reads; the server that listens, reports progress and remembers what results pointed at; and
-the program around it. What happens to the code itself is told in `sandbox_runner`.
+From top to bottom: the tools, each a model of its arguments that makes one call to the Runner; the rendering of results
+as content for a model; the server, which listens, reports progress and remembers what results pointed at; and the
+program around it. `sandbox_runner` has what happens to the code itself.
 
-What clients do shapes what they are sent. Some show the model `structuredContent` instead of the content, and so lose
-images, or the text's order: so each of the two says everything, and `structuredContent` is left out as soon as a result
-holds anything binary. Results near a megabyte are refused, images of more than 2000 pixels too, and long ones crowd out
-the conversation: so text is cut in the middle, with a word on where the rest is, and what does not fit is named. Calls
-that last a minute are given up: so one in a session is answered before that, and its code goes on.
+The habits of clients shape the results. Some clients show the model `structuredContent` instead of the content, and so
+lose images, or the order of the text: so each of the two says everything, and `structuredContent` is left out as soon
+as a result holds anything binary. Results near a megabyte are refused, and so are images of more than 2000 pixels a
+side; long results crowd out the conversation: so text is cut in the middle, with a note on where the rest is, and
+whatever does not fit is named. Clients give up on calls that last a minute: so a call in a session is answered before
+that, and its code goes on.
 
-The handshake waits for nothing: the engine is looked for, and the image made, while the client goes on.
+The handshake waits for nothing: the server finds the engine and makes the image while the client goes on.
 """
 
 from __future__ import annotations
 
 import gc
 
-gc.disable()  # while the rest is imported, which stays: to look for garbage in it took 7 % of the start
+gc.disable()  # during the imports: their objects stay, and looking for garbage among them took 7 % of the start
 
 import argparse
 import base64
@@ -71,32 +72,32 @@ from sandbox_runner import (
     set_up_logging,
 )
 
-gc.freeze()  # nor is it looked through later
+gc.freeze()  # later collections skip those objects too
 gc.enable()
 
 __all__ = ["make_server", "main"]
 
-# What a result may come to. Claude Code warns at 10 000 tokens, Claude Desktop refuses results near a megabyte, and the
+# Limits on one result. Claude Code warns at 10 000 tokens, Claude Desktop refuses results near a megabyte, and the
 # model's API refuses images of more than 2000 pixels a side, and more than a hundred of them in a conversation.
 OUTPUT_BUDGET = 30_000  # characters of what the code wrote and displayed
-VALUE_BUDGET = 10_000  # characters of the last expression's value, of a traceback, of an installer's words
-STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the caller passed some
-STATE_UNASKED = 4_000  # the same if not
+VALUE_BUDGET = 10_000  # characters of the last expression's value, of a traceback, of an installer's output
+STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the caller passed `state`
+STATE_UNASKED = 4_000  # the same, if the caller did not
 RESULT_LIMIT = 900_000  # bytes of the whole result as JSON
 IMAGE_LIMIT = 20  # images
 IMAGE_SIDE = 2000  # pixels
 FILE_LIMIT = 30  # files named in a result
 
-# What is kept, and handed out, for results that could not say it all.
-OUTPUT_KEPT = 16 << 20  # characters of output for one session
-OUTPUT_KEPT_ALL = 64 << 20  # characters of output for all of them
-READ_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double them
+# Limits on what is kept and read for results that could not hold everything.
+OUTPUT_KEPT = 16 << 20  # characters of output, per session
+OUTPUT_KEPT_ALL = 64 << 20  # characters of output, over all sessions
+READ_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double that
 
-PROGRESS_INTERVAL = 0.1  # seconds between two notifications of progress
-KEEP_ALIVE = 5.0  # seconds without news after which there is one nevertheless: clients give silent calls up
+PROGRESS_INTERVAL = 0.1  # seconds between two progress notifications
+KEEP_ALIVE = 5.0  # seconds without news after which one is sent anyway: clients give up on silent calls
 
-LINKS_SINCE = "2025-06-18"  # the protocol's version; older clients refuse a result that holds a resource_link
-NO_LINKS = ("codex",)  # in the name of a client that does so too: github.com/openai/codex/issues/33404 and /41280
+LINKS_SINCE = "2025-06-18"  # protocol version; clients of older ones refuse a result that holds a resource_link
+NO_LINKS = ("codex",)  # parts of names of clients that still refuse it: github.com/openai/codex/issues/33404 and /41280
 
 
 # ── tools ──
@@ -116,7 +117,7 @@ ICON = types.Icon(
 
 
 def without_default(schema: dict[str, Any]) -> None:
-    """Leave `"default": null` out of a parameter's schema, which knows no null; the server takes it, though."""
+    """Drop `"default": null` from a parameter's schema, whose type has no null; the server still accepts null."""
     del schema["default"]
 
 
@@ -137,7 +138,7 @@ Timeout = Annotated[
 
 
 class Tool(pydantic.BaseModel):
-    """The arguments of one call. A subclass is a tool: its fields are the parameters that clients see."""
+    """Arguments of one call. Each subclass is a tool, and its fields are the parameters that clients see."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -150,12 +151,12 @@ class Tool(pydantic.BaseModel):
     idempotent: ClassVar[bool] = False
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
-        """Do what the tool does. Raises SandboxError."""
+        """Make the call. Raises SandboxError."""
         raise NotImplementedError
 
 
 class ExecuteTransient(Tool):
-    """Code in a container of its own."""
+    """Runs code in a container of its own."""
 
     name = "execute-transient"
     title = "Run Python once"
@@ -176,7 +177,7 @@ class ExecuteTransient(Tool):
     timeout: Timeout = None
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
-        """Run the code, and give its small files with the result: there is no later."""
+        """Run the code, and return its small files with the result: they can't be read later."""
         result = await service.runner.execute(
             self.code,
             state=self.state or {},
@@ -187,7 +188,7 @@ class ExecuteTransient(Tool):
 
 
 class ExecutePersistent(Tool):
-    """Code in a session's container."""
+    """Runs code in a session's container."""
 
     name = "execute-persistent"
     title = "Run Python in a session"
@@ -220,7 +221,7 @@ class ExecutePersistent(Tool):
     )
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
-        """Run the code, and keep for reading what the result only points at."""
+        """Run the code, and remember the output and the files that the result only points at."""
         waits = not self.code.strip()
         if waits and not self.session_id:
             raise RequestError("code is empty; pass Python source code, or the session_id of running code to wait for.")
@@ -244,7 +245,7 @@ class ExecutePersistent(Tool):
 
 
 class InstallPackage(Tool):
-    """A package for one session, or for all that follows."""
+    """Installs a package for one session, or for all later executions."""
 
     name = "install-package"
     title = "Install a Python package"
@@ -266,14 +267,14 @@ class InstallPackage(Tool):
         description="The session that needs the package. Left out: it is installed for every execution from now on.",
     )
 
-    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # as for all
-        """Install, and tell what came of it."""
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # inherited
+        """Install the package, and report the outcome."""
         installation = await service.runner.install(self.package_name, session=self.session_id)
         return render_installation(installation, self.session_id)
 
 
 class CleanupSession(Tool):
-    """The end of a session."""
+    """Ends a session."""
 
     name = "cleanup-session"
     title = "End a session"
@@ -286,8 +287,8 @@ class CleanupSession(Tool):
 
     session_id: SessionId = pydantic.Field(description="The session to end.")
 
-    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # as for all
-        """End the session, and forget what was kept for reading."""
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # inherited
+        """End the session, and forget its outputs and files."""
         existed = await service.runner.close_session(self.session_id)
         service.shelf.clear(self.session_id)
         if not existed:
@@ -305,15 +306,15 @@ TOOLS: dict[str, type[Tool]] = {
 
 
 class ParameterSchema(GenerateJsonSchema):
-    """A JSON schema without titles: they only repeat the parameters' names."""
+    """JSON schema without titles, which only repeat the parameters' names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  # pydantic's signature
-        """Never."""
+        """Return False, for every field."""
         return False
 
 
 def describe(tool: type[Tool], config: Config) -> types.Tool:
-    """A tool as `tools/list` has it."""
+    """Describe a tool for `tools/list`."""
     schema = tool.model_json_schema(schema_generator=ParameterSchema)
     schema = {key: value for key, value in schema.items() if key not in ("title", "description")}
     most = config.session.max_timeout if tool.keeps_sessions else config.docker.max_timeout
@@ -339,7 +340,7 @@ def describe(tool: type[Tool], config: Config) -> types.Tool:
 
 
 def limits(config: Config, most: float) -> str:
-    """What code may do and use, in words."""
+    """Say what code may do and use."""
     docker = config.docker
     words = [
         f"Limits: {docker.timeout:g} seconds (up to {most:g} with `timeout`), {docker.memory_limit} of "
@@ -354,13 +355,13 @@ def limits(config: Config, most: float) -> str:
 
 
 def preinstalled(config: Config) -> str:
-    """What need not be installed, in words."""
+    """Say which packages need no installation."""
     names = ", ".join(config.package.preinstalled)
     return f"Installed already: {names}." if names else "Only the standard library is installed already."
 
 
 def instructions(config: Config) -> str:
-    """What a model should know before it uses the tools."""
+    """Tell a model what it should know before it uses the tools."""
     return f"""\
 Runs Python in locked-down containers.
 - One piece of code that needs nothing from before: execute-transient.
@@ -379,14 +380,14 @@ and empty code to wait for the rest, or with interrupt to stop it.
 
 
 def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
-    """The call that a client asks for. Raises RequestError with a sentence on the first thing that is wrong."""
+    """Validate a call. Raises MCPError if there is no such tool, RequestError with a sentence on the first problem."""
     tool = TOOLS.get(name)
     if tool is None:
         raise MCPError(types.INVALID_PARAMS, f"There is no tool {clip(name, 100)!r}: the tools are {', '.join(TOOLS)}.")
     try:
         return tool.model_validate(arguments)
     except pydantic.ValidationError as error:
-        # A parameter that does not exist comes first: a required one that is missing is often its right spelling.
+        # Report an unknown parameter first: it is often a misspelling of a required one that is missing.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         if not problem["loc"]:
             raise RequestError(f"{tool.name}: the name of a parameter has lone surrogates; leave them out.") from None
@@ -394,7 +395,7 @@ def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
 
 
 def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
-    """Why an argument is refused, and what to pass instead."""
+    """Say why an argument is refused, and what to pass instead."""
     if problem == "extra_forbidden":
         return f"{tool.name} has no parameter {clip(parameter, 100)!r}: {suggestion(tool, parameter)}"
     about = str(tool.model_fields[parameter].description).partition(". ")[0].rstrip(".")
@@ -415,7 +416,7 @@ def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
 
 
 def suggestion(tool: type[Tool], parameter: str) -> str:
-    """What somebody might have meant with a parameter that does not exist."""
+    """Suggest what the caller meant by a parameter that does not exist."""
     if alike := difflib.get_close_matches(parameter, tool.model_fields, 1):
         return f"did you mean {alike[0]}?"
     known = f"its parameters are {', '.join(tool.model_fields)}."
@@ -425,7 +426,7 @@ def suggestion(tool: type[Tool], parameter: str) -> str:
 
 
 def seconds(asked: float | None, most: float) -> float | None:
-    """The timeout of a call. Raises RequestError."""
+    """Return a call's timeout. Raises RequestError if it exceeds the limit."""
     if asked is not None and asked > most:
         raise RequestError(
             f"A timeout of {asked:g} seconds is more than the {most:g} allowed here: ask for less, and do long work in "
@@ -435,7 +436,7 @@ def seconds(asked: float | None, most: float) -> float | None:
 
 
 def new_session_id() -> str:
-    """A random id that is easily copied: three short words that mean nothing, of 37 bits."""
+    """Return a random id of 37 bits that is easy to copy: three short words without a meaning."""
     word = ("bdfghklmnprstv", "aeiou") * 2
     return "-".join("".join(map(secrets.choice, word)) for _ in range(3))
 
