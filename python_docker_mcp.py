@@ -458,12 +458,12 @@ Section = str | types.ImageContent | types.EmbeddedResource | types.ResourceLink
 def render(
     result: Result, *, new_session: bool = False, kept: str | None = None, state_budget: int = STATE_BUDGET
 ) -> types.CallToolResult:
-    """What a model gets to see of a result.
+    """Render a result for a model.
 
     Args:
-        result: what the Runner says.
-        new_session: whether the session's id was made up for this call.
-        kept: address of the resource that has the whole output, if that is too long for a result.
+        result: the result, from the Runner.
+        new_session: whether the server chose the session's id, for this call.
+        kept: address of the resource that has the whole output, if the output is too long for a result.
         state_budget: bytes of JSON for the variables.
     """
     pieces = within(output_pieces(result), OUTPUT_BUDGET)
@@ -499,7 +499,7 @@ def render(
 
 
 def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error: bool = False) -> types.CallToolResult:
-    """A tool's result within what clients take: texts joined to blocks, and the same as data without what is empty."""
+    """Build a result within clients' limits: texts joined into blocks, and the same as data, without empty fields."""
     blocks = fit(join(sections))
     words = encodable(compact({key: value for key, value in structured.items() if value not in (None, "", [])}))
     plain = all(isinstance(block, (types.TextContent, types.ResourceLink)) for block in blocks)
@@ -512,15 +512,15 @@ def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error:
 
 
 def failure(message: str) -> types.CallToolResult:
-    """The result of a call that could not be made."""
+    """Return the result of a call that could not be made."""
     return answer([message], {"status": "failed", "message": message}, is_error=True)
 
 
-# What was written, in order
+# Output, in order
 
 
 def output_pieces(result: Result) -> list[Piece]:
-    """All that the code wrote and displayed, in order."""
+    """Return everything that the code wrote and displayed, in order."""
     pieces = []
     for item in result.output:
         if isinstance(item, Text):
@@ -535,12 +535,12 @@ def output_pieces(result: Result) -> list[Piece]:
 
 
 def text_of(pieces: Sequence[Piece], kind: str) -> str:
-    """The text among the pieces that is of one kind."""
+    """Return the text of all pieces of one kind."""
     return "".join(piece.content for piece in pieces if piece.kind == kind and isinstance(piece.content, str))
 
 
 def as_shown(text: str) -> str:
-    """Text as a terminal would leave it: no colours, and of a progress bar's states the last. In linear time."""
+    """Return text as a terminal would leave it: no colours, only a progress bar's last state. In linear time."""
     if "\x1b" in text:
         text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
     if "\r" in text:
@@ -549,7 +549,7 @@ def as_shown(text: str) -> str:
 
 
 def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
-    """The form of a value that tells a reader most: its repr, unless that is of the sort `<… object at 0x…>`."""
+    """Return the form of a value that tells a reader most: its repr, unless that is like `<… object at 0x…>`."""
     plain = plain or forms.get("text/plain", "")
     if plain and not (plain.startswith("<") and plain.endswith(">")):
         return plain
@@ -558,7 +558,7 @@ def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
 
 
 def within(pieces: Sequence[Piece], budget: int) -> list[Piece]:
-    """The pieces with at most so many characters of text: head and tail stay, and all images."""
+    """Cut the pieces' text to `budget` characters, out of the middle; all images stay."""
     total = sum(len(piece.content) for piece in pieces if isinstance(piece.content, str))
     if total <= budget:
         return list(pieces)
@@ -579,7 +579,7 @@ def within(pieces: Sequence[Piece], budget: int) -> list[Piece]:
 
 
 def labelled(pieces: Sequence[Piece]) -> list[Section]:
-    """The output as sections, labelled where the stream changes; it starts as standard output."""
+    """Turn output into sections, labelled where the stream changes; it starts as standard output."""
     sections: list[Section] = []
     text, stream = "", "stdout"
     for piece in pieces:
@@ -595,12 +595,12 @@ def labelled(pieces: Sequence[Piece]) -> list[Section]:
 
 
 def with_newline(text: str) -> str:
-    """The text, ended by a newline if there is any."""
+    """End a text with a newline, unless it is empty."""
     return text if not text or text.endswith("\n") else f"{text}\n"
 
 
 def image(forms: Mapping[str, str]) -> types.ImageContent | str | None:
-    """The image among a value's forms, or a note on why it is left out; None if there is none."""
+    """Return the image among a value's forms, or a note on why it is left out; None if there is none."""
     for mime in ("image/png", "image/jpeg", "image/gif", "image/webp"):
         if mime in forms:
             try:
@@ -614,9 +614,9 @@ def image(forms: Mapping[str, str]) -> types.ImageContent | str | None:
 
 
 def measure(data: bytes) -> tuple[str, int, int]:
-    """An image's true MIME type, width and height. Raises ValueError and the like for what is none.
+    """Return an image's true MIME type, width and height. Raises ValueError or struct.error if it is not an image.
 
-    A client that is sent an image its model can't read may have to give up the whole conversation.
+    An image that the client's model can't read may cost the client the whole conversation.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png", *struct.unpack(">II", data[16:24])
@@ -630,7 +630,7 @@ def measure(data: bytes) -> tuple[str, int, int]:
 
 
 def measure_jpeg(data: bytes) -> tuple[int, int]:
-    """Width and height, which are in the frame header, after any number of other segments."""
+    """Return width and height, which are in the frame header, after any number of other segments."""
     place = 2
     while True:
         marker, length = struct.unpack(">HH", data[place : place + 4])
@@ -643,7 +643,7 @@ def measure_jpeg(data: bytes) -> tuple[int, int]:
 
 
 def measure_webp(data: bytes) -> tuple[int, int]:
-    """Width and height, which each of the three kinds has elsewhere."""
+    """Return width and height, which each of the three kinds keeps in a different place."""
     if data[12:16] == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     if data[12:16] == b"VP8L":
@@ -657,7 +657,7 @@ def measure_webp(data: bytes) -> tuple[int, int]:
 
 
 def before(result: Result) -> Iterator[str]:
-    """What happened between the session's previous call and this one."""
+    """Report what happened between the session's previous call and this one."""
     if result.lost_before:
         yield (
             f"Note: the session's variables had been lost before this call ({result.lost_before}), "
@@ -673,7 +673,7 @@ def before(result: Result) -> Iterator[str]:
 
 
 def headline(result: Result) -> Iterator[str]:
-    """What went wrong, if anything did."""
+    """Say what went wrong, or that the code is still running."""
     error = result.exception
     if result.status == "error" and error and error.type != "SystemExit":
         where = f" on line {error.line}" if error.line else ""
@@ -692,13 +692,13 @@ def headline(result: Result) -> Iterator[str]:
 
 
 def silence(result: Result) -> Iterator[str]:
-    """A word for a call that went well without anything to see: silence might be taken for a fault."""
+    """Say so if a call succeeded with nothing to show: silence might be taken for a fault."""
     if result.status == "ok" and shown_value(result) is None:
         yield "(no output)"
 
 
 def shown_value(result: Result) -> str | None:
-    """The last expression's value as text; None if there is none, or it is shown as an image."""
+    """Return the last expression's value as text; None if there is none, or if it is shown as an image."""
     value = result.value
     for item in result.output:
         if isinstance(item, Rich) and item.is_value and value is not None:
@@ -707,19 +707,19 @@ def shown_value(result: Result) -> str | None:
 
 
 def value_section(result: Result) -> Iterator[str]:
-    """The value of the last expression."""
+    """Show the value of the last expression."""
     if (value := shown_value(result)) is not None:
         yield f"Value:\n{value}" if "\n" in value else f"Value: {value}"
 
 
 def traceback_section(result: Result) -> Iterator[str]:
-    """Where the exception came from, if that is more than the headline says."""
+    """Show where the exception came from, if that is more than the headline says."""
     if result.exception and result.exception.type != "SystemExit":
         yield clip(result.exception.traceback.rstrip(), VALUE_BUDGET)
 
 
 def error_fields(result: Result) -> dict[str, Any] | None:
-    """The exception for programs."""
+    """Return the exception as structured data."""
     if (error := result.exception) is None:
         return None
     return {
