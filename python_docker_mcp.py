@@ -731,7 +731,7 @@ def error_fields(result: Result) -> dict[str, Any] | None:
 
 
 def notes_on(result: Result, kept: str | None) -> Iterator[str]:
-    """What the caller should know or do."""
+    """Say what the caller should know or do."""
     if kept:
         yield f"All of the output is kept as the resource {kept}; add ?offset=20000&length=10000 to read a part of it."
     if result.oom_kills and result.status != "out_of_memory":
@@ -746,7 +746,7 @@ def notes_on(result: Result, kept: str | None) -> Iterator[str]:
 
 
 def session_section(result: Result, new_session: bool) -> Iterator[str]:
-    """Which session this was, and what became of its variables."""
+    """Name the session, and say what became of its variables."""
     if result.session is None:
         return
     words = f"Session: {result.session}"
@@ -762,7 +762,7 @@ def session_section(result: Result, new_session: bool) -> Iterator[str]:
 
 
 def state_within(result: Result, budget: int) -> tuple[Mapping[str, Any] | None, str]:
-    """The variables to send back, the small ones if all are too many bytes; and in words, which are missing and why."""
+    """Return the variables to send back, the smallest if not all fit; and in words, which are missing and why."""
     if result.variables is None:
         return None, ""
     sizes = {name: len(compact({name: value}).encode("utf-8", "replace")) for name, value in result.variables.items()}
@@ -779,7 +779,7 @@ def state_within(result: Result, budget: int) -> tuple[Mapping[str, Any] | None,
 
 
 def state_section(variables: Mapping[str, Any] | None, missing: str, *, asked: bool) -> Iterator[str]:
-    """The variables; that there are none is worth a word only if the caller works with them."""
+    """Show the variables; mention that there are none only if the caller works with them."""
     if variables or (asked and variables is not None):
         yield f"State: {compact(variables)}"
     if missing:
@@ -787,12 +787,12 @@ def state_section(variables: Mapping[str, Any] | None, missing: str, *, asked: b
 
 
 def compact(value: Any) -> str:
-    """JSON in one line."""
+    """Return a value as JSON in one line."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def readable_size(size: int) -> str:
-    """A number of bytes for a reader."""
+    """Format a number of bytes for a reader."""
     for unit, limit in (("MB", 1_000_000), ("kB", 1000)):
         if size >= limit:
             return f"{size / limit:.1f} {unit}"
@@ -800,7 +800,7 @@ def readable_size(size: int) -> str:
 
 
 def files_section(result: Result) -> Iterator[str]:
-    """The files that the call wrote, and where they are."""
+    """List the files that the call wrote, and say where they are."""
     gone = [file for file in result.files if not result.session and file.path not in result.contents]
     there = [file for file in result.files if file not in gone]
     if there:
@@ -814,7 +814,7 @@ def files_section(result: Result) -> Iterator[str]:
 
 
 def attachments(result: Result) -> Iterator[Section]:
-    """Links to a session's files; of a transient call the small files themselves."""
+    """Attach links to a session's files, or the small files of a transient call themselves."""
     for file in result.files[: FILE_LIMIT if result.session else 0]:
         yield link(str(result.session), file)
     for path, data in result.contents.items():
@@ -822,19 +822,19 @@ def attachments(result: Result) -> Iterator[Section]:
 
 
 def listing(files: Sequence[FileInfo]) -> str:
-    """Names and sizes."""
+    """List files by name and size."""
     words = [f"{file.path} ({readable_size(file.size)})" for file in files[:FILE_LIMIT]]
     return ", ".join(words) + (f" and {len(files) - FILE_LIMIT} more" if len(files) > FILE_LIMIT else "")
 
 
 def file_fields(result: Result, file: FileInfo) -> dict[str, Any]:
-    """A file for programs."""
+    """Describe a file as structured data."""
     about: dict[str, Any] = {"path": file.path, "size": file.size, "type": media_type(file.path)}
     return about | {"uri": session_uri(result.session, "files", file.path)} if result.session else about
 
 
 def link(session: str, file: FileInfo) -> types.ResourceLink:
-    """Where a session's file can be read."""
+    """Return a link for reading a session's file."""
     return types.ResourceLink(
         name=file.path,
         uri=session_uri(session, "files", file.path),
@@ -844,17 +844,17 @@ def link(session: str, file: FileInfo) -> types.ResourceLink:
 
 
 def media_type(path: str) -> str:
-    """The MIME type that a file's name suggests."""
+    """Guess the MIME type from a file's name."""
     return mimetypes.guess_type(path)[0] or "application/octet-stream"
 
 
 def session_uri(session: str, kind: Literal["files", "output"], rest: str) -> str:
-    """The address of something that is kept for a session."""
+    """Return the address of something that is kept for a session."""
     return f"session://{session}/{kind}/{urllib.parse.quote(rest)}"
 
 
 def resource(uri: str, data: bytes) -> types.TextResourceContents | types.BlobResourceContents:
-    """Bytes as text if they are text, else as they are."""
+    """Return bytes as a text resource if they are text, else as a blob."""
     mime = mimetypes.guess_type(urllib.parse.urlsplit(uri).path)[0]
     with contextlib.suppress(UnicodeDecodeError):
         text = data.decode()
@@ -865,7 +865,7 @@ def resource(uri: str, data: bytes) -> types.TextResourceContents | types.BlobRe
 
 
 def render_installation(installation: Installation, session: str | None) -> types.CallToolResult:
-    """What a model gets to see of an installation."""
+    """Render an installation for a model."""
     output = clip(as_shown(installation.output), VALUE_BUDGET).strip()
     hint = f"Hint: {installation.hint}" if installation.hint else ""
     structured = {
@@ -881,11 +881,11 @@ def render_installation(installation: Installation, session: str | None) -> type
     return answer(sections, structured, is_error=not installation.ok)
 
 
-# The whole
+# The whole result
 
 
 def join(sections: Sequence[Section]) -> Iterator[types.ContentBlock]:
-    """Blocks: neighbouring texts become one."""
+    """Turn sections into blocks; neighbouring texts become one."""
     for is_text, group in itertools.groupby(sections, lambda section: isinstance(section, str)):
         if is_text:
             yield types.TextContent(text=encodable("\n\n".join(map(str, group))))
@@ -894,17 +894,17 @@ def join(sections: Sequence[Section]) -> Iterator[types.ContentBlock]:
 
 
 def encodable(text: str) -> str:
-    """The text without lone surrogates, which the wire can't carry."""
+    """Replace lone surrogates, which UTF-8 can't carry."""
     return text.encode("utf-8", "replace").decode()
 
 
 def size_of(block: types.ContentBlock) -> int:
-    """Characters that a block takes on the wire."""
+    """Count the characters that a block takes on the wire."""
     return len(block.model_dump_json())
 
 
 def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
-    """The blocks, with notes in the place of images and files for which there is no room."""
+    """Return the blocks, with notes in place of the images and files for which there is no room."""
     sized = [(block, size_of(block)) for block in blocks]
     room = RESULT_LIMIT - sum(size for block, size in sized if isinstance(block, types.TextContent))
     images = 0
@@ -928,15 +928,15 @@ def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
 
 
 class Shelf:
-    """What results have pointed at, to be read later: outputs that were too long, and where a session's files are."""
+    """Things that results pointed at, kept for reading: outputs that were too long, and lists of sessions' files."""
 
     def __init__(self) -> None:
-        self.outputs: dict[str, tuple[str, list[str]]] = {}  # address: session, text in pieces; the oldest first
+        self.outputs: dict[str, tuple[str, list[str]]] = {}  # by address: session, and text in pieces; oldest first
         self.files: dict[str, dict[str, FileInfo]] = {}  # by session and path
         self._numbers = itertools.count(1)
 
     def add(self, result: Result) -> str | None:
-        """Remember a session's files and, if it is too long for a result, its output; the address of that."""
+        """Remember a session's files and, if too long for a result, its output; return the output's address."""
         assert result.session is not None
         self.files.setdefault(result.session, {}).update({file.path: file for file in result.files})
         pieces = [piece.content for piece in output_pieces(result) if isinstance(piece.content, str)]
@@ -967,7 +967,7 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Service:
-    """What the server keeps while it serves."""
+    """Objects that live as long as the server runs."""
 
     runner: Runner
     shelf: Shelf = field(default_factory=Shelf)
@@ -978,7 +978,7 @@ Context = ServerRequestContext[Service]
 
 
 def make_server(runner: Runner) -> Server[Service]:
-    """A server that runs code with `runner`, ready to be given a connection."""
+    """Return a server that runs code with `runner`, ready to be given a connection."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Server[Service]) -> AsyncIterator[Service]:
@@ -1004,13 +1004,13 @@ def make_server(runner: Runner) -> Server[Service]:
 
 
 async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -> types.ListToolsResult:
-    """The tools, always in the same order."""
+    """List the tools, always in the same order."""
     config = context.lifespan_context.runner.config
     return types.ListToolsResult(tools=[describe(tool, config) for tool in TOOLS.values()])
 
 
 async def call_tool(context: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
-    """Make a call; whatever can't be done is said in the result, where the model sees it."""
+    """Make a call; report a SandboxError in the result, where the model sees it."""
     service = context.lifespan_context
     try:
         tool = parse(params.name, params.arguments or {})
@@ -1025,14 +1025,14 @@ async def call_tool(context: Context, params: types.CallToolRequestParams) -> ty
 
 
 def takes_links(context: Context) -> bool:
-    """Whether a client can take a result with links in it. What they point at is named in the text, too."""
+    """Return whether a client accepts a result with links. The text of the result names their targets, too."""
     client = context.session.client_params
     name = client.client_info.name.lower() if client else ""
     return context.protocol_version >= LINKS_SINCE and not any(part in name for part in NO_LINKS)
 
 
 class Progress:
-    """Tells a client how its call is getting on: the latest output, what is being waited for, or just that it lives."""
+    """Tells a client how its call is getting on: the latest output, what it waits for, or just that it is alive."""
 
     def __init__(self, session: ServerSession, runner: Runner) -> None:
         self._session = session
@@ -1043,11 +1043,11 @@ class Progress:
         self._count = itertools.count(1)
 
     async def on_output(self, item: Text | Rich | Omitted) -> None:
-        """Take note of a piece of output."""
+        """Remember a piece of output for the next report."""
         self._text = f"{self._text}{plain_text(item)}"[-1000:]
 
     async def report(self) -> None:
-        """Send a notification if there is news, or was none for long. A client that did not ask for it gets none."""
+        """Notify a client that asked for progress, if there is news or has been none for KEEP_ALIVE seconds."""
         message, now = self._latest(), time.monotonic()
         if now - self._started >= PROGRESS_INTERVAL and (message != self._said or now - self._said_at >= KEEP_ALIVE):
             self._said, self._said_at = message, now
@@ -1060,7 +1060,7 @@ class Progress:
 
 
 class Reporter:
-    """Has the calls under way report. One task for all: one for each would be a good part of a short call's cost."""
+    """Reports on all running calls from one task: a task per call would be a good part of a short call's cost."""
 
     def __init__(self) -> None:
         self._calls: set[Progress] = set()
@@ -1068,7 +1068,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def follow(self, call: Progress) -> Iterator[None]:
-        """Have a call report during the block."""
+        """Report on a call during the block."""
         self._calls.add(call)
         self._begun.set()
         try:
@@ -1077,19 +1077,19 @@ class Reporter:
             self._calls.discard(call)
 
     async def run(self) -> None:
-        """Go on until cancelled; without calls, at no cost."""
+        """Report until cancelled; this costs nothing while there are no calls."""
         while True:
             await self._begun.wait()
             self._begun = anyio.Event()
             while self._calls:
                 await anyio.sleep(PROGRESS_INTERVAL)
                 for call in list(self._calls):
-                    if call in self._calls:  # others may have ended while one was reported
+                    if call in self._calls:  # it may have ended during the report on another one
                         await call.report()
 
 
 async def list_resources(context: Context, _: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
-    """What results have pointed at, and is still there."""
+    """List the outputs that are still kept, and the files that results pointed at."""
     shelf = context.lifespan_context.shelf
     outputs = [
         types.Resource(name=address, uri=address, mime_type="text/plain", description=f"Output in session {session}")
@@ -1103,7 +1103,7 @@ async def list_resources(context: Context, _: types.PaginatedRequestParams | Non
 async def list_resource_templates(
     _: Context, __: types.PaginatedRequestParams | None
 ) -> types.ListResourceTemplatesResult:
-    """The addresses that can be read."""
+    """List the kinds of address that can be read."""
     files = types.ResourceTemplate(
         name="session-file",
         title="File of a session",
@@ -1121,7 +1121,7 @@ async def list_resource_templates(
 
 
 async def read_resource(context: Context, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
-    """Read a file of a session, or an output that is kept."""
+    """Read a session's file, or an output that is kept."""
     service = context.lifespan_context
     try:
         address, session, kind, rest, offset, length = parse_address(params.uri)
@@ -1140,10 +1140,10 @@ async def read_resource(context: Context, params: types.ReadResourceRequestParam
 
 
 def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
-    """What an address says: itself without a range, session, kind, path, offset and length. Raises RequestError."""
+    """Split an address into itself without a range, session, kind, path, offset and length. Raises RequestError."""
     try:
         parts = urllib.parse.urlsplit(uri)
-    except ValueError:  # brackets that are no IPv6 address
+    except ValueError:  # brackets that hold no IPv6 address
         parts = urllib.parse.urlsplit("")
     match = re.fullmatch(r"/(files|output)/(.+)", parts.path, re.DOTALL)
     if parts.scheme != "session" or not match:
@@ -1162,7 +1162,7 @@ def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
 
 
 def cut(data: Any, length: int | None, size: str) -> Any:
-    """Data within the length asked for; if none was, all of it. Raises RequestError if that is too much."""
+    """Cut data to the length asked for; without one, return all of it. Raises RequestError if that is too much."""
     if length is None and len(data) > READ_LIMIT:
         raise RequestError(f"{size}, too much for one answer: read parts of it with ?offset=0&length={READ_LIMIT}.")
     return data if length is None else data[:length]
@@ -1200,9 +1200,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Wire(anyio.AsyncFile[str]):
-    """Standard input or output for the SDK, whose own cross to a thread thrice a call: 8 % of one in a session.
+    """Standard input or output for the SDK, whose own streams cost three switches to a thread, 8 % of a session's call.
 
-    The descriptor is taken away from everything else in this process, which has `instead` in its place.
+    The rest of this process loses the descriptor, and has `instead` in its place.
     """
 
     def __init__(self, file: IO[str], instead: IO[Any]) -> None:
@@ -1224,31 +1224,31 @@ class Wire(anyio.AsyncFile[str]):
 
     async def _read(self) -> bytes:
         await self._until(anyio.wait_readable)
-        with contextlib.suppress(ConnectionError):  # a socket, whose other end is gone and left something unread
+        with contextlib.suppress(ConnectionError):  # a socket whose other end closed with data unread
             return os.read(self._fd, 1 << 16)
         return b""
 
     async def write(self, text: Any) -> int:
         data = memoryview(text.encode())
         async with self._writing:  # lines stay whole
-            with contextlib.suppress(ConnectionError):  # the client is gone: the end of standard input will tell
+            with contextlib.suppress(ConnectionError):  # the client is gone: EOF on standard input ends the server
                 while data:
                     await self._until(anyio.wait_writable)
-                    data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # so little never blocks then
+                    data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # PIPE_BUF bytes never block now
         return len(text)
 
     async def flush(self) -> None:
-        """All is out when it is written."""
+        """Do nothing: `write` keeps nothing back."""
 
     async def _until(self, ready: Callable[[int], Awaitable[None]]) -> None:
-        with contextlib.suppress(OSError):  # a plain file or the like, for which the loop can't wait, nor need
+        with contextlib.suppress(OSError):  # a regular file, say: the loop can't wait for it, and need not
             await ready(self._fd)
 
 
 class Inbox(Wire):
-    """Standard input, without the lines that the SDK can't parse: it drops them, and a client would wait for ever.
+    """Standard input without the lines that the SDK can't parse: it drops them, and the client would wait for ever.
 
-    Each is answered here, with its id if that can be read.
+    The inbox answers each such line itself, with the request's id if that can be read.
     """
 
     def __init__(self, file: IO[str], instead: IO[Any], outbox: Wire) -> None:
@@ -1267,12 +1267,12 @@ class Inbox(Wire):
 
 
 def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
-    """The errors with which to answer a line that is not a message of JSON-RPC 2.0, one for each request in it."""
+    """Yield the errors that answer a line that is not a JSON-RPC 2.0 message, one for each request in it."""
     said = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
     code, reason = types.PARSE_ERROR, clip(encodable(said), 200)
     try:
         found = json.loads(line)
-        if "surrogate" not in reason:  # which Python's parser takes
+        if "surrogate" not in reason:  # lone surrogates, which Python's parser accepts
             code, reason = types.INVALID_REQUEST, 'it is not a request such as {"jsonrpc": "2.0", "id": 1, "method": …}'
     except (ValueError, RecursionError):
         near = re.match(rf"\s*{{[^{{\[]*?{REQUEST_ID}", line) or re.search(
@@ -1283,7 +1283,7 @@ def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
         fields = request if isinstance(request, dict) else {}
         is_notification = "method" in fields and "id" not in fields
         if is_notification or {"result", "error"} & set(fields):
-            continue  # nobody waits for an answer to these
+            continue  # no client waits for an answer to these
         number = fields.get("id")
         yield {
             "jsonrpc": "2.0",
@@ -1292,11 +1292,11 @@ def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
         }
 
 
-REQUEST_ID = r'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})'  # in a line that is not JSON
+REQUEST_ID = r'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})'  # the id, in a line that is not JSON
 
 
 def _take_streams() -> list[Wire]:
-    """Standard input and output; none on Windows, where only sockets can be waited for: there the SDK has its own."""
+    """Take over standard input and output; not on Windows, where only sockets can be waited for: the SDK does it."""
     if sys.platform == "win32":
         return []
     with open(os.devnull, "r+b", buffering=0) as nothing:
@@ -1307,14 +1307,14 @@ def _take_streams() -> list[Wire]:
 async def _serve(config: Config) -> None:
     received: list[int] = []
     async with stdio_server(*_take_streams()) as (reader, writer):
-        # Outside of what a signal cancels: calls still need it to interrupt their code.
+        # A signal cancels `tasks`, not the runner: calls still need the runner to interrupt their code.
         async with open_runner(config, warm=True) as runner, open_tasks() as tasks:
-            if sys.platform != "win32":  # there, an end of file is the only farewell
+            if sys.platform != "win32":  # on Windows, EOF is the only orderly end
                 tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
             server = make_server(runner)
             await server.run(reader, writer, server.create_initialization_options())
         if received:
-            # The client may leave standard input open, which would be waited for.
+            # Leaving the block would wait for standard input, which the client may keep open.
             sys.stderr.flush()
             os._exit(128 + received[0])
 
