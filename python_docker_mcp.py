@@ -2,7 +2,7 @@
 
 From top to bottom: the tools, each a model of its arguments that makes one call to the Runner; the rendering of results
 as content for a model; the server, which listens, reports progress and remembers what results pointed at; and the
-program around it. `sandbox_runner` has what happens to the code itself.
+program around it. `sandbox_runner` covers what happens to the code itself.
 
 The habits of clients shape the results. Some clients show the model `structuredContent` instead of the content, and so
 lose images, or the order of the text: so each of the two says everything, and `structuredContent` is left out as soon
