@@ -1,23 +1,24 @@
 """The MCP server: four tools with which an agent runs Python in locked-down containers, over standard input and output.
 
-The story, from the top: the tools, each a model of its arguments that makes one call of the Runner; what becomes of the
-answer, content that a model reads; the server that listens, reports progress and remembers what results pointed at; and
-the program around it. What happens to the code itself is told in `sandbox_runner`.
+From top to bottom: the tools, each a model of its arguments that makes one call to the Runner; the rendering of results
+as content for a model; the server, which listens, reports progress and remembers what results pointed at; and the
+program around it. `sandbox_runner` covers what happens to the code itself.
 
-What clients do shapes what they are sent. Some show the model `structuredContent` instead of the content, and so lose
-images, or the text's order: so each of the two says everything, and `structuredContent` is left out as soon as a result
-holds anything binary. Results near a megabyte are refused, images of more than 2000 pixels too, and long ones crowd out
-the conversation: so text is cut in the middle, with a word on where the rest is, and what does not fit is named. Calls
-that last a minute are given up: so one in a session is answered before that, and its code goes on.
+The habits of clients shape the results. Some clients show the model `structuredContent` instead of the content, and so
+lose images, or the order of the text: so each of the two says everything, and `structuredContent` is left out as soon
+as a result holds anything binary. Results near a megabyte are refused, and so are images of more than 2000 pixels a
+side; long results crowd out the conversation: so text is cut in the middle, with a note on where the rest is, and
+whatever does not fit is named. Clients give up on calls that last a minute: so a call in a session is answered before
+that, and its code goes on.
 
-The handshake waits for nothing: the engine is looked for, and the image made, while the client goes on.
+The handshake waits for nothing: the server finds the engine and makes the image while the client goes on.
 """
 
 from __future__ import annotations
 
 import gc
 
-gc.disable()  # while the rest is imported, which stays: to look for garbage in it took 7 % of the start
+gc.disable()  # during the imports: their objects stay, and looking for garbage among them took 7 % of the start
 
 import argparse
 import base64
@@ -100,32 +101,32 @@ from sandbox_runner import (
     split_mount,
 )
 
-gc.freeze()  # nor is it looked through later
+gc.freeze()  # later collections skip those objects too
 gc.enable()
 
 __all__ = ["make_server", "main"]
 
-# What a result may come to. Claude Code warns at 10 000 tokens, Claude Desktop refuses results near a megabyte, and the
+# Limits on one result. Claude Code warns at 10 000 tokens, Claude Desktop refuses results near a megabyte, and the
 # model's API refuses images of more than 2000 pixels a side, and more than a hundred of them in a conversation.
 OUTPUT_BUDGET = 30_000  # characters of what the code wrote and displayed
-VALUE_BUDGET = 10_000  # characters of the last expression's value, of a traceback, of an installer's words
-STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the caller passed some
-STATE_UNASKED = 4_000  # the same if not
+VALUE_BUDGET = 10_000  # characters of the last expression's value, of a traceback, of an installer's output
+STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the caller passed `state`
+STATE_UNASKED = 4_000  # the same, if the caller did not
 RESULT_LIMIT = 900_000  # bytes of the whole result as JSON
 IMAGE_LIMIT = 20  # images
 IMAGE_SIDE = 2000  # pixels
 FILE_LIMIT = 30  # files named in a result
 
-# What is kept, and handed out, for results that could not say it all.
-OUTPUT_KEPT = 16 << 20  # characters of output for one session
-OUTPUT_KEPT_ALL = 64 << 20  # characters of output for all of them
-READ_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double them
+# Limits on what is kept and read for results that could not hold everything.
+OUTPUT_KEPT = 16 << 20  # characters of output, per session
+OUTPUT_KEPT_ALL = 64 << 20  # characters of output, over all sessions
+READ_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double that
 
-PROGRESS_INTERVAL = 0.1  # seconds between two notifications of progress
-KEEP_ALIVE = 5.0  # seconds without news after which there is one nevertheless: clients give silent calls up
+PROGRESS_INTERVAL = 0.1  # seconds between two progress notifications
+KEEP_ALIVE = 5.0  # seconds without news after which one is sent anyway: clients give up on silent calls
 
-LINKS_SINCE = "2025-06-18"  # the protocol's version; older clients refuse a result that holds a resource_link
-NO_LINKS = ("codex",)  # in the name of a client that does so too: github.com/openai/codex/issues/33404 and /41280
+LINKS_SINCE = "2025-06-18"  # protocol version; clients of older ones refuse a result that holds a resource_link
+NO_LINKS = ("codex",)  # parts of names of clients that still refuse it: github.com/openai/codex/issues/33404 and /41280
 
 
 # ── tools ──
@@ -145,7 +146,7 @@ ICON = types.Icon(
 
 
 def without_default(schema: dict[str, Any]) -> None:
-    """Leave `"default": null` out of a parameter's schema, which knows no null; the server takes it, though."""
+    """Drop `"default": null` from a parameter's schema, whose type has no null; the server still accepts null."""
     del schema["default"]
 
 
@@ -166,7 +167,7 @@ Timeout = Annotated[
 
 
 class Tool(pydantic.BaseModel):
-    """The arguments of one call. A subclass is a tool: its fields are the parameters that clients see."""
+    """Arguments of one call. Each subclass is a tool, and its fields are the parameters that clients see."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -179,12 +180,12 @@ class Tool(pydantic.BaseModel):
     idempotent: ClassVar[bool] = False
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
-        """Do what the tool does. Raises SandboxError."""
+        """Make the call. Raises SandboxError."""
         raise NotImplementedError
 
 
 class ExecuteTransient(Tool):
-    """Code in a container of its own."""
+    """Runs code in a container of its own."""
 
     name = "execute-transient"
     title = "Run Python once"
@@ -205,7 +206,7 @@ class ExecuteTransient(Tool):
     timeout: Timeout = None
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
-        """Run the code, and give its small files with the result: there is no later."""
+        """Run the code, and return its small files with the result: they can't be read later."""
         result = await service.runner.execute(
             self.code,
             state=self.state or {},
@@ -220,7 +221,7 @@ class ExecuteTransient(Tool):
 
 
 class ExecutePersistent(Tool):
-    """Code in a session's container."""
+    """Runs code in a session's container."""
 
     name = "execute-persistent"
     title = "Run Python in a session"
@@ -253,7 +254,7 @@ class ExecutePersistent(Tool):
     )
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
-        """Run the code, and keep for reading what the result only points at."""
+        """Run the code, and remember the output and the files that the result only points at."""
         waits = not self.code.strip()
         if waits and not self.session_id:
             raise RequestError("code is empty; pass Python source code, or the session_id of running code to wait for.")
@@ -282,7 +283,7 @@ class ExecutePersistent(Tool):
 
 
 class InstallPackage(Tool):
-    """A package for one session, or for all that follows."""
+    """Installs a package for one session, or for all later executions."""
 
     name = "install-package"
     title = "Install a Python package"
@@ -304,14 +305,14 @@ class InstallPackage(Tool):
         description="The session that needs the package. Left out: it is installed for every execution from now on.",
     )
 
-    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # as for all
-        """Install, and tell what came of it."""
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # inherited
+        """Install the package, and report the outcome."""
         installation = await service.runner.install(self.package_name, session=self.session_id)
         return render_installation(installation, self.session_id)
 
 
 class CleanupSession(Tool):
-    """The end of a session."""
+    """Ends a session."""
 
     name = "cleanup-session"
     title = "End a session"
@@ -324,8 +325,8 @@ class CleanupSession(Tool):
 
     session_id: SessionId = pydantic.Field(description="The session to end.")
 
-    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # as for all
-        """End the session, and forget what was kept for reading."""
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # inherited
+        """End the session, and forget its outputs and files."""
         existed = await service.runner.close_session(self.session_id)
         service.shelf.clear(self.session_id)
         if not existed:
@@ -343,15 +344,15 @@ TOOLS: dict[str, type[Tool]] = {
 
 
 class ParameterSchema(GenerateJsonSchema):
-    """A JSON schema without titles: they only repeat the parameters' names."""
+    """JSON schema without titles, which only repeat the parameters' names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  # pydantic's signature
-        """Never."""
+        """Return False, for every field."""
         return False
 
 
 def describe(tool: type[Tool], config: Config) -> types.Tool:
-    """A tool as `tools/list` has it."""
+    """Describe a tool for `tools/list`."""
     schema = tool.model_json_schema(schema_generator=ParameterSchema)
     schema = {key: value for key, value in schema.items() if key not in ("title", "description")}
     most = config.session.max_timeout if tool.keeps_sessions else config.docker.max_timeout
@@ -377,7 +378,7 @@ def describe(tool: type[Tool], config: Config) -> types.Tool:
 
 
 def limits(config: Config, most: float) -> str:
-    """What code may do and use, in words."""
+    """Say what code may do and use."""
     docker = config.docker
     words = [
         f"Limits: {docker.timeout:g} seconds (up to {most:g} with `timeout`), {docker.memory_limit} of "
@@ -392,13 +393,13 @@ def limits(config: Config, most: float) -> str:
 
 
 def preinstalled(config: Config) -> str:
-    """What need not be installed, in words."""
+    """Say which packages need no installation."""
     names = ", ".join(config.package.preinstalled)
     return f"Installed already: {names}." if names else "Only the standard library is installed already."
 
 
 def instructions(config: Config) -> str:
-    """What a model should know before it uses the tools."""
+    """Tell a model what it should know before it uses the tools."""
     return f"""\
 Runs Python in locked-down containers.
 - One piece of code that needs nothing from before: execute-transient.
@@ -417,14 +418,14 @@ and empty code to wait for the rest, or with interrupt to stop it.
 
 
 def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
-    """The call that a client asks for. Raises RequestError with a sentence on the first thing that is wrong."""
+    """Validate a call. Raises MCPError if there is no such tool, RequestError with a sentence on the first problem."""
     tool = TOOLS.get(name)
     if tool is None:
         raise MCPError(types.INVALID_PARAMS, f"There is no tool {clip(name, 100)!r}: the tools are {', '.join(TOOLS)}.")
     try:
         return tool.model_validate(arguments)
     except pydantic.ValidationError as error:
-        # A parameter that does not exist comes first: a required one that is missing is often its right spelling.
+        # Report an unknown parameter first: it is often a misspelling of a required one that is missing.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         if not problem["loc"]:
             raise RequestError(f"{tool.name}: the name of a parameter has lone surrogates; leave them out.") from None
@@ -432,7 +433,7 @@ def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
 
 
 def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
-    """Why an argument is refused, and what to pass instead."""
+    """Say why an argument is refused, and what to pass instead."""
     if problem == "extra_forbidden":
         return f"{tool.name} has no parameter {clip(parameter, 100)!r}: {suggestion(tool, parameter)}"
     about = str(tool.model_fields[parameter].description).partition(". ")[0].rstrip(".")
@@ -453,7 +454,7 @@ def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
 
 
 def suggestion(tool: type[Tool], parameter: str) -> str:
-    """What somebody might have meant with a parameter that does not exist."""
+    """Suggest what the caller meant by a parameter that does not exist."""
     if alike := difflib.get_close_matches(parameter, tool.model_fields, 1):
         return f"did you mean {alike[0]}?"
     known = f"its parameters are {', '.join(tool.model_fields)}."
@@ -463,7 +464,7 @@ def suggestion(tool: type[Tool], parameter: str) -> str:
 
 
 def seconds(asked: float | None, most: float) -> float | None:
-    """The timeout of a call. Raises RequestError."""
+    """Return a call's timeout. Raises RequestError if it exceeds the limit."""
     if asked is not None and asked > most:
         raise RequestError(
             f"A timeout of {asked:g} seconds is more than the {most:g} allowed here: ask for less, and do long work in "
@@ -473,7 +474,7 @@ def seconds(asked: float | None, most: float) -> float | None:
 
 
 def new_session_id() -> str:
-    """A random id that is easily copied: three short words that mean nothing, of 37 bits."""
+    """Return a random id of 37 bits that is easy to copy: three short words without a meaning."""
     word = ("bdfghklmnprstv", "aeiou") * 2
     return "-".join("".join(map(secrets.choice, word)) for _ in range(3))
 
@@ -500,14 +501,20 @@ def render(
     hint: str | None = None,
     state_budget: int = STATE_BUDGET,
 ) -> types.CallToolResult:
-    """What a model gets to see of a result.
+    """Render a result for a model.
 
-    Args:
-        result: what the Runner says.
-        new_session: whether the session's id was made up for this call.
-        kept: address of the resource that has the whole output, if that is too long for a result.
-        hint: what to do about a failure, see `hint_on`.
-        state_budget: bytes of JSON for the variables.
+        Args:
+    <<<<<<< HEAD
+            result: what the Runner says.
+            new_session: whether the session's id was made up for this call.
+            kept: address of the resource that has the whole output, if that is too long for a result.
+            hint: what to do about a failure, see `hint_on`.
+    =======
+            result: the result, from the Runner.
+            new_session: whether the server chose the session's id, for this call.
+            kept: address of the resource that has the whole output, if the output is too long for a result.
+    >>>>>>> wordsC
+            state_budget: bytes of JSON for the variables.
     """
     pieces = within(output_pieces(result), OUTPUT_BUDGET)
     variables, missing = state_within(result, state_budget)
@@ -542,7 +549,7 @@ def render(
 
 
 def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error: bool = False) -> types.CallToolResult:
-    """A tool's result within what clients take: texts joined to blocks, and the same as data without what is empty."""
+    """Build a result within clients' limits: texts joined into blocks, and the same as data, without empty fields."""
     blocks = fit(join(sections))
     words = encodable(compact({key: value for key, value in structured.items() if value not in (None, "", [])}))
     plain = all(isinstance(block, (types.TextContent, types.ResourceLink)) for block in blocks)
@@ -555,15 +562,15 @@ def answer(sections: Sequence[Section], structured: Mapping[str, Any], is_error:
 
 
 def failure(message: str) -> types.CallToolResult:
-    """The result of a call that could not be made."""
+    """Return the result of a call that could not be made."""
     return answer([message], {"status": "failed", "message": message}, is_error=True)
 
 
-# What was written, in order
+# Output, in order
 
 
 def output_pieces(result: Result) -> list[Piece]:
-    """All that the code wrote and displayed, in order."""
+    """Return everything that the code wrote and displayed, in order."""
     pieces = []
     for item in result.output:
         if isinstance(item, Text):
@@ -578,12 +585,12 @@ def output_pieces(result: Result) -> list[Piece]:
 
 
 def text_of(pieces: Sequence[Piece], kind: str) -> str:
-    """The text among the pieces that is of one kind."""
+    """Return the text of all pieces of one kind."""
     return "".join(piece.content for piece in pieces if piece.kind == kind and isinstance(piece.content, str))
 
 
 def as_shown(text: str) -> str:
-    """Text as a terminal would leave it: no colours, and of a progress bar's states the last. In linear time."""
+    """Return text as a terminal would leave it: no colours, only a progress bar's last state. In linear time."""
     if "\x1b" in text:
         text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
     if "\r" in text:
@@ -592,7 +599,7 @@ def as_shown(text: str) -> str:
 
 
 def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
-    """The form of a value that tells a reader most: its repr, unless that is of the sort `<… object at 0x…>`."""
+    """Return the form of a value that tells a reader most: its repr, unless that is like `<… object at 0x…>`."""
     plain = plain or forms.get("text/plain", "")
     if plain and not (plain.startswith("<") and plain.endswith(">")):
         return plain
@@ -601,7 +608,7 @@ def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
 
 
 def within(pieces: Sequence[Piece], budget: int) -> list[Piece]:
-    """The pieces with at most so many characters of text: head and tail stay, and all images."""
+    """Cut the pieces' text to `budget` characters, out of the middle; all images stay."""
     total = sum(len(piece.content) for piece in pieces if isinstance(piece.content, str))
     if total <= budget:
         return list(pieces)
@@ -622,7 +629,7 @@ def within(pieces: Sequence[Piece], budget: int) -> list[Piece]:
 
 
 def labelled(pieces: Sequence[Piece]) -> list[Section]:
-    """The output as sections, labelled where the stream changes; it starts as standard output."""
+    """Turn output into sections, labelled where the stream changes; it starts as standard output."""
     sections: list[Section] = []
     text, stream = "", "stdout"
     for piece in pieces:
@@ -638,12 +645,12 @@ def labelled(pieces: Sequence[Piece]) -> list[Section]:
 
 
 def with_newline(text: str) -> str:
-    """The text, ended by a newline if there is any."""
+    """End a text with a newline, unless it is empty."""
     return text if not text or text.endswith("\n") else f"{text}\n"
 
 
 def image(forms: Mapping[str, str]) -> types.ImageContent | str | None:
-    """The image among a value's forms, or a note on why it is left out; None if there is none."""
+    """Return the image among a value's forms, or a note on why it is left out; None if there is none."""
     for mime in ("image/png", "image/jpeg", "image/gif", "image/webp"):
         if mime in forms:
             try:
@@ -657,9 +664,9 @@ def image(forms: Mapping[str, str]) -> types.ImageContent | str | None:
 
 
 def measure(data: bytes) -> tuple[str, int, int]:
-    """An image's true MIME type, width and height. Raises ValueError and the like for what is none.
+    """Return an image's true MIME type, width and height. Raises ValueError or struct.error if it is not an image.
 
-    A client that is sent an image its model can't read may have to give up the whole conversation.
+    An image that the client's model can't read may cost the client the whole conversation.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png", *struct.unpack(">II", data[16:24])
@@ -673,7 +680,7 @@ def measure(data: bytes) -> tuple[str, int, int]:
 
 
 def measure_jpeg(data: bytes) -> tuple[int, int]:
-    """Width and height, which are in the frame header, after any number of other segments."""
+    """Return width and height, which are in the frame header, after any number of other segments."""
     place = 2
     while True:
         marker, length = struct.unpack(">HH", data[place : place + 4])
@@ -686,7 +693,7 @@ def measure_jpeg(data: bytes) -> tuple[int, int]:
 
 
 def measure_webp(data: bytes) -> tuple[int, int]:
-    """Width and height, which each of the three kinds has elsewhere."""
+    """Return width and height, which each of the three kinds keeps in a different place."""
     if data[12:16] == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     if data[12:16] == b"VP8L":
@@ -700,7 +707,7 @@ def measure_webp(data: bytes) -> tuple[int, int]:
 
 
 def before(result: Result) -> Iterator[str]:
-    """What happened between the session's previous call and this one."""
+    """Report what happened between the session's previous call and this one."""
     if result.lost_before:
         yield (
             f"Note: the session's variables had been lost before this call ({result.lost_before}), "
@@ -716,7 +723,7 @@ def before(result: Result) -> Iterator[str]:
 
 
 def headline(result: Result) -> Iterator[str]:
-    """What went wrong, if anything did."""
+    """Say what went wrong, or that the code is still running."""
     error = result.exception
     if result.status == "error" and error and error.type != "SystemExit":
         where = f" on line {error.line}" if error.line else ""
@@ -735,13 +742,13 @@ def headline(result: Result) -> Iterator[str]:
 
 
 def silence(result: Result) -> Iterator[str]:
-    """A word for a call that went well without anything to see: silence might be taken for a fault."""
+    """Say so if a call succeeded with nothing to show: silence might be taken for a fault."""
     if result.status == "ok" and shown_value(result) is None:
         yield "(no output)"
 
 
 def shown_value(result: Result) -> str | None:
-    """The last expression's value as text; None if there is none, or it is shown as an image."""
+    """Return the last expression's value as text; None if there is none, or if it is shown as an image."""
     value = result.value
     for item in result.output:
         if isinstance(item, Rich) and item.is_value and value is not None:
@@ -750,19 +757,19 @@ def shown_value(result: Result) -> str | None:
 
 
 def value_section(result: Result) -> Iterator[str]:
-    """The value of the last expression."""
+    """Show the value of the last expression."""
     if (value := shown_value(result)) is not None:
         yield f"Value:\n{value}" if "\n" in value else f"Value: {value}"
 
 
 def traceback_section(result: Result) -> Iterator[str]:
-    """Where the exception came from, if that is more than the headline says."""
+    """Show where the exception came from, if that is more than the headline says."""
     if result.exception and result.exception.type != "SystemExit":
         yield clip(result.exception.traceback.rstrip(), VALUE_BUDGET)
 
 
 def error_fields(result: Result) -> dict[str, Any] | None:
-    """The exception for programs."""
+    """Return the exception as structured data."""
     if (error := result.exception) is None:
         return None
     return {
@@ -774,7 +781,7 @@ def error_fields(result: Result) -> dict[str, Any] | None:
 
 
 def notes_on(result: Result, kept: str | None, hint: str | None) -> Iterator[str]:
-    """What the caller should know or do."""
+    """Say what the caller should know or do."""
     if kept:
         yield f"All of the output is kept as the resource {kept}; add ?offset=20000&length=10000 to read a part of it."
     if result.oom_kills and result.status != "out_of_memory":
@@ -791,7 +798,7 @@ def notes_on(result: Result, kept: str | None, hint: str | None) -> Iterator[str
 
 
 def session_section(result: Result, new_session: bool) -> Iterator[str]:
-    """Which session this was, and what became of its variables."""
+    """Name the session, and say what became of its variables."""
     if result.session is None:
         return
     words = f"Session: {result.session}"
@@ -807,7 +814,7 @@ def session_section(result: Result, new_session: bool) -> Iterator[str]:
 
 
 def state_within(result: Result, budget: int) -> tuple[Mapping[str, Any] | None, str]:
-    """The variables to send back, the small ones if all are too many bytes; and in words, which are missing and why."""
+    """Return the variables to send back, the smallest if not all fit; and in words, which are missing and why."""
     if result.variables is None:
         return None, ""
     sizes = {name: len(compact({name: value}).encode("utf-8", "replace")) for name, value in result.variables.items()}
@@ -824,7 +831,7 @@ def state_within(result: Result, budget: int) -> tuple[Mapping[str, Any] | None,
 
 
 def state_section(variables: Mapping[str, Any] | None, missing: str, *, asked: bool) -> Iterator[str]:
-    """The variables; that there are none is worth a word only if the caller works with them."""
+    """Show the variables; mention that there are none only if the caller works with them."""
     if variables or (asked and variables is not None):
         yield f"State: {compact(variables)}"
     if missing:
@@ -832,12 +839,12 @@ def state_section(variables: Mapping[str, Any] | None, missing: str, *, asked: b
 
 
 def compact(value: Any) -> str:
-    """JSON in one line."""
+    """Return a value as JSON in one line."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def readable_size(size: int) -> str:
-    """A number of bytes for a reader."""
+    """Format a number of bytes for a reader."""
     for unit, limit in (("MB", 1_000_000), ("kB", 1000)):
         if size >= limit:
             return f"{size / limit:.1f} {unit}"
@@ -845,7 +852,7 @@ def readable_size(size: int) -> str:
 
 
 def files_section(result: Result) -> Iterator[str]:
-    """The files that the call wrote, and where they are."""
+    """List the files that the call wrote, and say where they are."""
     gone = [file for file in result.files if not result.session and file.path not in result.contents]
     there = [file for file in result.files if file not in gone]
     if there:
@@ -859,7 +866,7 @@ def files_section(result: Result) -> Iterator[str]:
 
 
 def attachments(result: Result) -> Iterator[Section]:
-    """Links to a session's files; of a transient call the small files themselves."""
+    """Attach links to a session's files, or the small files of a transient call themselves."""
     for file in result.files[: FILE_LIMIT if result.session else 0]:
         yield link(str(result.session), file)
     for path, data in result.contents.items():
@@ -867,19 +874,19 @@ def attachments(result: Result) -> Iterator[Section]:
 
 
 def listing(files: Sequence[FileInfo]) -> str:
-    """Names and sizes."""
+    """List files by name and size."""
     words = [f"{file.path} ({readable_size(file.size)})" for file in files[:FILE_LIMIT]]
     return ", ".join(words) + (f" and {len(files) - FILE_LIMIT} more" if len(files) > FILE_LIMIT else "")
 
 
 def file_fields(result: Result, file: FileInfo) -> dict[str, Any]:
-    """A file for programs."""
+    """Describe a file as structured data."""
     about: dict[str, Any] = {"path": file.path, "size": file.size, "type": media_type(file.path)}
     return about | {"uri": session_uri(result.session, "files", file.path)} if result.session else about
 
 
 def link(session: str, file: FileInfo) -> types.ResourceLink:
-    """Where a session's file can be read."""
+    """Return a link for reading a session's file."""
     return types.ResourceLink(
         name=file.path,
         uri=session_uri(session, "files", file.path),
@@ -889,17 +896,17 @@ def link(session: str, file: FileInfo) -> types.ResourceLink:
 
 
 def media_type(path: str) -> str:
-    """The MIME type that a file's name suggests."""
+    """Guess the MIME type from a file's name."""
     return mimetypes.guess_type(path)[0] or "application/octet-stream"
 
 
 def session_uri(session: str, kind: Literal["files", "output"], rest: str) -> str:
-    """The address of something that is kept for a session."""
+    """Return the address of something that is kept for a session."""
     return f"session://{session}/{kind}/{urllib.parse.quote(rest)}"
 
 
 def resource(uri: str, data: bytes) -> types.TextResourceContents | types.BlobResourceContents:
-    """Bytes as text if they are text, else as they are."""
+    """Return bytes as a text resource if they are text, else as a blob."""
     mime = mimetypes.guess_type(urllib.parse.urlsplit(uri).path)[0]
     with contextlib.suppress(UnicodeDecodeError):
         text = data.decode()
@@ -910,7 +917,7 @@ def resource(uri: str, data: bytes) -> types.TextResourceContents | types.BlobRe
 
 
 def render_installation(installation: Installation, session: str | None) -> types.CallToolResult:
-    """What a model gets to see of an installation."""
+    """Render an installation for a model."""
     output = clip(as_shown(installation.output), VALUE_BUDGET).strip()
     hint = hint_on_installation(installation)
     structured = {
@@ -1010,11 +1017,11 @@ def hint_on_installation(installation: Installation) -> str | None:
     return f"{installation.name} is the name of an import; the package is called {package}."
 
 
-# The whole
+# The whole result
 
 
 def join(sections: Sequence[Section]) -> Iterator[types.ContentBlock]:
-    """Blocks: neighbouring texts become one."""
+    """Turn sections into blocks; neighbouring texts become one."""
     for is_text, group in itertools.groupby(sections, lambda section: isinstance(section, str)):
         if is_text:
             yield types.TextContent(text=encodable("\n\n".join(map(str, group))))
@@ -1023,17 +1030,17 @@ def join(sections: Sequence[Section]) -> Iterator[types.ContentBlock]:
 
 
 def encodable(text: str) -> str:
-    """The text without lone surrogates, which the wire can't carry."""
+    """Replace lone surrogates, which UTF-8 can't carry."""
     return text.encode("utf-8", "replace").decode()
 
 
 def size_of(block: types.ContentBlock) -> int:
-    """Characters that a block takes on the wire."""
+    """Count the characters that a block takes on the wire."""
     return len(block.model_dump_json())
 
 
 def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
-    """The blocks, with notes in the place of images and files for which there is no room."""
+    """Return the blocks, with notes in place of the images and files for which there is no room."""
     sized = [(block, size_of(block)) for block in blocks]
     room = RESULT_LIMIT - sum(size for block, size in sized if isinstance(block, types.TextContent))
     images = 0
@@ -1057,15 +1064,15 @@ def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
 
 
 class Shelf:
-    """What results have pointed at, to be read later: outputs that were too long, and where a session's files are."""
+    """Things that results pointed at, kept for reading: outputs that were too long, and lists of sessions' files."""
 
     def __init__(self) -> None:
-        self.outputs: dict[str, tuple[str, list[str]]] = {}  # address: session, text in pieces; the oldest first
+        self.outputs: dict[str, tuple[str, list[str]]] = {}  # by address: session, and text in pieces; oldest first
         self.files: dict[str, dict[str, FileInfo]] = {}  # by session and path
         self._numbers = itertools.count(1)
 
     def add(self, result: Result) -> str | None:
-        """Remember a session's files and, if it is too long for a result, its output; the address of that."""
+        """Remember a session's files and, if too long for a result, its output; return the output's address."""
         assert result.session is not None
         self.files.setdefault(result.session, {}).update({file.path: file for file in result.files})
         pieces = [piece.content for piece in output_pieces(result) if isinstance(piece.content, str)]
@@ -1096,7 +1103,7 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Service:
-    """What the server keeps while it serves."""
+    """Objects that live as long as the server runs."""
 
     runner: Runner
     shelf: Shelf = field(default_factory=Shelf)
@@ -1112,7 +1119,7 @@ Context = ServerRequestContext[Service]
 
 
 def make_server(runner: Runner) -> Server[Service]:
-    """A server that runs code with `runner`, ready to be given a connection."""
+    """Return a server that runs code with `runner`, ready to be given a connection."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Server[Service]) -> AsyncIterator[Service]:
@@ -1138,13 +1145,13 @@ def make_server(runner: Runner) -> Server[Service]:
 
 
 async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -> types.ListToolsResult:
-    """The tools, always in the same order."""
+    """List the tools, always in the same order."""
     config = context.lifespan_context.runner.config
     return types.ListToolsResult(tools=[describe(tool, config) for tool in TOOLS.values()])
 
 
 async def call_tool(context: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
-    """Make a call; whatever can't be done is said in the result, where the model sees it."""
+    """Make a call; report a SandboxError in the result, where the model sees it."""
     service = context.lifespan_context
     try:
         tool = parse(params.name, params.arguments or {})
@@ -1159,14 +1166,14 @@ async def call_tool(context: Context, params: types.CallToolRequestParams) -> ty
 
 
 def takes_links(context: Context) -> bool:
-    """Whether a client can take a result with links in it. What they point at is named in the text, too."""
+    """Return whether a client accepts a result with links. The text of the result names their targets, too."""
     client = context.session.client_params
     name = client.client_info.name.lower() if client else ""
     return context.protocol_version >= LINKS_SINCE and not any(part in name for part in NO_LINKS)
 
 
 class Progress:
-    """Tells a client how its call is getting on: the latest output, what is being waited for, or just that it lives."""
+    """Tells a client how its call is getting on: the latest output, what it waits for, or just that it is alive."""
 
     def __init__(self, session: ServerSession, runner: Runner) -> None:
         self._session = session
@@ -1177,11 +1184,11 @@ class Progress:
         self._count = itertools.count(1)
 
     async def on_output(self, item: Text | Rich | Omitted) -> None:
-        """Take note of a piece of output."""
+        """Remember a piece of output for the next report."""
         self._text = f"{self._text}{plain_text(item)}"[-1000:]
 
     async def report(self) -> None:
-        """Send a notification if there is news, or was none for long. A client that did not ask for it gets none."""
+        """Notify a client that asked for progress, if there is news or has been none for KEEP_ALIVE seconds."""
         message, now = self._latest(), time.monotonic()
         if now - self._started >= PROGRESS_INTERVAL and (message != self._said or now - self._said_at >= KEEP_ALIVE):
             self._said, self._said_at = message, now
@@ -1194,7 +1201,7 @@ class Progress:
 
 
 class Reporter:
-    """Has the calls under way report. One task for all: one for each would be a good part of a short call's cost."""
+    """Reports on all running calls from one task: a task per call would be a good part of a short call's cost."""
 
     def __init__(self) -> None:
         self._calls: set[Progress] = set()
@@ -1202,7 +1209,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def follow(self, call: Progress) -> Iterator[None]:
-        """Have a call report during the block."""
+        """Report on a call during the block."""
         self._calls.add(call)
         self._begun.set()
         try:
@@ -1211,19 +1218,19 @@ class Reporter:
             self._calls.discard(call)
 
     async def run(self) -> None:
-        """Go on until cancelled; without calls, at no cost."""
+        """Report until cancelled; this costs nothing while there are no calls."""
         while True:
             await self._begun.wait()
             self._begun = anyio.Event()
             while self._calls:
                 await anyio.sleep(PROGRESS_INTERVAL)
                 for call in list(self._calls):
-                    if call in self._calls:  # others may have ended while one was reported
+                    if call in self._calls:  # it may have ended during the report on another one
                         await call.report()
 
 
 async def list_resources(context: Context, _: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
-    """What results have pointed at, and is still there."""
+    """List the outputs that are still kept, and the files that results pointed at."""
     shelf = context.lifespan_context.shelf
     outputs = [
         types.Resource(name=address, uri=address, mime_type="text/plain", description=f"Output in session {session}")
@@ -1237,7 +1244,7 @@ async def list_resources(context: Context, _: types.PaginatedRequestParams | Non
 async def list_resource_templates(
     _: Context, __: types.PaginatedRequestParams | None
 ) -> types.ListResourceTemplatesResult:
-    """The addresses that can be read."""
+    """List the kinds of address that can be read."""
     files = types.ResourceTemplate(
         name="session-file",
         title="File of a session",
@@ -1255,7 +1262,7 @@ async def list_resource_templates(
 
 
 async def read_resource(context: Context, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
-    """Read a file of a session, or an output that is kept."""
+    """Read a session's file, or an output that is kept."""
     service = context.lifespan_context
     try:
         address, session, kind, rest, offset, length = parse_address(params.uri)
@@ -1274,10 +1281,10 @@ async def read_resource(context: Context, params: types.ReadResourceRequestParam
 
 
 def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
-    """What an address says: itself without a range, session, kind, path, offset and length. Raises RequestError."""
+    """Split an address into itself without a range, session, kind, path, offset and length. Raises RequestError."""
     try:
         parts = urllib.parse.urlsplit(uri)
-    except ValueError:  # brackets that are no IPv6 address
+    except ValueError:  # brackets that hold no IPv6 address
         parts = urllib.parse.urlsplit("")
     match = re.fullmatch(r"/(files|output)/(.+)", parts.path, re.DOTALL)
     if parts.scheme != "session" or not match:
@@ -1296,7 +1303,7 @@ def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
 
 
 def cut(data: Any, length: int | None, size: str) -> Any:
-    """Data within the length asked for; if none was, all of it. Raises RequestError if that is too much."""
+    """Cut data to the length asked for; without one, return all of it. Raises RequestError if that is too much."""
     if length is None and len(data) > READ_LIMIT:
         raise RequestError(f"{size}, too much for one answer: read parts of it with ?offset=0&length={READ_LIMIT}.")
     return data if length is None else data[:length]
@@ -1980,9 +1987,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Awaitable[int]], str]] 
 
 
 class Wire(anyio.AsyncFile[str]):
-    """Standard input or output for the SDK, whose own cross to a thread thrice a call: 8 % of one in a session.
+    """Standard input or output for the SDK, whose own streams cost three switches to a thread, 8 % of a session's call.
 
-    The descriptor is taken away from everything else in this process, which has `instead` in its place.
+    The rest of this process loses the descriptor, and has `instead` in its place.
     """
 
     def __init__(self, file: IO[str], instead: IO[Any]) -> None:
@@ -2004,31 +2011,31 @@ class Wire(anyio.AsyncFile[str]):
 
     async def _read(self) -> bytes:
         await self._until(anyio.wait_readable)
-        with contextlib.suppress(ConnectionError):  # a socket, whose other end is gone and left something unread
+        with contextlib.suppress(ConnectionError):  # a socket whose other end closed with data unread
             return os.read(self._fd, 1 << 16)
         return b""
 
     async def write(self, text: Any) -> int:
         data = memoryview(text.encode())
         async with self._writing:  # lines stay whole
-            with contextlib.suppress(ConnectionError):  # the client is gone: the end of standard input will tell
+            with contextlib.suppress(ConnectionError):  # the client is gone: EOF on standard input ends the server
                 while data:
                     await self._until(anyio.wait_writable)
-                    data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # so little never blocks then
+                    data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # PIPE_BUF bytes never block now
         return len(text)
 
     async def flush(self) -> None:
-        """All is out when it is written."""
+        """Do nothing: `write` keeps nothing back."""
 
     async def _until(self, ready: Callable[[int], Awaitable[None]]) -> None:
-        with contextlib.suppress(OSError):  # a plain file or the like, for which the loop can't wait, nor need
+        with contextlib.suppress(OSError):  # a regular file, say: the loop can't wait for it, and need not
             await ready(self._fd)
 
 
 class Inbox(Wire):
-    """Standard input, without the lines that the SDK can't parse: it drops them, and a client would wait for ever.
+    """Standard input without the lines that the SDK can't parse: it drops them, and the client would wait for ever.
 
-    Each is answered here, with its id if that can be read.
+    The inbox answers each such line itself, with the request's id if that can be read.
     """
 
     def __init__(self, file: IO[str], instead: IO[Any], outbox: Wire) -> None:
@@ -2047,12 +2054,12 @@ class Inbox(Wire):
 
 
 def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
-    """The errors with which to answer a line that is not a message of JSON-RPC 2.0, one for each request in it."""
+    """Yield the errors that answer a line that is not a JSON-RPC 2.0 message, one for each request in it."""
     said = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
     code, reason = types.PARSE_ERROR, clip(encodable(said), 200)
     try:
         found = json.loads(line)
-        if "surrogate" not in reason:  # which Python's parser takes
+        if "surrogate" not in reason:  # lone surrogates, which Python's parser accepts
             code, reason = types.INVALID_REQUEST, 'it is not a request such as {"jsonrpc": "2.0", "id": 1, "method": …}'
     except (ValueError, RecursionError):
         near = re.match(rf"\s*{{[^{{\[]*?{REQUEST_ID}", line) or re.search(
@@ -2063,7 +2070,7 @@ def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
         fields = request if isinstance(request, dict) else {}
         is_notification = "method" in fields and "id" not in fields
         if is_notification or {"result", "error"} & set(fields):
-            continue  # nobody waits for an answer to these
+            continue  # no client waits for an answer to these
         number = fields.get("id")
         yield {
             "jsonrpc": "2.0",
@@ -2072,11 +2079,11 @@ def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
         }
 
 
-REQUEST_ID = r'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})'  # in a line that is not JSON
+REQUEST_ID = r'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})'  # the id, in a line that is not JSON
 
 
 def _take_streams() -> list[Wire]:
-    """Standard input and output; none on Windows, where only sockets can be waited for: there the SDK has its own."""
+    """Take over standard input and output; not on Windows, where only sockets can be waited for: the SDK does it."""
     if sys.platform == "win32":
         return []
     with open(os.devnull, "r+b", buffering=0) as nothing:
@@ -2087,14 +2094,14 @@ def _take_streams() -> list[Wire]:
 async def _serve(config: Config) -> None:
     received: list[int] = []
     async with stdio_server(*_take_streams()) as (reader, writer):
-        # Outside of what a signal cancels: calls still need it to interrupt their code.
+        # A signal cancels `tasks`, not the runner: calls still need the runner to interrupt their code.
         async with open_runner(config, warm=True) as runner, open_tasks() as tasks:
-            if sys.platform != "win32":  # there, an end of file is the only farewell
+            if sys.platform != "win32":  # on Windows, EOF is the only orderly end
                 tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
             server = make_server(runner)
             await server.run(reader, writer, server.create_initialization_options())
         if received:
-            # The client may leave standard input open, which would be waited for.
+            # Leaving the block would wait for standard input, which the client may keep open.
             sys.stderr.flush()
             os._exit(128 + received[0])
 

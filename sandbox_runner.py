@@ -3198,7 +3198,7 @@ async def _probe(path: str) -> Engine:
 
 
 def component_version(answer: Any, name: str) -> str:
-    """Return the version of a component, such as runc, from the JSON that `docker version` prints; "" if it is not there."""
+    """Return the version of a component, such as runc, from the JSON of `docker version`; "" if it has none."""
     try:
         versions = {part["Name"]: str(part["Version"]) for part in answer["Server"]["Components"]}
     except (KeyError, TypeError):
