@@ -503,18 +503,12 @@ def render(
 ) -> types.CallToolResult:
     """Render a result for a model.
 
-        Args:
-    <<<<<<< HEAD
-            result: what the Runner says.
-            new_session: whether the session's id was made up for this call.
-            kept: address of the resource that has the whole output, if that is too long for a result.
-            hint: what to do about a failure, see `hint_on`.
-    =======
-            result: the result, from the Runner.
-            new_session: whether the server chose the session's id, for this call.
-            kept: address of the resource that has the whole output, if the output is too long for a result.
-    >>>>>>> wordsC
-            state_budget: bytes of JSON for the variables.
+    Args:
+        result: the result, from the Runner.
+        new_session: whether the server chose the session's id, for this call.
+        kept: address of the resource that has the whole output, if the output is too long for a result.
+        hint: what to do about a failure, see `hint_on`.
+        state_budget: bytes of JSON for the variables.
     """
     pieces = within(output_pieces(result), OUTPUT_BUDGET)
     variables, missing = state_within(result, state_budget)

@@ -4811,7 +4811,7 @@ class Pool:
         self._creations = anyio.Semaphore(config.max_concurrent_creations)
         self._turn = anyio.Lock(fast_acquire=True)  # who waits for a sandbox gets one in the order of coming
         self._changed = anyio.Event()  # a sandbox is ready, or a place free
-        self._count = 0  # sandboxes there are, in whatever state, and those that are being created
+        self.count = 0  # sandboxes there are, in whatever state, and those that are being created
         self._counted: set[Sandbox] = set()
         self._coming = 0  # of these, to be ready
         self.returning: set[Sandbox] = set()  # of these, those being cleaned to be ready again
@@ -4837,8 +4837,8 @@ class Pool:
                 if self.returning and not bare:  # that takes milliseconds, and a new one a good part of a second
                     await self._changed.wait()
                     continue
-                if self._count < self._config.size:
-                    self._count += 1
+                if self.count < self._config.size:
+                    self.count += 1
                     break
                 self._report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
                 await self._changed.wait()
@@ -4877,9 +4877,9 @@ class Pool:
             if not self.ready or time.monotonic() - self.ready[0].created < self._config.max_age * RENEW_AT:
                 continue
             oldest = self.ready[0]
-            if self._is_used and self._missing() >= 0 and self._count < self._config.size:
+            if self._is_used and self._missing() >= 0 and self.count < self._config.size:
                 self._coming += 1
-                self._count += 1
+                self.count += 1
                 await self._prepare_one()
             if oldest in self.ready:
                 self.ready.remove(oldest)
@@ -4911,8 +4911,8 @@ class Pool:
 
     async def adopt(self, sandbox: Sandbox) -> None:
         """Take in a ready sandbox that another host left, unless it is too old or too much."""
-        if self._count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
-            self._count += 1
+        if self.count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
+            self.count += 1
             self._own(sandbox)
             self._put(sandbox)
         else:
@@ -4925,14 +4925,14 @@ class Pool:
     def _fill(self) -> None:
         """Start to make ready what is missing. Not while calls wait for new ones: those need the machine now."""
         if self._kept_warm and self._is_used and not self._wanted_now:
-            for _ in range(min(self._missing(), self._config.size - self._count)):
+            for _ in range(min(self._missing(), self._config.size - self.count)):
                 self._coming += 1
-                self._count += 1
+                self.count += 1
                 self._tasks.start_soon(self._prepare_one)
 
     def _missing(self) -> int:
         """How many more there should be to be ready; below zero, how many fewer."""
-        there = self._count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
+        there = self.count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
         return self._config.warm - there
 
     async def _fill_soon(self) -> None:
@@ -4952,9 +4952,9 @@ class Pool:
                     if attempt == 0:
                         log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one tells it, too
                     await anyio.sleep(min(2**attempt, RETRY_AT_MOST))
-                    if self._count >= self._config.size:
+                    if self.count >= self._config.size:
                         break  # the place was taken meanwhile; whoever frees one sees to what is missing
-                    self._count += 1
+                    self.count += 1
         finally:
             self._coming -= 1
 
@@ -4989,7 +4989,7 @@ class Pool:
             self._fill()
 
     def _free_place(self) -> None:
-        self._count -= 1
+        self.count -= 1
         self._changed.set()
 
 
@@ -5012,9 +5012,9 @@ class Runner:
         self._failed_at = -math.inf  # and when that was found out
         self._preparing = anyio.Lock()
         self._retry_at = 0.0  # when to try again what could not be preinstalled
-        self._sessions: dict[str, Session] = {}
+        self.sessions: dict[str, Session] = {}
         self._transient: set[Sandbox] = set()
-        self._pool = Pool(self._new_sandbox, config.pool, tasks, self._report, config.session.idle_timeout)
+        self.pool = Pool(self._new_sandbox, config.pool, tasks, self._report, config.session.idle_timeout)
 
     async def execute(
         self,
@@ -5055,14 +5055,14 @@ class Runner:
                 runs in a session then goes on, and the next call tells its end.
             SessionError: another program is using the session, or a call that was not waited for is going on in it.
         """
-        self._pool.touch()
+        self.pool.touch()
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
         recycle = session is None and self.config.pool.reuse
         request = Request(code, session, state, timeout, filename, tuple(arguments), limit, recycle=recycle)
         if session is None:
             return self._explain(await self._execute_transient(request, on_output, interrupt), request)
-        entry = self._sessions.setdefault(session, Session())
+        entry = self.sessions.setdefault(session, Session())
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
         return await self._execute_in_session(entry, request, on_output, interrupt, is_new, deadline)
 
@@ -5083,7 +5083,7 @@ class Runner:
         attempt, bare = 0, False
         while True:
             attempt += 1
-            sandbox = await self._pool.lease(bare)
+            sandbox = await self.pool.lease(bare)
             self._transient.add(sandbox)
             reuse = False
             try:
@@ -5098,7 +5098,7 @@ class Runner:
             finally:
                 if reuse:
                     self._transient.discard(sandbox)
-                    self._pool.give_back(sandbox)
+                    self.pool.give_back(sandbox)
                 else:
                     self._tasks.start_soon(self._end_soon, sandbox)
 
@@ -5271,10 +5271,10 @@ class Runner:
             await self._make_room()
             session.is_coming = True
             try:
-                session.sandbox = await self._pool.lease(bare)
+                session.sandbox = await self.pool.lease(bare)
             finally:
                 session.is_coming = False
-            self._pool.let_go(session.sandbox)
+            self.pool.let_go(session.sandbox)
             if is_new:
                 self._tasks.start_soon(self._claim_later, session, name)
             else:
@@ -5285,7 +5285,7 @@ class Runner:
     async def _make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
         most = self.config.session.max
-        there = {name: one for name, one in self._sessions.items() if one.is_there}
+        there = {name: one for name, one in self.sessions.items() if one.is_there}
         if len(there) < most:
             return
         idle = [name for name, one in there.items() if not one.is_busy]
@@ -5297,7 +5297,7 @@ class Runner:
         oldest = min(idle, key=lambda name: there[name].used)
         log.info("ending the session %s, the longest idle one, to make room for another", oldest)
         await self.close_session(oldest)
-        self._sessions.setdefault(
+        self.sessions.setdefault(
             oldest, Session()
         ).lost = f"it was ended to make room for another (session.max: {most})"
 
@@ -5380,8 +5380,8 @@ class Runner:
 
     def _held(self) -> list[Sandbox]:
         """The sandboxes that this runner is connected to, or was."""
-        sessions = [session.sandbox for session in self._sessions.values() if session.sandbox]
-        return [*self._transient, *self._pool.ready, *self._pool.returning, *sessions]
+        sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
+        return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
 
     async def find_engine(self) -> Engine:
         """Return the engine. Raises EngineError."""
@@ -5451,14 +5451,14 @@ class Runner:
         started = time.monotonic()
         name, text = parse_requirement(requirement)
         Request("", session)
-        self._pool.touch()
+        self.pool.touch()
         stale: tuple[str, ...] = ()
         if session is None:
             outcome = await self._install(name, text, None)
             if outcome.ok:
-                self._pool.renew()
+                self.pool.renew()
         else:
-            entry = self._sessions.setdefault(session, Session())
+            entry = self.sessions.setdefault(session, Session())
             async with entry.lock:
                 await self._look_for(entry, session)
                 if entry.ongoing:
@@ -5504,7 +5504,7 @@ class Runner:
             SessionError: there is no such session.
         """
         Request("", session)
-        entry = self._sessions.setdefault(session, Session())
+        entry = self.sessions.setdefault(session, Session())
         if entry.sandbox is None:
             async with entry.lock:
                 await self._look_for(entry, session)
@@ -5563,7 +5563,7 @@ class Runner:
             EngineError: the engine does not answer, so that it may not have ended.
         """
         Request("", name)
-        session = self._sessions.setdefault(name, Session())
+        session = self.sessions.setdefault(name, Session())
         if coming := session.ongoing if session.is_coming else None:
             await coming.cancel()
             session.ongoing = None
@@ -5575,7 +5575,7 @@ class Runner:
         if sandbox:
             await sandbox.end(must_know=True)  # even if a call is running: that ends with it
         if not session.lock.locked():
-            self._sessions.pop(name, None)
+            self.sessions.pop(name, None)
         return sandbox is not None or coming is not None
 
     async def _warm_up(self) -> None:
@@ -5587,8 +5587,8 @@ class Runner:
             unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
             for sandbox in await self._ask(engine, unnamed, settings=settings):
                 if isinstance(sandbox, Sandbox):
-                    await self._pool.adopt(sandbox)
-        self._pool.keep_warm()
+                    await self.pool.adopt(sandbox)
+        self.pool.keep_warm()
 
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
@@ -5601,7 +5601,7 @@ class Runner:
 
     async def _leave(self) -> None:
         """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
-        self._pool.stop()
+        self.pool.stop()
         async with anyio.create_task_group() as tasks:
             for sandbox in self._held():
                 tasks.start_soon(sandbox.leave)

@@ -620,7 +620,7 @@ async def test_a_ready_sandbox_that_is_killed_just_before_a_call_costs_it_nothin
         for name in (None, session):
 
             async def find() -> list[str]:
-                return [sandbox.name for sandbox in runner._pool.ready if not sandbox._answers]
+                return [sandbox.name for sandbox in runner.pool.ready if not sandbox._answers]
 
             (ready,) = await eventually(find)
             engine.kill_at_once(ready)
@@ -638,7 +638,7 @@ async def test_ready_sandboxes_are_renewed_while_calls_come_and_lapse_when_none_
     async with open_runner(settings, warm=True) as runner:
 
         async def names() -> set[str]:
-            return {sandbox.name for sandbox in runner._pool.ready}
+            return {sandbox.name for sandbox in runner.pool.ready}
 
         first = await eventually(names)
 
@@ -1009,18 +1009,18 @@ async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_m
     async with open_runner(dataclasses.replace(config, pool=pool)) as runner:
         assert (await runner.execute(dirty)).status == "ok"
         with anyio.fail_after(30):
-            while not runner._pool.ready:
+            while not runner.pool.ready:
                 await anyio.sleep(0.01)
-        name = runner._pool.ready[0].name
+        name = runner.pool.ready[0].name
         assert (await runner.execute(look)).value == "([], [])"
         with anyio.fail_after(30):
-            while not runner._pool.ready:
+            while not runner.pool.ready:
                 await anyio.sleep(0.01)
-        assert runner._pool.ready[0].name == name
+        assert runner.pool.ready[0].name == name
         # System V shared memory can't be removed from outside of who made it: such a sandbox is not used again.
         await runner.execute("import ctypes; ctypes.CDLL(None).shmget(5, 4096, 0o1600)")
         with anyio.fail_after(30):
-            while runner._pool._count:
+            while runner.pool.count:
                 await anyio.sleep(0.01)
 
 

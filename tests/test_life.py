@@ -192,7 +192,7 @@ class Host:
 
     def client(self, session: str) -> int:
         """The process id of the engine's command line behind a session."""
-        sandbox = self.runner._sessions[session].sandbox
+        sandbox = self.runner.sessions[session].sandbox
         assert sandbox
         return int(sandbox._process.pid)
 
@@ -408,7 +408,7 @@ class Life(RuleBasedStateMachine):
 
         assert self.world.call(call)
         self.begins(slot, known)
-        sandbox = host.runner._sessions[name].sandbox
+        sandbox = host.runner.sessions[name].sandbox
         assert sandbox
         self.world.until(lambda: sandbox._idle.is_set())
 
@@ -420,7 +420,7 @@ class Life(RuleBasedStateMachine):
         if not (host := self.hosts.pop(slot, None)):
             return
         if killed:
-            self.unused |= {sandbox.name for sandbox in host.runner._pool.ready if not sandbox.gone.is_set()}
+            self.unused |= {sandbox.name for sandbox in host.runner.pool.ready if not sandbox.gone.is_set()}
         host.end(killed=killed)
         self.forget(slot)
 
@@ -491,8 +491,8 @@ class Life(RuleBasedStateMachine):
     @rule(slot=st.sampled_from(SLOTS))
     def lose_unused_container(self, slot: int) -> None:
         host = self.hosts.get(slot)
-        if host and host.runner._pool.ready:
-            self.world.engine.run("kill", host.runner._pool.ready[0].name)
+        if host and host.runner.pool.ready:
+            self.world.engine.run("kill", host.runner.pool.ready[0].name)
             self.world.until(self.pools_are_settled)
 
     @precondition(lambda self: not self.down and any(known.alive for known in self.sessions.values()))
@@ -502,10 +502,10 @@ class Life(RuleBasedStateMachine):
         if not known.alive or known.holder is None:
             return
         holder, runner = known.holder, self.hosts[known.holder].runner
-        cut = runner._sessions[name].sandbox
+        cut = runner.sessions[name].sandbox
         os.kill(self.hosts[known.holder].client(name), signal.SIGKILL)
         if known.running:  # then the host is back at once
-            self.world.until(lambda: runner._sessions[name].sandbox not in (cut, None))
+            self.world.until(lambda: runner.sessions[name].sandbox not in (cut, None))
         else:
             assert cut
             self.world.until(cut.gone.is_set)
@@ -540,7 +540,7 @@ class Life(RuleBasedStateMachine):
         if not clients_die:
             return
         for host in self.hosts.values():
-            self.unused |= {sandbox.name for sandbox in host.runner._pool.ready}
+            self.unused |= {sandbox.name for sandbox in host.runner.pool.ready}
         held = [known for known in self.sessions.values() if known.alive and known.holder is not None]
         self.world.until(self.clients_are_dead)
         for known in held:
@@ -584,7 +584,7 @@ class Life(RuleBasedStateMachine):
     def pools_are_settled(self) -> None:
         there = self.world.engine.containers()
         for slot, host in self.hosts.items():
-            pool = host.runner._pool
+            pool = host.runner.pool
             assert host.warm == pool._kept_warm, f"host {slot}: it is still warming up"
             assert pool._coming == 0, f"host {slot}: {pool._coming} are coming"
             assert all(sandbox.name in there for sandbox in pool.ready), f"host {slot}: {pool.ready}"
@@ -595,10 +595,10 @@ class Life(RuleBasedStateMachine):
     def counts_of_the_pools_are_true(self) -> None:
         def check() -> None:
             for slot, host in self.hosts.items():
-                pool = host.runner._pool
+                pool = host.runner.pool
                 creating = pool._config.max_concurrent_creations - pool._creations.value
-                assert 0 <= pool._count <= pool._config.size, f"host {slot}: {pool._count}"
-                assert pool._count == len(pool._counted) + creating, f"host {slot}"
+                assert 0 <= pool.count <= pool._config.size, f"host {slot}: {pool.count}"
+                assert pool.count == len(pool._counted) + creating, f"host {slot}"
                 assert pool._counted >= set(pool.ready), f"host {slot}"
 
         self.world.until(check)
@@ -618,7 +618,7 @@ class Life(RuleBasedStateMachine):
             self.unused &= there
             held = {name for host in self.hosts.values() for name in host.held()}
             alive = {known.container for known in self.sessions.values() if known.alive}
-            ready = {sandbox.name for host in self.hosts.values() for sandbox in host.runner._pool.ready}
+            ready = {sandbox.name for host in self.hosts.values() for sandbox in host.runner.pool.ready}
             assert alive <= there, f"gone: {alive - there}"
             assert there <= alive | ready | self.unused, f"leaked: {there - alive - ready - self.unused}"
             assert {known.container for known in self.sessions.values() if known.holder is not None} <= held
@@ -693,12 +693,12 @@ settings = test_runner.settings
 
 def is_another(runner: Runner, cut: sandbox_runner.Sandbox | None) -> bool:
     """Whether the session `s` is connected again."""
-    return runner._sessions["s"].sandbox not in (cut, None)
+    return runner.sessions["s"].sandbox not in (cut, None)
 
 
 def has_ended(runner: Runner) -> bool:
     """Whether a runner has noticed that its connection to the session `s` has ended."""
-    sandbox = runner._sessions["s"].sandbox
+    sandbox = runner.sessions["s"].sandbox
     return sandbox is not None and sandbox.gone.is_set()
 
 
@@ -715,7 +715,7 @@ async def test_a_call_whose_connection_is_cut_twice_still_has_its_result(setting
             tasks.start_soon(call, runner)
             await hears.first.wait()
             for _ in range(2):
-                cut = runner._sessions["s"].sandbox
+                cut = runner.sessions["s"].sandbox
                 os.kill(client(runner, "s"), signal.SIGKILL)
                 await until(functools.partial(is_another, runner, cut))
             go(settings)
@@ -828,7 +828,7 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "_leave", test_runner.leave_without_a_word)
         async with open_runner(settings) as first:
-            await first._sandbox_of(first._sessions.setdefault("s", sandbox_runner.Session()), "s")
+            await first._sandbox_of(first.sessions.setdefault("s", sandbox_runner.Session()), "s")
     assert docker.containers() == [session_container("s")]
     async with open_runner(settings) as second:
         assert (await second.execute("6 * 7", session="s")).value == "42"
@@ -872,14 +872,14 @@ async def test_a_pool_whose_engine_refuses_says_so_and_fills_itself_again_within
         await until(lambda: len(docker.log("run")) > 1)
         with pytest.raises(EngineError, match=r"A sandbox could not be started: .*no space left on device"):
             await runner.execute("1")
-        assert runner._pool._count <= 1
+        assert runner.pool.count <= 1
         docker.script(run={})
         tasks.start_soon(lambda: runner.execute(WAIT_FOR_GO, on_output=hears))
         await hears.first.wait()
-        await until(lambda: runner._pool._coming == 0)
-        assert (runner._pool._count, len(docker.containers())) == (1, 1)
+        await until(lambda: runner.pool._coming == 0)
+        assert (runner.pool.count, len(docker.containers())) == (1, 1)
         go(settings)
-        await until(lambda: len(runner._pool.ready) == 1)
+        await until(lambda: len(runner.pool.ready) == 1)
 
 
 @pytest.mark.anyio
@@ -934,9 +934,9 @@ async def main():
             answer = await runner.execute({busy!r}, session=session + "-busy", timeout=299, answer_within=0)
             while "begun" not in answer.stdout:
                 answer = await runner.execute("", session=session + "-busy", answer_within=0.05)
-        while not runner._pool.ready:
+        while not runner.pool.ready:
             await anyio.sleep(0.01)
-        print(runner._pool.ready[0].name, flush=True)
+        print(runner.pool.ready[0].name, flush=True)
         await anyio.sleep_forever()
 
 sandbox_runner.ADOPTION_TIME = {wait}
@@ -972,9 +972,9 @@ async def host(config: Config, session: str | None, wait: int) -> AsyncIterator[
 async def ready(runner: Runner) -> str:
     """The name of the container that it keeps ready."""
     with anyio.fail_after(PATIENCE):
-        while not runner._pool.ready:
+        while not runner.pool.ready:
             await anyio.sleep(0.01)
-    return runner._pool.ready[0].name
+    return runner.pool.ready[0].name
 
 
 async def is_left_alone(runner: Runner, name: str) -> bool:
@@ -998,7 +998,7 @@ async def test_what_a_killed_host_had_is_found_by_the_next_and_others_keep_their
         await eventually(lambda: is_left_alone(other, unused))
         async with open_runner(brief, warm=True) as runner:
             await ready(runner)  # the host may have kept more than one: then all of them are taken over
-            assert unused in [sandbox.name for sandbox in runner._pool.ready]
+            assert unused in [sandbox.name for sandbox in runner.pool.ready]
             result = await runner.execute("x", session=f"{session}-idle")
             assert (result.value, result.state, result.lost_before) == ("'kept'", "preserved", None)
             await engine.let_go(session_container(f"{session}-busy"))
@@ -1215,7 +1215,7 @@ async def test_a_daemon_that_dies_is_noticed_at_once_and_all_works_again_when_it
     async with open_runner(brief, warm=True) as runner, anyio.create_task_group() as tasks:
         for number in (signal.SIGKILL, signal.SIGTERM):
             await runner.execute("x = 1", session=session)
-            kept = runner._pool.ready[0] if await ready(runner) else None
+            kept = runner.pool.ready[0] if await ready(runner) else None
             begun = anyio.Event()
             tasks.start_soon(call, runner)
             await begun.wait()

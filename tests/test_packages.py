@@ -688,9 +688,9 @@ async def test_the_version_that_was_installed_is_there_although_another_one_was_
 async def until_prepared(runner: Runner, number: int) -> None:
     """Wait until so many sandboxes are ready, with everything imported."""
     with anyio.fail_after(60):
-        while len(runner._pool.ready) < number:
+        while len(runner.pool.ready) < number:
             await anyio.sleep(0.05)
-        for sandbox in list(runner._pool.ready):
+        for sandbox in list(runner.pool.ready):
             await sandbox.prepared.wait()
 
 
@@ -703,14 +703,14 @@ async def test_ready_sandboxes_have_modules_imported_and_missing_ones_are_logged
     pool = PoolConfig(warm=1, preload=("nosuchmodule", "decimal", "sqlite3"))
     async with open_runner(dataclasses.replace(config, pool=pool), warm=True) as runner:
         with anyio.fail_after(60):
-            while not runner._pool.ready:
+            while not runner.pool.ready:
                 await anyio.sleep(0.05)
-            await runner._pool.ready[0].prepared.wait()
+            await runner.pool.ready[0].prepared.wait()
         assert "preloading nosuchmodule" in caplog.text
-        name = runner._pool.ready[0].name
+        name = runner.pool.ready[0].name
         result = await runner.execute("import sys; [m in sys.modules for m in ('decimal', 'sqlite3', 'nosuchmodule')]")
         assert result.value == "[True, True, False]"
-        assert name not in [sandbox.name for sandbox in runner._pool.ready]
+        assert name not in [sandbox.name for sandbox in runner.pool.ready]
 
 
 @pytest.mark.engine

@@ -99,7 +99,7 @@ def go(settings: Config) -> None:
 
 def client(runner: Runner, session: str) -> int:
     """The process id of the engine's command line behind a session."""
-    sandbox = runner._sessions[session].sandbox
+    sandbox = runner.sessions[session].sandbox
     assert sandbox
     return sandbox._process.pid
 
@@ -284,7 +284,7 @@ async def test_a_cancelled_call_whose_client_is_killed_at_that_moment_stops_neve
     runner: Runner, is_noticed: bool
 ) -> None:
     await runner.execute("x = 1", session="s")
-    sandbox = runner._sessions["s"].sandbox
+    sandbox = runner.sessions["s"].sandbox
     assert sandbox
     hears = Hears()
     code = "x = 2\nprint('on')\nwhile True: pass"
@@ -416,9 +416,9 @@ async def test_killing_the_command_line_under_a_running_call_does_not_lose_its_r
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call)
         await hears.first.wait()
-        cut = runner._sessions["s"].sandbox
+        cut = runner.sessions["s"].sandbox
         os.kill(client(runner, "s"), signal.SIGKILL)
-        await until(lambda: runner._sessions["s"].sandbox not in (cut, None))
+        await until(lambda: runner.sessions["s"].sandbox not in (cut, None))
         go(settings)
     (result,) = results
     assert (result.status, result.state, result.value) == ("ok", "preserved", "1")
@@ -437,7 +437,7 @@ async def test_a_container_that_is_killed_between_calls_is_replaced_and_told_of(
     runner: Runner, docker: FakeEngine
 ) -> None:
     await runner.execute("x = 1", session="s")
-    sandbox = runner._sessions["s"].sandbox
+    sandbox = runner.sessions["s"].sandbox
     assert sandbox
     docker.run("kill", sandbox.name)
     await sandbox.gone.wait()
@@ -626,12 +626,12 @@ async def test_who_plugs_into_a_session_is_told_whether_its_last_call_left_the_v
     runner: Runner, code: str, kept: bool
 ) -> None:
     assert ((await runner.execute(code, session="s")).state == "preserved") == kept
-    sandbox = runner._sessions["s"].sandbox
+    sandbox = runner.sessions["s"].sandbox
     assert sandbox
     os.kill(client(runner, "s"), signal.SIGKILL)
     await sandbox.gone.wait()
     await runner.execute("1", session="s")
-    again = runner._sessions["s"].sandbox
+    again = runner.sessions["s"].sandbox
     assert again
     assert again is not sandbox
     assert again.has_kept == kept
@@ -1308,14 +1308,14 @@ async def test_a_ready_sandbox_whose_host_was_killed_is_adopted_if_it_is_as_the_
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "_leave", leave_without_a_word)
         async with open_runner(config, warm=True) as first:
-            await until(lambda: bool(first._pool.ready and first._pool.ready[0].prepared.is_set()))
-            left = first._pool.ready[0].name
+            await until(lambda: bool(first.pool.ready and first.pool.ready[0].prepared.is_set()))
+            left = first.pool.ready[0].name
     assert docker.containers() == [left]
     if not same:
         config = dataclasses.replace(config, docker=dataclasses.replace(config.docker, memory_limit="100m"))
     async with open_runner(config, warm=True) as second:
-        await until(lambda: len(second._pool.ready) == 1)
-        assert (second._pool.ready[0].name == left) == same
+        await until(lambda: len(second.pool.ready) == 1)
+        assert (second.pool.ready[0].name == left) == same
         assert (await second.execute("40 + 2")).value == "42"
     await until(lambda: docker.containers() == ([] if same else [left]))
 
@@ -1340,8 +1340,8 @@ async def test_a_ready_sandbox_that_was_killed_behind_our_back_costs_a_call_noth
 ) -> None:
     config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=()))
     async with open_runner(config, warm=True) as runner:
-        await until(lambda: bool(runner._pool.ready and not runner._pool.ready[0]._answers))
-        docker.run("kill", runner._pool.ready[0].name)  # and this loop has no time to notice
+        await until(lambda: bool(runner.pool.ready and not runner.pool.ready[0]._answers))
+        docker.run("kill", runner.pool.ready[0].name)  # and this loop has no time to notice
         result = await runner.execute("open('ran', 'x').close(); 6 * 7", session=session)
         assert (result.status, result.value, result.lost_before) == ("ok", "42", None), result
         assert result.is_new == (session is not None)
@@ -1373,7 +1373,7 @@ async def test_ready_sandboxes_are_renewed_before_they_are_too_old_until_nobody_
         session=SessionConfig(idle_timeout=1.5),
     )
     async with open_runner(config, warm=True) as runner:
-        pool = runner._pool
+        pool = runner.pool
         await until(lambda: len(pool.ready) == 2)
         first = {sandbox.name for sandbox in pool.ready}
         seen = 99
@@ -1400,7 +1400,7 @@ async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_i
     monkeypatch.setattr(sandbox_runner, "HEAD_START", 1.0)
     config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=()))
     async with open_runner(config, warm=True) as runner:
-        await until(lambda: bool(runner._pool.ready))
+        await until(lambda: bool(runner.pool.ready))
         used = docker.containers()
         await runner.execute("1")
         assert (docker.containers(), len(docker.log("run"))) == (used, 1)
@@ -1413,7 +1413,7 @@ async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_
     config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=(), reuse=True))
     async with open_runner(config, warm=True) as runner, anyio.create_task_group() as tasks:
         await runner.execute("0")
-        await until(lambda: 0 < runner._pool._count == len(runner._pool.ready))  # none is being made or cleaned
+        await until(lambda: 0 < runner.pool.count == len(runner.pool.ready))  # none is being made or cleaned
         before = len(docker.log("run"))
         for _ in range(5):
             await runner.execute("1")
@@ -1432,14 +1432,14 @@ async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_
 async def test_who_leaves_starts_no_successors_of_the_sandboxes_that_end_with_that(settings: Config) -> None:
     config = dataclasses.replace(settings, pool=PoolConfig(warm=4, preload=()))
     async with open_runner(config, warm=True) as runner:
-        await until(lambda: len(runner._pool.ready) == 4)
+        await until(lambda: len(runner.pool.ready) == 4)
         successors: list[Sequence[str]] = []
 
         async def create(preload: Sequence[str]) -> Sandbox:
             successors.append(preload)
             raise EngineError("Nobody needs it.")
 
-        runner._pool._create = create
+        runner.pool._create = create
     assert successors == []
 
 
