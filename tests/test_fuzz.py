@@ -1,6 +1,6 @@
 """Whatever comes in: frames in both directions, arguments of tools, ids, package names, and engines that misbehave.
 
-Made by hypothesis; `fuzz_frames`, whose functions these tests use, finds more by itself if it is given the time.
+Made by hypothesis; `tools/fuzz_frames.py`, whose functions these tests use, finds more by itself if it gets the time.
 """
 
 from __future__ import annotations
