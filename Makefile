@@ -31,23 +31,23 @@ lint: .venv/.dev ## ruff and mypy
 	$(PY) -m mypy
 
 docs: .venv/.dev ## the README's tables of settings, written anew from the code
-	$(PY) -m tests.readme
+	$(PY) -m tests.tools.readme
 
 bench: .venv/.dev ## what a call costs, beside the engine's own commands; tables, and plots in build/
 	$(PIP) install -q --group bench
 	@sh tests/engines.sh test
 	@mkdir -p build
 	@set -e; . ./.engines/env; for engine in docker podman; do \
-	    $(PY) -m tests.bench $$engine --json build/bench-$$engine.json --plot build/bench-$$engine.png; \
+	    $(PY) -m tests.tools.bench $$engine --json build/bench-$$engine.json --plot build/bench-$$engine.png; \
 	done
 
 fuzz: .venv/.dev ## look for input that breaks the frame parsers, for SECONDS (300)
 	$(PIP) install -q --group fuzz
-	$(PY) -m tests.fuzz_frames $(or $(SECONDS),300)
+	$(PY) -m tests.tools.fuzz_frames $(or $(SECONDS),300)
 
 soak: .venv/.dev ## half an hour of calls while things are killed; ENGINE=podman MINUTES=5 for another one
 	@sh tests/engines.sh test
-	. ./.engines/env && $(PY) -m tests.soak $(or $(ENGINE),docker) $(MINUTES)
+	. ./.engines/env && $(PY) -m tests.tools.soak $(or $(ENGINE),docker) $(MINUTES)
 
 clean: ## remove the virtual environment, caches and build results
 	rm -rf .venv .engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,24 +8,46 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
+import json
 import os
 import re
+import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+import types
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import anyio
 import hypothesis
 import pytest
+import real_engines
 from pytest_subprocess import FakeProcess
+from real_engines import CommandLine, Program
 from xdist.scheduler import LoadScopeScheduling
 
+import python_docker_mcp
 import sandbox_runner
-from sandbox_runner import Config, DockerConfig, PackageConfig
+from sandbox_runner import (
+    Config,
+    DockerConfig,
+    Omitted,
+    PackageConfig,
+    PoolConfig,
+    Rich,
+    Runner,
+    SessionConfig,
+    Text,
+)
 
+ROOT = Path(__file__).parents[1]
 ENGINES = ("docker", "podman")
+PATIENCE = real_engines.PATIENCE
 
 # A busy machine makes slow what is quick: no test may fail for that.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -105,6 +127,37 @@ def config(engine_command: str, request: pytest.FixtureRequest) -> Config:
 def anyio_backend() -> str:
     """The event loop that tests marked `anyio` run on."""
     return "asyncio"
+
+
+@pytest.fixture
+def session() -> str:
+    """An id that no other test uses."""
+    return f"test-{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def engine(engine_command: str) -> real_engines.Engine:
+    """The engine's own command line."""
+    return real_engines.Engine(engine_command)
+
+
+@pytest.fixture
+def command_line(config: Config, engine_command: str, tmp_path: Path) -> CommandLine:
+    """`python sandbox_runner.py …`, or an operator's command, with the same settings as the runners of the test."""
+    settings = tmp_path / "config.yaml"
+    settings.write_text(json.dumps(dataclasses.asdict(config)))
+
+    @asynccontextmanager
+    async def start(*arguments: str) -> AsyncIterator[Program]:
+        module = python_docker_mcp if arguments[0] in python_docker_mcp.COMMANDS else sandbox_runner
+        async with await anyio.open_process(
+            [sys.executable, str(module.__file__), *arguments],
+            env={**os.environ, "PYTHON_DOCKER_MCP_CONFIG": str(settings)},
+            start_new_session=True,
+        ) as process:
+            yield Program(process, engine_command)
+
+    return start
 
 
 # ── without an engine ──
@@ -238,3 +291,86 @@ def docker(
     monkeypatch.setattr(sandbox_runner, "WRITABLE_FOLDERS", ())  # none of this machine's are to be emptied
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def settings(docker: FakeEngine, tmp_path: Path) -> Config:
+    """Settings for the fake engine, with a working directory of the test's own and nothing prepared beforehand."""
+    (tmp_path / "work").mkdir()
+    return Config(
+        docker=DockerConfig(command=docker.command, working_dir=str(tmp_path / "work")),
+        session=SessionConfig(idle_timeout=60),
+        package=PackageConfig(preinstalled=()),
+        pool=PoolConfig(enabled=False),
+    )
+
+
+# ── what code in a sandbox does for a test, and how that is waited for ──
+
+WAIT_FOR_GO = "import os, time\nprint('on')\nwhile not os.path.exists('go'): time.sleep(0.002)\n"
+
+
+class Hears:
+    """An `on_output` that tells when the first output came."""
+
+    def __init__(self) -> None:
+        self.first = anyio.Event()
+        self.text = ""
+
+    async def __call__(self, item: Text | Rich | Omitted) -> None:
+        if isinstance(item, Text):
+            self.text += item.text
+        self.first.set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
+    with anyio.fail_after(20):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does, outside an event loop."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def go(settings: Config) -> None:
+    """Let code end that does WAIT_FOR_GO."""
+    Path(settings.docker.working_dir, "go").touch()
+
+
+def client(runner: Runner, session: str) -> int:
+    """The process id of the engine's command line behind a session."""
+    sandbox = runner.sessions[session].sandbox
+    assert sandbox
+    return sandbox._process.pid
+
+
+async def leave_without_a_word(_: Runner) -> None:
+    """Stands in for a host that is killed."""
+
+
+# ── of any use ──
+
+GREETING: dict[str, Any] = {
+    "id": "",
+    "kind": "ready",
+    "session": None,
+    "attached": True,
+    "owner": "",
+    "unread": None,
+    "packages": None,
+}
+GREETING |= {"busy": False, "age": 0, "idle": 0, "memory": None}
+
+
+def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code object, and all within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from code_objects(constant)

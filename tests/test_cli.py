@@ -12,7 +12,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import FakeEngine
+from conftest import FakeEngine, wait_until
 
 import python_docker_mcp
 import sandbox_runner
@@ -81,14 +80,6 @@ def started(*arguments: str, stdout: Any = subprocess.PIPE) -> Iterator[subproce
             child.kill()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another process does."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
 # ── what is run, and what is shown ──
 
 
@@ -100,7 +91,7 @@ def test_a_script_runs_with_its_arguments_and_shows_output_value_and_nothing_els
     )
     done = run("script.py", "--json", "two")
     assert (done.returncode, done.stdout, done.stderr) == (0, "['script.py', '--json', 'two']\n42\n", "err\n")
-    until(lambda: not docker.containers())
+    wait_until(lambda: not docker.containers())
 
 
 def test_standard_input_is_run_as_a_script(run: Run) -> None:
@@ -216,7 +207,7 @@ def test_a_session_works_across_invocations_is_listed_and_removed(run: Run, dock
     assert head.split() == ["SESSION", "STATE", "OWNER", "AGE", "IDLE", "MEMORY", "CONTAINER"]
     assert row.split()[:3] == ["work", "idle", "-"]
     assert run("rm", "work").returncode == 0
-    until(lambda: docker.containers() == [])  # it ended by a plug: no client of its own was waited for
+    wait_until(lambda: docker.containers() == [])  # it ended by a plug: no client of its own was waited for
     done = run("rm", "work")
     assert done.returncode == 1
     assert done.stderr == "python-docker-mcp: there is no session 'work': `ps` lists those there are\n"
@@ -378,7 +369,7 @@ def test_ctrl_c_interrupts_the_code_which_says_where_it_was(docker: FakeEngine) 
         said = child.stderr.read()
         assert said.startswith("Traceback (most recent call last):\n")
         assert "KeyboardInterrupt" in said
-    until(lambda: not docker.containers())
+    wait_until(lambda: not docker.containers())
 
 
 @pytest.mark.usefixtures("home")
@@ -391,14 +382,14 @@ def test_a_second_signal_leaves_and_nothing_stays_behind(docker: FakeEngine, sec
         assert child.stdout.readline() == "no\n"
         child.send_signal(second)
         assert child.wait(20) == 128 + second
-    until(lambda: not docker.containers())
+    wait_until(lambda: not docker.containers())
 
 
 @pytest.mark.usefixtures("home")
 def test_ctrl_c_ends_a_command_without_a_word(docker: FakeEngine) -> None:
     docker.script(ps={"hang": True})
     with started("ps") as child:
-        until(lambda: docker.log("ps") != [])
+        wait_until(lambda: docker.log("ps") != [])
         child.send_signal(signal.SIGINT)
         assert child.wait(20) == 130
         assert child.stderr
@@ -411,7 +402,7 @@ def test_nothing_stays_behind_when_the_command_line_is_killed(docker: FakeEngine
         assert child.stdout
         assert child.stdout.readline() == "on\n"
         child.kill()
-    until(lambda: not docker.containers())
+    wait_until(lambda: not docker.containers())
 
 
 @pytest.mark.usefixtures("home")
@@ -423,7 +414,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(docker: FakeEngine) -> None:
         assert child.wait(20) == 141
         assert child.stderr
         assert child.stderr.read() == ""
-    until(lambda: not docker.containers())
+    wait_until(lambda: not docker.containers())
 
 
 def test_help_tells_the_exit_statuses(run: Run) -> None:

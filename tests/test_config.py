@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from sandbox_runner import (
     ENVIRONMENT,
@@ -24,7 +25,7 @@ from sandbox_runner import (
     size_in_bytes,
 )
 
-EXAMPLE = Path(__file__).parents[1] / "config.yaml"
+EXAMPLE = ROOT / "config.yaml"
 
 
 @pytest.fixture

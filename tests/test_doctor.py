@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import FakeEngine
+from conftest import FakeEngine, code_objects
 
 import python_docker_mcp
 from python_docker_mcp import (
@@ -268,13 +268,6 @@ def test_the_probe_refers_to_nothing_but_itself_and_what_it_imports() -> None:
 
 def names_stored(code: types.CodeType) -> set[str]:
     return {str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_NAME"}
-
-
-def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from code_objects(constant)
 
 
 # ── the table ──

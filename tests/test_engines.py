@@ -6,7 +6,6 @@ name, or by the label with the id of the runner that made it, and only those are
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -15,20 +14,17 @@ import os
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.abc
 import pytest
-from anyio.streams.buffered import BufferedByteReceiveStream
+from conftest import PATIENCE
 from odd_code import collect
+from real_engines import WAIT, CommandLine, Engine, clients, eventually, host_processes, run
 
-import python_docker_mcp
 import sandbox_runner
 from sandbox_runner import (
     LABEL,
@@ -50,11 +46,7 @@ from sandbox_runner import (
 
 pytestmark = [pytest.mark.engine, pytest.mark.anyio]
 
-PATIENCE = 60  # seconds; the end of what would otherwise wait for ever, and no measure of anything
-T = TypeVar("T")
 
-# What code in a sandbox does to wait for the test, and how the test lets it go on: see `let_go`.
-WAIT = "while not __import__('os').path.exists('/tmp/go'): __import__('time').sleep(0.01)\n"
 STUBBORN = """
 import time
 greeting = "begun"
@@ -71,12 +63,6 @@ while True:
 
 
 @pytest.fixture
-def session() -> str:
-    """An id that no other test uses."""
-    return f"test-{secrets.token_hex(6)}"
-
-
-@pytest.fixture
 def config(config: Config) -> Config:
     """The bare image, and sessions that are gone in some minutes whatever becomes of the test."""
     return dataclasses.replace(config, session=SessionConfig(idle_timeout=300), package=PackageConfig(preinstalled=()))
@@ -88,161 +74,6 @@ async def runner(config: Config, session: str) -> AsyncIterator[Runner]:
     async with open_runner(config) as runner:
         yield runner
         await runner.close_session(session)
-
-
-class Engine:
-    """The engine's own command line, for looking and meddling behind the runner's back."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    async def __call__(self, *arguments: str) -> str:
-        """Run a command and return what it prints."""
-        with anyio.fail_after(PATIENCE):
-            done = await anyio.run_process([self.command, *arguments])
-        return done.stdout.decode()
-
-    def kill_at_once(self, name: str) -> None:
-        """Kill a container while the event loop stands still, so that nobody can notice."""
-        subprocess.run([self.command, "kill", name], check=True, capture_output=True)
-
-    async def containers_of(self, runner: Runner) -> list[str]:
-        """The names of the containers that this very runner has started."""
-        return (await self("ps", "-a", f"--filter=label={LABEL}.owner={runner.owner}", "--format={{.Names}}")).split()
-
-    async def container_of(self, runner: Runner) -> str:
-        """The name of the only container of this runner."""
-        (name,) = await self.containers_of(runner)
-        return name
-
-    async def inspect(self, name: str) -> Any:
-        """What the engine knows about a container."""
-        (about,) = json.loads(await self("inspect", name))
-        return about
-
-    async def let_go(self, name: str) -> None:
-        """Tell the code in a container to go on."""
-        # The container may be gone before the engine can say how this went; without the file the code would not go on.
-        with contextlib.suppress(subprocess.CalledProcessError):
-            await self("exec", "--user=65534:65534", name, "python3", "-c", "open('/tmp/go', 'w')")
-
-    async def clients_of(self, runner: Runner) -> list[int]:
-        """The process ids of the engine's command lines that started this runner's containers, and still run."""
-        return clients(self.command, f"--label={LABEL}.owner={runner.owner}")
-
-    async def is_gone(self, name: str, runner: Runner | None = None) -> bool:
-        """Whether the container is gone, and with it the engine's command lines that were busy with it.
-
-        One that becomes a session's is renamed; then its command line is known by its `runner`, if that has no other.
-        That runner has noticed too: a call that comes before that dies with the container.
-        """
-        if runner and any(sandbox.name == name and not sandbox.gone.is_set() for sandbox in runner._held()):
-            return False
-        marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.owner}"] if runner else [])]
-        return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, *marks)
-
-
-@pytest.fixture
-def engine(engine_command: str) -> Engine:
-    """The engine's own command line."""
-    return Engine(engine_command)
-
-
-def processes() -> Iterator[tuple[int, int, list[str]]]:
-    """Process id, parent's id and command line of every process of this host."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it may end while we look
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            yield int(folder.name), parent, (folder / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
-
-
-def clients(command: str, *marks: str) -> list[int]:
-    """The process ids of the engine's command lines that have one of these arguments."""
-    return [pid for pid, _, line in processes() if Path(line[0]).name == command and not {*marks}.isdisjoint(line)]
-
-
-async def eventually(condition: Callable[[], Awaitable[T]]) -> T:
-    """Poll until the condition holds, and return what it gave."""
-    with anyio.fail_after(PATIENCE):
-        while not (value := await condition()):  # what engines and processes do sets no event
-            await anyio.sleep(0.02)
-    return value
-
-
-class Program:
-    """A `sandbox_runner.py` in a process of its own."""
-
-    def __init__(self, process: anyio.abc.Process, command: str) -> None:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self.process = process
-        self.command = command
-        self.stdout = BufferedByteReceiveStream(process.stdout)
-        self.stderr = BufferedByteReceiveStream(process.stderr)
-
-    async def says(self, line: str) -> None:
-        """Wait for a line on its standard output; it has to be the next one."""
-        with anyio.fail_after(PATIENCE):
-            assert (await self.stdout.receive_until(b"\n", 1 << 20)).decode() == line
-
-    async def container(self) -> str:
-        """The name of the container that it is busy with."""
-
-        async def find() -> str | None:
-            for _, parent, line in processes():
-                if parent == self.process.pid and Path(line[0]).name == self.command:
-                    for name in line:
-                        if name.removeprefix("--name=").startswith("python-docker-mcp-"):
-                            return name.removeprefix("--name=")
-            return None
-
-        found = await eventually(find)
-        assert found is not None
-        return found
-
-    async def end(self) -> tuple[int, str, str]:
-        """Wait until it has ended: exit status, and the rest of its outputs."""
-        rest = {}
-
-        async def read(name: str, stream: BufferedByteReceiveStream) -> None:
-            rest[name] = b"".join([data async for data in stream]).decode()
-
-        with anyio.fail_after(PATIENCE):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(read, "stdout", self.stdout)
-                tasks.start_soon(read, "stderr", self.stderr)
-            return await self.process.wait(), rest["stdout"], rest["stderr"]
-
-
-class CommandLine(Protocol):
-    """Starts a Program with these arguments."""
-
-    def __call__(self, *arguments: str) -> AbstractAsyncContextManager[Program]: ...
-
-
-@pytest.fixture
-def command_line(config: Config, engine_command: str, tmp_path: Path) -> CommandLine:
-    """`python sandbox_runner.py …`, or an operator's command, with the same settings as the runners of the test."""
-    settings = tmp_path / "config.yaml"
-    settings.write_text(json.dumps(dataclasses.asdict(config)))
-
-    @asynccontextmanager
-    async def start(*arguments: str) -> AsyncIterator[Program]:
-        module = python_docker_mcp if arguments[0] in python_docker_mcp.COMMANDS else sandbox_runner
-        async with await anyio.open_process(
-            [sys.executable, str(module.__file__), *arguments],
-            env={**os.environ, "PYTHON_DOCKER_MCP_CONFIG": str(settings)},
-            start_new_session=True,
-        ) as process:
-            yield Program(process, engine_command)
-
-    return start
-
-
-async def run(command_line: CommandLine, *arguments: str) -> tuple[int, str, str]:
-    """Run the command line to its end: exit status, standard output and standard error."""
-    async with command_line(*arguments) as program:
-        return await program.end()
 
 
 # ── what a call tells ──
@@ -548,11 +379,11 @@ async def test_a_session_survives_the_sigkill_of_the_host_that_started_it(
 ) -> None:
     async with command_line("--session", session, "-c", f"x = 41\nprint('begun', flush=True)\n{WAIT}x += 1") as program:
         await program.says("begun")
-        mine = [pid for pid, parent, _ in processes() if parent == program.process.pid]
+        mine = [pid for pid, parent, _ in host_processes() if parent == program.process.pid]
         program.process.kill()
 
     async def are_gone() -> bool:
-        return not {*mine} & {pid for pid, *_ in processes()}
+        return not {*mine} & {pid for pid, *_ in host_processes()}
 
     assert mine
     await eventually(are_gone)  # Podman's client may take the container along

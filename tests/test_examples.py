@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 import sandbox_runner
 
 pytestmark = pytest.mark.engine
-TESTS = Path(__file__).parent
+EXAMPLES = ROOT / "tests/examples"
 
 
 def run(folder: Path, engine_command: str, *command: str | Path, packages: list[str] | None) -> str:
@@ -38,22 +39,20 @@ def run(folder: Path, engine_command: str, *command: str | Path, packages: list[
 
 
 def test_data_analysis_with_a_plot(tmp_path: Path, engine_command: str) -> None:
-    mount = f"--mount={TESTS / 'data'}:/data"
-    said = run(
-        tmp_path, engine_command, sandbox_runner.__file__, mount, TESTS / "examples/weather_plot.py", packages=None
-    )
+    mount = f"--mount={ROOT / 'tests/data'}:/data"
+    said = run(tmp_path, engine_command, sandbox_runner.__file__, mount, EXAMPLES / "weather_plot.py", packages=None)
     assert "  14.2  26.0   12.0\n" in said
     assert (tmp_path / "figure-1.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_data_analysis_by_the_standard_library(tmp_path: Path, engine_command: str) -> None:
-    mount = f"--mount={TESTS / 'data'}:/data"
-    said = run(tmp_path, engine_command, sandbox_runner.__file__, mount, TESTS / "examples/weather.py", packages=[])
+    mount = f"--mount={ROOT / 'tests/data'}:/data"
+    said = run(tmp_path, engine_command, sandbox_runner.__file__, mount, EXAMPLES / "weather.py", packages=[])
     assert said.endswith("{'days': 1461, 'mean °C': 12.3, 'rain, mm a year': 1107, 'wet days a year': 126}\n"), said
 
 
 def test_work_in_steps(tmp_path: Path, engine_command: str) -> None:
-    said = run(tmp_path, engine_command, TESTS / "examples/session.py", packages=[])
+    said = run(tmp_path, engine_command, EXAMPLES / "session.py", packages=[])
     assert "\n[3.14, 12.57, 28.27]\n" in said
     assert said.endswith(
         "TypeError on line 1, state preserved\n>>> radii.append(4)\n... round(area(radii[-1]), 2)\n50.27\n"
@@ -61,14 +60,14 @@ def test_work_in_steps(tmp_path: Path, engine_command: str) -> None:
 
 
 def test_a_package_for_a_session(tmp_path: Path, engine_command: str) -> None:
-    missing, installed, value = run(tmp_path, engine_command, TESTS / "examples/packages.py", packages=[]).splitlines()
+    missing, installed, value = run(tmp_path, engine_command, EXAMPLES / "packages.py", packages=[]).splitlines()
     assert missing == "error - humanize is not installed. Install it with install-package."
     assert "can be imported in the session" in installed
     assert value == "['12 Bytes', '3.4 kB', '5.6 MB']"
 
 
 def test_a_batch_of_transient_calls(tmp_path: Path, engine_command: str) -> None:
-    assert run(tmp_path, engine_command, TESTS / "examples/batch.py", packages=[]).splitlines() == [
+    assert run(tmp_path, engine_command, EXAMPLES / "batch.py", packages=[]).splitlines() == [
         "ada: right",
         "bob: wrong: AssertionError: an even number of numbers",
         "eve: wrong: the code did not end within 2 seconds",

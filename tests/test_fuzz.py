@@ -1,6 +1,6 @@
 """Whatever comes in: frames in both directions, arguments of tools, ids, package names, and engines that misbehave.
 
-Made by hypothesis; `fuzz_frames`, whose functions these tests use, finds more by itself if it is given the time.
+Made by hypothesis; `tools/fuzz_frames.py`, whose functions these tests use, finds more by itself if it gets the time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import anyio
 import anyio.abc
 import mcp_types as types
 import pytest
-from conftest import FakeEngine
+from conftest import GREETING, PATIENCE, FakeEngine
 from fuzz_frames import CALL, FRAMES, REPORT, VALUES, as_host, as_supervisor, finish, lines_from, tamed, wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +56,6 @@ from sandbox_runner import (
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 60  # seconds until what would wait for ever has failed
 
 any_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -220,8 +219,6 @@ class NoEngine(Engine):
         """It is gone."""
 
 
-GREETING: dict[str, Any] = {"id": "", "kind": "ready", "session": None, "attached": True, "owner": "", "unread": None}
-GREETING |= {"packages": None, "busy": False, "age": 0, "idle": 0, "memory": None}
 greetings = st.dictionaries(st.sampled_from(sorted(GREETING)), some_value, max_size=2).map(
     lambda wrong: json.dumps({**GREETING, **wrong}).encode() + b"\n"
 )

@@ -17,7 +17,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeEngine
+from conftest import FakeEngine, code_objects, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest_subprocess.exceptions import ProcessNotRegisteredError
@@ -90,14 +89,6 @@ NEWER_BUILTINS = {
     "EncodingWarning",
     "PythonFinalizationError",
 }
-
-
-def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code object, and all within it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from code_objects(constant)
 
 
 def names(code: types.CodeType, *operations: str) -> set[str]:
@@ -770,14 +761,6 @@ def guest(make_guest: MakeGuest) -> Guest:
     return make_guest()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that another process does."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)
-
-
 def test_the_guest_tells_which_python_it_runs_on(guest: Guest, python: str) -> None:
     said = subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout
     assert said.strip() == f"Python {guest.greeting['python']}"
@@ -1347,7 +1330,7 @@ def test_why_the_variables_were_lost_between_calls_is_told_once(guest: Guest) ->
     )
     worker = guest.worker()
     (guest.home / "go").touch()
-    until(lambda: guest.worker() not in (worker, []))
+    wait_until(lambda: guest.worker() not in (worker, []))
     assert guest.run("1").done["lost_before"] == "exit status 5"
     assert guest.run("1").done["lost_before"] is None
 
@@ -1374,7 +1357,7 @@ def test_what_threads_write_after_a_call_is_told_with_the_next(guest: Guest) -> 
         "    print('late')\n    open('done', 'w').close()\nthreading.Thread(target=f).start()"
     )
     (guest.home / "go").touch()
-    until((guest.home / "done").exists)
+    wait_until((guest.home / "done").exists)
     told = guest.run("print('next')")
     assert (told.earlier, told.stdout) == ("late\n", "next\n")
 
@@ -1524,7 +1507,7 @@ def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
         assert next(guest.frames) == {"id": "", "kind": "farewell"}
         assert docker.containers() != []
         guest.process.wait(timeout=20)
-    until(lambda: docker.containers() == [])
+    wait_until(lambda: docker.containers() == [])
 
 
 def test_a_session_that_nobody_comes_back_to_ends_by_itself(
@@ -1535,4 +1518,4 @@ def test_a_session_that_nobody_comes_back_to_ends_by_itself(
     guest.run("1")
     guest.process.kill()
     guest.process.communicate()
-    until(lambda: docker.containers() == [])
+    wait_until(lambda: docker.containers() == [])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import secrets
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -560,12 +559,6 @@ def fixed(config: Config) -> Config:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less time between an interruption and the kill, of which there are many here."""
     monkeypatch.setattr(sandbox_runner, "GRACE", 0.4)
-
-
-@pytest.fixture
-def session() -> str:
-    """An id that no other test uses."""
-    return f"hostile-{secrets.token_hex(6)}"
 
 
 @pytest.fixture

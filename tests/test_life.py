@@ -27,14 +27,11 @@ import anyio
 import anyio.abc
 import hypothesis
 import pytest
-import test_engines
-import test_runner
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from conftest import FakeEngine
+from conftest import PATIENCE, WAIT_FOR_GO, FakeEngine, Hears, client, go, leave_without_a_word, until
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from test_engines import WAIT, Engine, eventually
-from test_runner import WAIT_FOR_GO, Hears, client, go, until
+from real_engines import WAIT, CommandLine, Engine, eventually, host_processes, run
 
 import sandbox_runner
 from sandbox_runner import (
@@ -53,7 +50,6 @@ from sandbox_runner import (
     session_container,
 )
 
-PATIENCE = 60  # seconds; the end of what would otherwise wait for ever, and no measure of anything
 T = TypeVar("T")
 
 
@@ -688,8 +684,6 @@ def test_nothing_is_lost_and_nothing_left_behind_in_any_story(world: World) -> N
 
 # ── single things that the stories have found, or meet too seldom ──
 
-settings = test_runner.settings
-
 
 def is_another(runner: Runner, cut: sandbox_runner.Sandbox | None) -> bool:
     """Whether the session `s` is connected again."""
@@ -826,7 +820,7 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
     docker: FakeEngine, settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "_leave", test_runner.leave_without_a_word)
+        patch.setattr(Runner, "_leave", leave_without_a_word)
         async with open_runner(settings) as first:
             await first._sandbox_of(first.sessions.setdefault("s", sandbox_runner.Session()), "s")
     assert docker.containers() == [session_container("s")]
@@ -920,8 +914,6 @@ async def test_a_container_of_somebody_elses_that_has_our_label_or_name_is_not_t
 
 
 # ── on real engines ──
-
-session, engine, command_line = test_engines.session, test_engines.engine, test_engines.command_line
 
 HOST = """
 import anyio, sandbox_runner
@@ -1052,16 +1044,16 @@ async def test_containers_that_only_look_like_ours_are_left_alone(
 @pytest.mark.engine
 @pytest.mark.anyio
 async def test_a_session_that_is_paused_is_listed_as_not_answering_and_is_not_lost(
-    brief: Config, session: str, engine: Engine, command_line: test_engines.CommandLine
+    brief: Config, session: str, engine: Engine, command_line: CommandLine
 ) -> None:
     name = session_container(session)
     async with open_runner(brief) as runner:
         await runner.execute("x = 1", session=session)
-        (row,) = [row for row in (await test_engines.run(command_line, "ps"))[1].splitlines() if name in row]
+        (row,) = [row for row in (await run(command_line, "ps"))[1].splitlines() if name in row]
         assert row.split()[:6] == [session, "idle,", "in", "use", "pid", str(os.getpid())]
     await engine("pause", name)
     try:
-        (row,) = [row for row in (await test_engines.run(command_line, "ps"))[1].splitlines() if name in row]
+        (row,) = [row for row in (await run(command_line, "ps"))[1].splitlines() if name in row]
         assert "  does not answer  " in row
         async with open_runner(brief) as runner:
             with pytest.raises(SessionError, match=f"its container {name} does not answer .paused.: unpause it"):
@@ -1143,7 +1135,7 @@ class Daemon:
     async def clean_up(self) -> None:
         """Leave neither processes nor mounts of it behind."""
         await self.stop(signal.SIGTERM)
-        for pid, parent, line in [*test_engines.processes()]:  # what a test left that failed while the daemon was down
+        for pid, parent, line in [*host_processes()]:  # what a test left that failed while the daemon was down
             if any(argument.startswith(str(self.folder)) for argument in (*line, *command_line_of(parent))):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

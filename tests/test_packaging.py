@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import readme
+from conftest import ROOT
 from pytest_subprocess import FakeProcess
 
 import python_docker_mcp
 from sandbox_runner import DockerConfig, __version__
 
-ROOT = Path(__file__).parents[1]
 MODULES = ["python_docker_mcp", "sandbox_runner"]
 
 

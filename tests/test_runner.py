@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from conftest import FakeEngine
+from conftest import GREETING, WAIT_FOR_GO, FakeEngine, Hears, client, go, leave_without_a_word, until
 from pytest_subprocess import FakeProcess
 
 import sandbox_runner
@@ -28,7 +28,6 @@ from sandbox_runner import (
     Image,
     ImageError,
     Omitted,
-    PackageConfig,
     PoolConfig,
     RequestError,
     Result,
@@ -48,20 +47,7 @@ from sandbox_runner import (
 
 pytestmark = pytest.mark.anyio
 
-WAIT_FOR_GO = "import os, time\nprint('on')\nwhile not os.path.exists('go'): time.sleep(0.002)\n"
 STUBBORN = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('on')\nwhile True: signal.pause()"
-
-
-@pytest.fixture
-def settings(docker: FakeEngine, tmp_path: Path) -> Config:
-    """Settings for the fake engine, with a working directory of the test's own and nothing prepared beforehand."""
-    (tmp_path / "work").mkdir()
-    return Config(
-        docker=DockerConfig(command=docker.command, working_dir=str(tmp_path / "work")),
-        session=SessionConfig(idle_timeout=60),
-        package=PackageConfig(preinstalled=()),
-        pool=PoolConfig(enabled=False),
-    )
 
 
 @pytest.fixture
@@ -70,38 +56,6 @@ async def runner(settings: Config) -> AsyncIterator[Runner]:
     with anyio.fail_after(30):
         async with open_runner(settings) as opened:
             yield opened
-
-
-class Hears:
-    """An `on_output` that tells when the first output came."""
-
-    def __init__(self) -> None:
-        self.first = anyio.Event()
-        self.text = ""
-
-    async def __call__(self, item: Text | Rich | Omitted) -> None:
-        if isinstance(item, Text):
-            self.text += item.text
-        self.first.set()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another process does."""
-    with anyio.fail_after(20):
-        while not condition():
-            await anyio.sleep(0.005)
-
-
-def go(settings: Config) -> None:
-    """Let code end that does WAIT_FOR_GO."""
-    Path(settings.docker.working_dir, "go").touch()
-
-
-def client(runner: Runner, session: str) -> int:
-    """The process id of the engine's command line behind a session."""
-    sandbox = runner.sessions[session].sandbox
-    assert sandbox
-    return sandbox._process.pid
 
 
 # ── calls ──
@@ -640,16 +594,6 @@ async def test_who_plugs_into_a_session_is_told_whether_its_last_call_left_the_v
 # ── hostile sandboxes ──
 
 
-GREETING: dict[str, Any] = {
-    "id": "",
-    "kind": "ready",
-    "session": None,
-    "attached": True,
-    "owner": "",
-    "unread": None,
-    "packages": None,
-}
-GREETING |= {"busy": False, "age": 0, "idle": 0, "memory": None}
 DONE: dict[str, Any] = {
     "kind": "done",
     "status": "ok",
@@ -1294,10 +1238,6 @@ async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Conf
                 await anyio.sleep(0.01)
     assert values == ["0", "1", "2", "3"]  # in the order of coming
     assert any("pool.size" in line for line in status)
-
-
-async def leave_without_a_word(_: Runner) -> None:
-    """Stands in for a host that is killed."""
 
 
 @pytest.mark.parametrize("same", [True, False])

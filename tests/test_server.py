@@ -27,12 +27,12 @@ import mcp_types as types
 import pydantic
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
-from conftest import FakeEngine
+from conftest import PATIENCE, ROOT, FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
 from mcp import Client, StdioServerParameters
 from mcp.shared.exceptions import MCPError
-from test_packages import Index, fill
+from package_index import Index, fill
 
 import python_docker_mcp
 import sandbox_runner
@@ -74,7 +74,6 @@ from sandbox_runner import (
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 60  # seconds until a test that waits for something has failed
 ERAS = ["legacy", "auto"]  # a handshake by `initialize`; `server/discover`, as of 2026-07-28
 TOOLS = ["execute-transient", "execute-persistent", "install-package", "cleanup-session"]
 FACTORIAL = """
@@ -800,9 +799,6 @@ def stdio(config: Config, folder: Path) -> Client:
     )
 
 
-ROOT = Path(python_docker_mcp.__file__).parent
-
-
 class RawClient:
     """Speaks lines with a server, and takes nothing for granted."""
 
@@ -1158,12 +1154,6 @@ def test_a_bad_configuration_is_one_sentence_and_exit_status_2(
 
 
 # ── on real engines ──
-
-
-@pytest.fixture
-def session() -> str:
-    """An id that no other test uses."""
-    return f"test-{secrets.token_hex(6)}"
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Makes the README's picture: a real conversation with the server, over standard streams, drawn in a sandbox.
 
-    python -m tests.picture docker
+    python -m tests.tools.picture docker
 
 The question is made up; the calls, the results and the plot in them are what the server answered.
 """
@@ -17,7 +17,7 @@ import mcp_types as types
 import yaml
 from mcp import Client, StdioServerParameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUESTION = "In /data is four years of Seattle's weather. When is it wet there, and when is it warm?"
 STEPS = [
     """\

@@ -14,7 +14,7 @@ import yaml
 
 from sandbox_runner import ENVIRONMENT, Config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START = "<!-- settings: written by `make docs`, from the code and from config.yaml -->\n"
 END = "<!-- end of the settings -->\n"
 

@@ -1,6 +1,6 @@
 """What four clients do in half an hour while things around them are killed; after that nothing may be left.
 
-    python -m tests.soak docker [MINUTES] [--seed NUMBER] [--image IMAGE]
+    python -m tests.tools.soak docker [MINUTES] [--seed NUMBER] [--image IMAGE]
 
 Each client is a server process of its own and speaks lines with it, as real clients do. Two workers of each make calls
 of all kinds, with and without a session, while a third party kills servers, the engine's command lines and containers,
@@ -56,7 +56,7 @@ from sandbox_runner import (
     session_container,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLIENTS = 4
 WORKERS = 2  # of each client: calls that it makes at the same time
 SESSIONS = 12  # of all clients
@@ -853,7 +853,7 @@ class Soak:
 
 def main() -> None:
     """Run a soak."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="A soak of the server on a real engine.")
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.soak", description="A soak on a real engine.")
     parser.add_argument("engine", choices=("docker", "podman"))
     parser.add_argument("minutes", nargs="?", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))

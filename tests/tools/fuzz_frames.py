@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the frames in both directions: what a sandbox sends us, and what a worker its supervisor.
 
-    python -m tests.fuzz_frames [SECONDS]
+    python -m tests.tools.fuzz_frames [SECONDS]
 
 It needs atheris (the dependency group `fuzz`). The first byte of an input chooses the direction. `test_fuzz` takes the
 same two functions through inputs that are made, not found.

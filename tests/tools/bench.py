@@ -1,6 +1,6 @@
 """What the server costs, beside the engine's own commands and the SDK's least server: all in one run, interleaved.
 
-    python -m tests.bench docker [--rows warm,session] [--rounds 50] [--json FILE] [--plot FILE.png]
+    python -m tests.tools.bench docker [--rows warm,session] [--rounds 50] [--json FILE] [--plot FILE.png]
 
 The server is used as a client uses it, by JSON lines over its standard streams. `docker run` and `docker exec` get the
 same image, the same flags and the same share of CPU. Whatever is compared takes turns, round by round, because the
