@@ -212,6 +212,7 @@ class ExecuteTransient(Tool):
             state=self.state or {},
             timeout=seconds(self.timeout, service.runner.config.docker.max_timeout),
             on_output=progress.on_output,
+            on_status=progress.on_status,
         )
         return render(
             result,
@@ -270,6 +271,7 @@ class ExecutePersistent(Tool):
             session=session,
             timeout=seconds(self.timeout, config.max_timeout),
             on_output=progress.on_output,
+            on_status=progress.on_status,
             interrupt=stop if self.interrupt else None,
             is_new=self.session_id is None,
             answer_within=config.answer_within,
@@ -305,9 +307,11 @@ class InstallPackage(Tool):
         description="The session that needs the package. Left out: it is installed for every execution from now on.",
     )
 
-    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # inherited
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # inherited
         """Install the package, and report the outcome."""
-        installation = await service.runner.install(self.package_name, session=self.session_id)
+        installation = await service.runner.install(
+            self.package_name, session=self.session_id, on_status=progress.on_status
+        )
         return render_installation(installation, self.session_id)
 
 
@@ -1149,7 +1153,7 @@ async def call_tool(context: Context, params: types.CallToolRequestParams) -> ty
     service = context.lifespan_context
     try:
         tool = parse(params.name, params.arguments or {})
-        progress = Progress(context.session, service.runner)
+        progress = Progress(context.session)
         with service.reporter.follow(progress):
             result = await tool.call(service, progress)
     except SandboxError as error:
@@ -1169,9 +1173,9 @@ def takes_links(context: Context) -> bool:
 class Progress:
     """Tells a client how its call is getting on: the latest output, what it waits for, or just that it is alive."""
 
-    def __init__(self, session: ServerSession, runner: Runner) -> None:
+    def __init__(self, session: ServerSession) -> None:
         self._session = session
-        self._runner = runner
+        self._status = ""
         self._text = ""
         self._started = self._said_at = time.monotonic()
         self._said = ""
@@ -1180,6 +1184,10 @@ class Progress:
     async def on_output(self, item: Text | Rich | Omitted) -> None:
         """Remember a piece of output for the next report."""
         self._text = f"{self._text}{plain_text(item)}"[-1000:]
+
+    def on_status(self, status: str) -> None:
+        """Note what the call waits for."""
+        self._status = status
 
     async def report(self) -> None:
         """Notify a client that asked for progress, if there is news or has been none for KEEP_ALIVE seconds."""
@@ -1191,7 +1199,7 @@ class Progress:
 
     def _latest(self) -> str:
         lines = as_shown(self._text).strip().splitlines()
-        return encodable(lines[-1][-200:]) if lines else self._runner.status
+        return encodable(lines[-1][-200:]) if lines else self._status
 
 
 class Reporter:

@@ -82,15 +82,19 @@ import urllib.request
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar, get_args
 
 import anyio
 import anyio.abc
+import pydantic
+import pydantic_core
 from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.memory import MemoryObjectSendStream
+from typing_extensions import TypedDict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -133,7 +137,7 @@ START_TIMEOUT = 60  # seconds from `docker run` to the supervisor's greeting
 PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
 ATTACH_TIMEOUT = 15  # seconds from `docker exec` to the supervisor's greeting
 LOOK_TIMEOUT = 5  # seconds for the same, when a sandbox is only asked for its state
-MOMENT = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
+CLOSING_TIME = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
 MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
 GRACE = 2.0  # seconds between interrupting the code and killing it
 ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
@@ -149,9 +153,10 @@ FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
 WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
 LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
-CODE_LIMIT = 256 << 10  # bytes of code in one call; less than MAX_FRAME
+CODE_LIMIT = 256 << 10  # bytes of code in one call; less than LINE_LIMIT
 PIECES_LIMIT = 100_000  # pieces of output in one result; more than a genuine supervisor lets through
 PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
+STREAM_LIMIT = 64  # pieces of output that wait for a slow caller before the sandbox has to wait
 JOINED_LIMIT = 1 << 20  # characters of output up to which all neighbouring pieces are joined at the end
 NOTES_LOGGED = 100  # notes of one sandbox that are logged
 ERRORS_KEPT = 8192  # bytes kept of the stderr of the engine's command line
@@ -654,11 +659,278 @@ class Installation:
     seconds: float = 0.0
 
 
+# ── protocol ──
+#
+# A frame is a JSON object on a line of its own. Where it has `data`, a number, that many bytes follow the line as they
+# are, because encoding what is large as JSON would cost more than everything else. In memory, `data` is those bytes.
+#
+# These types are the only definition of the frames. The host validates every line from a sandbox with FROM_SANDBOX; the
+# supervisor checks what the worker sends against the schemas that WORKER_SCHEMAS makes of them; and where the guest
+# writes or reads a frame, the annotation (which is never evaluated there) has the type checker compare the two.
+
+Count = Annotated[int, pydantic.Field(ge=0, le=1 << 62)]
+Number = Annotated[int, pydantic.Field(ge=-(1 << 62), le=1 << 62)]
+Seconds = Annotated[float, pydantic.Field(ge=0, le=1e12)]
+SessionId = Annotated[str, pydantic.Field(pattern=f"^{SESSION_ID}$")]
+Data = Annotated[  # on the wire, the number of bytes that follow
+    bytes, pydantic.GetPydanticSchema(lambda *_: pydantic_core.core_schema.int_schema(ge=0, le=DATA_LIMIT, strict=True))
+]
+
+
+Stdio = Literal["stdout", "stderr"]
+StopReason = Literal["timeout", "cancelled"]
+
+
+# From the host to the supervisor
+
+
+class Run(TypedDict):
+    """Run code, which is the data, after a frame `state` with the same id if the call has variables."""
+
+    op: Literal["run"]
+    id: str
+    data: Data
+    session: str | None
+    final: bool  # whether the sandbox ends with the call
+    timeout: float
+    filename: str | None
+    argv: Sequence[str]
+    output_limit: int | None
+    packages: str | None
+    recycle: bool
+
+
+class GiveState(TypedDict):
+    """Give the next call its variables: a JSON object."""
+
+    op: Literal["state"]
+    id: str
+    data: Data
+
+
+class Read(TypedDict):
+    """Read a piece of a file in the working directory; answered by `file`."""
+
+    op: Literal["read"]
+    id: str
+    path: str
+    offset: int
+
+
+class Order(TypedDict):
+    """Interrupt a call, or answer with a `pong`."""
+
+    op: Literal["interrupt", "ping"]
+    id: str
+
+
+class Parting(TypedDict):
+    """Detach, so that a session stays; or end."""
+
+    op: Literal["farewell", "end"]
+
+
+ToSupervisor = Run | GiveState | Read | Order | Parting
+
+
+class PlugRequest(TypedDict):
+    """What a plug asks for: this session, or a sandbox without one that has these settings."""
+
+    session: str | None
+    settings: str | None
+    owner: str
+
+
+# From the worker, which runs the user's code, to the supervisor, and on to the host
+
+
+class Display(TypedDict):
+    """Rich output: a JSON object of texts by MIME type."""
+
+    kind: Literal["display"]
+    id: str
+    data: Data
+    is_value: bool
+
+
+class State(TypedDict):
+    """The variables after the call: a JSON object; and why the others are not in it, by name."""
+
+    kind: Literal["state"]
+    id: str
+    data: Data
+    left_out: dict[str, str]
+
+
+class Content(TypedDict):
+    """A small file that the call made or changed."""
+
+    kind: Literal["content"]
+    id: str
+    data: Data
+    path: str
+
+
+class ExceptionFields(TypedDict):
+    """The exception that ended the code, see ExceptionInfo."""
+
+    type: str
+    message: str
+    line: Number | None
+    traceback: str
+    missing: str | None
+
+
+class Report(TypedDict):
+    """How the code ended. The worker leaves out what does not apply."""
+
+    kind: Literal["done"]
+    id: str
+    status: Literal["ok", "error"]
+    cpu: Seconds
+    memory: NotRequired[Count | None]
+    value: NotRequired[str]
+    value_length: NotRequired[Count]
+    exit_code: NotRequired[Number]
+    exception: NotRequired[ExceptionFields]
+    stale: NotRequired[list[str]]
+    files: NotRequired[list[tuple[str, Count]]]
+
+
+FromWorker = Display | State | Content | Report
+
+
+# From the supervisor to the host
+
+
+class Greeting(TypedDict):
+    """The state of a sandbox, to the host that it is now attached to (`ready`) or only answers (`status`)."""
+
+    kind: Literal["ready", "status"]
+    session: SessionId | None
+    attached: bool
+    owner: str
+    unread: str | None  # id of the last call, until a host has been sent its end
+    told: Count  # bytes of that call's output sent to a host
+    kept: bool  # whether the variables survived the last call
+    packages: str | None
+    busy: bool
+    ran: Seconds
+    left: Seconds
+    age: Seconds
+    idle: Seconds
+    memory: Count | None
+
+
+class Notice(TypedDict):
+    """The supervisor lets go; the session was not used for too long; or a worker has preloaded everything."""
+
+    kind: Literal["farewell", "expired", "prepared"]
+
+
+class Note(TypedDict):
+    """A remark for the log."""
+
+    kind: Literal["note"]
+    text: str
+
+
+class Recycled(TypedDict):
+    """The sandbox was cleaned after a call, and whether nothing was left of it."""
+
+    kind: Literal["recycled"]
+    id: str
+    clean: bool
+
+
+class Answer(TypedDict):
+    """A call has begun; can't begin, as its sandbox preloaded other packages; or a ping came through."""
+
+    kind: Literal["begun", "unfit", "pong"]
+    id: str
+
+
+class Output(TypedDict):
+    """Text that the code wrote during the call, or that what earlier calls left running wrote since."""
+
+    kind: Literal["stdout", "stderr", "earlier"]
+    id: str
+    data: Data
+
+
+class Gap(TypedDict):
+    """Bytes of output left out here."""
+
+    kind: Literal["omitted"]
+    id: str
+    bytes: Count
+
+
+class Piece(TypedDict):
+    """A piece of a file, or why it can't be read."""
+
+    kind: Literal["file"]
+    id: str
+    data: Data
+    problem: str | None
+
+
+class Done(TypedDict):
+    """The end of a call: the worker's report, or the supervisor's if the worker is gone."""
+
+    kind: Literal["done"]
+    id: str
+    status: Literal["ok", "error", "timeout", "out_of_memory", "cancelled", "died"]
+    cpu: Seconds
+    wall: Seconds
+    oom_kills: Count
+    lost: bool  # whether the worker is gone, with all that it held
+    lost_before: str | None  # why the last one was gone before this call
+    message: NotRequired[str | None]
+    memory: NotRequired[Count | None]
+    value: NotRequired[str]
+    value_length: NotRequired[Count]
+    exit_code: NotRequired[Number]
+    exception: NotRequired[ExceptionFields]
+    stale: NotRequired[list[str]]
+    files: NotRequired[list[tuple[str, Count]]]
+
+
+OfCall = Answer | Output | Gap | Display | State | Content | Done
+FromSandbox = Greeting | Notice | Note | Recycled | Piece | OfCall
+
+
+# From the installer to the host
+
+
+class InstallerProgress(TypedDict):
+    """What the installer is doing."""
+
+    kind: Literal["progress"]
+    text: str
+    step: NotRequired[Count]
+
+
+class InstallerReport(TypedDict):
+    """What came of the installer's work."""
+
+    kind: Literal["done"]
+    ok: bool
+    output: NotRequired[str]
+    folder: NotRequired[str]
+    installed: NotRequired[list[tuple[str, str]]]
+    present: NotRequired[str | None]  # version of the requested package, if the image has it
+
+
+FromInstaller = InstallerProgress | InstallerReport
+
+
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
 PROTOCOL = 1  # version of the frames and the plug; raised by a change that older sandboxes would not understand
-MAX_FRAME = 1 << 20  # bytes of a frame's line, and of its data; bounds what a hostile frame costs its reader
-PART = 1 << 16  # bytes of data sent in one frame, and of one read
+LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
+DATA_LIMIT = 4 << 20  # bytes of a frame's data
+READ_SIZE = 1 << 16  # bytes of one read from a pipe
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # shared: json.dumps() would make one per frame
 HIGH_WATER = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
 BREATH = 0.002  # seconds that output waits for more: waking each process that relays it costs more than the bytes do
@@ -669,16 +941,14 @@ TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
 FORMS_LIMIT = 32  # of rich output for one value
-RICH_COST = 512  # characters that each piece of rich output counts for besides its own; bounds how many there are
+FRAME_COST = 512  # bytes that a frame of a call counts for besides its data; bounds how many there are
 IMAGE_SIDE = 2000  # pixels: some clients refuse more, or shrink it until it is illegible
 IMAGE_BYTES = 500_000  # other clients refuse results of about 1 MB
-STATE_LIMIT = 32 << 20  # bytes of variables passed into a call, or returned by it
+STATE_LIMIT = DATA_LIMIT  # bytes of variables passed into a call, or returned by it
 STATE_DEPTH = 64
 PLAIN_TYPES = {type(None), bool, str, int, float, list, tuple, dict}
 NAME_LIMIT = 1000  # characters of a variable's name
-STATE_PARTS = 1_000_000  # values within values
-PART_COST = 64  # bytes that a frame counts for besides its data
-DATA_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes that a call returns besides its output and report
+CALL_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes that a call returns besides its output and report
 FILES_LISTED = 100  # of the files that a call made or changed
 FILES_SEEN = 5000  # files in the working directory; any more are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new or changed file that is returned when its sandbox ends with the call
@@ -756,7 +1026,7 @@ class Channel:
             ValueError: the data is not a frame, or is too large.
         """
         try:
-            data = os.read(self.reader, PART)
+            data = os.read(self.reader, READ_SIZE)
         except BlockingIOError:
             return
         except ConnectionResetError:
@@ -773,8 +1043,8 @@ class Channel:
             end = self._inbox.find(b"\n", self._searched)
             if end < 0:
                 self._searched = len(self._inbox)
-                if self._searched > MAX_FRAME:
-                    raise ValueError(f"a frame is larger than {MAX_FRAME} bytes")
+                if self._searched > LINE_LIMIT:
+                    raise ValueError(f"a frame's line is longer than {LINE_LIMIT} bytes")
                 return None
             line = bytes(self._inbox[:end])
             del self._inbox[: end + 1]
@@ -786,7 +1056,7 @@ class Channel:
             if not isinstance(frame, dict):
                 raise ValueError("a frame is not an object")
             size = frame.get("data", 0)
-            if type(size) is not int or not 0 <= size <= MAX_FRAME:
+            if type(size) is not int or not 0 <= size <= DATA_LIMIT:
                 raise ValueError(f"a frame with {str(size)[:40]} bytes of data")
             self._head = frame
         frame = self._head
@@ -800,13 +1070,12 @@ class Channel:
         self._head = None
         return frame
 
-    def send(self, frame: dict[str, Any]) -> None:
-        """Queue a frame, splitting long data into parts, and write what the descriptor takes."""
-        for part in in_parts(frame):
-            self.queue(part)
-            self.flush()
+    def send(self, frame: Mapping[str, Any]) -> None:
+        """Queue a frame, and write as much as the descriptor takes."""
+        self.queue(frame)
+        self.flush()
 
-    def queue(self, frame: dict[str, Any]) -> None:
+    def queue(self, frame: Mapping[str, Any]) -> None:
         """Queue a frame, to be written together with the next ones."""
         self.outbox += head(frame)
         self.outbox += frame.get("data", b"")
@@ -832,42 +1101,34 @@ class Channel:
             os.close(fd)
 
 
-def in_parts(frame: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a frame, preceded by `part` frames with the data that is too much for one."""
-    data = memoryview(frame.get("data", b""))
-    word = "op" if "op" in frame else "kind"
-    last = max(0, len(data) - 1) // PART * PART
-    for start in range(0, last, PART):
-        yield {word: "part", "id": frame["id"], "data": data[start : start + PART]}
-    yield {**frame, "data": data[last:]} if last else frame
-
-
-def head(frame: dict[str, Any]) -> bytes:
+def head(frame: Mapping[str, Any]) -> bytes:
     """Return the line of a frame; its data, if any, follows it."""
     fields = {**frame, "data": len(frame["data"])} if "data" in frame else frame
     return ENCODER.encode(fields).encode() + b"\n"
 
 
-class Call:
+class RunningCall:
     """State of the running call, as the supervisor keeps it."""
 
-    def __init__(self, request: dict[str, Any], grace: float) -> None:
+    def __init__(self, request: Run, grace: float) -> None:
         self.id: str = request["id"]
         self.grace = grace  # seconds between interrupting the code and killing it
         self.started = time.monotonic()
         self.deadline: float = self.started + request["timeout"]
         self.nudge = self.kill_at = math.inf  # when to interrupt again, and when to kill
-        self.stopped_for: str | None = None  # "timeout" or "cancelled" once interrupted
+        self.stopped_for: StopReason | None = None  # "timeout" or "cancelled" once interrupted
         limit: int | None = request["output_limit"]
         self.limited = limit is not None
         self.recycle: bool = request["recycle"]  # whether to clean up after it if the worker survives
         self.head_left = (limit or 0) * 3 // 4  # bytes of output that are still passed on at once
         self.tail_left = (limit or 0) - self.head_left
-        self.tail: deque[tuple[str, bytes]] = deque()  # (stream, text): the end of the output, held until the call ends
+        self.tail: deque[tuple[Stdio, bytes]] = (
+            deque()
+        )  # (stream, text): the end of the output, held until the call ends
         self.omitted = 0  # bytes dropped between head and tail
-        self.data_left = DATA_LIMIT
+        self.data_left = CALL_LIMIT
 
-    def interrupt(self, reason: str) -> bool:
+    def interrupt(self, reason: StopReason) -> bool:
         """Start the grace period of an interruption; return False if it has started already."""
         if self.stopped_for:
             return False
@@ -880,7 +1141,7 @@ class Call:
         """Return when the supervisor has to act on this call, unless it ends first."""
         return min(self.deadline, self.nudge, self.kill_at)
 
-    def admit(self, stream: str, text: str) -> str:
+    def admit(self, stream: Stdio, text: str) -> str:
         """Return the part of this output to pass on at once; the rest goes to the tail and pushes older output out."""
         if not self.limited:
             return text
@@ -901,73 +1162,45 @@ class Call:
         return passes
 
 
-NONE = type(None)
-EXCEPTION_FIELDS = {
-    "type": (str,),
-    "message": (str,),
-    "line": (int, NONE),
-    "traceback": (str,),
-    "missing": (str, NONE),
-}
-WORKER_FIELDS = {  # by kind: the fields of a worker's frame besides `id` and `kind`, with their types
-    "part": {"data": (bytes,)},
-    "display": {"data": (bytes,), "is_value": (bool,)},
-    "text": {"data": (bytes,), "name": (str,)},
-    "state": {"data": (bytes,), "left_out": (dict,)},
-    "content": {"data": (bytes,), "path": (str,)},
-    "done": {
-        "status": (str,),
-        "stale": (list, NONE),
-        "value": (str, NONE),
-        "value_length": (int, NONE),
-        "exit_code": (int, NONE),
-        "exception": (dict, NONE),
-        "files": (list, NONE),
-        "cpu": (float,),
-        "memory": (int, NONE),
-    },
-}
+def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value conforms to a JSON schema, of the few keywords that the frames' schemas have."""
+    if "anyOf" in schema:
+        return any(conforms(value, each) for each in schema["anyOf"])
+    if "const" in schema or "enum" in schema:
+        return type(value) is str and value in schema.get("enum", [schema.get("const")])
+    kind = schema["type"]
+    if kind == "object":
+        fields: dict[str, Any] = schema.get("properties", {})
+        others: Any = schema.get("additionalProperties")
+        return (
+            type(value) is dict
+            and all(name in value for name in schema.get("required", ()))
+            and all(name in fields or (others and conforms(name, {"type": "string"})) for name in value)
+            and all(conforms(each, fields.get(name, others)) for name, each in value.items())
+        )
+    if kind == "array":
+        items = schema.get("prefixItems") or [schema["items"]] * len(value) if type(value) is list else ()
+        return type(value) is list and len(items) == len(value) and all(map(conforms, value, items))
+    if kind in ("integer", "number"):
+        low, high = schema["minimum"], schema["maximum"]
+        return type(value) in ((int,) if kind == "integer" else (int, float)) and low <= value <= high
+    if kind == "string":
+        return type(value) is str and (value.isascii() or value == exact(value))
+    return type(value) is {"boolean": bool, "null": type(None)}[kind]
 
 
-def check_worker_frame(frame: dict[str, Any]) -> None:
-    """Refuse a frame that the worker can't have sent: the user's code forged it, and it must not reach the host.
+def check_worker_frame(frame: Any, schemas: dict[str, dict[str, Any]]) -> None:
+    """Refuse a frame that the worker can't have sent, so the user's code did, before it troubles the host.
 
     Raises ValueError.
     """
     kind = frame.get("kind")
-    if not isinstance(kind, str) or kind not in WORKER_FIELDS:
+    if type(kind) is not str or kind not in schemas:
         raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
-    require_fields({name: value for name, value in frame.items() if name not in ("id", "kind")}, WORKER_FIELDS[kind])
-    texts: list[Any] = list((frame.get("left_out") or {}).values())
-    if kind == "done":
-        if frame["status"] not in ("ok", "error") or not 0 <= frame["cpu"] < 1e9:
-            raise ValueError("a status or a time that no call has")
-        if frame.get("exception") is not None:
-            require_fields(frame["exception"], EXCEPTION_FIELDS)
-        texts += frame.get("stale") or []
-        for file in frame.get("files") or []:
-            if type(file) is not list or [type(part) for part in file] != [str, int] or not 0 <= file[1] < 1 << 63:
-                raise ValueError("a file that is not a path and a size")
-    if any(type(text) is not str for text in texts):
-        raise ValueError("a list of texts with something else in it")
-    if len(head(frame)) > MAX_FRAME - PART:  # the supervisor adds some fields before passing it on
+    if not conforms({**frame, "data": len(frame["data"])} if "data" in frame else frame, schemas[kind]):
+        raise ValueError(f"a frame {kind} that no worker sends")
+    if len(head(frame)) > LINE_LIMIT - READ_SIZE:  # the supervisor adds some fields before passing it on
         raise ValueError("a frame that is too long")
-
-
-def require_fields(fields: dict[str, Any], known: Any) -> None:
-    """Refuse unknown fields and those of a wrong type; an absent one counts as None. Raises ValueError."""
-    for name in [*known, *fields]:
-        value = fields.get(name)
-        if type(value) not in known.get(name, ()):
-            raise ValueError(f"the field {name[:40]!r} is of type {type(value).__name__}")
-        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
-            raise ValueError(f"the field {name[:40]!r} is out of range")
-
-
-def frame_cost(frame: dict[str, Any]) -> int:
-    """Return the bytes a frame counts towards DATA_LIMIT: even a tiny one costs the host an object."""
-    size = len(frame.get("data", b"")) + len(frame.get("name", ""))
-    return size + (RICH_COST if frame["kind"] == "display" else PART_COST)
 
 
 class Supervisor:
@@ -985,22 +1218,22 @@ class Supervisor:
         self.idle_timeout: float = settings["idle_timeout"]
         self.grace: float = settings["grace"]
         self.session: str | None = None
-        self.call: Call | None = None
+        self.call: RunningCall | None = None
         self.begun: str | None = None  # id of the last call
         self.unread: str | None = None  # the same, until a host has been sent its end
         self.told = 0  # bytes of that call's output sent to a host
         self.kept = True  # whether the variables survived the last call
-        self.backlog: deque[dict[str, Any]] = deque()
+        self.backlog: deque[FromSandbox] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
         self.worker = 0  # process id; 0 until it is forked, after preloading or for the first call
         self.control: Channel | None = None
         self.worker_fds: set[int] = set()
-        self.pipes: dict[str, int] = {}
-        self.waiting: str | None = None  # the stream whose output is left in its pipe to be read with more
+        self.pipes: dict[Stdio, int] = {}
+        self.waiting: Stdio | None = None  # the stream whose output is left in its pipe to be read with more
         self.waits_until = math.inf
         self.flows = False  # whether the last output filled a whole read, so that waiting gains nothing
-        self.decoders: dict[str, codecs.IncrementalDecoder] = {}
+        self.decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
         self.worker_used = False
         self.worker_cpu = 0.0  # CPU seconds up to the worker's last report
         self.lost: str | None = None  # why the session's variables were lost while no call was running
@@ -1026,7 +1259,7 @@ class Supervisor:
         self._attach(self.channel)
         if unfiltered:
             text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
-            self._tell({"id": "", "kind": "note", "text": text})
+            self._tell({"kind": "note", "text": text})
         while True:
             channels = [channel for channel in (self.channel, self.control) if channel]
             for channel in channels:
@@ -1061,7 +1294,7 @@ class Supervisor:
             threads = len(os.listdir("/proc/self/task"))
             problem = f"it leaves {threads - 1} threads running, which a fork does not copy" if threads > 1 else ""
         if problem:
-            self._tell({"id": "", "kind": "note", "text": clip(f"preloading {name}: {problem}", 300)})
+            self._tell({"kind": "note", "text": clip(f"preloading {name}: {problem}", 300)})
         if not self.preload:
             gc.collect()
             gc.freeze()  # a later collection must not touch, and so copy, the pages that workers share
@@ -1087,19 +1320,18 @@ class Supervisor:
         self.channel = channel
         channel.set_blocking(False)
         self.sources[channel.reader] = self._from_host
-        version = ".".join(map(str, sys.version_info[:3]))
-        channel.send({"id": "", "kind": "ready", "protocol": PROTOCOL, "python": version, **self._status()})
+        channel.send(self._status("ready"))
         while self.backlog:
             self._tell(self.backlog.popleft())
         self.backlog_left = BACKLOG_LIMIT
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self, kind: Literal["ready", "status"]) -> Greeting:
         now = time.monotonic()
         return {
+            "kind": kind,
             "session": self.session,
             "attached": self.channel is not None,
             "owner": self.owner,
-            "begun": self.begun,
             "unread": self.unread,
             "told": self.told,
             "kept": self.kept,
@@ -1112,43 +1344,44 @@ class Supervisor:
             "memory": memory_in_use(),
         }
 
-    def _tell(self, frame: dict[str, Any]) -> None:
+    def _tell(self, frame: FromSandbox) -> None:
         """Send a frame to the host or, if there is none, keep it for the next host."""
         if self.channel:
             self.channel.queue(frame)  # the main loop writes it, together with what follows at once
             if frame["kind"] == "done":
                 self.unread = None
-            elif frame["kind"] in ("stdout", "stderr"):
+            elif frame["kind"] == "stdout" or frame["kind"] == "stderr":
                 self.told += len(frame["data"])
         else:
-            self.backlog_left -= len(json.dumps({**frame, "data": 0}))  # all fields: the code may have forged them
-            self.backlog_left -= len(frame.get("data", b""))
+            data: Any = frame.get("data", b"")
+            self.backlog_left -= len(head(frame)) + len(data)  # all fields: the code may have forged them
             if self.backlog_left > 0 or frame["kind"] == "done":
                 self.backlog.append(frame)
 
     def _from_host(self) -> None:
         assert self.channel is not None
         try:
-            for frame in self.channel.receive():
+            for received in self.channel.receive():
+                frame: ToSupervisor = received  # type: ignore[assignment]  # the host is trusted
                 if frame["op"] == "run":
                     self._start(frame)
-                elif frame["op"] in ("part", "text", "state"):
+                elif frame["op"] == "state":
                     self._to_worker(frame)
                 elif frame["op"] == "read":
                     self._read_file(frame)
                 elif frame["op"] == "interrupt":
                     self._interrupt("cancelled", frame["id"])
                 elif frame["op"] == "ping":
-                    self.channel.send({"id": frame["id"], "kind": "pong"})
+                    self._tell({"id": frame["id"], "kind": "pong"})
                 elif frame["op"] == "farewell":
-                    self.channel.send({"id": "", "kind": "farewell"})
+                    self.channel.send({"kind": "farewell"})
                     self._detach(self.session is not None)
                     break
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
             # Write once, so that the orphaned `docker run` gets EPIPE and exits.
-            self.channel.send({"id": "", "kind": "farewell"})
+            self.channel.send({"kind": "farewell"})
             self._detach(self.session is not None or self.begun is None)
 
     def _detach(self, stay: bool) -> None:
@@ -1182,7 +1415,7 @@ class Supervisor:
             request = json.loads(message)
             reader, writer = struct.unpack("2i", ancillary[0][2])
             if self.channel or not self._is_meant(request):
-                os.write(writer, head({"id": "", "kind": "status", **self._status()}))
+                os.write(writer, head(self._status("status")))
                 os.close(reader)
                 os.close(writer)
                 return
@@ -1215,7 +1448,7 @@ class Supervisor:
                     worker.preload(self.installed, self.settings["preload"])
                 if not self.prepared:  # once: every frame wakes each process that relays it
                     worker.rehearse()
-                    worker.control.send({"id": "", "kind": "prepared"})
+                    worker.control.send({"kind": "prepared"})
                 worker.serve()
             finally:
                 os._exit(70)
@@ -1234,20 +1467,18 @@ class Supervisor:
             os.set_blocking(pipe, False)
             self.sources[pipe] = functools.partial(self._await_output, stream)
 
-    def _to_worker(self, frame: dict[str, Any]) -> None:
+    def _to_worker(self, frame: Mapping[str, Any]) -> None:
         if self.control is None:
             self._fork()
         assert self.control is not None
         self.control.send(frame)
 
-    def _start(self, request: dict[str, Any]) -> None:
+    def _start(self, request: Run) -> None:
         self._reap()  # a worker that has just died must not be given the call
-        if self.begun is None and self.channel:
-            folders = package_folders(self.settings["packages"], request["packages"])
-            fits = not self.settings["preload"] or self.installed == folders
-            self.channel.send({"id": request["id"], "kind": "begun" if fits else "unfit"})
-            if not fits:  # what it preloaded is not what this code is to import: the host needs another sandbox
-                return
+        folders = package_folders(self.settings["packages"], request["packages"])
+        if self.begun is None and self.settings["preload"] and self.installed != folders:
+            self._tell({"id": request["id"], "kind": "unfit"})  # this code is not to import what it preloaded
+            return
         self.session = request["session"]
         self.packages = request["packages"] = request["packages"] or self.packages
         self._read_all_output()
@@ -1255,56 +1486,55 @@ class Supervisor:
             text = self.earlier.decode("utf-8", "replace")
             self._tell({"id": request["id"], "kind": "earlier", "data": text.encode()})
             self.earlier.clear()
-        self.call = Call(request, self.grace)
+        self.call = RunningCall(request, self.grace)
         self.told = 0
         self._to_worker(request)
+        self._tell({"id": request["id"], "kind": "begun"})
         self.unread = self.begun = self.call.id
         self.worker_used = True
 
-    def _read_file(self, request: dict[str, Any]) -> None:
+    def _read_file(self, request: Read) -> None:
         """Send a piece of a file in the working directory."""
-        answer: dict[str, Any] = {"id": request["id"], "kind": "file", "size": 0, "problem": None}
-        data = b""
+        data, problem = b"", None
         try:
             fd = open_inside(self.settings["working_dir"], request["path"])
             try:
-                answer["size"] = os.fstat(fd).st_size
                 data = os.pread(fd, READ_LIMIT, request["offset"])
             finally:
                 os.close(fd)
         except OSError as error:
-            answer["problem"] = os.strerror(error.errno) if error.errno else str(error)
-        if self.channel:
-            self.channel.send({**answer, "data": data})
+            problem = os.strerror(error.errno) if error.errno else str(error)
+        self._tell({"id": request["id"], "kind": "file", "problem": problem, "data": data})
 
     def _from_worker(self) -> None:
         assert self.control is not None
         try:
-            for frame in self.control.receive():
-                if frame.get("kind") == "prepared" and self.channel and not self.prepared:
+            for received in self.control.receive():
+                if received.get("kind") == "prepared" and self.channel and not self.prepared:
                     self.prepared = True
-                    self.channel.queue({"id": "", "kind": "prepared"})
-                if self.call is None or frame.get("id") != self.call.id:
+                    self._tell({"kind": "prepared"})
+                if self.call is None or received.get("id") != self.call.id:
                     continue  # left over from an earlier call
-                check_worker_frame(frame)
-                self.call.data_left -= frame_cost(frame)
+                check_worker_frame(received, self.settings["worker_schemas"])
+                frame: FromWorker = received  # type: ignore[assignment]  # it has been checked
+                if frame["kind"] == "done":
+                    self._read_all_output()  # output written before it goes before it
+                    self._conclude(frame)
+                    continue
+                self.call.data_left -= len(frame["data"]) + FRAME_COST
                 if self.call.data_left < 0:
                     raise ValueError("more data than a call may return")
-                kind = frame["kind"]
-                if kind in ("display", "done"):
-                    self._read_all_output()  # output written before this frame goes before it
-                if kind == "done":
-                    self._conclude(frame)
-                else:
-                    self._tell(frame)
-                if kind == "display":
+                if frame["kind"] == "display":
+                    self._read_all_output()
+                self._tell(frame)
+                if frame["kind"] == "display":
                     self._to_worker({"op": "displayed"})
         except EOFError:
-            del self.sources[self.control.reader]  # the worker is dying; or it closed its end, and the timeout will act
+            del self.sources[self.control.reader]  # the worker is dying; if it only closed its end, the time limit acts
         except ValueError as error:
             self._abandon(f"the code broke the protocol between worker and supervisor: {error}")
 
-    def _await_output(self, stream: str) -> None:
+    def _await_output(self, stream: Stdio) -> None:
         """Let output wait for more, unless the other stream's is waiting too: that would change their order."""
         if self.waiting:
             self._read_all_output()
@@ -1318,13 +1548,13 @@ class Supervisor:
                     break
         self.waiting = None
 
-    def _read_output(self, stream: str) -> bool:
+    def _read_output(self, stream: Stdio) -> bool:
         pipe = self.pipes[stream]
         try:
-            data = os.read(pipe, 65536)
+            data = os.read(pipe, READ_SIZE)
         except BlockingIOError:
             return False
-        self.flows = len(data) == 65536
+        self.flows = len(data) == READ_SIZE
         if not data:
             self.sources.pop(pipe, None)
         elif self.call:
@@ -1333,11 +1563,11 @@ class Supervisor:
             self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
         return bool(data)
 
-    def _pass_on(self, stream: str, text: str) -> None:
+    def _pass_on(self, stream: Stdio, text: str) -> None:
         if self.call and (text := self.call.admit(stream, text)):
             self._tell({"id": self.call.id, "kind": stream, "data": text.encode()})
 
-    def _conclude(self, report: dict[str, Any], lost: bool = False) -> None:
+    def _conclude(self, report: Report, lost: bool = False, message: str | None = None) -> None:
         """End the call with the worker's report or, if the worker is gone (`lost`), with the supervisor's own."""
         call = self.call
         assert call is not None
@@ -1351,24 +1581,24 @@ class Supervisor:
         oom_kills = self.oom_kills - oom_kills
         if not lost:
             self.worker_cpu += report["cpu"]
-        report = {
+        done: Done = {
             **report,
-            "id": call.id,
-            "kind": "done",
+            "status": report["status"],
             "wall": time.monotonic() - call.started,
             "oom_kills": oom_kills,
             "lost": lost,
             "lost_before": self.lost,
+            "message": message,
         }
         if call.stopped_for:
-            report["status"] = call.stopped_for
+            done["status"] = call.stopped_for
         elif lost:
-            report["status"] = "out_of_memory" if oom_kills else "died"
+            done["status"] = "out_of_memory" if oom_kills else "died"
         self.call = self.lost = None
         self.kept = not lost
         self.active = time.monotonic()
-        self._tell(report)
-        if self.channel and call.recycle and report["status"] in ("ok", "error"):
+        self._tell(done)
+        if self.channel and call.recycle and done["status"] in ("ok", "error"):
             self.channel.flush()  # the result first
             self._recycle(call.id)
 
@@ -1408,7 +1638,7 @@ class Supervisor:
         if self.call is None:
             if now >= self._end():
                 if self.channel:  # tell the host that a call already on its way has not begun
-                    self.channel.send({"id": "", "kind": "expired"})
+                    self.channel.send({"kind": "expired"})
                 os._exit(0)
         elif now >= self.call.kill_at:
             self._abandon(None)
@@ -1418,7 +1648,7 @@ class Supervisor:
         elif now >= self.call.deadline:
             self._interrupt("timeout", self.call.id)
 
-    def _interrupt(self, reason: str, call_id: str) -> None:
+    def _interrupt(self, reason: StopReason, call_id: str) -> None:
         if self.call and self.call.id == call_id and self.call.interrupt(reason):
             self._signal_worker()
 
@@ -1451,7 +1681,9 @@ class Supervisor:
         if self.call:
             cpu = max(0.0, usage.ru_utime + usage.ru_stime - self.worker_cpu)
             memory = usage.ru_maxrss * 1024
-            self._conclude({"exit_code": code, "message": message, "cpu": cpu, "memory": memory}, lost=True)
+            report: Report = {"id": self.call.id, "kind": "done", "status": "error", "cpu": cpu}
+            report["memory"], report["exit_code"] = memory, code
+            self._conclude(report, lost=True, message=message)
         elif not self.worker_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
@@ -1704,7 +1936,7 @@ def clip(text: str, limit: int) -> str:
 
 def class_name(value: Any) -> str:
     """Return the name of a value's class, whatever its metaclass or its `__class__` says."""
-    return str(vars(type)["__name__"].__get__(type(value)))
+    return exact(vars(type)["__name__"].__get__(type(value)))
 
 
 def module_name(value: Any) -> str:
@@ -1713,8 +1945,12 @@ def module_name(value: Any) -> str:
 
 
 def exact(text: Any) -> str:
-    """Return a text as a plain `str`, since a subclass may lie about anything; and "" for what is no text."""
-    return str.__str__(text) if issubclass(type(text), str) else ""
+    """Return a text as a plain `str` that can be encoded: a subclass may lie, and lone surrogates become escapes.
+
+    Returns "" for what is no text.
+    """
+    plain_text = str.__str__(text) if issubclass(type(text), str) else ""
+    return plain_text if plain_text.isascii() else plain_text.encode("utf-8", "backslashreplace").decode()
 
 
 def failure_of(error: BaseException) -> str:
@@ -1835,38 +2071,39 @@ class Worker:
 
         The supervisor ignores the report, which belongs to none of its calls.
         """
-        nothing: dict[str, Any] = {
+        nothing: Run = {
+            "op": "run",
             "id": "",
             "data": b"",
+            "session": None,
+            "final": False,
+            "timeout": 0,
             "filename": None,
             "argv": [],
+            "output_limit": None,
             "packages": None,
-            "final": False,
+            "recycle": False,
         }
-        self._serve_call(nothing, {})
+        self._serve_call(nothing, None)
         self.calls = 0
         linecache.cache.pop(self.filename)
         del self.codes[self.filename]
 
     def serve(self) -> None:
         """Run one request after another until the supervisor is gone."""
-        state: dict[str, bytearray] = {}  # next call's variables: long texts by name; under "", the rest as JSON
-        state_of = None
-        data = bytearray()
+        given: GiveState | None = None
         for frame in self.frames:
-            if frame["op"] in ("part", "text", "state", "run") and frame["id"] != state_of:
-                state, state_of, data = {}, frame["id"], bytearray()
-            if frame["op"] == "run":
+            if frame["op"] == "state":
+                given = frame
+            elif frame["op"] == "run":
+                state = given["data"] if given and given["id"] == frame["id"] else None
+                given = None
                 try:
                     self._serve_call(frame, state)
                 except BaseException as error:  # the code left a profiler, a limit or similar that breaks the worker
                     self._recover(frame["id"], error)
-            elif frame["op"] in ("part", "text", "state"):
-                data += frame["data"]
-                if frame["op"] != "part":
-                    state[frame.get("name", "")], data = data, bytearray()
 
-    def _receive(self) -> Iterator[dict[str, Any]]:
+    def _receive(self) -> Iterator[Any]:
         with contextlib.suppress(EOFError):
             while True:
                 yield from self.control.receive()
@@ -1911,7 +2148,7 @@ class Worker:
 
     # ── one call ──
 
-    def _serve_call(self, request: dict[str, Any], state: dict[str, bytearray]) -> None:
+    def _serve_call(self, request: Run, state: bytes | None) -> None:
         """Run the code and the steps after it, then report. Nothing that the code left behind may prevent that."""
         self.calls += 1
         self.call = request["id"]
@@ -1919,24 +2156,23 @@ class Worker:
         signal.signal(signal.SIGINT, self._on_interrupt)
         resets = reset_peak_memory()
         started = cpu_seconds()
-        with_state = "" in state
-        report: dict[str, Any] = {"status": "ok"}
+        report: Report = {"id": request["id"], "kind": "done", "status": "ok", "cpu": 0.0}
         if error := self._attempt(self._run, request, state, report):
             self.interruptible = True
-            report.update(self._describe(error))
+            self._describe(error, report)
             self.interruptible = False
         if os.getpid() != self.process:
             self._end_child(report)
-        for purpose, step in self._steps_after(request, with_state, report):
+        for purpose, step in self._steps_after(request, state is not None, report):
             if error := self._attempt(step):
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self._attempt(self._note, f"{purpose} {how}")
         self._attempt(self._flush_streams)
         with self.lock:
-            call, self.call = self.call, None
+            self.call = None
             report["cpu"] = cpu_seconds() - started
             report["memory"] = peak_memory() if resets else None
-            self.control.send({"id": call, "kind": "done", **report})
+            self.control.send(report)
 
     def _recover(self, call_id: str, error: BaseException) -> None:
         """Answer a call whose end the worker failed to report, and disable what is known to cause such failures."""
@@ -1947,11 +2183,18 @@ class Worker:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000))
         message = "the code left the interpreter in a state that prevents the call's outcome from being reported"
         kind = clip(class_name(error), 200)
-        told = {"type": kind, "message": message, "line": None, "traceback": f"{kind}: {message}\n", "missing": None}
+        exception: ExceptionFields = {
+            "type": kind,
+            "message": message,
+            "line": None,
+            "traceback": f"{kind}: {message}\n",
+            "missing": None,
+        }
+        report: Report = {"id": call_id, "kind": "done", "status": "error", "exception": exception, "cpu": 0.0}
         self.interruptible = False
         with self.lock:
             self.call = None
-            self.control.send({"id": call_id, "kind": "done", "status": "error", "exception": told, "cpu": 0.0})
+            self.control.send(report)
 
     def _attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
@@ -1965,7 +2208,7 @@ class Worker:
             return error
         return None
 
-    def _run(self, request: dict[str, Any], state: dict[str, bytearray], report: dict[str, Any]) -> None:
+    def _run(self, request: Run, state: bytes | None, report: Report) -> None:
         """Run the code with its variables, and report the value of its last expression."""
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
@@ -1974,11 +2217,8 @@ class Worker:
         report["stale"] = self._use_packages(package_folders(self.packages_root, request["packages"]))
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
-        if "" in state:
-            self.names.update(json.loads(state.pop("").decode()))
-        while state:
-            variable, data = state.popitem()
-            self.names[variable] = data.decode()
+        if state is not None:
+            self.names.update(json.loads(state.decode()))
         value = self._evaluate(request["data"].decode(), name)
         if value is not None:
             builtins._ = value  # type: ignore[attr-defined]  # as the interactive interpreter does
@@ -1989,7 +2229,7 @@ class Worker:
                 self._publish(bundle, True)
 
     def _steps_after(
-        self, request: dict[str, Any], with_state: bool, report: dict[str, Any]
+        self, request: Run, with_state: bool, report: Report
     ) -> Iterator[tuple[str, Callable[[], object]]]:
         """Yield the steps that follow the code, however it ended, each with a description for notes."""
         if request["final"]:  # as at the end of a script
@@ -2002,12 +2242,10 @@ class Worker:
         yield "listing the files", lambda: self._report_files(report, request["final"])
 
     def _send_state(self) -> None:
-        variables, texts, left_out = collect_state(self.names)
-        for variable, encoded in texts.items():
-            self._send("text", encoded, name=variable)
+        variables, left_out = collect_state(self.names)
         self._send("state", variables, left_out=left_out)
 
-    def _end_child(self, report: dict[str, Any]) -> None:
+    def _end_child(self, report: Report) -> None:
         """Exit a process that the code forked, when it reaches the end of its script, as Python would."""
         if "exception" in report and report["exception"]["type"] != "SystemExit":
             with contextlib.suppress(BaseException):
@@ -2054,12 +2292,12 @@ class Worker:
                         found[folder + entry.name] = (state.st_mtime_ns, state.st_size)
         return found
 
-    def _report_files(self, report: dict[str, Any], final: bool) -> None:
+    def _report_files(self, report: Report, final: bool) -> None:
         """Report the new and changed files; if the sandbox ends with this call, send the small ones."""
         before, self.files = self.files, self._list_files()
         changed = [path for path in sorted(self.files) if self.files[path] != before.get(path) and len(path) <= 200]
         changed = [path for path in changed if path.isprintable()][:FILES_LISTED]
-        report["files"] = [[path, self.files[path][1]] for path in changed]
+        report["files"] = [(path, self.files[path][1]) for path in changed]
         left = FILES_LIMIT
         for path in changed if final else ():
             if self.files[path][1] <= min(left, FILE_LIMIT):
@@ -2140,19 +2378,20 @@ class Worker:
 
     # ── failures ──
 
-    def _describe(self, error: BaseException) -> dict[str, Any]:
-        """Describe, for the call's report, the exception that ended the code."""
-        described: dict[str, Any] = {"status": "error"}
+    def _describe(self, error: BaseException, report: Report) -> None:
+        """Enter the exception that ended the code into the call's report."""
+        report["status"] = "error"
         if issubclass(type(error), SystemExit):
             code: Any = 1
             with contextlib.suppress(BaseException):  # the code's own subclass may make it anything
                 code = error.code  # type: ignore[attr-defined]  # SystemExit has it
-            described["exit_code"] = exit_code_of(code)
+            report["exit_code"] = exit_code_of(code)
             if code is not None and not issubclass(type(code), int):
                 with contextlib.suppress(Exception):  # the code's own __str__ or stream may raise
                     print(code, file=sys.stderr)
-            if described["exit_code"] == 0:
-                return {"exit_code": 0}
+            if report["exit_code"] == 0:
+                report["status"] = "ok"
+                return
         try:
             message = exact(str(error))
         except BaseException as broken:
@@ -2172,15 +2411,14 @@ class Worker:
         except BaseException:  # its __cause__, __notes__ or msg may be the code's own, and raise anything
             frames = [(frame.tb_frame, frame.tb_lineno) for frame in self._frames(error)]
             kept = [step for step in frames if self._is_user_file(step[0].f_code.co_filename)]
-            text = "".join(traceback.StackSummary.extract(iter(kept)).format()) + f"{name}: {message}\n"
-        described["exception"] = {
+            text = exact("".join(traceback.StackSummary.extract(iter(kept)).format())) + f"{name}: {message}\n"
+        report["exception"] = {
             "type": clip(name, 200),
             "message": clip(message, MESSAGE_LIMIT),
             "line": lines[-1] if lines else None,
             "traceback": clip(text, TRACEBACK_LIMIT),
             "missing": missing,
         }
-        return described
 
     def _frames(self, error: BaseException) -> Iterator[types.TracebackType]:
         """Yield the entries of an exception's traceback that have a line number, outermost first."""
@@ -2229,10 +2467,12 @@ class Worker:
         if self.rich_left < 0:
             return  # a note has already said so
         data = json.dumps(bundle)
-        if len(data) + RICH_COST > self.rich_left:
-            note = f"[rich output of {len(data)} characters left out: a call returns at most {RICH_LIMIT}]"
+        most = min(DATA_LIMIT, self.rich_left - FRAME_COST)
+        if len(data) > most:
+            limit = f"{DATA_LIMIT} at a time" if most == DATA_LIMIT else f"{RICH_LIMIT} in one call"
+            note = f"[rich output of {len(data)} characters left out: the limit is {limit}]"
             data = json.dumps({"text/plain": note})
-        self.rich_left -= len(data) + RICH_COST
+        self.rich_left -= len(data) + FRAME_COST
         self._flush_streams()
         self._send("display", data.encode(), is_value=is_value)
 
@@ -2361,56 +2601,28 @@ def fit_image(data: bytes) -> bytes:
     return data
 
 
-def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, bytes], dict[str, str]]:
-    """Encode the variables that JSON can hold.
-
-    Returns: the JSON; the long texts kept out of it (see `set_apart`); and, of the variables that JSON can't hold,
-    names and reasons (at most 100).
-    """
+def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """Encode the variables that JSON can hold; return the JSON, and why others are not in it (at most 100), by name."""
     kept: list[bytes] = []
-    texts: dict[str, bytes] = {}
     left_out: dict[str, str] = {}
-    size = parts = 2
+    size = 2
     for key_given, value in list(names.items()):
         name = exact(key_given)
         if not name or name[0] == "_" or issubclass(type(value), (types.ModuleType, type)) or callable(value):
             continue
         try:
+            if name != key_given:
+                raise ValueError("its name has lone surrogates")
             if len(name) > NAME_LIMIT:
                 raise ValueError(f"its name has {len(name)} characters")
-            value, data = set_apart(plain(value, 0, set()))
-            key, text = json.dumps(plain(name, 0, set())), json.dumps(value)
-            length = len(key) + len(text) + len(data) + 1
-            count = 1 if isinstance(value, str) else parts_of(text)
-            if count > STATE_PARTS - parts:
-                raise ValueError(f"too large: {count} values")
-            if length >= STATE_LIMIT - size:
-                raise ValueError(f"too large: {length} bytes")
-            kept += [b",", key.encode(), b":", text.encode()]  # another copy would cost as much as encoding it
-            if data:
-                texts[name] = data
-            size += length + 1
-            parts += count
+            item = f"{json.dumps(plain(name, 0, set()))}:{json.dumps(plain(value, 0, set()))}".encode()
+            if size + len(item) + 1 > STATE_LIMIT:
+                raise ValueError(f"too large: {len(item)} bytes; all variables may come to {STATE_LIMIT}")
+            kept.append(item)
+            size += len(item) + 1
         except Exception as error:  # the value is not JSON, or its own code raised
             left_out[clip(name, 100)] = failure_of(error).replace("ValueError: ", "", 1)
-    return b"".join([b"{", *kept[1:], b"}"]), texts, dict(list(left_out.items())[:100])
-
-
-def set_apart(value: Any) -> tuple[Any, bytes]:
-    """Return a value for JSON, and a long text apart from it, as encoding that costs more than all else done to it."""
-    if isinstance(value, str) and len(value) > PART:
-        return None, str.encode(value)
-    return value, b""
-
-
-def parts_of(text: str) -> int:
-    """Return an upper bound on the values within a JSON text's value, in linear time whatever the text is."""
-    count = sum(map(text.count, "[{,"))
-    if count > STATE_PARTS:  # look closer: marks in strings do not count
-        bare = text.replace("\\\\", "").replace('\\"', "")
-        if bare.count('"') <= 4 * STATE_PARTS:  # quotes of a key and a value each, at most
-            count = sum(piece.count(mark) for piece in bare.split('"')[::2] for mark in "[{,")
-    return count
+    return b"{%s}" % b",".join(kept), dict(list(left_out.items())[:100])
 
 
 def plain(value: Any, depth: int, parents: set[int]) -> Any:
@@ -2444,6 +2656,8 @@ def plain(value: Any, depth: int, parents: set[int]) -> Any:
         return fraction
     if not issubclass(kind, (list, tuple, dict)):
         raise ValueError(f"{class_name(value)} is not JSON")
+    if len(value) * 2 > STATE_LIMIT:  # before all of it is copied and encoded
+        raise ValueError(f"too large: {len(value)} values")
     if depth == STATE_DEPTH:
         raise ValueError(f"nested more than {STATE_DEPTH} deep")
     if id(value) in parents:
@@ -2658,7 +2872,7 @@ def exit_with_host() -> None:
 
 def tell(kind: str, **fields: Any) -> None:
     """Send a frame to the host."""
-    os.write(1, json.dumps({"id": "", "kind": kind, **fields}).encode() + b"\n")
+    os.write(1, json.dumps({"kind": kind, **fields}).encode() + b"\n")
 
 
 def trust(certificates: str) -> None:
@@ -2694,7 +2908,7 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
 def add_packages(task: dict[str, Any]) -> dict[str, Any]:
     """Make the set that adds one requirement to the shared set and the base, unless it exists.
 
-    Returns its folder, what is new in it, all that it holds, and the version of the package that the image has, if any.
+    Returns its folder, what is new in it, and the version of the package that the image has, if any.
     A set is a folder whose contents never change once it has its name; `shared` is a link to the one for all sessions.
     """
     root = f"{PACKAGES}/{task['image']}"
@@ -2721,7 +2935,6 @@ def add_packages(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "folder": folder,
         "installed": [item for item in installed if item not in had],
-        "all": installed,
         "present": present,
     }
 
@@ -2920,6 +3133,32 @@ def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
     """Encode what BOOTSTRAP reads from standard input: the source, the function to call, and its argument."""
     parts = (source.encode(), entry.encode(), json.dumps(settings).encode())
     return b"".join(b"%08x%s" % (len(part), part) for part in parts)
+
+
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+FROM_SANDBOX: pydantic.TypeAdapter[FromSandbox] = pydantic.TypeAdapter(
+    Annotated[FromSandbox, pydantic.Field(discriminator="kind")], config=STRICT
+)
+FROM_INSTALLER: pydantic.TypeAdapter[FromInstaller] = pydantic.TypeAdapter(
+    Annotated[FromInstaller, pydantic.Field(discriminator="kind")], config=STRICT
+)
+
+
+def schema_of(frame: Any) -> tuple[str, dict[str, Any]]:
+    """Return a frame's kind and its JSON schema, without references, as `conforms` reads it."""
+    schema = pydantic.TypeAdapter(frame).json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, dict):
+            part = definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+            return {key: resolve(value) for key, value in part.items() if key not in ("title", "description")}
+        return [resolve(value) for value in part] if isinstance(part, list) else part
+
+    return schema["properties"]["kind"]["const"], resolve(schema)
+
+
+WORKER_SCHEMAS = dict(map(schema_of, get_args(FromWorker)))
 
 
 # ── engine ──
@@ -3255,7 +3494,7 @@ async def run_command(
     stdin: Any = subprocess.DEVNULL,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str, str]:
-    """Run an engine command to its end; return its status and the last MAX_FRAME bytes of its output and errors."""
+    """Run an engine command to its end; return its status and the last LINE_LIMIT bytes of its output and errors."""
     started = time.monotonic()
     process = await open_command(command, stdin)
     output, errors = bytearray(), bytearray()
@@ -3263,7 +3502,7 @@ async def run_command(
     async def collect(stream: anyio.abc.ByteReceiveStream, into: bytearray) -> None:
         async for data in stream:
             into += data
-            del into[:-MAX_FRAME]
+            del into[:-LINE_LIMIT]
             if on_line:
                 on_line(last_line(into.decode("utf-8", "replace")))
 
@@ -3653,20 +3892,6 @@ class Outcome:
     installed: tuple[tuple[str, str], ...] = ()
     present: str | None = None  # version of the requested package, if the image has it
 
-    @classmethod
-    def of(cls, frame: Frame) -> Outcome:
-        """Read a `done` frame. Raises ProtocolError."""
-        pairs = frame.get("installed", list, NONE) or []
-        if not all(type(pair) is list and [type(part) for part in pair] == [str, str] for pair in pairs):
-            raise ProtocolError("installed is not a list of names and versions")
-        return cls(
-            frame.get("ok", bool),
-            frame.get("output", str, NONE) or "",
-            frame.get("folder", str, NONE),
-            tuple((name, version) for name, version in pairs),
-            frame.get("present", str, NONE),
-        )
-
     def require_success(self, what: str) -> None:
         """Raise EngineError, with the relevant part of the installer's output, if the installer failed."""
         if not self.ok:
@@ -3707,13 +3932,18 @@ async def helper_container(
                 tasks.start_soon(send_quietly, process.stdin, shipped)
                 lines = BufferedByteReceiveStream(process.stdout)
                 step = 0
-                frame = await wait_or_doubt(functools.partial(Frame.receive, lines), engine.require_answer)
-                while frame.get("kind", str) != "done":
-                    step = frame.get("step", int, NONE) or step
-                    text = last_line(frame.get("text", str))
+                frame = await wait_or_doubt(functools.partial(receive, lines, FROM_INSTALLER), engine.require_answer)
+                while frame["kind"] != "done":
+                    step, text = frame.get("step", step), last_line(frame["text"])
                     report(build_status(step, text) if step else text)
-                    frame = await Frame.receive(lines)
-                outcome = Outcome.of(frame)
+                    frame = await receive(lines, FROM_INSTALLER)
+                outcome = Outcome(
+                    frame["ok"],
+                    frame.get("output", ""),
+                    frame.get("folder"),
+                    tuple(frame.get("installed", ())),
+                    frame.get("present"),
+                )
             except HangError:
                 process.kill()  # the container can't be removed; if it ever starts, it finds no host and ends
                 raise
@@ -3777,129 +4007,70 @@ def host_certificates(package: PackageConfig) -> tuple[str, bool]:
     return "", False
 
 
-# ── sandbox ──
-
-OnOutput = Callable[[Text | Rich | Omitted], Awaitable[None]]
+# ── frames from a container ──
 
 
 class ProtocolError(Exception):
-    """What came from the sandbox is nothing that our supervisor says: none of it is to be trusted any more."""
+    """A container sent something that our program in it never sends: nothing from it is to be trusted any more."""
 
 
-class Frame:
-    """One frame from a sandbox. Nothing in it is believed: each field is asked for with the types it may have."""
+async def receive(stream: BufferedByteReceiveStream, frames: pydantic.TypeAdapter[T]) -> T:
+    """Read the next frame.
 
-    def __init__(self, fields: Any, data: bytes | None = None) -> None:
-        if not isinstance(fields, dict):
-            raise ProtocolError("where an object should be there is none")
-        self._fields = fields
-        self._data = data
-
-    @classmethod
-    async def receive(cls, stream: BufferedByteReceiveStream) -> Frame:
-        """Read the next frame (see `Channel`).
-
-        Raises:
-            ProtocolError: what came is none.
-            anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound: there is no end of one.
-        """
-        try:
-            frame = cls(json.loads(await stream.receive_until(b"\n", MAX_FRAME)))
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"a frame is not JSON ({error})") from None
-        size = frame.get("data", int, NONE)
-        if size is not None:
-            if not 0 <= size <= MAX_FRAME:
-                raise ProtocolError(f"a frame with {size} bytes of data")
-            frame._data = await stream.receive_exactly(size)
-        return frame
-
-    @property
-    def data(self) -> bytes:
-        """What followed its line. Raises ProtocolError if it has none."""
-        if self._data is None:
-            raise ProtocolError("a frame without data")
-        return self._data
-
-    @property
-    def text(self) -> str:
-        """Its data as text. Raises ProtocolError."""
-        return decoded(self.data)
-
-    def get(self, name: str, *types: type) -> Any:
-        """A field; raises ProtocolError if it is of none of these types. An absent field is None."""
-        value = self._fields.get(name)
-        if type(value) not in types:
-            raise ProtocolError(f"the field {name} is of type {type(value).__name__}")
-        return encodable(value) if type(value) is str else value
-
-    def seconds(self, name: str) -> float:
-        """A duration."""
-        value = self.get(name, float, int)
-        if not 0 <= value < 1e12:  # nor is infinity, nor what is not a number
-            raise ProtocolError(f"the field {name} is not a duration")
-        return float(value)
+    Raises:
+        ProtocolError: it is none of `frames`.
+        anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound: the stream ended, or the line has no end.
+    """
+    line = await stream.receive_until(b"\n", LINE_LIMIT)
+    try:
+        frame = frames.validate_json(line)
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ProtocolError(f"{'.'.join(map(str, problem['loc'])) or 'a frame'}: {problem['msg']}") from None
+    fields: Any = frame
+    if "data" in fields:
+        fields["data"] = await stream.receive_exactly(fields["data"])
+    return frame
 
 
-def decoded(data: bytes | bytearray) -> str:
-    """Text from the sandbox. Raises ProtocolError."""
+def decoded(data: bytes) -> str:
+    """Decode a frame's text. Raises ProtocolError."""
     try:
         return data.decode()
     except UnicodeDecodeError:
         raise ProtocolError("a frame's text is not UTF-8") from None
 
 
-def encodable(text: str) -> str:
-    """`text` with lone surrogates, which JSON can bring in and nothing can write, as their escape sequences."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-
-
-def parse_within(data: bytes | bytearray) -> Any:
-    """JSON from the sandbox, if what it unfolds to is of a bearable size. Raises ProtocolError."""
-    try:
-        text = data.decode()
-        if parts_of(text) > STATE_PARTS + STATE_DEPTH:
-            raise ProtocolError("JSON with too many parts")
-        value = json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"data is not JSON ({error})") from None
-    level, depth = [value], 0
-    while level := [item for item in level if isinstance(item, (list, dict))]:
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-        depth += 1
-        if depth > STATE_DEPTH + 2:
-            raise ProtocolError("JSON that is nested too deeply")
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object that the worker made. Raises ValueError for anything else, for NaN and for deep nesting."""
+    value = pydantic_core.from_json(data, allow_inf_nan=False)
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
     return value
 
 
-def refuse_constant(name: str) -> Any:
-    """NaN and the infinities, which Python's JSON knows and nobody else's. Raises ValueError."""
-    raise ValueError(f"{name} is no number of JSON's")
+# ── session and call ──
 
-
-def texts(value: Any) -> dict[str, str]:
-    """`value` if it is an object of texts. Raises ProtocolError."""
-    if not isinstance(value, dict) or not all(type(item) is str for item in value.values()):
-        raise ProtocolError("where an object of texts should be there is none")
-    return {encodable(key): encodable(item) for key, item in value.items()}
+OnOutput = Callable[[Text | Rich | Omitted], Awaitable[None]]
+OnStatus = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call, as it goes to the worker."""
+    """One call, as the caller wants it."""
 
     code: str
     session: str | None = None
     state: Mapping[str, Any] | None = None
-    timeout: float = 30.0
+    timeout: float = 30.0  # seconds
     filename: str | None = None
     arguments: Sequence[str] = ()
-    output_limit: int | None = None  # bytes; None for all of it, which then is streamed and not kept
-    packages: str | None = None  # the folder with what is installed for the session, if it is to change
-    recycle: bool = False  # whether the sandbox is to be used again, by others, if the call ends well
+    output_limit: int | None = None  # bytes; None for no limit: the output is then streamed and not kept
+    packages: str | None = None  # folder of the packages installed for the session, if it changes
+    recycle: bool = False  # whether other calls may use the sandbox if this one ends well
 
     def __post_init__(self) -> None:
-        """Refuse what can't be run, before anything is started for it."""
+        """Refuse what can't be run, before anything is started for it. Raises RequestError."""
         try:
             size = len(self.code.encode())
         except UnicodeEncodeError:
@@ -3915,30 +4086,34 @@ class Request:
             )
         if not 0 < self.timeout < math.inf:
             raise RequestError(f"A timeout of {self.timeout!r} seconds can't be: give a number above zero.")
-        for name, value in (self.state or {}).items():
+        self.encoded_state()
+
+    def encoded_state(self) -> bytes | None:
+        """Return the variables as JSON. Raises RequestError if they can't be passed."""
+        if self.state is None:
+            return None
+        variables = {}
+        for name, value in self.state.items():
             if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
                 raise RequestError(
                     f"state: {textwrap.shorten(repr(name), 60)} can't be the name of a variable: use an identifier "
                     "that does not start with two underscores."
                 )
             try:
-                plain(value, 0, set())
+                variables[name] = plain(value, 0, set())
             except ValueError as error:
                 raise RequestError(f"state: the variable {name} can't be passed: {error}.") from None
+        data = json.dumps(variables).encode()
+        if len(data) > STATE_LIMIT:
+            raise RequestError(
+                f"state comes to {len(data)} bytes; the limit is {STATE_LIMIT}: use a session, or a file in a mounted "
+                "folder (docker.mounts)."
+            )
+        return data
 
-    def frames(self, call_id: str) -> Iterator[dict[str, Any]]:
-        """The frames to send: the state ahead, then the request."""
-        if self.state is not None:
-            state = {name: set_apart(value) for name, value in self.state.items()}
-            text = json.dumps({name: value for name, (value, _) in state.items()}).encode()
-            size = len(text) + sum(len(data) for _, data in state.values())
-            if size > STATE_LIMIT:
-                raise RequestError(f"state comes to {size} bytes; the limit is {STATE_LIMIT}.")
-            for name, (_, data) in state.items():
-                if data:
-                    yield from in_parts({"op": "text", "id": call_id, "name": name, "data": data})
-            yield from in_parts({"op": "state", "id": call_id, "data": text})
-        yield {
+    def frames(self, call_id: str) -> bytes:
+        """Return the frames to send."""
+        run: Run = {
             "op": "run",
             "id": call_id,
             "data": self.code.encode(),
@@ -3951,30 +4126,326 @@ class Request:
             "packages": self.packages,
             "recycle": self.recycle,
         }
+        if (state := self.encoded_state()) is None:
+            return encoded(run)
+        give: GiveState = {"op": "state", "id": call_id, "data": state}
+        return encoded(give) + encoded(run)
 
 
-def in_batches(frames: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-    """Frames as they travel, up to about a megabyte at a time: each writing wakes all who pass it on."""
-    batch = bytearray()
-    for frame in frames:
-        batch += head(frame)
-        batch += frame.get("data", b"")
-        if len(batch) >= MAX_FRAME:
-            yield bytes(batch)
-            batch.clear()
-    if batch:
-        yield bytes(batch)
+def encoded(frame: ToSupervisor) -> bytes:
+    """Encode a frame, with its data."""
+    data: Any = frame.get("data", b"")
+    return head(frame) + bytes(data)
+
+
+class Call:
+    """One call: its request, its output and variables as they come, and in the end its result.
+
+    The reader of a sandbox's pipe drives it (see `take`), whether or not anyone waits: for code to go on without its
+    caller, the caller just stops waiting. A connection that is cut does not end it: the next one goes on with it.
+
+        made ── placed in a sandbox ── begun (acknowledged) ── ended
+                      │    ▲
+                      ▼    │ by a new connection or, if it had not begun, in another sandbox
+                       cut
+    """
+
+    def __init__(self, request: Request, call_id: str | None = None, *, streams: bool = False, ran: float = 0) -> None:
+        self.request = request
+        self.id = call_id or secrets.token_hex(8)
+        self.placed = False  # whether a connected sandbox has it
+        self.why_cut = ""  # what ended the last connection that it was placed over
+        self.begun = False
+        self.ended = anyio.Event()
+        self.cancelled = False  # whether its caller has given it up, and it was told to stop
+        self.unfit = False  # whether the sandbox that it was placed in had preloaded other packages
+        self.attempts = 0  # sandboxes that it was placed in
+        self.is_new = False  # whether its session began with it
+        self.status = ""  # what it waits for before it is placed
+        self.on_status: OnStatus | None = None
+        self.deadline = math.inf  # of the event loop's clock; a sandbox that is silent then is given up
+        self.received = 0  # bytes of output
+        self._made = time.monotonic() - ran
+        self._result: Result | None = None
+        self._error: Exception | None = None
+        self._news = anyio.Event()  # something happened that `wait` is waiting for
+        self._streams = streams  # whether someone waits who takes the output as it comes
+        self._stream: deque[Text | Rich | Omitted] = deque()
+        self._room = anyio.Event()
+        self._output: list[Text | Rich | Omitted] = []  # untold
+        self._earlier = ""
+        self._variables: dict[str, Any] | None = None
+        self._left_out: dict[str, str] = {}
+        self._contents: dict[str, bytes] = {}
+        self._keeps = request.output_limit is not None
+        self._text_left = (request.output_limit or 0) + LINE_LIMIT
+        self._data_left = CALL_LIMIT
+
+    def report(self, status: str) -> None:
+        """Take note of what the call waits for, "" for nothing, and tell whoever waits for it."""
+        if status != self.status:
+            self.status = status
+            if self.on_status:
+                self.on_status(status)
+
+    def cut(self, why: str) -> None:
+        """Take note that the connection to its sandbox has ended, or that the sandbox did not take it."""
+        self.placed, self.why_cut = False, why
+        self._news.set()
+
+    def end(self, result: Result) -> None:
+        """End it, unless it has ended."""
+        if not self.ended.is_set():
+            self._result = result
+            self.ended.set()
+            self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error for whoever asks for its result."""
+        if not self.ended.is_set():
+            self._error = error
+            self.ended.set()
+            self._news.set()
+
+    async def wait(self, on_output: OnOutput | None = None, *, until_begun: bool = False) -> None:
+        """Wait until it has ended, or is not placed any more; or `until_begun`. Pass on its output meanwhile."""
+        self._streams = on_output is not None
+        try:
+            while True:
+                while self._stream and on_output and not until_begun:
+                    await on_output(self._stream.popleft())
+                    self._room.set()
+                if self.ended.is_set() or not self.placed or (until_begun and self.begun):
+                    return
+                self._news = anyio.Event()
+                await self._news.wait()
+        finally:
+            self._streams = until_begun and self._streams
+            self._room.set()
+
+    def tell(self) -> Result:
+        """Return the result or, as long as there is none, the output so far. No output is told twice.
+
+        Raises the error that it ended with.
+        """
+        if self._error:
+            raise self._error
+        if self._result:
+            return self._result
+        output, self._output = joined(self._output), []
+        wall = time.monotonic() - self._made
+        message = f"the call has not ended after {wall:.0f} seconds" + (f": {self.status}" if self.status else "")
+        return Result("running", output, message=message, session=self.request.session, wall=wall)
+
+    async def take(self, frame: OfCall) -> None:
+        """Enter a frame. Waits if the caller streams the output and is slow. Raises ProtocolError."""
+        if frame["kind"] == "stdout" or frame["kind"] == "stderr":
+            self.received += len(frame["data"])
+            await self._show(Text(frame["kind"], decoded(frame["data"])))
+        elif frame["kind"] == "display":
+            self._count(frame["data"])
+            await self._show(Rich(self._forms(frame["data"]), frame["is_value"]))
+        elif frame["kind"] == "omitted":
+            await self._show(Omitted(frame["bytes"]))
+        elif frame["kind"] == "state":
+            self._count(frame["data"])
+            self._left_out = frame["left_out"]
+            try:
+                self._variables = parse_object(frame["data"])
+            except ValueError as error:  # the user's code forged it: that costs the call its variables, and no more
+                self._variables, self._left_out = {}, {**self._left_out, "(all)": str(error)}
+        elif frame["kind"] == "content":
+            self._count(frame["data"])
+            if len(self._contents) < FILES_LISTED:
+                self._contents[frame["path"]] = frame["data"]
+        elif frame["kind"] == "earlier":
+            self._earlier = decoded(frame["data"])
+        elif frame["kind"] == "done":
+            self.end(self._conclude(frame))
+        elif frame["kind"] == "unfit":
+            self.unfit = True
+            self.cut("it had preloaded other packages")
+            return
+        if not self.begun:
+            self.begun = True
+            self._news.set()
+
+    def _count(self, data: bytes) -> None:
+        self._data_left -= len(data) + FRAME_COST
+        if self._data_left < 0:
+            raise ProtocolError("more data than the limit lets through")
+
+    def _forms(self, data: bytes) -> dict[str, str]:
+        """Return the forms of a displayed value; a note if the user's code has forged them."""
+        with contextlib.suppress(ValueError):
+            forms = parse_object(data)
+            if all(isinstance(form, str) for form in forms.values()):
+                return forms
+        return {"text/plain": "[a display was left out: it is not an object of texts]"}
+
+    async def _show(self, item: Text | Rich | Omitted) -> None:
+        if isinstance(item, Text) and self._keeps:
+            self._text_left -= len(item.text)
+            if self._text_left < 0:
+                raise ProtocolError("more output than the limit lets through")
+        if self._keeps or not isinstance(item, Text):
+            self._keep(item)
+        if self._streams:
+            self._stream.append(item)
+            self._news.set()
+            while self._streams and len(self._stream) > STREAM_LIMIT:
+                self._room = anyio.Event()
+                await self._room.wait()
+
+    def _keep(self, item: Text | Rich | Omitted) -> None:
+        """Keep a piece of output. There may be one for each character, and an object costs more than that."""
+        last = self._output[-1] if self._output else None
+        if (
+            isinstance(item, Text)
+            and isinstance(last, Text)
+            and item.stream == last.stream
+            and len(item.text) + len(last.text) < PIECE
+        ):
+            self._output[-1] = Text(item.stream, last.text + item.text)
+        elif len(self._output) < PIECES_LIMIT:
+            self._output.append(item)
+        else:
+            gap = sum(piece.bytes for piece in self._output[PIECES_LIMIT:] if isinstance(piece, Omitted))
+            self._output[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
+
+    @property
+    def was_lost(self) -> bool:
+        """Whether its end cost the session the variables."""
+        return self._result is not None and self._result.lost
+
+    def go_on(self, told: int, left: float) -> None:
+        """Go on over a new connection, after `told` bytes of output were sent over earlier ones."""
+        self.begun = self.placed = True
+        self.deadline = anyio.current_time() + left + SLACK
+        if told > self.received:
+            self._keep(Omitted(told - self.received))
+            self.received = told
+
+    def died(self, message: str, *, kept: bool = False) -> Result:
+        """Return the result of a call whose end the sandbox can't tell."""
+        state: Literal["preserved", "lost"] | None = None
+        if self.request.session:
+            state = "preserved" if kept else "lost"
+        return Result("died", joined(self._output), message=message, session=self.request.session, state=state)
+
+    def _conclude(self, done: Done) -> Result:
+        exit_code, value, session = done.get("exit_code"), done.get("value"), self.request.session
+        fields = done.get("exception")
+        message = done.get("message")
+        if done["lost"] and done["status"] == "died":
+            message = message or how_it_ended(exit_code)
+        return Result(
+            status=done["status"],
+            output=joined(self._output),
+            value=value,
+            value_omitted=max(0, done.get("value_length", 0) - len(value)) if value else 0,
+            exception=ExceptionInfo(**fields) if fields else None,
+            exit_code=exit_code,
+            lost=done["lost"],
+            message=message,
+            session=session,
+            state=("lost" if done["lost"] else "preserved") if session else None,
+            lost_before=done["lost_before"],
+            earlier=self._earlier,
+            variables=self._variables,
+            variables_left_out=self._left_out,
+            files=tuple(FileInfo(path, size) for path, size in done.get("files", ())),
+            contents=self._contents,
+            stale=tuple(done.get("stale", ())),
+            wall=done["wall"],
+            cpu=done["cpu"],
+            memory=done.get("memory"),
+            oom_kills=done["oom_kills"],
+        )
+
+
+def joined(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitted, ...]:
+    """Join neighbouring pieces of one stream, unless the output is large: it would be there twice for a while."""
+    if sum(len(item.text) for item in output if isinstance(item, Text)) > JOINED_LIMIT:
+        return tuple(output)
+    merged: list[Text | Rich | Omitted] = []
+    for stream, items in itertools.groupby(output, lambda item: item.stream if isinstance(item, Text) else None):
+        pieces = list(items)
+        if stream:
+            merged.append(Text(stream, "".join(item.text for item in pieces if isinstance(item, Text))))
+        else:
+            merged += pieces
+    return tuple(merged)
+
+
+def bytes_of(item: Text | Rich | Omitted) -> int:
+    """Return the size of a piece of output."""
+    if isinstance(item, Omitted):
+        return item.bytes
+    forms = (item.text,) if isinstance(item, Text) else item.forms.values()
+    return sum(len(form.encode("utf-8", "replace")) for form in forms)
+
+
+def how_it_ended(code: int | None) -> str:
+    """Say how a process ended, from its exit status or, if negative, the signal that killed it."""
+    if code is None:
+        return "the process that ran the code ended"
+    if code >= 0:
+        return f"the code ended its own process with exit status {code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        crash = name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
+        return f"the process that ran the code was killed by {name}" + (", a crash in native code" if crash else "")
+    return f"the process that ran the code was killed by signal {-code}"
+
+
+@dataclass
+class Session:
+    """A named sandbox that keeps its variables, and the queue of callers.
+
+    no sandbox ──create──> attached ──its host leaves──> detached ──attach──> attached
+         ▲                    │ its container ends, or its connection is cut
+         └──── not found ─────┘  (then `attach` looks for it by its name)
+    """
+
+    name: str
+    is_fresh: bool = False  # whether its id was just drawn, so that there can't be a container with its name
+    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
+    sandbox: Sandbox | None = None
+    call: Call | None = None  # the last one, until its result has been told
+    lost: str | None = None  # why the variables are gone, until a call has told it
+    used: float = 0.0  # when its last call was made
+    placing: anyio.CancelScope | None = None  # while a sandbox is being found or made for its call
+    placed: anyio.Event = field(default_factory=anyio.Event)  # set when that has come to an end
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it has a sandbox that is connected."""
+        return self.sandbox is not None and not self.sandbox.gone.is_set()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has a sandbox, or is about to."""
+        return self.placing is not None or self.is_attached
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a caller is at it, or its code goes on without one."""
+        return self.lock.locked() or (self.call is not None and not self.call.ended.is_set())
+
+
+# ── sandbox ──
 
 
 @dataclass(frozen=True)
 class SandboxInfo:
-    """What a sandbox says of itself; of one that does not answer, a paused one for example, only the name is known."""
+    """A sandbox's description of itself; of one that does not answer, such as a paused one, only the name is known."""
 
     name: str  # of its container
     answers: bool = False
     session: str | None = None
-    attached: bool = False  # whether some program is using it
-    owner: str = ""  # that program's id, which ends with its process id; or the last one's
+    attached: bool = False  # whether a program is using it
+    owner: str = ""  # that program's id, or the last one's; it ends with a dash and the process id
     busy: bool = False
     age: float = 0.0  # seconds
     idle: float = 0.0  # seconds since its last call
@@ -3986,12 +4457,12 @@ CONTAINER_NAME = re.compile(rf"{SESSION_CONTAINER}[0-9a-f]{{24}}|python-docker-m
 
 
 def session_container(session: str) -> str:
-    """The name of a session's container. Not the session's own: an id is no argument for an engine."""
+    """Return the name of a session's container: a hash, as an id is no argument for an engine."""
     return f"{SESSION_CONTAINER}{hashlib.sha256(session.encode()).hexdigest()[:24]}"
 
 
 def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequence[str]) -> dict[str, Any]:
-    """What a supervisor is told, with a digest of all that makes its sandbox what it is, or would make another."""
+    """Return a supervisor's settings, with a digest of all that distinguishes its sandbox from others."""
     settings = {
         "working_dir": config.docker.working_dir,
         "writable_folders": WRITABLE_FOLDERS,
@@ -4002,31 +4473,10 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
         "blocked_modules": config.blocked_modules,
         "preload": preload,
         "packages": image.packages,
+        "worker_schemas": WORKER_SCHEMAS,
     }
     everything = [engine.sandbox_arguments("", image, config, {}), image.id, GUEST_SOURCE, settings]
     return {**settings, "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]}
-
-
-class Answer:
-    """The frames of one call, on their way from the reader of the pipe to whoever made the call."""
-
-    def __init__(self, call_id: str) -> None:
-        self.id = call_id
-        self.has_begun = False
-        self.put, self.frames = anyio.create_memory_object_stream[Frame](16)
-
-    async def add(self, frame: Frame) -> None:
-        """Hand a frame on; wait only if there are many already."""
-        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # given up meanwhile
-            try:
-                self.put.send_nowait(frame)
-            except anyio.WouldBlock:
-                await self.put.send(frame)
-
-    def close(self) -> None:
-        """Nobody will read or write any more."""
-        self.put.close()
-        self.frames.close()
 
 
 class Sandbox:
@@ -4034,30 +4484,22 @@ class Sandbox:
 
     def __init__(self, engine: Engine, name: str, process: anyio.abc.Process, tasks: anyio.abc.TaskGroup) -> None:
         self.engine = engine
-        self._tasks = tasks
-        self._idle = anyio.Event()  # set unless code is still being stopped
-        self._idle.set()
         self.name = name
+        self.call: Call | None = None  # the last one
         self.gone = anyio.Event()
         self.created = time.monotonic()
+        self.prepared = anyio.Event()  # set when a worker is there that has preloaded everything
+        self.packages: str | None = None  # folder of the packages installed for its session
+        self.expired = False  # whether its session was not used for too long, and has ended
+        self.greeting: Greeting | None = None
+        self._tasks = tasks
         self._process = process
         self._errors = bytearray()
-        self._greeting: Frame | None = None
         self._greeted = anyio.Event()
-        self.prepared = anyio.Event()  # set when a worker is there that has what is to be preloaded
-        self.packages: str | None = None  # the folder with what was installed for its session
-        self.expired = False  # whether the session was not used for too long, and has ended
-        self.left = False  # whether we have said farewell
-        self._answers: dict[str, Answer] = {}
-        self._unread: Answer | None = None
-        self.lost: str | None = None  # why the variables went, in a call whose result nobody waited for
-        self.asked: str | None = None  # id of the last call that came to the supervisor, for all we know
-        self.cancelled: str | None = None  # id of the last call that nobody waited for
-        self.never_ran = False  # whether its first call did not even begin, as the container had gone or is unfit
-        self.unfit = False  # whether it imported beforehand what has been replaced since
-        self._clean = False  # whether nothing was left of the last call, once that has been looked at
+        self._answers: dict[str, MemoryObjectSendStream[Answer | Piece]] = {}  # by the id of the question
+        self._clean = False  # whether nothing was left of the last call
         self._recycled = anyio.Event()
-        self._fault: str | None = None  # what was wrong with what the sandbox sent
+        self._fault: str | None = None  # what was wrong with a frame
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
@@ -4072,7 +4514,7 @@ class Sandbox:
         tasks: anyio.abc.TaskGroup,
         preload: Sequence[str] = (),
     ) -> Sandbox:
-        """Start a container and wait until its supervisor is ready. What is to be preloaded it imports after that.
+        """Start a container and wait until its supervisor is ready; it preloads modules after that.
 
         Raises:
             EngineError: the engine did not start it, or it did not come up.
@@ -4082,11 +4524,11 @@ class Sandbox:
         labels = {"owner": owner, "settings": settings["digest"]}
         process = await engine.spawn(*engine.sandbox_arguments(name, image, config, labels))
         sandbox = cls(engine, name, process, tasks)
-        tasks.start_soon(sandbox._serve)
+        tasks.start_soon(sandbox._serve, None)
         try:
             with anyio.fail_after(START_TIMEOUT):
                 await sandbox._come_up(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
-            if sandbox._greeting is None:
+            if sandbox.greeting is None:
                 raise EngineError(
                     f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
                     "needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at everything else."
@@ -4115,19 +4557,14 @@ class Sandbox:
         try:
             await self.engine.require_answer()
         except HangError:
-            self._kill_client()  # nobody else could end it; the container, if it is there, finds no host
+            self._kill_client()  # nothing else could end it; the container, if it is there, finds no host
             raise
 
     async def _require_answer(self) -> None:
-        """Find out whether it is the code that is silent, or the sandbox with its engine. Raises HangError."""
-        pong = self._expect(secrets.token_hex(8))
-        try:
-            with anyio.move_on_after(PONG_TIMEOUT):
-                await self._send({"op": "ping", "id": pong.id})
-                async for _ in pong.frames:
-                    return
-        finally:
-            self._forget(pong)
+        """Find out whether the supervisor answers or, if it does not, the engine. Raises HangError."""
+        with anyio.move_on_after(PONG_TIMEOUT):
+            await self._ask({"op": "ping", "id": secrets.token_hex(8)})
+            return
         await self._require_engine()
 
     @classmethod
@@ -4135,62 +4572,55 @@ class Sandbox:
         cls,
         engine: Engine,
         name: str,
-        session: str | None,
         owner: str,
         tasks: anyio.abc.TaskGroup,
+        *,
+        session: str | None = None,
+        call: Call | None = None,
         settings: str | None = None,
         patience: float | None = None,
     ) -> Sandbox | SandboxInfo | None:
-        """Take over a sandbox that nobody has, if it holds `session`, or none and was made with the digest `settings`.
+        """Take over a sandbox without a host, if it holds `session`, or none and was made with the digest `settings`.
 
-        Else: what it says of itself, if anything.
+        If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
+        answer within `patience` seconds.
         """
         sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
-        tasks.start_soon(sandbox._serve)
+        tasks.start_soon(sandbox._serve, call)
+        request: PlugRequest = {"session": session, "settings": settings, "owner": owner}
         try:
             with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
-                await sandbox._send({"session": session, "settings": settings, "owner": owner})
+                await sandbox._write(head(request))
                 await sandbox._greeted.wait()
         except BaseException:
-            sandbox._kill_client()  # else we would be the owner of what nobody knows
+            sandbox._kill_client()  # else this host would own a sandbox that it does not know
             raise
-        greeting = sandbox._greeting
-        if greeting and greeting.get("kind", str) == "ready":
-            sandbox.created -= sandbox.info().age
+        if sandbox.greeting and sandbox.greeting["kind"] == "ready":
+            sandbox.created -= sandbox.greeting["age"]
             log.debug("taken over: the session %s in the container %s", session, name)
             return sandbox
         sandbox._kill_client()
-        return sandbox.info(greeting) if greeting else None
+        return sandbox.info() if sandbox.greeting else None
 
-    def info(self, greeting: Frame | None = None) -> SandboxInfo:
-        """What the sandbox said of itself when it was started or plugged into."""
-        said = greeting or self._greeting
-        assert said is not None
-        session = said.get("session", str, NONE)
-        if session is not None and not re.fullmatch(SESSION_ID, session):
-            raise ProtocolError("a session's id that can't be one")
+    def info(self) -> SandboxInfo:
+        """Return the sandbox's description of itself, from when it was started or plugged into."""
+        assert self.greeting is not None
+        said = self.greeting
         return SandboxInfo(
-            name=self.name,
-            answers=True,
-            session=session,
-            attached=said.get("attached", bool),
-            owner=said.get("owner", str),
-            busy=said.get("busy", bool),
-            age=said.seconds("age"),
-            idle=said.seconds("idle"),
-            memory=said.get("memory", int, NONE),
-        )
+            self.name, True, said["session"], said["attached"], said["owner"], said["busy"], said["age"], said["idle"],
+            said["memory"],
+        )  # fmt: skip
 
     # ── the pipe ──
 
-    async def _serve(self) -> None:
-        """Read what the container and its command line say until they are gone."""
+    async def _serve(self, call: Call | None) -> None:
+        """Read from the container and its command line until they are gone; go on with `call` if it runs there."""
         assert self._process.stderr is not None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(keep_tail, self._process.stderr, self._errors)
-                await self._read_frames()
-                if self._fault and self._greeting and self._greeting.get("kind", str) == "ready":
+                await self._read_frames(call)
+                if self._fault and self.greeting and self.greeting["kind"] == "ready":
                     await self.remove()  # it is ours, and may not end by itself
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
                     await self._process.wait()
@@ -4200,48 +4630,50 @@ class Sandbox:
             with anyio.CancelScope(shield=True):
                 await self._process.aclose()
             self.gone.set()
-            self._greeted.set()
-            self.prepared.set()
-            self._recycled.set()
-            if self._unread:
-                self._forget(self._unread)  # nobody will ask us any more
-                self._unread = None
+            for event in (self._greeted, self.prepared, self._recycled):
+                event.set()
             for answer in self._answers.values():
-                answer.put.close()
+                answer.close()
+            if self.call:
+                self._lose(self.call)
 
-    async def _read_frames(self) -> None:
+    def _lose(self, call: Call) -> None:
+        """Cut the call from this sandbox, which is gone; end it if no session could go on with it."""
+        why = last_line(f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words())
+        if self._fault or (call.begun and not call.request.session):
+            call.end(call.died(f"the container ended during the call ({why})"))
+        call.cut(why)
+
+    async def _read_frames(self, call: Call | None) -> None:
         assert self._process.stdout is not None
         lines = BufferedByteReceiveStream(self._process.stdout)
         strays = notes = 0
         try:
             while True:
-                frame = await Frame.receive(lines)
-                kind = frame.get("kind", str)
-                if kind in ("ready", "status"):
-                    if self._greeting:
+                frame = await receive(lines, FROM_SANDBOX)
+                if frame["kind"] == "ready" or frame["kind"] == "status":
+                    if self.greeting:
                         raise ProtocolError("a second greeting")
-                    unread = frame.get("unread", str, NONE)
-                    self.info(frame)  # refuses what no supervisor says of itself
-                    self.packages = frame.get("packages", str, NONE)
-                    self._unread = self._expect(unread) if unread and kind == "ready" else None
-                    self.asked = frame.get("begun", str, NONE)
-                    self._greeting = frame
-                    self._greeted.set()
-                elif kind == "farewell":
+                    self._greet(frame, call)
+                elif frame["kind"] == "farewell":
                     self._kill_client()
                     return
-                elif kind == "expired":
+                elif frame["kind"] == "expired":
                     self.expired = True
-                elif kind == "prepared":
+                elif frame["kind"] == "prepared":
                     self.prepared.set()
-                elif kind == "recycled" and not self._recycled.is_set():
-                    self._clean = frame.get("clean", bool) and frame.get("id", str) == self.asked
+                elif frame["kind"] == "recycled":
+                    self._clean = frame["clean"] and self.call is not None and frame["id"] == self.call.id
                     self._recycled.set()
-                elif kind == "note" and notes < NOTES_LOGGED:
+                elif frame["kind"] == "note":
                     notes += 1
-                    log.warning("%s: %s", self.name, last_line(frame.get("text", str)))
-                elif answer := self._answers.get(frame.get("id", str)):
-                    await answer.add(frame)
+                    if notes <= NOTES_LOGGED:
+                        log.warning("%s: %s", self.name, last_line(frame["text"]))
+                elif frame["kind"] == "pong" or frame["kind"] == "file":
+                    if answer := self._answers.pop(frame["id"], None):
+                        answer.send_nowait(frame)
+                elif self.call and frame["id"] == self.call.id and not self.call.ended.is_set():
+                    await self.call.take(frame)
                 else:
                     strays += 1
                     if strays > 100_000:
@@ -4250,18 +4682,26 @@ class Sandbox:
             pass
         except (ProtocolError, anyio.DelimiterNotFound) as error:
             self._fault = str(error)
-            if self._greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
+            if self.greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
                 log.error("the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, error)
+
+    def _greet(self, greeting: Greeting, call: Call | None) -> None:
+        """Enter the state that the sandbox is in, with the call whose end no host has been told."""
+        self.packages = greeting["packages"]
+        unread = greeting["unread"]
+        if unread and greeting["kind"] == "ready":
+            request = Request("", greeting["session"], output_limit=BACKLOG_LIMIT)
+            self.call = call if call and call.id == unread else Call(request, unread, ran=greeting["ran"])
+            self.call.go_on(greeting["told"], greeting["left"])
+        self.greeting = greeting
+        self._greeted.set()
 
     async def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
         await send_quietly(self._process.stdin, data)
 
-    async def _send(self, frame: dict[str, Any]) -> None:
-        await self._write(head(frame))
-
     def _kill_client(self) -> None:
-        """End the engine's command line. The container does not depend on it."""
+        """Kill the engine's command line. The container does not depend on it."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
@@ -4269,198 +4709,93 @@ class Sandbox:
         said = last_line(self._errors.decode("utf-8", "replace"))
         return said or f"its process ended with exit status {self._process.returncode}"
 
+    async def _ask(self, question: Read | Order) -> Answer | Piece:
+        """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
+        put, answers = anyio.create_memory_object_stream[Answer | Piece](1)
+        with put, answers:
+            self._answers[question["id"]] = put
+            if self.gone.is_set():
+                put.close()
+            try:
+                await self._write(encoded(question))
+                return await answers.receive()
+            finally:
+                self._answers.pop(question["id"], None)
+
     # ── a call ──
 
-    async def call(self, request: Request, on_output: OnOutput | None = None) -> Result:
-        """Run code, and tell what came of it. Being cancelled stops the code."""
-        call_id = secrets.token_hex(8)
-        log.debug("call %s of %s in the container %s", call_id, request.session or "no session", self.name)
-        *ahead, last = in_batches(request.frames(call_id))
-        answer = self._expect(call_id)
-        is_first = self.asked is None
-        settled = True  # as long as nothing of it runs
-        try:
-            with anyio.move_on_after(request.timeout + GRACE + SLACK):
-                await self._idle.wait()
-                for batch in ahead:
-                    await self._write(batch)
-                settled, self.asked = False, call_id
-                if request.recycle:
-                    self._clean, self._recycled = False, anyio.Event()
-                await self._write(last)
-                result = await self._collect(answer, request.session, on_output, request.output_limit)
-                settled = True
-                self.never_ran = is_first and result.status == "died" and not answer.has_begun
-                log.debug("call %s ended: %s after %.3f s", call_id, result.status, result.wall)
-                return result
-            settled = True
-            return await self._give_up(request.session)
-        except HangError:
-            settled = True  # as nobody could settle it; if the sandbox goes on, it tells the end to the next host
-            raise
-        finally:
-            if settled or self.left:
-                self._forget(answer)
-            else:  # the caller does not wait any more: then the code must not go on either
-                self._idle = anyio.Event()
-                self._tasks.start_soon(self._settle, answer, self._idle)
+    async def begin(self, call: Call) -> None:
+        """Place a call in this sandbox, whose last one has ended."""
+        log.debug("call %s of %s in the container %s", call.id, call.request.session or "no session", self.name)
+        call.attempts += 1
+        call.placed, call.begun, call.unfit = True, False, False
+        call.deadline = anyio.current_time() + call.request.timeout + GRACE + SLACK
+        if call.request.recycle:
+            self._clean, self._recycled = False, anyio.Event()
+        self.call = call
+        if self.gone.is_set():
+            self._lose(call)
+        else:
+            with anyio.CancelScope(deadline=call.deadline):
+                await self._write(call.request.frames(call.id))
 
-    def was_cut(self, result: Result) -> bool:
-        """Whether this result only tells that our connection ended, which says nothing of the container."""
-        return result.status == "died" and not result.lost and self.gone.is_set() and not self.left
+    async def finish(self, call: Call, on_output: OnOutput | None = None) -> None:
+        """Wait until the call that was placed here has ended, or is cut from here. Give it up when it is overdue.
+
+        Raises HangError if neither the sandbox nor the engine answers.
+        """
+        with anyio.CancelScope(deadline=call.deadline):
+            await wait_or_doubt(functools.partial(call.wait, on_output, until_begun=True), self._require_answer)
+            await call.wait(on_output)
+            log.debug("call %s ended, or its connection did", call.id)
+        if call.placed and not call.ended.is_set():
+            message = (
+                f"the sandbox itself did not answer for {SLACK:g} seconds, and was removed: is the host overloaded?"
+            )
+            call.end(dataclasses.replace(call.died(message), status="timeout"))
+            await self.remove()
 
     async def interrupt(self) -> None:
         """Have the running code interrupted; how it ends is its call's result."""
-        await self._send({"op": "interrupt", "id": self.asked})
+        if self.call:
+            await self._write(encoded({"op": "interrupt", "id": self.call.id}))
 
-    async def _give_up(self, session: str | None) -> Result:
-        await self.remove()
-        message = f"the sandbox itself did not answer for {SLACK:g} seconds, and was removed: is the host overloaded?"
-        return Result("timeout", message=message, session=session, state="lost" if session else None)
-
-    async def _settle(self, answer: Answer, idle: anyio.Event) -> None:
-        """Stop the code of a call that nobody waits for any more; the next call waits until that is done."""
-        self.cancelled = answer.id
-        try:
-            with anyio.move_on_after(GRACE + SLACK) as patience:
-                await self.interrupt()
-                if (await self._collect(answer, None, None, None)).lost:
-                    self.lost = "a call was cancelled, and its code did not stop in time"
-            if patience.cancelled_caught:
-                await self.remove()
-        except HangError:
-            pass  # the call that comes next will be told
-        finally:
-            self._forget(answer)
-            idle.set()
-
-    def stop_unread(self) -> None:
-        """Stop the code of a call that was cancelled over another connection, which ended before that came through."""
-        assert self._unread is not None
-        answer, self._unread = self._unread, None
-        self._idle = anyio.Event()
-        self._tasks.start_soon(self._settle, answer, self._idle)
-
-    @property
-    def has_unread(self) -> bool:
-        """Whether there is a call that was running when its host left, and whose end nobody has been told."""
-        return self._unread is not None
-
-    @property
-    def told_before(self) -> int:
-        """Bytes of that call's output that its host was told."""
-        return int(self._greeting.get("told", int)) if self._greeting else 0
-
-    @property
-    def has_kept(self) -> bool:
-        """Whether the variables were still there after the session's last call."""
-        return self._greeting is not None and bool(self._greeting.get("kept", bool))
-
-    @property
-    def ran_before(self) -> float:
-        """Seconds that it had run when we plugged in."""
-        return self._greeting.seconds("ran") if self._greeting else 0.0
-
-    async def read_unread(self, on_output: OnOutput | None = None) -> Result:
-        """The end of such a call, as far as it was kept. Waits for it."""
-        assert self._unread is not None
-        assert self._greeting is not None
-        answer, self._unread = self._unread, None
-        session = self.info().session
-        try:
-            with anyio.move_on_after(self._greeting.seconds("left") + SLACK):
-                return await self._collect(answer, session, on_output, BACKLOG_LIMIT)
-            return await self._give_up(session)
-        finally:
-            self._forget(answer)
-
-    def _expect(self, call_id: str) -> Answer:
-        answer = self._answers[call_id] = Answer(call_id)
-        if self.gone.is_set():
-            answer.put.close()
-        return answer
-
-    def _forget(self, answer: Answer) -> None:
-        self._answers.pop(answer.id, None)
-        answer.close()
+    async def cancel(self) -> None:
+        """Have the code of a call stopped that no caller waits for any more, without waiting for its end."""
+        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
+            await self.interrupt()
 
     async def read_file(self, path: str, offset: int, length: int | None) -> bytes:
-        """A part of a file in the working directory, also while code runs. Raises RequestError, SessionError."""
+        """Return a part of a file in the working directory, also while code runs. Raises RequestError, SessionError."""
         content = bytearray()
         while length is None or len(content) < length:
-            answer = self._expect(secrets.token_hex(8))
+            question: Read = {"op": "read", "id": secrets.token_hex(8), "path": path, "offset": offset + len(content)}
             try:
-                await self._send({"op": "read", "id": answer.id, "path": path, "offset": offset + len(content)})
-                piece = b""
                 with anyio.fail_after(ATTACH_TIMEOUT):
-                    async for frame in answer.frames:
-                        piece += frame.data
-                        if len(piece) > READ_LIMIT:
-                            raise ProtocolError("more data than was asked for")
-                        if frame.get("kind", str) == "file":
-                            break
-                    else:
-                        raise SessionError("The session's container ended, and its files are gone.")
-                if problem := frame.get("problem", str, NONE):
-                    raise RequestError(f"The file {last_line(path)!r} can't be read: {problem}.")
-            except (ProtocolError, TimeoutError) as error:
-                raise SessionError(f"The session's container did not answer as it should: {error}.") from error
-            finally:
-                self._forget(answer)
-            content += piece
-            if len(piece) < READ_LIMIT:
+                    piece = await self._ask(question)
+            except anyio.EndOfStream:
+                raise SessionError("The session's container ended, and its files are gone.") from None
+            except TimeoutError:
+                raise SessionError(f"The session's container did not answer within {ATTACH_TIMEOUT} seconds.") from None
+            if piece["kind"] != "file":
+                raise SessionError("The session's container did not answer as it should.")
+            if piece["problem"]:
+                raise RequestError(f"The file {last_line(path)!r} can't be read: {piece['problem']}.")
+            content += piece["data"]
+            if len(piece["data"]) < READ_LIMIT:
                 break
         return bytes(content[:length])
-
-    async def _collect(
-        self, answer: Answer, session: str | None, on_output: OnOutput | None, keep: int | None
-    ) -> Result:
-        """The result that the frames of a call come to, or what became of the container if they end too soon.
-
-        Raises HangError if neither the container nor the engine answers.
-        """
-        account = Account(keep, on_output)
-        try:
-            frame = await wait_or_doubt(answer.frames.receive, self._require_answer)
-            while True:
-                kind = frame.get("kind", str)
-                if kind == "done":
-                    return account.close(frame, session)
-                if kind == "unfit":
-                    self.unfit = True
-                    return Result("died", message="what is installed has changed since the sandbox was made ready")
-                answer.has_begun = True
-                if kind != "begun":
-                    await account.take(frame)
-                frame = await answer.frames.receive()
-        except anyio.EndOfStream:
-            pass
-        except ProtocolError as error:
-            self._fault = str(error)
-            self._kill_client()
-            await self.remove()
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await self.gone.wait()
-        reason = f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words()
-        return Result(
-            "died",
-            output=account.joined(),
-            message=f"the container ended during the call ({last_line(reason)})",
-            session=session,
-            state="lost" if session else None,
-        )
 
     # ── the end ──
 
     async def leave(self) -> None:
         """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
-        self.left = True
         await self._part_with("farewell")
 
     async def end(self, must_know: bool = False) -> None:
         """End the container, in the quickest way that works.
 
-        Raises HangError, if the caller must know, where nobody can tell whether it has ended.
+        Raises HangError, if the caller must know, where it can't be found out whether it has ended.
         """
         await self._part_with("end")
         if must_know:
@@ -4473,18 +4808,16 @@ class Sandbox:
             return
         await self.remove()
 
-    async def _part_with(self, word: str) -> None:
-        if self._unread:
-            self._forget(self._unread)
+    async def _part_with(self, word: Literal["farewell", "end"]) -> None:
         with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
-            await self._send({"op": word})
+            await self._write(encoded({"op": word}))
             await self.gone.wait()
 
     async def recycle(self) -> bool:
-        """Wait until what a call with `recycle` left has been removed; whether nothing is left, for all one can see."""
+        """Wait until the sandbox is cleaned after a call with `recycle`; return whether nothing seems to be left."""
         with anyio.move_on_after(ATTACH_TIMEOUT):
             await self._recycled.wait()
-        self.asked = None
+        self.call = None
         return self._clean and not self.gone.is_set()
 
     async def rename(self, name: str) -> None:
@@ -4497,275 +4830,6 @@ class Sandbox:
         with anyio.CancelScope(shield=True):
             await self.engine.remove(self.name)
             self._kill_client()
-
-
-class Account:
-    """What the frames of one call come to, within the limits of what one may be."""
-
-    def __init__(self, keep: int | None, on_output: OnOutput | None) -> None:
-        self.output: list[Text | Rich | Omitted] = []
-        self._earlier = ""
-        self._variables: dict[str, Any] | None = None
-        self._texts: dict[str, str] = {}
-        self._left_out: dict[str, str] = {}
-        self._contents: dict[str, bytes] = {}
-        self._parts = bytearray()
-        self._keep = keep is not None
-        self._on_output = on_output
-        self._text_left = (keep or 0) + MAX_FRAME
-        self._data_left = DATA_LIMIT
-
-    async def take(self, frame: Frame) -> None:
-        """Enter a frame that is not the last. Raises ProtocolError."""
-        kind = frame.get("kind", str)
-        if kind in ("stdout", "stderr"):
-            await self._show(Text(kind, frame.text))
-        elif kind == "part":
-            self._gather(frame)
-        elif kind == "display":
-            await self._show(Rich(self._display(self._gathered(frame)), frame.get("is_value", bool)))
-        elif kind == "text":
-            name = frame.get("name", str)
-            self._data_left -= len(name)
-            self._texts[name] = self._gathered(frame).decode("utf-8", "replace")
-        elif kind == "state":
-            self._left_out = texts(frame.get("left_out", dict))
-            self._variables = self._state(self._gathered(frame))
-        elif kind == "content":
-            path, content = frame.get("path", str), bytes(self._gathered(frame))
-            if len(self._contents) < FILES_LISTED:
-                self._contents[path] = content
-        elif kind == "omitted":
-            await self._show(Omitted(frame.get("bytes", int)))
-        elif kind == "earlier":
-            self._earlier = frame.text
-        else:
-            raise ProtocolError(f"a frame of kind {kind!r}")
-
-    def _display(self, data: bytearray) -> dict[str, str]:
-        """The forms of a displayed value. What is none of our worker's making costs itself, and not the sandbox."""
-        try:
-            return texts(parse_within(data))
-        except ProtocolError as error:
-            return {"text/plain": f"[a display was left out: {error}]"}
-
-    def _state(self, data: bytearray) -> dict[str, Any]:
-        """The variables, likewise."""
-        try:
-            variables = parse_within(data)
-            if not isinstance(variables, dict):
-                raise ProtocolError("the state is not an object")
-        except ProtocolError as error:
-            self._left_out = {**self._left_out, "(all)": str(error)}
-            return {}
-        return {**variables, **self._texts}
-
-    async def _show(self, item: Text | Rich | Omitted) -> None:
-        if isinstance(item, Text) and self._keep:
-            self._text_left -= len(item.text)
-            if self._text_left < 0:
-                raise ProtocolError("more output than the limit lets through")
-        if self._keep or not isinstance(item, Text):
-            self._enter(item)
-        if self._on_output:
-            await self._on_output(item)
-
-    def _enter(self, item: Text | Rich | Omitted) -> None:
-        """Keep a piece of output. There may be as many as there are characters, and each costs more than those."""
-        last = self.output[-1] if self.output else None
-        if (
-            isinstance(item, Text)
-            and isinstance(last, Text)
-            and item.stream == last.stream
-            and len(item.text) + len(last.text) < PIECE
-        ):
-            self.output[-1] = Text(item.stream, last.text + item.text)
-        elif len(self.output) < PIECES_LIMIT:
-            self.output.append(item)
-        else:
-            gap = sum(piece.bytes for piece in self.output[PIECES_LIMIT:] if isinstance(piece, Omitted))
-            self.output[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
-
-    def joined(self) -> tuple[Text | Rich | Omitted, ...]:
-        """The output, neighbouring pieces joined; not where it is much, which would then be there twice for a while."""
-        size = sum(len(item.text) for item in self.output if isinstance(item, Text))
-        return merge(self.output) if size <= JOINED_LIMIT else tuple(self.output)
-
-    def _gather(self, frame: Frame) -> None:
-        self._parts += frame.data
-        self._data_left -= len(frame.data) + PART_COST
-        if self._data_left < 0:
-            raise ProtocolError("more data than the limit lets through")
-
-    def _gathered(self, frame: Frame) -> bytearray:
-        """The data of a frame, with the parts that went ahead of it."""
-        self._gather(frame)
-        data, self._parts = self._parts, bytearray()
-        return data
-
-    def close(self, frame: Frame, session: str | None) -> Result:
-        """The result, with the last frame's report. Raises ProtocolError."""
-        status = frame.get("status", str)
-        if status not in get_args(Status):
-            raise ProtocolError(f"the status {status!r}")
-        lost = frame.get("lost", bool)
-        value = frame.get("value", str, NONE)
-        exit_code = frame.get("exit_code", int, NONE)
-        return Result(
-            status=status,
-            output=self.joined(),
-            value=value,
-            value_omitted=max(0, frame.get("value_length", int) - len(value)) if value else 0,
-            exception=exception_info(frame),
-            exit_code=exit_code,
-            lost=lost,
-            message=frame.get("message", str, NONE) or (how_it_ended(exit_code) if lost and status == "died" else None),
-            session=session,
-            state=("lost" if lost else "preserved") if session else None,
-            lost_before=frame.get("lost_before", str, NONE),
-            earlier=self._earlier,
-            variables=self._variables,
-            variables_left_out=self._left_out,
-            files=tuple(file_info(item) for item in frame.get("files", list, NONE) or ()),
-            contents=self._contents,
-            stale=tuple(encodable(str(name)) for name in frame.get("stale", list, NONE) or ()),
-            wall=frame.seconds("wall"),
-            cpu=frame.seconds("cpu"),
-            memory=frame.get("memory", int, NONE),
-            oom_kills=frame.get("oom_kills", int),
-        )
-
-
-def bytes_of(item: Text | Rich | Omitted) -> int:
-    """How much a piece of output comes to."""
-    if isinstance(item, Omitted):
-        return item.bytes
-    forms = (item.text,) if isinstance(item, Text) else item.forms.values()
-    return sum(len(form.encode("utf-8", "replace")) for form in forms)
-
-
-def exception_info(frame: Frame) -> ExceptionInfo | None:
-    """The exception that a frame tells of."""
-    if (fields := frame.get("exception", dict, NONE)) is None:
-        return None
-    said = Frame(fields)
-    return ExceptionInfo(
-        type=said.get("type", str),
-        message=said.get("message", str),
-        line=said.get("line", int, NONE),
-        traceback=said.get("traceback", str),
-        missing=said.get("missing", str, NONE),
-    )
-
-
-def file_info(item: Any) -> FileInfo:
-    """A file in a frame: path and size. Raises ProtocolError."""
-    if type(item) is not list or [type(part) for part in item] != [str, int]:
-        raise ProtocolError("a file is not a path and a size")
-    return FileInfo(encodable(item[0]), item[1])
-
-
-def how_it_ended(code: int | None) -> str:
-    """What became of a process, in words."""
-    if code is None:
-        return "the process that ran the code ended"
-    if code >= 0:
-        return f"the code ended its own process with exit status {code}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-code).name
-        crash = name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
-        return f"the process that ran the code was killed by {name}" + (", a crash in native code" if crash else "")
-    return f"the process that ran the code was killed by signal {-code}"
-
-
-def merge(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitted, ...]:
-    """Join neighbouring pieces of one stream."""
-    merged: list[Text | Rich | Omitted] = []
-    for stream, items in itertools.groupby(output, lambda item: item.stream if isinstance(item, Text) else None):
-        pieces = list(items)
-        if stream:
-            merged.append(Text(stream, "".join(item.text for item in pieces if isinstance(item, Text))))
-        else:
-            merged += pieces
-    return tuple(merged)
-
-
-# ── runner ──
-
-
-@dataclass
-class Session:
-    """A named sandbox that keeps its variables, and the queue of those who want to use it."""
-
-    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
-    sandbox: Sandbox | None = None
-    ongoing: Ongoing | None = None  # the call that was begun, until its result has been told
-    lost: str | None = None  # why the last sandbox is gone, for the next call to tell
-    used: float = 0.0  # when its last call began
-    is_coming: bool = False  # whether a sandbox is on its way
-
-    @property
-    def is_there(self) -> bool:
-        """Whether it has a sandbox, or is about to."""
-        return self.is_coming or (self.sandbox is not None and not self.sandbox.gone.is_set())
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether somebody is at it, or its code goes on without anybody."""
-        return self.lock.locked() or (self.ongoing is not None and not self.ongoing.ended.is_set())
-
-
-class Ongoing:
-    """A call in a session, apart from whoever waits for its result: it goes on when they don't any more."""
-
-    def __init__(self, session: str, request: Request | None, ran: float = 0.0) -> None:
-        self.session = session
-        self.request = request  # None if it was an earlier host's
-        self.on_output: OnOutput | None = None  # of whoever waits
-        self.ended = anyio.Event()
-        self._scope = anyio.CancelScope()
-        self._outcome: Result | Exception | None = None
-        self._started = time.monotonic() - ran
-        self._output: list[Text | Rich | Omitted] = []  # that nobody has been told
-        self._told = False
-
-    async def run(self, work: Callable[[OnOutput], Awaitable[Result]]) -> None:
-        """Do the work, which takes whom to give the output to."""
-        try:
-            with self._scope:
-                self._outcome = await work(self._hear)
-        except Exception as error:  # whatever it is: it is for those who wait, not for this task's parent
-            self._outcome = error
-        finally:
-            self.ended.set()
-
-    async def cancel(self) -> None:
-        """Stop it, and wait until nobody is at its sandbox any more."""
-        with anyio.CancelScope(shield=True):
-            self._scope.cancel()
-            await self.ended.wait()
-
-    async def _hear(self, item: Text | Rich | Omitted) -> None:
-        if self.request is None or self.request.output_limit is not None:
-            self._output.append(item)
-        if self.on_output:
-            await self.on_output(item)
-
-    def tell(self, waiting_for: str) -> Result:
-        """The result; as long as there is none, the output so far. What was told once is not told again."""
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        if self._outcome and not self._told:
-            return self._outcome
-        output, self._output = merge(self._output), []
-        if not self._outcome and self.ended.is_set():
-            raise SessionError(f"The session {self.session!r} was ended before the call could begin.")
-        if self._outcome:
-            return dataclasses.replace(self._outcome, output=output)
-        self._told = True
-        wall = time.monotonic() - self._started
-        message = f"the call has not ended after {wall:.0f} seconds" + (f": {waiting_for}" if waiting_for else "")
-        return Result("running", output, message=message, session=self.session, wall=wall)
 
 
 def describe_installation(
@@ -4797,17 +4861,15 @@ class Pool:
 
     def __init__(
         self,
-        create: Callable[[Sequence[str]], Awaitable[Sandbox]],
+        create: Callable[[Sequence[str], OnStatus | None], Awaitable[Sandbox]],
         config: PoolConfig,
         tasks: anyio.abc.TaskGroup,
-        report: Callable[[str], None],
         idle_timeout: float,
     ) -> None:
         self.ready: deque[Sandbox] = deque()  # oldest first
         self._create = create
         self._config = config
         self._tasks = tasks
-        self._report = report
         self._creations = anyio.Semaphore(config.max_concurrent_creations)
         self._turn = anyio.Lock(fast_acquire=True)  # who waits for a sandbox gets one in the order of coming
         self._changed = anyio.Event()  # a sandbox is ready, or a place free
@@ -4820,7 +4882,7 @@ class Pool:
         self._idle_timeout = idle_timeout  # seconds without a call after which none is kept ready any longer
         self._used_at = time.monotonic()
 
-    async def lease(self, bare: bool = False) -> Sandbox:
+    async def lease(self, *, bare: bool = False, report: OnStatus | None = None) -> Sandbox:
         """A sandbox that nobody uses: a ready one, else, or if it has to be `bare` (nothing imported), a new one.
 
         Raises EngineError, ImageError.
@@ -4840,12 +4902,14 @@ class Pool:
                 if self.count < self._config.size:
                     self.count += 1
                     break
-                self._report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
+                if report:
+                    report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
                 await self._changed.wait()
-                self._report("")
+                if report:
+                    report("")
         self._wanted_now += 1
         try:
-            return await self._add(())  # whoever waits would have to wait for what is preloaded, too
+            return await self._add((), report)  # whoever waits would have to wait for what is preloaded, too
         finally:
             self._wanted_now -= 1
             self._fill()
@@ -4958,11 +5022,11 @@ class Pool:
         finally:
             self._coming -= 1
 
-    async def _add(self, preload: Sequence[str]) -> Sandbox:
+    async def _add(self, preload: Sequence[str], report: OnStatus | None = None) -> Sandbox:
         """A new sandbox, for which a place is counted already."""
         try:
             async with self._creations:
-                sandbox = await self._create(preload)
+                sandbox = await self._create(preload, report)
         except BaseException:
             self._free_place()
             raise
@@ -4994,27 +5058,27 @@ class Pool:
 
 
 class Runner:
-    """Runs code in sandboxes, with or without a session. Made by `open_runner`; safe for many tasks at once."""
+    """Runs code in sandboxes, with or without a session. Made by `open_runner`; safe for many tasks at once.
 
-    def __init__(
-        self, config: Config, tasks: anyio.abc.TaskGroup, on_status: Callable[[str], None] | None = None
-    ) -> None:
+    Attributes that may be looked at: `pool`, `sessions` (by name), `engine` and `image` (None until they are found).
+    """
+
+    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None = None) -> None:
         self.config = config
         self.on_status = on_status
         self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
-        self.status = ""  # what a call that waits is waiting for
         self.engine: Engine | None = None
         self.image: Image | None = None
-        self.running = 0  # calls under way
+        self.sessions: dict[str, Session] = {}
+        self.pool = Pool(self._new_sandbox, config.pool, tasks, config.session.idle_timeout)
         self._tasks = tasks
         self._finding = anyio.Lock(fast_acquire=True)
-        self._failed: EngineError | None = None  # why there was no engine when it was last looked for,
-        self._failed_at = -math.inf  # and when that was found out
+        self._failed: EngineError | None = None  # why the last search for an engine found none,
+        self._failed_at = -math.inf  # and when
         self._preparing = anyio.Lock()
-        self._retry_at = 0.0  # when to try again what could not be preinstalled
-        self.sessions: dict[str, Session] = {}
+        self._watching: list[OnStatus] = []  # those who wait until engine and image are there
+        self._retry_at = 0.0  # when to try again to complete an image
         self._transient: set[Sandbox] = set()
-        self.pool = Pool(self._new_sandbox, config.pool, tasks, self._report, config.session.idle_timeout)
 
     async def execute(
         self,
@@ -5024,6 +5088,7 @@ class Runner:
         state: Mapping[str, Any] | None = None,
         timeout: float | None = None,
         on_output: OnOutput | None = None,
+        on_status: OnStatus | None = None,
         keep_output: bool = True,
         interrupt: anyio.Event | None = None,
         filename: str | None = None,
@@ -5034,20 +5099,21 @@ class Runner:
         """Run code: in a fresh sandbox of its own, or in the session's.
 
         Args:
-            code: Python source; the value of an expression at its end is returned too. If there is none, and a call is
-                going on in the session, the result is that call's.
-            session: keeps variables, imports and files under this name from call to call; made if there is none yet.
-                Calls on one session queue; cancelling the awaiting task cancels the code.
-            state: variables to start with; with it (even if empty) the result tells the variables at the end.
+            code: Python source. The value of an expression at its end is returned too. If there is no code, and a call
+                is going on in the session, the result is that call's.
+            session: name under which variables, imports and files are kept from call to call; made if there is none.
+                Calls on one session queue. Cancelling the awaiting task cancels the code.
+            state: variables to start with. If given, even if empty, the result has the variables at the end.
             timeout: seconds the code may take; by default `docker.timeout`.
             on_output: awaited with each piece of output as it comes.
-            keep_output: whether the result holds the output, up to `docker.output_limit`; if not, all is streamed.
-            interrupt: when set, the code is interrupted, and the result is told with the status `cancelled`.
-            filename: the name the code goes by in tracebacks; it also becomes `__file__`, in the working directory.
+            on_status: called with what the call waits for before its code runs, and with "" when that is over.
+            keep_output: whether the result has the output, up to `docker.output_limit`; if not, all of it is streamed.
+            interrupt: when set, the code is interrupted, and the result has the status `cancelled`.
+            filename: name of the code in tracebacks; it also becomes `__file__`, in the working directory.
             arguments: for `sys.argv[1:]`.
-            is_new: that there can't be such a session yet, as its id was just drawn: this saves looking for it.
-            answer_within: seconds after which, in a session, the status `running` is returned with the output so far.
-                The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
+            is_new: whether the session's id was just drawn, so that looking for the session can be saved.
+            answer_within: seconds after which a call in a session returns with the status `running` and the output so
+                far. The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
 
         Raises:
             RequestError: an argument can't be accepted.
@@ -5060,40 +5126,40 @@ class Runner:
         timeout = self.config.docker.timeout if timeout is None else timeout
         recycle = session is None and self.config.pool.reuse
         request = Request(code, session, state, timeout, filename, tuple(arguments), limit, recycle=recycle)
+        call = Call(request, streams=on_output is not None)
+        call.on_status = on_status or self._report
         if session is None:
-            return self._explain(await self._execute_transient(request, on_output, interrupt), request)
-        entry = self.sessions.setdefault(session, Session())
+            return self._explain(await self._execute_transient(call, on_output, interrupt), call)
+        entry = self.sessions.setdefault(session, Session(session))
+        entry.is_fresh = is_new
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
-        return await self._execute_in_session(entry, request, on_output, interrupt, is_new, deadline)
+        return await self._execute_in_session(entry, call, on_output, interrupt, deadline)
 
-    def _explain(self, result: Result, request: Request | None) -> Result:
+    def _explain(self, result: Result, call: Call) -> Result:
         """Return the result with a word on what happened, where the sandbox could not know it."""
         message = result.message
         if result.status == "out_of_memory":
             message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
         elif result.status == "timeout" and not message:
-            message = f"the code did not end {f'within {request.timeout:g} seconds' if request else 'in time'}"
-        elif request and request.session and not request.code.strip():
-            message = "there was no code to run, and none running to wait for"
+            limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"
+            message = f"the code did not end {limit}"
         return dataclasses.replace(result, message=message)
 
-    async def _execute_transient(
-        self, request: Request, on_output: OnOutput | None, interrupt: anyio.Event | None
-    ) -> Result:
-        attempt, bare = 0, False
+    async def _execute_transient(self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None) -> Result:
+        reuse = False
         while True:
-            attempt += 1
-            sandbox = await self.pool.lease(bare)
+            sandbox = await self.pool.lease(bare=call.unfit, report=call.report)
             self._transient.add(sandbox)
-            reuse = False
             try:
-                with self._counted():
-                    async with interruptible(lambda: sandbox, interrupt):  # noqa: B023  # it is used up with the block
-                        result = await sandbox.call(request, on_output)
-                if sandbox.never_ran and attempt < FIRST_CALL_ATTEMPTS:
-                    bare = sandbox.unfit
-                    continue
-                reuse = request.recycle and result.status in ("ok", "error")
+                await sandbox.begin(call)
+                async with interruptible(lambda: sandbox, interrupt):  # noqa: B023  # it is used up with the block
+                    await sandbox.finish(call, on_output)
+                if not call.ended.is_set():
+                    if call.attempts < FIRST_CALL_ATTEMPTS:
+                        continue
+                    call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
+                result = call.tell()
+                reuse = call.request.recycle and result.status in ("ok", "error")
                 return result
             finally:
                 if reuse:
@@ -5103,189 +5169,202 @@ class Runner:
                     self._tasks.start_soon(self._end_soon, sandbox)
 
     async def _end_soon(self, sandbox: Sandbox) -> None:
-        await anyio.sleep(HEAD_START)  # first of all its result is to be passed on
+        await anyio.sleep(HEAD_START)
         await sandbox.end()
         self._transient.discard(sandbox)
+
+    # ── sessions ──
 
     async def _execute_in_session(
         self,
         session: Session,
-        request: Request,
+        call: Call,
         on_output: OnOutput | None,
         interrupt: anyio.Event | None,
-        is_new: bool,
         deadline: float,
     ) -> Result:
-        assert request.session is not None
         earlier = None
         async with session.lock:
             session.used = time.monotonic()
-            await self._look_for(session, request.session, is_new)
-            if session.ongoing:
-                if not request.code.strip():
-                    return await self._answer(session, on_output, interrupt, deadline)
-                await self._require_end(session.ongoing, can_wait=deadline == math.inf)
-                earlier = await self._answer(session, None, None, math.inf)
-            ongoing = session.ongoing = Ongoing(request.session, request)
-            self._tasks.start_soon(ongoing.run, functools.partial(self._call_in_session, session, request, is_new))
+            if not session.placing:
+                await self._attach(session)
+            if session.call:
+                if not call.request.code.strip():
+                    return await self._answer(session, on_output, call.on_status, interrupt, deadline)
+                await self._require_end(session, can_wait=deadline == math.inf)
+                if session.call:
+                    earlier = self._tell(session, session.call)
+            session.call = call
             try:
-                result = await self._answer(session, on_output, interrupt, deadline)
+                result = await self._answer(session, on_output, call.on_status, interrupt, deadline)
             except anyio.get_cancelled_exc_class():
-                session.ongoing = None
-                await ongoing.cancel()
+                call.cancelled = True
+                if session.placing:
+                    session.placing.cancel()
+                elif session.sandbox and call.placed:
+                    await session.sandbox.cancel()
                 raise
+        if not call.request.code.strip() and result.status == "ok":
+            result = dataclasses.replace(result, message="there was no code to run, and none running to wait for")
         return dataclasses.replace(result, unread=earlier) if earlier else result
 
     async def _answer(
-        self, session: Session, on_output: OnOutput | None, interrupt: anyio.Event | None, deadline: float
+        self,
+        session: Session,
+        on_output: OnOutput | None,
+        on_status: OnStatus | None,
+        interrupt: anyio.Event | None,
+        deadline: float,
     ) -> Result:
-        """The result of the session's call or, if it has none by the deadline, what there is of it."""
-        ongoing = session.ongoing
-        assert ongoing is not None
-        ongoing.on_output = on_output
+        """Return the result of the session's call or, if it has none by the deadline, its output so far."""
+        call = session.call
+        assert call is not None
+        call.on_status = on_status
         try:
             with anyio.CancelScope(deadline=deadline):
                 async with interruptible(lambda: session.sandbox, interrupt):
-                    await ongoing.ended.wait()
+                    while not call.ended.is_set():
+                        if not call.placed:
+                            await self._place(session, call)
+                        elif session.sandbox:
+                            await session.sandbox.finish(call, on_output)
         finally:
-            ongoing.on_output = None
-        if ongoing.ended.is_set():
-            session.ongoing = None
-        return self._explain(ongoing.tell(self.status), ongoing.request)
+            call.on_status = None
+        return self._tell(session, call)
 
-    async def _require_end(self, ongoing: Ongoing, *, can_wait: bool = False) -> None:
-        """Wait for a session's call to end: a moment, for it may be just ending, or as long as it takes.
+    def _tell(self, session: Session, call: Call) -> Result:
+        """Return what there is to tell of a call and, with its end, of what became of the session before it."""
+        if not call.ended.is_set():
+            return call.tell()
+        session.call = None
+        result = self._explain(call.tell(), call)
+        lost, session.lost = result.lost_before or session.lost, None
+        return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
+
+    async def _place(self, session: Session, call: Call) -> None:
+        """Place the session's call in its sandbox or, in the background, in one that is made for it."""
+        if session.placing is None:
+            if session.is_attached and session.sandbox and session.sandbox.call is not call:
+                await session.sandbox.begin(call)
+                return
+            session.placing, session.placed = anyio.CancelScope(), anyio.Event()
+            self._tasks.start_soon(self._place_anew, session, call)
+        await session.placed.wait()
+
+    async def _place_anew(self, session: Session, call: Call) -> None:
+        """Find or make a sandbox for the session, and place its call there; end the call if there is no way to."""
+        assert session.placing is not None
+        with session.placing as scope:
+            try:
+                await self._find_place(session, call)
+            except Exception as error:  # for whoever waits for the call, not for this task's parent
+                call.fail(error)
+        if scope.cancelled_caught:
+            call.fail(SessionError(f"The session {session.name!r} was ended before the call could begin."))
+        session.placing = None
+        session.placed.set()
+
+    async def _find_place(self, session: Session, call: Call) -> None:
+        was_begun, bare = call.begun, call.unfit
+        if bare and session.sandbox:
+            self._tasks.start_soon(session.sandbox.end)
+            session.sandbox = None
+        else:
+            await self._attach(session)
+        if call.placed:
+            return  # it goes on
+        if session.sandbox is None and was_begun:
+            call.end(call.died(f"the container ended during the call ({call.why_cut})"))
+            session.lost = None  # as this call tells it
+        elif was_begun:
+            call.end(self._end_of_cut(session, call))
+        elif call.attempts >= FIRST_CALL_ATTEMPTS:
+            call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
+        else:
+            if session.sandbox is None:
+                await self._create(session, call, bare)
+            if session.sandbox:
+                await session.sandbox.begin(call)
+
+    @staticmethod
+    def _end_of_cut(session: Session, call: Call) -> Result:
+        """Return the result of a call whose end went into a connection that was cut."""
+        kept = session.sandbox is not None and session.sandbox.greeting is not None and session.sandbox.greeting["kept"]
+        return call.died("the connection to the container was cut, and the end of the call with it", kept=kept)
+
+    async def _require_end(self, session: Session, *, can_wait: bool = False) -> None:
+        """Wait for the end of the session's call, as it may be just ending; for one that was cancelled, forget it.
 
         Raises:
             SessionError: it goes on.
         """
-        with anyio.move_on_after(None if can_wait else MOMENT):
-            await ongoing.ended.wait()
-        if not ongoing.ended.is_set():
+        call = session.call
+        assert call is not None
+        with anyio.move_on_after(GRACE + SLACK if call.cancelled else None if can_wait else CLOSING_TIME):
+            while not call.ended.is_set():
+                if not call.placed:
+                    await self._place(session, call)
+                elif session.sandbox:
+                    await session.sandbox.finish(call)
+        if not call.ended.is_set():
             raise SessionError(
-                f"In the session {ongoing.session!r} the code of an earlier call is still running: wait for it by a "
+                f"In the session {session.name!r} the code of an earlier call is still running: wait for it by a "
                 "call with empty code, which can also interrupt it, or use another session."
             )
+        if call.cancelled:
+            session.call = None
+            if call.was_lost:
+                session.lost = "a call was cancelled, and its code did not stop in time"
 
-    async def _call_in_session(self, session: Session, request: Request, is_new: bool, on_output: OnOutput) -> Result:
-        """Make the call in the session's sandbox, or, where that has come to an end, in another."""
-        assert request.session is not None
-        bare = False
-        for attempt in itertools.count(1):
-            sandbox = await self._sandbox_of(session, request.session, is_new, bare)
-            with self._counted():
-                is_new_session = sandbox.asked is None and not session.lost
-                result = await sandbox.call(request, on_output)
-                lost, session.lost, sandbox.lost = session.lost or sandbox.lost, None, None
-                if result.status == "died" and sandbox.expired:
-                    session.sandbox, lost = None, f"it was not used for {self.config.session.idle_timeout:g} seconds"
-                    sandbox = await self._sandbox_of(session, request.session)
-                    result = await sandbox.call(request, on_output)
-                elif sandbox.was_cut(result):
-                    result = await self._resume(session, request.session, sandbox, request, result, on_output)
-            if result.status != "died" or not sandbox.never_ran or attempt == FIRST_CALL_ATTEMPTS:
-                break
-            await sandbox.end()
-            session.sandbox, session.lost, is_new, bare = None, lost, False, sandbox.unfit
-        if lost or is_new_session:
-            result = dataclasses.replace(result, lost_before=result.lost_before or lost, is_new=is_new_session)
-        return result
+    async def _attach(self, session: Session) -> None:
+        """See that the session's sandbox is connected, if there is one: the runner's own, or one found by its name.
 
-    async def _resume(
-        self,
-        session: Session,
-        name: str,
-        cut: Sandbox,
-        request: Request | None,
-        begun: Result,
-        on_output: OnOutput,
-    ) -> Result:
-        """The result of a call whose connection ended: it may be just that (a killed client) and not the container."""
-        output, lost = begun.output, None
-        while True:
-            await self._look_again(session, name)
-            sandbox = session.sandbox
-            if not sandbox:
-                session.lost = None  # `begun` tells it
-                return dataclasses.replace(begun, output=merge(output))
-            if request and sandbox.asked != cut.asked:
-                rest = await sandbox.call(request, on_output)
-                lost, sandbox.lost = lost or sandbox.lost, None
-            elif sandbox.has_unread:
-                rest = await sandbox.read_unread(on_output)
-            else:
-                message = "the connection to the container was cut, and the end of the call with it"
-                state: Literal["preserved", "lost"] = "preserved" if sandbox.has_kept else "lost"
-                return dataclasses.replace(begun, output=merge(output), state=state, message=message)
-            output = (*output, *rest.output)
-            if not sandbox.was_cut(rest):
-                return dataclasses.replace(rest, output=merge(output), lost_before=rest.lost_before or lost)
-            cut = sandbox
+        A call that is running there goes on, or becomes the session's.
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
-    async def _look_for(self, session: Session, name: str, is_new: bool = False) -> None:
-        """See whether there is a sandbox of this session, left by an earlier host perhaps in the middle of a call."""
-        if session.ongoing:
+        Raises:
+            EngineError: it can't be found out whether there is one.
+            SessionError: another program has it, or its container does not answer.
+        """
+        if session.is_attached or (session.sandbox is None and session.is_fresh):
             return
-        if session.sandbox and session.sandbox.gone.is_set():
-            await self._look_again(session, name)
-        elif not session.sandbox and not is_new:
-            session.sandbox = await self._find_session(name)
-        if session.sandbox and session.sandbox.has_unread:
-            session.ongoing = Ongoing(name, None, session.sandbox.ran_before)
-            self._tasks.start_soon(session.ongoing.run, functools.partial(self._read_unread, session, name))
+        had, session.sandbox = session.sandbox, None
+        try:
+            session.sandbox = await self._find(session)
+        except BaseException:
+            session.sandbox = had  # to look for it again
+            raise
+        if session.sandbox is None and had:
+            idle = f"it was not used for {self.config.session.idle_timeout:g} seconds"
+            session.lost = idle if had.expired else "its container ended"
+        elif session.sandbox and session.sandbox.call:
+            if session.call is not session.sandbox.call:
+                session.call = session.sandbox.call
+            elif session.call.cancelled:
+                await session.sandbox.interrupt()
 
-    async def _look_again(self, session: Session, name: str) -> None:
-        """See whether a sandbox of ours is still there: perhaps only the connection ended, by a killed client."""
-        gone, session.sandbox = session.sandbox, await self._find_session(name)
-        if not session.sandbox:
-            session.lost = "its container ended"
-        if gone and session.sandbox and session.sandbox.has_unread and session.sandbox.asked == gone.cancelled:
-            session.sandbox.stop_unread()
+    async def _create(self, session: Session, call: Call, bare: bool) -> None:
+        """Make a sandbox for the session or, if another program has just made one, attach to that."""
+        await self._make_room(session)
+        sandbox = await self.pool.lease(bare=bare, report=call.report)
+        self.pool.let_go(sandbox)
+        session.sandbox = sandbox
+        call.is_new = session.lost is None
+        if session.is_fresh:
+            session.is_fresh = False
+            self._tasks.start_soon(self._claim_later, session, sandbox)
+            return
+        try:
+            await self._claim(session, sandbox)
+        except BaseException:
+            if session.sandbox is sandbox:
+                session.sandbox = None  # nothing has run in it, and no other program would find it
+                self._tasks.start_soon(sandbox.end)
+            raise
 
-    async def _read_unread(self, session: Session, name: str, on_output: OnOutput) -> Result:
-        """What an earlier host was not told of the session's call any more."""
-        sandbox = session.sandbox
-        assert sandbox is not None
-        gap = (Omitted(sandbox.told_before),) if sandbox.told_before else ()
-        for item in gap:
-            await on_output(item)
-        with self._counted():
-            result = await sandbox.read_unread(on_output)
-            if sandbox.was_cut(result):
-                result = await self._resume(session, name, sandbox, None, result, on_output)
-        return dataclasses.replace(result, output=(*gap, *result.output))
-
-    async def _sandbox_of(self, session: Session, name: str, is_new: bool = False, bare: bool = False) -> Sandbox:
-        """The session's sandbox, a new one if it has none."""
-        if session.sandbox and session.sandbox.gone.is_set():
-            await self._look_again(session, name)
-        if not session.sandbox:
-            await self._make_room()
-            session.is_coming = True
-            try:
-                session.sandbox = await self.pool.lease(bare)
-            finally:
-                session.is_coming = False
-            self.pool.let_go(session.sandbox)
-            if is_new:
-                self._tasks.start_soon(self._claim_later, session, name)
-            else:
-                await self._claim_now(session, name)
-        assert session.sandbox
-        return session.sandbox
-
-    async def _make_room(self) -> None:
+    async def _make_room(self, session: Session) -> None:
         """See that there may be one more session. Raises SessionError."""
         most = self.config.session.max
-        there = {name: one for name, one in self.sessions.items() if one.is_there}
+        there = {name: one for name, one in self.sessions.items() if one.is_there and one is not session}
         if len(there) < most:
             return
         idle = [name for name, one in there.items() if not one.is_busy]
@@ -5297,91 +5376,189 @@ class Runner:
         oldest = min(idle, key=lambda name: there[name].used)
         log.info("ending the session %s, the longest idle one, to make room for another", oldest)
         await self.close_session(oldest)
-        self.sessions.setdefault(
-            oldest, Session()
-        ).lost = f"it was ended to make room for another (session.max: {most})"
+        evicted = self.sessions.setdefault(oldest, Session(oldest))
+        evicted.lost = f"it was ended to make room for another (session.max: {most})"
 
-    async def _claim(self, session: Session, name: str) -> None:
-        """Give the session's container the name by which it is found, and of which an engine allows only one."""
-        sandbox = session.sandbox
+    async def _claim(self, session: Session, sandbox: Sandbox) -> None:
+        """Give the session's container the name by which it is found. An engine allows each name only once."""
         deadline = time.monotonic() + ATTACH_TIMEOUT
-        while sandbox and not sandbox.gone.is_set():
+        while not sandbox.gone.is_set():
             try:
-                await sandbox.rename(session_container(name))
+                await sandbox.rename(session_container(session.name))
                 return
             except EngineError:
                 if time.monotonic() > deadline:
                     raise
             # Another program was quicker; or the session's last container is only just going, or has gone since.
-            if await sandbox.engine.inspect("container", session_container(name), "{{.State.Status}}"):
-                session.sandbox = await self._find_session(name)
-                if session.sandbox:
-                    await sandbox.end()
-                    return
-                session.sandbox = sandbox
+            name = session_container(session.name)
+            is_there = await sandbox.engine.inspect("container", name, "{{.State.Status}}")
+            if is_there and (other := await self._find(session)):
+                session.sandbox = other
+                await sandbox.end()
+                return
             await anyio.sleep(0.1)
 
-    async def _claim_now(self, session: Session, name: str) -> None:
-        """Claim a session before its first call, or give up the sandbox that was to be its own."""
-        sandbox = session.sandbox
+    async def _claim_later(self, session: Session, sandbox: Sandbox) -> None:
+        """Claim a session that no other program can know yet; at worst none will find it."""
         try:
-            await self._claim(session, name)
-        except BaseException:
-            if sandbox and session.sandbox is sandbox:
-                session.sandbox = None  # nothing has run in it, and no other program would find it
-                self._tasks.start_soon(sandbox.end)
-            raise
-
-    async def _claim_later(self, session: Session, name: str) -> None:
-        """Claim a session that nobody else can know yet; at worst no other program will find it."""
-        sandbox = session.sandbox
-        try:
-            await self._claim(session, name)
+            await self._claim(session, sandbox)
         except SandboxError as error:
-            if sandbox and not sandbox.gone.is_set() and session.sandbox is sandbox:
-                log.warning("the session %s will not be found by other programs: %s", name, error)
+            if not sandbox.gone.is_set() and session.sandbox is sandbox:
+                log.warning("the session %s will not be found by other programs: %s", session.name, error)
 
-    async def _find_session(self, name: str) -> Sandbox | None:
-        """Plug into a session that an earlier host left; None if there is none.
+    async def _find(self, session: Session) -> Sandbox | None:
+        """Find a session's container by its name, and plug into it; None if there is none.
 
         Raises:
-            EngineError: it can't be known whether there is one.
-            SessionError: another host has it, or its container does not answer.
+            EngineError: it can't be found out whether there is one.
+            SessionError: another program has it, or it does not answer.
         """
         engine = await self.find_engine()
-        container = session_container(name)
+        container = session_container(session.name)
         begun = time.monotonic()
         while container in await engine.sandboxes(f"--filter=name={container}"):
-            # Shielded: a sandbox that is plugged into tells at once what it has kept for us, and must be held.
+            # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
             with anyio.CancelScope(shield=True):
-                answer = await Sandbox.plug_in(engine, container, name, self.owner, self._tasks)
+                answer = await Sandbox.plug_in(
+                    engine, container, self.owner, self._tasks, session=session.name, call=session.call
+                )
             if isinstance(answer, Sandbox):
                 return answer
             waited = time.monotonic() - begun
             # A connection that has ended, ours or that of a host that has died, is one until the supervisor sees it.
-            if answer and answer.attached and waited > (ATTACH_TIMEOUT if answer.owner == self.owner else MOMENT):
+            is_ours = answer is not None and answer.owner == self.owner
+            if answer and answer.attached and waited > (ATTACH_TIMEOUT if is_ours else CLOSING_TIME):
                 raise SessionError(
-                    f"The session {name!r} is being used by another program on this host: wait until that has ended, "
-                    "or use another session."
+                    f"The session {session.name!r} is being used by another program on this host: wait until that has "
+                    "ended, or use another session."
                 )
             if answer and not answer.attached:
                 if answer.session is not None:
-                    return None  # it is somebody's by a hash that is the same
+                    return None  # another session's, whose name has the same hash
                 await engine.remove(container)  # its host died before the first call
             elif not answer:
                 status = await engine.inspect("container", container, "{{.State.Status}}")
                 if status == "paused" or waited > ATTACH_TIMEOUT:
                     raise SessionError(
-                        f"The session {name!r} is there, but its container {container} does not answer "
+                        f"The session {session.name!r} is there, but its container {container} does not answer "
                         f"({status or 'gone'}): unpause it, or remove it with `{engine.kind} rm -f {container}`."
                     )
             await anyio.sleep(0.05)
         return None
 
-    def _held(self) -> list[Sandbox]:
-        """The sandboxes that this runner is connected to, or was."""
-        sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
-        return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
+    async def close_session(self, name: str) -> bool:
+        """End a session and everything kept for it; False if there is none of that name.
+
+        Raises:
+            SessionError: another program is using it.
+            EngineError: the engine does not answer, so that it may not have ended.
+        """
+        Request("", name)
+        session = self.sessions.setdefault(name, Session(name))
+        was_coming = session.placing is not None
+        if session.placing:
+            session.placing.cancel()
+            await session.placed.wait()
+        if not session.is_attached:
+            async with session.lock:
+                await self._attach(session)
+        sandbox, session.sandbox = session.sandbox, None
+        if session.call:
+            session.call.end(session.call.died("the session was ended"))
+        if sandbox:
+            await sandbox.end(must_know=True)  # even if a call is running: that ends with it
+        if not session.lock.locked():
+            self.sessions.pop(name, None)
+        return was_coming or sandbox is not None
+
+    async def read_file(self, session: str, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return a file in a session's working directory, or a part of it; also while code runs there.
+
+        Raises:
+            RequestError: there is no such file, or the path leaves the directory.
+            SessionError: there is no such session.
+        """
+        Request("", session)
+        entry = self.sessions.setdefault(session, Session(session))
+        if not entry.is_there:
+            async with entry.lock:
+                await self._attach(entry)
+        if entry.sandbox is None or entry.sandbox.gone.is_set():
+            raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
+        return await entry.sandbox.read_file(path, offset, length)
+
+    # ── packages ──
+
+    async def install(
+        self, requirement: str, *, session: str | None = None, on_status: OnStatus | None = None
+    ) -> Installation:
+        """Install a package: for one session (made if there is none), or for every later execution.
+
+        It can be imported at once, in running sandboxes too, whose variables are kept. The executed code gets no
+        network by this: a container of its own does the work.
+
+        Args:
+            requirement: a name, with extras and version specifiers if need be (PEP 508).
+            session: the session that needs it; None for all.
+            on_status: called with what is going on, and with "" when that is over.
+
+        Raises:
+            RequestError: it is not such a requirement, or the session's id can't be one.
+            EngineError, ImageError, SessionError: as for `execute`.
+        """
+        started = time.monotonic()
+        name, text = parse_requirement(requirement)
+        report = on_status or self._report
+        call = Call(Request("", session, timeout=self.config.docker.timeout))
+        call.on_status = report
+        self.pool.touch()
+        stale: tuple[str, ...] = ()
+        if session is None:
+            outcome = await self._install(name, text, None, report)
+            if outcome.ok:
+                self.pool.renew()
+            return describe_installation(name, outcome, session, stale, time.monotonic() - started)
+        entry = self.sessions.setdefault(session, Session(session))
+        async with entry.lock:
+            if entry.call:
+                await self._require_end(entry)
+            await self._attach(entry)
+            if not entry.is_attached:
+                await self._create(entry, call, False)
+            assert entry.sandbox is not None
+            outcome = await self._install(name, text, entry.sandbox, report)
+            if outcome.ok and outcome.folder:
+                earlier = entry.call  # whose result nobody has been told
+                entry.call = Call(dataclasses.replace(call.request, packages=outcome.folder))
+                result = await self._answer(entry, None, None, None, math.inf)
+                stale, entry.call, entry.lost = result.stale, earlier, result.lost_before
+                if entry.sandbox:
+                    entry.sandbox.packages = outcome.folder
+        return describe_installation(name, outcome, session, stale, time.monotonic() - started)
+
+    async def _install(self, name: str, requirement: str, sandbox: Sandbox | None, report: OnStatus) -> Outcome:
+        """Have a helper container install it, on top of what the sandbox's session has, or for all."""
+        engine, image = await self.prepare(report)
+        task = {
+            "task": "install",
+            "name": name,
+            "requirement": requirement,
+            "base": sandbox.packages if sandbox else None,
+            "shared": sandbox is None,
+            "image": image.packages.rpartition("/")[2],
+        }
+        helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
+        report(f"installing {requirement}")
+        try:
+            with anyio.fail_after(INSTALL_TIMEOUT):
+                async with helper_container(engine, helper, image.name, self.config.package, task, report) as outcome:
+                    return outcome
+        except TimeoutError:
+            raise EngineError(f"Installing {name} did not end within {INSTALL_TIMEOUT} seconds; try again.") from None
+        finally:
+            report("")
+
+    # ── engine and image ──
 
     async def find_engine(self) -> Engine:
         """Return the engine. Raises EngineError."""
@@ -5398,122 +5575,66 @@ class Runner:
                 log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
             return self.engine
 
-    async def _new_sandbox(self, preload: Sequence[str]) -> Sandbox:
-        engine, image = await self.prepare()
-        try:
-            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
-        except EngineError:
-            self.engine = self.image = None  # look anew next time: the image may have gone, or the engine changed
-            raise
-
-    async def prepare(self) -> tuple[Engine, Image]:
+    async def prepare(self, report: OnStatus | None = None) -> tuple[Engine, Image]:
         """Return the engine and the image, which is pulled or made first if it is missing.
+
+        Another call that fails meanwhile may have the runner look for both again.
 
         Raises:
             EngineError, ImageError: there is nothing to run code in.
         """
-        await self.find_engine()  # ahead of the queue: where there is none, nobody waits for those before
-        async with self._preparing:
-            engine, image = await self.find_engine(), self.image
-            try:
+        await self.find_engine()  # ahead of the queue: where there is none, no call waits for those before it
+        watcher = report or self._report
+        self._watching.append(watcher)
+        try:
+            async with self._preparing:
+                engine, image = await self.find_engine(), self.image
                 if not image or (image.problem and time.monotonic() > self._retry_at):
                     self._retry_at = time.monotonic() + RETRY_AFTER
-                    image = self.image = await derive_image(engine, self.config, self._report)
-            except HangError as error:
-                self.engine, self._failed, self._failed_at = None, error, time.monotonic()
-                raise
-            finally:
-                self._report("")
-            return engine, image
+                    image = self.image = await derive_image(engine, self.config, self._report_to_all)
+                return engine, image
+        except HangError as error:
+            self.engine, self._failed, self._failed_at = None, error, time.monotonic()
+            raise
+        finally:
+            self._watching.remove(watcher)
+            watcher("")
+
+    def _report_to_all(self, status: str) -> None:
+        """Tell each call that waits for engine and image what they wait for."""
+        for watcher in self._watching:
+            watcher(status)
 
     def _report(self, status: str) -> None:
-        if status != self.status:
-            if self.on_status:
-                self.on_status(status)
-            elif status:
-                log.info("%s", status)
-        self.status = status
+        """Tell what takes long in the background, or in a call whose caller does not want to know."""
+        if self.on_status:
+            self.on_status(status)
+        elif status:
+            log.info("%s", status)
 
-    async def install(self, requirement: str, *, session: str | None = None) -> Installation:
-        """Install a package: for one session (made if there is none), or for every later execution.
-
-        What is installed can be imported at once, in running sandboxes too, with their variables kept. The executed
-        code gets no network by this: a container of its own does the work.
-
-        Args:
-            requirement: a name, with extras and version specifiers if need be (PEP 508).
-            session: whose; None for all.
-
-        Raises:
-            RequestError: it is not such a requirement, or the session's id can't be one.
-            EngineError, ImageError, SessionError: as for `execute`.
-        """
-        started = time.monotonic()
-        name, text = parse_requirement(requirement)
-        Request("", session)
-        self.pool.touch()
-        stale: tuple[str, ...] = ()
-        if session is None:
-            outcome = await self._install(name, text, None)
-            if outcome.ok:
-                self.pool.renew()
-        else:
-            entry = self.sessions.setdefault(session, Session())
-            async with entry.lock:
-                await self._look_for(entry, session)
-                if entry.ongoing:
-                    await self._require_end(entry.ongoing)
-                sandbox = await self._sandbox_of(entry, session)
-                outcome = await self._install(name, text, sandbox)
-                if outcome.ok and outcome.folder:
-                    request = Request("", session, timeout=self.config.docker.timeout, packages=outcome.folder)
-                    stale = (await self._call_in_session(entry, request, False, ignore_output)).stale
-                    if entry.sandbox:
-                        entry.sandbox.packages = outcome.folder
-        return describe_installation(name, outcome, session, stale, time.monotonic() - started)
-
-    async def _install(self, name: str, requirement: str, sandbox: Sandbox | None) -> Outcome:
-        """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        engine, image = await self.prepare()
-        task = {
-            "task": "install",
-            "name": name,
-            "requirement": requirement,
-            "base": sandbox.packages if sandbox else None,
-            "shared": sandbox is None,
-            "image": image.packages.rpartition("/")[2],
-        }
-        helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
-        self._report(f"installing {requirement}")
+    async def _new_sandbox(self, preload: Sequence[str], report: OnStatus | None) -> Sandbox:
+        engine, image = await self.prepare(report)
         try:
-            with anyio.fail_after(INSTALL_TIMEOUT):
-                async with helper_container(
-                    engine, helper, image.name, self.config.package, task, self._report
-                ) as outcome:
-                    return outcome
-        except TimeoutError:
-            raise EngineError(f"Installing {name} did not end within {INSTALL_TIMEOUT} seconds; try again.") from None
-        finally:
-            self._report("")
+            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
+        except EngineError:
+            self.engine = self.image = None  # look again next time: the image may have gone, or the engine changed
+            raise
 
-    async def read_file(self, session: str, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """A file in a session's working directory, or a part of it; also while code runs there.
+    # ── all sandboxes ──
 
-        Raises:
-            RequestError: there is no such file, or the path leaves the directory.
-            SessionError: there is no such session.
-        """
-        Request("", session)
-        entry = self.sessions.setdefault(session, Session())
-        if entry.sandbox is None:
-            async with entry.lock:
-                await self._look_for(entry, session)
-        if entry.sandbox is None or entry.sandbox.gone.is_set():
-            raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
-        return await entry.sandbox.read_file(path, offset, length)
+    @property
+    def running(self) -> int:
+        """The number of calls under way."""
+        calls = [sandbox.call for sandbox in self._held()]
+        return sum(call is not None and not call.ended.is_set() for call in calls)
+
+    def _held(self) -> list[Sandbox]:
+        """Return the sandboxes that this runner is connected to, or was."""
+        sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
+        return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
 
     async def list_sandboxes(self) -> list[SandboxInfo]:
-        """All sandboxes on this engine, of this runner and of others, as they describe themselves; oldest first."""
+        """Return all sandboxes on this engine as they describe themselves, oldest first."""
         engine = await self.find_engine()
         names = await engine.sandboxes()
         answers = await self._ask(engine, names, patience=LOOK_TIMEOUT)
@@ -5525,14 +5646,16 @@ class Runner:
     async def _ask(
         self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float | None = None
     ) -> list[Sandbox | SandboxInfo]:
-        """What containers of ours say of themselves; of those made with the digest `settings`, the ones nobody has."""
+        """Ask containers to describe themselves; take over those without a host that have the digest `settings`."""
         answers: list[Sandbox | SandboxInfo] = []
         at_once = anyio.CapacityLimiter(MAX_PLUGS)
 
         async def ask(name: str) -> None:
             async with at_once:
                 with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
-                    answer = await Sandbox.plug_in(engine, name, None, self.owner, self._tasks, settings, patience)
+                    answer = await Sandbox.plug_in(
+                        engine, name, self.owner, self._tasks, settings=settings, patience=patience
+                    )
                     if answer:
                         answers.append(answer)
 
@@ -5542,9 +5665,9 @@ class Runner:
         return answers
 
     async def prune(self) -> list[str]:
-        """Remove our containers that do not run, and did not a good while ago either; their names.
+        """Remove containers that do not run and did not some time ago either; return their names.
 
-        Running ones need nothing of the kind: those that nobody uses end by themselves.
+        Running ones need nothing of the kind: unused sandboxes end by themselves.
         """
         engine = await self.find_engine()
         if not (found := set(await engine.leftovers())):
@@ -5555,32 +5678,9 @@ class Runner:
             await engine.run("rm", "--force", name, timeout=REMOVE_TIMEOUT)
         return gone
 
-    async def close_session(self, name: str) -> bool:
-        """End a session and all that was kept for it; False if there is none of that name.
-
-        Raises:
-            SessionError: another program is using it.
-            EngineError: the engine does not answer, so that it may not have ended.
-        """
-        Request("", name)
-        session = self.sessions.setdefault(name, Session())
-        if coming := session.ongoing if session.is_coming else None:
-            await coming.cancel()
-            session.ongoing = None
-        if session.sandbox is None or session.sandbox.gone.is_set():
-            async with session.lock:
-                if session.sandbox is None or session.sandbox.gone.is_set():
-                    session.sandbox = await self._find_session(name)
-        sandbox, session.sandbox = session.sandbox, None
-        if sandbox:
-            await sandbox.end(must_know=True)  # even if a call is running: that ends with it
-        if not session.lock.locked():
-            self.sessions.pop(name, None)
-        return sandbox is not None or coming is not None
-
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
-        with contextlib.suppress(SandboxError):  # the pool will meet the same, and say so
+        with contextlib.suppress(SandboxError):  # the pool will meet the same error, and log it
             engine, image = await self.prepare()
             settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
             names = await engine.sandboxes(f"--filter=label={LABEL}.settings={settings}")
@@ -5591,7 +5691,7 @@ class Runner:
         self.pool.keep_warm()
 
     async def _tidy(self) -> None:
-        with contextlib.suppress(SandboxError):  # an engine that is not there has nothing to tidy up
+        with contextlib.suppress(SandboxError):  # without an engine there is nothing to tidy up
             engine = await self.find_engine()
             problem = runc_problem(engine.runc)
             if problem and self.config.docker.runtime in (None, "runc"):
@@ -5600,7 +5700,7 @@ class Runner:
                 log.info("removed the container %s, which never ran", name)
 
     async def _leave(self) -> None:
-        """Farewell to everything: transient sandboxes end, sessions stay for the next host."""
+        """Say farewell to everything: transient sandboxes end, sessions stay for the next host."""
         self.pool.stop()
         async with anyio.create_task_group() as tasks:
             for sandbox in self._held():

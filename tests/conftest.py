@@ -357,7 +357,6 @@ async def leave_without_a_word(_: Runner) -> None:
 # ── of any use ──
 
 GREETING: dict[str, Any] = {
-    "id": "",
     "kind": "ready",
     "session": None,
     "attached": True,
@@ -365,7 +364,7 @@ GREETING: dict[str, Any] = {
     "unread": None,
     "packages": None,
 }
-GREETING |= {"busy": False, "age": 0, "idle": 0, "memory": None}
+GREETING |= {"busy": False, "age": 0, "idle": 0, "memory": None, "told": 0, "kept": True, "ran": 0, "left": 0}
 
 
 def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -35,6 +35,7 @@ from sandbox_runner import (
     Omitted,
     PackageConfig,
     PoolConfig,
+    RequestError,
     Result,
     Rich,
     Runner,
@@ -178,11 +179,14 @@ async def test_of_10_mb_of_output_a_result_keeps_head_and_tail_within_the_limit(
     assert tail.text.endswith("   999998\n   999999\n")
 
 
-async def test_20_mb_of_state_go_in_and_come_out(runner: Runner) -> None:
-    text = "0123456789abcdef" * (20 << 16)
-    result = await runner.execute("size = len(text)\ntext = text[::-1]", state={"text": text})
+async def test_3_mb_of_state_go_in_and_come_out_and_what_is_too_much_is_named(runner: Runner) -> None:
+    text = "0123456789abcdef" * (3 << 16)
+    result = await runner.execute("size = len(text)\ntext = text[::-1]\nmore = text * 2", state={"text": text})
     assert result.status == "ok"
-    assert result.variables == {"text": text[::-1], "size": 20 << 20}
+    assert result.variables == {"text": text[::-1], "size": 3 << 20}
+    assert result.variables_left_out["more"].startswith("too large: 6291")
+    with pytest.raises(RequestError, match=r"state comes to 6291\d+ bytes; the limit is 4194304: use a session, or a"):
+        await runner.execute("1", state={"text": text * 2})
 
 
 # ── how calls end, and that the next one works ──

@@ -30,27 +30,26 @@ from odd_code import PRELUDE, collect
 import sandbox_runner
 from python_docker_mcp import TOOLS, Tool, make_server, parse, parse_address, render
 from sandbox_runner import (
-    MAX_FRAME,
-    PART,
-    Account,
+    LINE_LIMIT,
+    Call,
     Channel,
     Config,
     DockerConfig,
     Engine,
     EngineError,
-    Frame,
     Image,
     PackageConfig,
     PoolConfig,
     ProtocolError,
+    Request,
     RequestError,
     Result,
     Sandbox,
     SessionConfig,
     find_engine,
     open_runner,
+    parse_object,
     parse_requirement,
-    parse_within,
     session_container,
 )
 
@@ -85,7 +84,7 @@ lines = st.binary(max_size=200) | frames() | st.binary(max_size=60).map(lines_fr
 
 def test_what_is_right_is_believed() -> None:
     """Otherwise the tests below would test nothing."""
-    result = as_host(b"".join(wire(frame) for frame in FRAMES if frame["kind"] != "part"))
+    result = as_host(b"".join(wire(frame) for frame in FRAMES))
     assert result is not None
     assert (result.status, result.value, result.stdout, result.contents) == ("ok", "1", "a", {"a": b"hi"})
     assert [frame["kind"] for frame in as_supervisor(wire(REPORT), True)] == ["done"]
@@ -101,54 +100,31 @@ JSON_LIKE = st.text('[]{}",:\\0a \n', max_size=80) | any_json.map(json.dumps)
 
 
 @given(JSON_LIKE)
-def test_data_within_frames_is_json_or_a_breach_of_the_protocol(text: str) -> None:
+def test_data_within_frames_is_a_json_object_or_refused(text: str) -> None:
     try:
-        value = parse_within(text.encode("utf-8", "surrogatepass"))
-    except ProtocolError:
+        value = parse_object(text.encode("utf-8", "surrogatepass"))
+    except ValueError:
         return
     json.dumps(value, allow_nan=False)
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        '"' + '\\"' * 500_000,
-        '"' * 5_000_000,
-        "[" * 1_000_000,
-        "[[]," * 1_000_000,
-        '{"":' * 67 + "1" + "}" * 67,
-        "1" * 1_000_000,
-        '{"x": NaN}',
-    ],
-    ids=["escapes", "quotes", "deep", "wide", "nested", "long number", "not a number"],
+    ["[" * 1_000_000, '{"":' * 300 + "1" + "}" * 300, "1" * 1_000_000, '{"x": NaN}', '{"x": "\\ud800"}', "[]", "\xff"],
+    ids=["deep", "nested", "long number", "not a number", "surrogate", "array", "no JSON"],
 )
-def test_data_that_is_meant_to_keep_its_reader_busy_is_refused(text: str) -> None:
-    with pytest.raises(ProtocolError):
-        parse_within(text.encode())
-
-
-def test_commas_and_brackets_in_texts_do_not_count_as_values() -> None:
-    text = json.dumps({"x": '[{,"\\' * 500_000})
-    assert len(parse_within(text.encode())["x"]) == 2_500_000
-
-
-def test_a_state_of_too_many_values_is_left_out_where_it_is_made_and_no_breach_of_the_protocol() -> None:
-    variables = {"rows": [0] * 1_000_001, "text": "," * 1_000_001, "short": "," * PART, "x": 1}
-    text, texts, left_out = sandbox_runner.collect_state(variables)
-    assert left_out == {"rows": "too large: 1000001 values"}
-    assert parse_within(text) == {"text": None, "short": variables["short"], "x": 1}
-    assert texts == {"text": b"," * 1_000_001}
+def test_data_that_is_meant_to_harm_its_reader_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_object(text.encode("latin-1"))
 
 
 @pytest.mark.parametrize(
     "frame",
     [
-        {"kind": "part", "data": b""},
-        {"kind": "part", "data": b"x"},
         {"kind": "display", "data": b"{}", "is_value": False},
         {"kind": "omitted", "bytes": 1},
-        {"kind": "content", "data": b""},
-        {"kind": "text", "data": b""},
+        {"kind": "content", "data": b"", "path": ""},
+        {"kind": "state", "data": b"{}", "left_out": {}},
     ],
     ids=lambda frame: f"{frame['kind']}{len(frame.get('data', b''))}",
 )
@@ -156,29 +132,31 @@ def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
     monkeypatch: pytest.MonkeyPatch, frame: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 1000)
-    monkeypatch.setattr(sandbox_runner, "DATA_LIMIT", 10_000)
-    account = Account(1000, None)
+    monkeypatch.setattr(sandbox_runner, "CALL_LIMIT", 1_000_000)
+    call = Call(Request("", output_limit=1000))
 
     def flood() -> None:
         for number in range(3000):
-            finish(account.take(Frame({**frame, "path": str(number), "name": str(number)}, frame.get("data", b""))))
+            part: Any = {**frame, "path": str(number)}
+            finish(call.take(part))
 
     with pytest.raises(ProtocolError) if "data" in frame else contextlib.nullcontext():
         flood()
-    assert len(account.output) <= 1001
+    assert len(call._output) <= 1001
 
 
 def test_output_that_comes_in_the_smallest_pieces_is_kept_in_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    account = Account(1 << 20, None)
+    call = Call(Request("", output_limit=1 << 20))
     for _ in range(20_000):
-        finish(account.take(Frame({"kind": "stdout"}, b"x")))
-    assert len(account.output) <= 5
-    assert Result("ok", tuple(account.output)).stdout == "x" * 20_000
+        finish(call.take({"id": CALL, "kind": "stdout", "data": b"x"}))
+    assert len(call._output) <= 5
+    assert call.tell().stdout == "x" * 20_000
     monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 100)
-    account = Account(1 << 20, None)
+    call = Call(Request("", output_limit=1 << 20))
+    streams: list[sandbox_runner.Stdio] = ["stdout", "stderr"]
     for number in range(1000):
-        finish(account.take(Frame({"kind": ("stdout", "stderr")[number % 2]}, b"x")))
-    *kept, omitted = account.output
+        finish(call.take({"id": CALL, "kind": streams[number % 2], "data": b"x"}))
+    *kept, omitted = call._output
     assert len(kept) == 100
     assert isinstance(omitted, sandbox_runner.Omitted)
     assert omitted.bytes == 900
@@ -227,26 +205,24 @@ greetings = st.dictionaries(st.sampled_from(sorted(GREETING)), some_value, max_s
 @settings(max_examples=100)
 @given(st.lists(lines | greetings, max_size=4).map(b"".join), st.integers(1, 5000))
 def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece: int) -> None:
-    async def call() -> Result:
+    async def run() -> Call:
         container: Any = Container(said, piece)
+        call = Call(Request("1", "s", output_limit=1 << 16), CALL)
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as tasks:
                 sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, tasks)
-                answer = sandbox._expect(CALL)
-                tasks.start_soon(sandbox._serve)
-                result = await sandbox._collect(answer, "s", None, 1 << 16)
-        close_answers(sandbox)
-        return result
+                call.placed, sandbox.call = True, call
+                tasks.start_soon(sandbox._serve, None)
+                await call.wait()
+        return call
 
-    result = anyio.run(call)
-    assert result.status in get_args(sandbox_runner.Status)
-    assert result.session == "s"
-
-
-def close_answers(sandbox: Sandbox) -> None:
-    """What those do who make calls."""
-    for answer in sandbox._answers.values():
-        answer.close()
+    call = anyio.run(run)
+    if call.ended.is_set():
+        result = call.tell()
+        assert result.status in get_args(sandbox_runner.Status)
+        assert result.session == "s"
+    else:
+        assert not call.placed, "it waits for another connection, which may find it"
 
 
 async def serve(said: list[dict[str, Any]]) -> Sandbox:
@@ -254,7 +230,7 @@ async def serve(said: list[dict[str, Any]]) -> Sandbox:
     container: Any = Container(b"".join(json.dumps(frame).encode() + b"\n" for frame in said), 65536)
     async with anyio.create_task_group() as tasks:
         sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, tasks)
-        await sandbox._serve()
+        await sandbox._serve(None)
     return sandbox
 
 
@@ -265,7 +241,7 @@ async def test_a_sandbox_that_greets_again_and_again_is_given_up() -> None:
 
 
 async def test_a_sandbox_can_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    await serve([{"id": "", "kind": "note", "text": f"{number}\n\x1b[2J" + "x" * 1000} for number in range(500)])
+    await serve([GREETING, *({"kind": "note", "text": f"{number}\n\x1b[2J" + "x" * 1000} for number in range(500))])
     remarks = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(remarks) == sandbox_runner.NOTES_LOGGED
     assert all(len(remark) < 400 and remark.isprintable() for remark in remarks)
@@ -273,7 +249,7 @@ async def test_a_sandbox_can_not_fill_the_log(caplog: pytest.LogCaptureFixture) 
 
 async def test_a_sandbox_can_not_say_that_it_has_a_session_of_any_name() -> None:
     sandbox = await serve([{**GREETING, "session": "\x1b[2J"}])
-    assert sandbox._fault == "a session's id that can't be one"
+    assert "String should match pattern" in str(sandbox._fault)
 
 
 # ── from the worker to the supervisor ──
@@ -301,7 +277,7 @@ def test_a_channel_yields_objects_or_says_what_is_wrong(pieces: list[bytes]) -> 
             for frame in channel.receive():
                 assert isinstance(frame, dict)
                 assert isinstance(frame.get("data", b""), bytes)
-            assert len(channel._inbox) <= MAX_FRAME + 65536
+            assert len(channel._inbox) <= LINE_LIMIT + 65536
     except ValueError:
         pass
     finally:

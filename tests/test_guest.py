@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,19 @@ from pytest_subprocess.exceptions import ProcessNotRegisteredError
 
 import sandbox_runner
 from sandbox_runner import (
+    DATA_LIMIT,
     GUEST_MODULES,
     GUEST_SOURCE,
-    MAX_FRAME,
+    LINE_LIMIT,
     NOT_TO_PROCESS_1,
-    PART,
     REFUSED_CALLS,
-    Call,
     Channel,
     Config,
     DockerConfig,
     Engine,
     Image,
     ImportPolicy,
+    RunningCall,
     clip,
     collect_state,
     filter_program,
@@ -161,7 +161,7 @@ def test_frames_arrive_whole_and_in_order_however_they_are_cut(channel: Channel)
         (b'{"data":-1}\n', "with -1 bytes of data"),
         (b'{"data":true}\n', "with True bytes of data"),
         (b'{"data":"1"}\n', "with 1 bytes of data"),
-        (b'{"data":1048577}\n', "with 1048577 bytes of data"),
+        (b'{"data":4194305}\n', "with 4194305 bytes of data"),
     ],
 )
 def test_a_line_that_is_no_frame_is_refused(channel: Channel, line: bytes, message: str) -> None:
@@ -175,9 +175,9 @@ def test_a_line_without_end_is_refused(channel: Channel) -> None:
         os.write(channel.writer, b"x" * 50_000)
         assert list(channel.receive()) == []
 
-    for _ in range(MAX_FRAME // 50_000):
+    for _ in range(LINE_LIMIT // 50_000):
         write_and_read()
-    with pytest.raises(ValueError, match="larger than"):
+    with pytest.raises(ValueError, match="longer than"):
         write_and_read()
 
 
@@ -193,18 +193,18 @@ def test_frames_for_somebody_who_has_gone_are_dropped(channel: Channel) -> None:
     assert not channel.outbox
 
 
-def test_long_data_goes_in_parts_that_are_frames_themselves(channel: Channel) -> None:
+def test_data_up_to_the_limit_goes_in_one_frame_and_more_is_refused(channel: Channel) -> None:
     channel.set_blocking(False)
-    data = os.urandom(2 * PART + 1)
+    data = os.urandom(DATA_LIMIT)
     channel.send({"id": "a", "kind": "state", "n": 1, "data": data})
     frames: list[dict[str, Any]] = []
-    while channel.outbox or len(frames) < 3:
+    while channel.outbox or not frames:
         channel.flush()
         frames += channel.receive()
-    assert [frame["kind"] for frame in frames] == ["part", "part", "state"]
-    assert [len(frame["data"]) for frame in frames] == [PART, PART, 1]
-    assert b"".join(frame["data"] for frame in frames) == data
-    assert frames[-1]["n"] == 1
+    assert frames == [{"id": "a", "kind": "state", "n": 1, "data": data}]
+    channel.send({"id": "a", "data": b"x" * (DATA_LIMIT + 1)})
+    with pytest.raises(ValueError, match=f"a frame with {DATA_LIMIT + 1} bytes of data"):
+        list(channel.receive())
 
 
 def test_what_a_full_pipe_does_not_take_waits_in_the_outbox(channel: Channel) -> None:
@@ -228,8 +228,9 @@ def test_reading_a_non_blocking_channel_that_has_nothing_yields_nothing(channel:
 # ── call ──
 
 
-def make_call(limit: int | None) -> Call:
-    return Call({"id": "a", "timeout": 30.0, "output_limit": limit, "recycle": False}, 2.0)
+def make_call(limit: int | None) -> RunningCall:
+    request: Any = {"id": "a", "timeout": 30.0, "output_limit": limit, "recycle": False}
+    return RunningCall(request, 2.0)
 
 
 @given(st.integers(0, 60), st.lists(st.text(max_size=30), max_size=30))
@@ -255,7 +256,7 @@ def test_all_output_passes_where_there_is_no_limit() -> None:
 
 def test_the_tail_remembers_which_stream_it_came_from() -> None:
     call = make_call(8)
-    passed = [call.admit(stream, text) for stream, text in (("stdout", "1234567"), ("stderr", "abc"), ("stdout", "z"))]
+    passed = [call.admit("stdout", "1234567"), call.admit("stderr", "abc"), call.admit("stdout", "z")]
     assert passed == ["123456", "", ""]
     assert list(call.tail) == [("stderr", b"c"), ("stdout", b"z")]
     assert call.omitted == 3
@@ -317,7 +318,7 @@ def aliased() -> list[Any]:
     ],
 )
 def test_variables_that_json_can_hold_are_kept(value: Any, kept: Any) -> None:
-    text, _, left_out = collect_state({"x": value})
+    text, left_out = collect_state({"x": value})
     assert json.loads(text) == {"x": kept}
     assert left_out == {}
 
@@ -339,30 +340,30 @@ def test_variables_that_json_can_hold_are_kept(value: Any, kept: Any) -> None:
     ],
 )
 def test_variables_that_json_can_not_hold_are_named_with_the_reason(value: Any, reason: str) -> None:
-    assert collect_state({"x": value, "y": 1}) == (b'{"y":1}', {}, {"x": reason})
+    assert collect_state({"x": value, "y": 1}) == (b'{"y":1}', {"x": reason})
 
 
 def test_state_leaves_out_modules_functions_classes_and_underscored_names_without_a_word() -> None:
-    assert collect_state({"os": os, "f": clip, "C": Call, "_x": 1, "__y": 2, "print": print}) == (b"{}", {}, {})
+    assert collect_state({"os": os, "f": clip, "C": RunningCall, "_x": 1, "__y": 2, "print": print}) == (b"{}", {})
 
 
 def test_state_leaves_out_what_is_under_a_name_that_no_json_has() -> None:
-    assert collect_state({5: 1, "\ud800": "x" * PART * 2, "x": 1}) == (  # type: ignore[dict-item]  # as in globals()[5] = 1
+    assert collect_state({5: 1, "\ud800": 2, "x": 1}) == (  # type: ignore[dict-item]  # as in globals()[5] = 1
         b'{"x":1}',
-        {},
-        {"\ud800": "text with lone surrogates"},
+        {"\\ud800": "its name has lone surrogates"},
     )
 
 
 def test_state_that_is_too_large_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_runner, "STATE_LIMIT", 40)
-    text, _, left_out = collect_state({"small": 1, "large": "x" * 100, "other": 2})
+    text, left_out = collect_state({"small": 1, "large": "x" * 100, "other": 2})
     assert json.loads(text) == {"small": 1, "other": 2}
-    assert left_out == {"large": "too large: 110 bytes"}
+    assert left_out == {"large": "too large: 110 bytes; all variables may come to 40"}
+    assert "too large" in collect_state({"long": [0] * 100})[1]["long"], "found out before it is encoded"
 
 
 def test_state_names_at_most_a_hundred_variables_that_are_left_out() -> None:
-    assert len(collect_state({f"x{number}": set() for number in range(200)})[2]) == 100
+    assert len(collect_state({f"x{number}": set() for number in range(200)})[1]) == 100
 
 
 class Shown:
@@ -619,6 +620,7 @@ class Guest:
             "blocked_modules": [],
             "preload": [],
             "packages": "/packages/x",
+            "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
             **settings,
         }
         engine = Engine(docker.command, "docker", "20.10.24")
@@ -659,14 +661,12 @@ class Guest:
         (supervisor,) = children(ast.literal_eval(self.record.read_text())["pid"])
         return children(supervisor)
 
-    def start(self, code: str, state: str = "", texts: Mapping[str, str] | None = None, **fields: Any) -> str:
-        """Send a request, ahead of it the state: what is JSON, and the long texts; the call's id."""
+    def start(self, code: str, state: str = "", **fields: Any) -> str:
+        """Send a request, ahead of it the state; the call's id."""
         call_id = f"call-{next(self.numbers)}"
         request = {"op": "run", "id": call_id, "data": code.encode(), "session": "s", "final": False}
         request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None}
         request |= {"recycle": False, **fields}
-        for name, text in (texts or {}).items():
-            self.channel.send({"op": "text", "id": call_id, "name": name, "data": text.encode()})
         if state:
             self.channel.send({"op": "state", "id": call_id, "data": state.encode()})
         self.channel.send(request)
@@ -763,7 +763,7 @@ def guest(make_guest: MakeGuest) -> Guest:
 
 def test_the_guest_tells_which_python_it_runs_on(guest: Guest, python: str) -> None:
     said = subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == f"Python {guest.greeting['python']}"
+    assert said.strip() == f"Python {guest.run('import platform; platform.python_version()').value[1:-1]}"
 
 
 @pytest.mark.parametrize(
@@ -1169,27 +1169,13 @@ def test_state_comes_out_even_if_the_code_fails(guest: Guest) -> None:
     assert (told.status, json.loads(told.frames[-2]["data"])) == ("error", {"y": 1})
 
 
-def test_state_larger_than_a_frame_goes_both_ways(guest: Guest) -> None:
+def test_state_of_megabytes_goes_both_ways(guest: Guest) -> None:
     rows = [[number, "é"] for number in range(30_000)]
     told = guest.run("y = len(x)", state=json.dumps({"x": rows}))
-    back = b"".join(frame["data"] for frame in told.frames if frame["kind"] in ("part", "state"))
-    assert json.loads(back) == {"x": rows, "y": 30_000}
-
-
-def test_long_texts_in_the_state_go_both_ways_as_they_are(guest: Guest) -> None:
-    texts = {"x": "é\n" * 100_000, "y": "0" * (PART + 1)}
-    told = guest.run("z, v = len(x), y[1:]", state='{"x": null, "y": null, "w": null}', texts=texts)
-    back, data = {}, b""
-    for frame in told.frames[:-1]:
-        data += frame["data"]
-        if frame["kind"] != "part":
-            back[frame.get("name")], data = data, b""
-    assert json.loads(back.pop(None)) == {"x": None, "y": None, "w": None, "z": 200_000, "v": "0" * PART}
-    assert {name: text.decode() for name, text in back.items()} == texts
+    assert json.loads(told.frames[-2]["data"]) == {"x": rows, "y": 30_000}
 
 
 def test_the_state_of_a_call_that_was_never_made_is_not_the_next_ones(guest: Guest) -> None:
-    guest.channel.send({"op": "text", "id": "cancelled", "name": "y", "data": b"text"})
     guest.channel.send({"op": "state", "id": "cancelled", "data": b'{"x": 1}'})
     told = guest.run("sorted(globals().keys() & {'x', 'y'})", state="{}")
     assert told.value == "[]"
@@ -1208,12 +1194,13 @@ def test_what_a_call_leaves_is_removed_after_its_result_if_that_is_wanted_and_it
     assert guest.prepared <= 1, "to tell that costs a call more than all else that is done after it"
 
 
-def test_a_sandbox_tells_that_its_first_call_begins_and_none_after_that(make_guest: MakeGuest) -> None:
+def test_a_sandbox_acknowledges_each_call(make_guest: MakeGuest) -> None:
     guest = make_guest(idle_timeout=50.0)
-    first = guest.start("1")
-    guest.wait(first)
-    guest.run("2")
-    assert guest.begun == [first]
+    calls = [guest.start("1")]
+    guest.wait(calls[0])
+    calls.append(guest.start("2"))
+    guest.wait(calls[1])
+    assert guest.begun == calls
 
 
 def test_a_sandbox_that_has_imported_what_was_replaced_since_refuses_its_first_call(
@@ -1396,7 +1383,7 @@ def test_a_forged_frame_of_another_call_is_passed_over(guest: Guest) -> None:
         b"nonsense\n",
         b"[]\n",
         b"[" * 10_000 + b"\n",
-        b"x" * (MAX_FRAME + 70_000),
+        b"x" * (LINE_LIMIT + 70_000),
         b'{"data":1e6}\n',
     ],
 )
@@ -1504,7 +1491,7 @@ def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
     with guest.process:
         assert guest.process.stdin
         guest.process.stdin.close()
-        assert next(guest.frames) == {"id": "", "kind": "farewell"}
+        assert next(guest.frames) == {"kind": "farewell"}
         assert docker.containers() != []
         guest.process.wait(timeout=20)
     wait_until(lambda: docker.containers() == [])

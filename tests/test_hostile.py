@@ -702,7 +702,7 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "os.write(3, b'[' * 900000 + bytes([10]))",
         "os.write(3, b'1' * 900000 + bytes([10]))",
         "os.write(3, bytes([255, 10]))",
-        "os.write(3, b'{\"data\": 1048577}' + bytes([10]))",
+        "os.write(3, b'{\"data\": 4194305}' + bytes([10]))",
         "forge(mine, kind='ready')",
         "forge(mine, kind=['done'])",
         "forge(mine, status='splendid')",
@@ -714,7 +714,7 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "forge(mine, message='all is well')",
         "forge(mine, exit_code=True)",
         "forge(mine, kind='display', data=b'x')",
-        "while True: forge(mine, kind='part', data=b'x' * 65536)",
+        "while True: forge(mine, kind='content', path='x', data=b'x' * 65536)",
     ]
     for attack in attacks:
         code = f"{FORGE}import time\nkept = 1\n{attack}\ntime.sleep(60)"

@@ -406,7 +406,7 @@ class Life(RuleBasedStateMachine):
         self.begins(slot, known)
         sandbox = host.runner.sessions[name].sandbox
         assert sandbox
-        self.world.until(lambda: sandbox._idle.is_set())
+        self.world.until(lambda: sandbox.call is None or sandbox.call.ended.is_set())
 
     # ── what happens to hosts ──
 
@@ -646,7 +646,7 @@ def world(docker: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sandbox_runner, "time", clock)
     monkeypatch.setattr(sandbox_runner, "GUEST_SOURCE", clock.rule_over(sandbox_runner.GUEST_SOURCE))
     monkeypatch.setattr(sandbox_runner, "RETRY_AT_MOST", 0.2)
-    monkeypatch.setattr(sandbox_runner, "MOMENT", 0.1)
+    monkeypatch.setattr(sandbox_runner, "CLOSING_TIME", 0.1)
     config = Config(
         docker=DockerConfig(command=docker.command, working_dir=str(tmp_path / "work")),
         session=SessionConfig(idle_timeout=IDLE_TIMEOUT, max=MOST, evict=True),
@@ -822,7 +822,8 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "_leave", leave_without_a_word)
         async with open_runner(settings) as first:
-            await first._sandbox_of(first.sessions.setdefault("s", sandbox_runner.Session()), "s")
+            session = first.sessions.setdefault("s", sandbox_runner.Session("s"))
+            await first._create(session, sandbox_runner.Call(sandbox_runner.Request("", "s")), False)
     assert docker.containers() == [session_container("s")]
     async with open_runner(settings) as second:
         assert (await second.execute("6 * 7", session="s")).value == "42"
@@ -834,15 +835,15 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
 async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_others(
     settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent, send = anyio.Event(), sandbox_runner.Sandbox._send
+    sent, send = anyio.Event(), sandbox_runner.Sandbox._write
 
-    async def sends(self: sandbox_runner.Sandbox, frame: dict[str, Any]) -> None:
-        await send(self, frame)
+    async def sends(self: sandbox_runner.Sandbox, data: bytes) -> None:
+        await send(self, data)
         sent.set()
 
     async with open_runner(settings) as first:
         await first.execute("x = 1", session="s")
-    monkeypatch.setattr(sandbox_runner.Sandbox, "_send", sends)
+    monkeypatch.setattr(sandbox_runner.Sandbox, "_write", sends)
     async with open_runner(settings) as second, open_runner(settings) as third:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:

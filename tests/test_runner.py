@@ -20,7 +20,6 @@ from pytest_subprocess import FakeProcess
 
 import sandbox_runner
 from sandbox_runner import (
-    PART,
     Config,
     DockerConfig,
     Engine,
@@ -39,8 +38,8 @@ from sandbox_runner import (
     Text,
     find_engine,
     host_image_name,
+    joined,
     last_line,
-    merge,
     open_runner,
     run_command,
 )
@@ -105,7 +104,7 @@ async def test_state_goes_in_and_comes_out(runner: Runner) -> None:
     assert result.variables == {"x": 41, "y": 42}
     assert result.variables_left_out == {"z": "set is not JSON"}
     assert (await runner.execute("y = 1", state={})).variables == {"y": 1}
-    texts = {"long": "é\n" * PART, "short": "é\n", "longer": "\\" * 3 * PART}
+    texts = {"long": "é\n" * 65536, "short": "é\n", "longer": "\\" * 3 * 65536}
     result = await runner.execute("longest = long + longer", state=texts)
     assert list((result.variables or {}).items()) == [*texts.items(), ("longest", texts["long"] + texts["longer"])]
     assert (await runner.execute("y = 1")).variables is None
@@ -124,7 +123,7 @@ async def test_a_call_and_its_state_are_written_together(runner: Runner, monkeyp
     assert (await runner.execute("x", session="s", state={"x": 1})).value == "1"
     assert len(written) == 1
     assert (await runner.execute("len(x)", session="s", state={"x": 3_000_000 * "x"})).value == "3000000"
-    assert len(written) == 1 + 3
+    assert len(written) == 1 + 1
     await runner.close_session("s")
 
 
@@ -588,7 +587,8 @@ async def test_who_plugs_into_a_session_is_told_whether_its_last_call_left_the_v
     again = runner.sessions["s"].sandbox
     assert again
     assert again is not sandbox
-    assert again.has_kept == kept
+    assert again.greeting
+    assert again.greeting["kept"] == kept
 
 
 # ── hostile sandboxes ──
@@ -603,7 +603,7 @@ DONE: dict[str, Any] = {
     "cpu": 0,
     "oom_kills": 0,
 }
-DONE |= {"memory": None, "files": [], "stale": [], "value": None}
+DONE |= {"memory": None, "files": [], "stale": []}
 
 
 def hostile(answer: str) -> str:
@@ -625,9 +625,7 @@ def hostile(answer: str) -> str:
 
 
 async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, docker: FakeEngine) -> None:
-    docker.script(
-        run={"program": hostile("say({'id': 'x', 'kind': 'done'}); say({**done, 'value': '1', 'value_length': 1})")}
-    )
+    docker.script(run={"program": hostile("say({**done, 'id': 'x'}); say({**done, 'value': '1', 'value_length': 1})")})
     assert (await runner.execute("1")).value == "1"
 
 
@@ -646,7 +644,7 @@ async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, 
         "say({'id': me, 'kind': 'stdout'})",
         "say({'id': me, 'kind': 'stdout'}, b'\\xff')",
         "say({'id': me, 'kind': 'stdout', 'data': -1})",
-        "say({'id': me, 'kind': 'stdout', 'data': 2 << 20})",
+        "say({'id': me, 'kind': 'stdout', 'data': 5 << 20})",
         "say({'id': me, 'kind': 'omitted', 'bytes': '5'})",
         "say({'id': me, 'kind': 'state', 'left_out': {'x': 1}}, b'{}')",
         "say({'id': me, 'kind': 'text', 'name': 5}, b'text')",
@@ -679,8 +677,6 @@ async def test_what_no_supervisor_sends_ends_the_sandbox_and_nothing_else(
         "say({'id': me, 'kind': 'display', 'is_value': False}, b'[' * 100_000)",
         "say({'id': me, 'kind': 'display', 'is_value': False}, b'{\"a\": 1}')",
         "say({'id': me, 'kind': 'state', 'left_out': {}}, b'[]')",
-        "say({'id': me, 'kind': 'text', 'name': 'x'}, b'\\xff')",
-        "say({'id': me, 'kind': 'text', 'name': 'x'}, b''); say({'id': me, 'kind': 'state', 'left_out': {}}, b'{}')",
     ],
 )
 async def test_data_that_is_not_what_our_worker_makes_costs_itself_and_not_the_sandbox(
@@ -689,7 +685,7 @@ async def test_data_that_is_not_what_our_worker_makes_costs_itself_and_not_the_s
     docker.script(run={"program": hostile(f"{answer}; say({{**done}})")})
     result = await runner.execute("1", session="s")
     assert (result.status, result.state, result.message) == ("ok", "preserved", None)
-    assert result.output or result.variables_left_out or "'text'" in answer
+    assert result.output or result.variables_left_out
 
 
 async def test_a_session_whose_sandbox_was_given_up_has_a_new_one_in_the_next_call(
@@ -1177,7 +1173,7 @@ def test_neighbouring_pieces_of_a_stream_are_joined() -> None:
         Omitted(1),
         Text("stderr", "d"),
     ]
-    assert merge(pieces) == (Text("stdout", "ab"), rich, rich, Text("stderr", "c"), Omitted(1), Text("stderr", "d"))
+    assert joined(pieces) == (Text("stdout", "ab"), rich, rich, Text("stderr", "c"), Omitted(1), Text("stderr", "d"))
 
 
 async def test_more_sessions_than_allowed_are_refused_with_the_list_of_those_there_are(settings: Config) -> None:
@@ -1375,7 +1371,7 @@ async def test_who_leaves_starts_no_successors_of_the_sandboxes_that_end_with_th
         await until(lambda: len(runner.pool.ready) == 4)
         successors: list[Sequence[str]] = []
 
-        async def create(preload: Sequence[str]) -> Sandbox:
+        async def create(preload: Sequence[str], _: object) -> Sandbox:
             successors.append(preload)
             raise EngineError("Nobody needs it.")
 
@@ -1391,13 +1387,13 @@ async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes() -> Non
     created: list[Sequence[str]] = []
     go = anyio.Event()
 
-    async def create(preload: Sequence[str]) -> Any:
+    async def create(preload: Sequence[str], _: object) -> Any:
         created.append(preload)
         await go.wait()
         return Stub()
 
     async with anyio.create_task_group() as tasks:
-        pool = sandbox_runner.Pool(create, PoolConfig(warm=2, preload=("numpy",)), tasks, print, 60)
+        pool = sandbox_runner.Pool(create, PoolConfig(warm=2, preload=("numpy",)), tasks, 60)
         for _ in range(3):
             tasks.start_soon(pool.lease)
         await anyio.wait_all_tasks_blocked()
@@ -1408,25 +1404,6 @@ async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes() -> Non
         await anyio.wait_all_tasks_blocked()
         assert created == [(), (), (), ("numpy",), ("numpy",)]
         tasks.cancel_scope.cancel()
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ('{"csv": "' + "a,b\\n" * 400_000 + '"}', None),
-        ("[" + "0," * 1_100_000 + "0]", "too many parts"),
-        ("[" * 66 + "]" * 66, None),
-        ("[" * 67 + "]" * 67, "nested too deeply"),
-        ("[" * 1_000_000, "not JSON"),
-        ('"' + '\\"' * 2_000_000 + ",[", "not JSON"),  # that a search for strings must not try from each quote anew
-    ],
-)
-def test_json_from_the_sandbox_is_held_within_bounds(text: str, problem: str | None) -> None:
-    if problem:
-        with pytest.raises(sandbox_runner.ProtocolError, match=problem):
-            sandbox_runner.parse_within(text.encode())
-    else:
-        assert sandbox_runner.parse_within(text.encode()) == json.loads(text)
 
 
 async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

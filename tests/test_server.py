@@ -610,6 +610,8 @@ async def test_a_client_comes_back_for_code_that_takes_long_and_can_stop_it(conf
         assert text_of(stopped).startswith("Cancelled: the code was stopped.")
         assert text_of(stopped).endswith("its variables are kept)")
         after = await client.call_tool("execute-persistent", {"code": "x", "session_id": "s"})
+        while after.structured_content["status"] == "running":
+            after = await client.call_tool("execute-persistent", {"code": "", "session_id": "s"})
         assert text_of(after) == "Value: 5\n\nSession: s"
         await client.call_tool("cleanup-session", {"session_id": "s"})
 

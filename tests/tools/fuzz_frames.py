@@ -25,7 +25,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 import python_docker_mcp
 import sandbox_runner
-from sandbox_runner import Account, Call, Channel, Frame, ProtocolError, Result, Supervisor
+from sandbox_runner import FROM_SANDBOX, Call, Channel, ProtocolError, Request, Result, RunningCall, Supervisor
 
 CALL = "c"  # the id of the call that is running
 DONE: dict[str, Any] = {
@@ -40,7 +40,7 @@ DONE: dict[str, Any] = {
     "oom_kills": 0,
     "value": "1",
     "value_length": 1,
-    "exit_code": None,
+    "exit_code": 0,
     "message": None,
     "files": [["a", 1]],
     "stale": [],
@@ -51,9 +51,7 @@ REPORT = {name: value for name, value in DONE.items() if name not in HOST_ONLY}
 FRAMES: list[dict[str, Any]] = [
     {"id": CALL, "kind": "stdout", "data": b"a"},
     {"id": CALL, "kind": "stderr", "data": b"b"},
-    {"id": CALL, "kind": "part", "data": b"{"},
     {"id": CALL, "kind": "display", "data": b'{"text/plain": "x", "image/png": "aGk="}', "is_value": True},
-    {"id": CALL, "kind": "text", "data": b"text", "name": "t"},
     {"id": CALL, "kind": "state", "data": b'{"x": [1, {"y": null}], "t": null}', "left_out": {"z": "too large"}},
     {"id": CALL, "kind": "content", "data": b"hi", "path": "a"},
     {"id": CALL, "kind": "omitted", "bytes": 5},
@@ -62,7 +60,7 @@ FRAMES: list[dict[str, Any]] = [
     REPORT,
 ]
 VALUES: list[Any] = [None, True, False, 0, -1, 7, 1 << 70, 10**400, 0.5, -0.5, math.nan, math.inf, "", "x", "\u00e9"]
-VALUES += ["\ud800", "\x1b[2J\n", CALL, "ok", "error", "timeout", "done", "part", "aGk=", "a", "{}", "[]", "null"]
+VALUES += ["\ud800", "\x1b[2J\n", CALL, "ok", "error", "timeout", "done", "begun", "aGk=", "a", "{}", "[]", "null"]
 VALUES += ["1e999", '{"text/plain": 1}', '{"image/png": "aGk="}', '{"x": NaN}', "[" * 70, [], {}, [[]], [["a", 1]]]
 VALUES += [{"a": 1}, {"a": "b"}, {"type": "SyntaxError", "message": "", "line": -9, "traceback": "", "missing": None}]
 VALUES += [{"type": "E", "message": "", "line": 1 << 70, "traceback": "\ud800", "missing": ""}]
@@ -113,21 +111,20 @@ class Said(anyio.abc.ByteReceiveStream):
 
 def as_host(data: bytes) -> Result | None:
     """What the host makes of what a sandbox says, up to the end of a call: shown in every way there is."""
-    account = Account(1 << 16, None)
+    call = Call(Request("", "s", output_limit=1 << 16), CALL)
     stream = BufferedByteReceiveStream(Said(data))
-    frames: list[Frame] = []
 
     async def take_next() -> None:
-        frames.append(await Frame.receive(stream))
-        if frames[-1].get("kind", str) != "done":
-            await account.take(frames[-1])
+        frame: Any = await sandbox_runner.receive(stream, FROM_SANDBOX)
+        if frame.get("id") == CALL:
+            await call.take(frame)
 
     try:
-        while not frames or frames[-1].get("kind", str) != "done":
+        while not call.ended.is_set():
             finish(take_next())
-        result = account.close(frames[-1], "s")
     except (ProtocolError, anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound):
         return None
+    result = call.tell()
     hint = python_docker_mcp.hint_on(result, "1 +\n!pip", sandbox_runner.Config())
     json.dumps(result.as_dict())
     python_docker_mcp.render(result, hint=hint).model_dump_json()
@@ -149,6 +146,7 @@ class TamedSupervisor(Supervisor):
             "packages": "/nowhere",
             "grace": 2.0,
             "working_dir": "/nowhere",
+            "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
         }
         self.host, theirs = os.pipe()
         super().__init__(Channel(os.open(os.devnull, os.O_RDONLY), theirs), settings)
@@ -162,7 +160,8 @@ class TamedSupervisor(Supervisor):
         self.mouth.setblocking(False)
         self.sources[fd] = self._from_worker
         self.abandoned: str | None = None
-        self.call = Call({"id": CALL, "timeout": 60, "output_limit": 1000, "recycle": False}, 2.0)
+        request: Any = {"id": CALL, "timeout": 60, "output_limit": 1000, "recycle": False}
+        self.call = RunningCall(request, 2.0)
         if not attached:
             self.channel.close()
             self.channel = None
@@ -208,7 +207,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
             supervisor.mouth.send(data[start : start + 4096])
             if supervisor.control.reader in supervisor.sources:
                 supervisor._from_worker()
-        told = list(supervisor.backlog)
+        told: list[Any] = list(supervisor.backlog)
         if supervisor.channel:
             sent = b""
             with contextlib.suppress(BlockingIOError):
@@ -216,7 +215,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
             told = list(unwire(sent + supervisor.channel.outbox))
     for frame in told:
         assert frame["id"] == CALL
-        assert frame["kind"] in ("part", "display", "text", "state", "content", "done", "omitted", "stdout", "stderr")
+        assert frame["kind"] in ("display", "state", "content", "done", "omitted", "stdout", "stderr")
         assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["lost"] is False)
     ended = told if told and told[-1]["kind"] == "done" else [*told, DONE]
     assert as_host(b"".join(map(wire, ended))) is not None
@@ -261,11 +260,11 @@ def main() -> None:
         words = {word for frame in FRAMES for item in frame.items() for word in map(str, item) if len(word) < 40}
         dictionary = Path(corpus, "words")
         dictionary.write_text("".join(f'"{json.dumps(word)[1:-1]}"\n' for word in sorted(words) if word.isascii()))
-        for owner in (Account, Channel, Frame, Supervisor):
+        for owner in (Call, Channel, Supervisor):
             for name, value in list(vars(owner).items()):
                 if isinstance(value, type(main)):
                     setattr(owner, name, atheris.instrument_func(value))
-        for name in ("parse_within", "parts_of", "exception_info", "file_info", "merge"):
+        for name in ("parse_object", "conforms", "check_worker_frame", "joined"):
             setattr(sandbox_runner, name, atheris.instrument_func(getattr(sandbox_runner, name)))
         options = [sys.argv[0], f"-max_total_time={seconds}", f"-dict={dictionary}", "-max_len=8192", corpus]
         atheris.Setup(options, one_input)
