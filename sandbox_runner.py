@@ -4196,6 +4196,7 @@ class Call:
     def end(self, result: Result) -> None:
         """End it, unless it has ended."""
         if not self.ended.is_set():
+            log.debug("call %s ended: %s after %.3f s", self.id, result.status, result.wall)
             self._result = result
             self.ended.set()
             self._news.set()
@@ -4415,6 +4416,7 @@ class Session:
     call: Call | None = None  # the last one, until its result has been told
     lost: str | None = None  # why the variables are gone, until a call has told it
     used: float = 0.0  # when its last call was made
+    is_coming: bool = False  # whether a sandbox is being made for it, for which there is room
     placing: anyio.CancelScope | None = None  # while a sandbox is being found or made for its call
     placed: anyio.Event = field(default_factory=anyio.Event)  # set when that has come to an end
 
@@ -4426,7 +4428,7 @@ class Session:
     @property
     def is_there(self) -> bool:
         """Whether it has a sandbox, or is about to."""
-        return self.placing is not None or self.is_attached
+        return self.is_coming or self.is_attached
 
     @property
     def is_busy(self) -> bool:
@@ -4747,7 +4749,6 @@ class Sandbox:
         with anyio.CancelScope(deadline=call.deadline):
             await wait_or_doubt(functools.partial(call.wait, on_output, until_begun=True), self._require_answer)
             await call.wait(on_output)
-            log.debug("call %s ended, or its connection did", call.id)
         if call.placed and not call.ended.is_set():
             message = (
                 f"the sandbox itself did not answer for {SLACK:g} seconds, and was removed: is the host overloaded?"
@@ -5344,8 +5345,12 @@ class Runner:
 
     async def _create(self, session: Session, call: Call, bare: bool) -> None:
         """Make a sandbox for the session or, if another program has just made one, attach to that."""
-        await self._make_room(session)
-        sandbox = await self.pool.lease(bare=bare, report=call.report)
+        await self._make_room()
+        session.is_coming = True
+        try:
+            sandbox = await self.pool.lease(bare=bare, report=call.report)
+        finally:
+            session.is_coming = False
         self.pool.let_go(sandbox)
         session.sandbox = sandbox
         call.is_new = session.lost is None
@@ -5358,13 +5363,14 @@ class Runner:
         except BaseException:
             if session.sandbox is sandbox:
                 session.sandbox = None  # nothing has run in it, and no other program would find it
-                self._tasks.start_soon(sandbox.end)
+                with anyio.CancelScope(shield=True):
+                    await sandbox.end()
             raise
 
-    async def _make_room(self, session: Session) -> None:
+    async def _make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
         most = self.config.session.max
-        there = {name: one for name, one in self.sessions.items() if one.is_there and one is not session}
+        there = {name: one for name, one in self.sessions.items() if one.is_there}
         if len(there) < most:
             return
         idle = [name for name, one in there.items() if not one.is_busy]
@@ -5480,7 +5486,7 @@ class Runner:
         """
         Request("", session)
         entry = self.sessions.setdefault(session, Session(session))
-        if not entry.is_there:
+        if not entry.is_attached and not entry.placing:
             async with entry.lock:
                 await self._attach(entry)
         if entry.sandbox is None or entry.sandbox.gone.is_set():

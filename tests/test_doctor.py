@@ -377,7 +377,7 @@ def test_ctrl_c_ends_the_doctor_and_leaves_nothing_behind(docker: FakeEngine) ->
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 130
         assert "Traceback" not in child.stderr.read()
-    assert not docker.containers()
+    wait_until(lambda: not docker.containers())
 
 
 def test_a_wrong_setting_is_status_2(doctor: Doctor) -> None:
