@@ -10,9 +10,11 @@ import ast
 import contextlib
 import dataclasses
 import json
+import marshal
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +94,12 @@ class EachEngineByItself(LoadScopeScheduling):  # type: ignore[misc]  # xdist ha
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EachEngineByItself | None:
     """With --engine and several processes, one for each engine."""
     return EachEngineByItself(config, log) if config.getoption("--engine") else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """With `-n auto`, half as many again as there are cores: much of the time a test waits for other processes."""
+    return (os.cpu_count() or 1) * 3 // 2
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +201,13 @@ def tripwire(
     processes.definitions.update(registered)
 
 
+@cache
+def compiled(name: str) -> types.CodeType:
+    """A program of this folder, which would have to be compiled each time that it is started."""
+    file = Path(__file__).with_name(name)
+    return compile(file.read_text(encoding="utf-8"), str(file), "exec")
+
+
 class FakeEngine:
     """A folder with the executable `docker` or `podman`, and with what that knows and writes."""
 
@@ -201,8 +216,12 @@ class FakeEngine:
         self.command = str(folder / kind)
         self._script: dict[str, Any] = {}
         (folder / "containers").mkdir(parents=True)
-        source = Path(__file__).with_name("fake_docker").read_text(encoding="utf-8")
-        Path(self.command).write_text(source.replace("/usr/bin/env python3", f"{sys.executable} -IS"), encoding="utf-8")
+        (folder / "code").write_bytes(marshal.dumps(compiled("fake_docker")))
+        Path(self.command).write_text(
+            f"#!{sys.executable} -IS\nimport marshal\n"
+            f"with open({str(folder / 'code')!r}, 'rb') as file:\n    code = marshal.load(file)\nexec(code)\n",
+            encoding="utf-8",
+        )
         Path(self.command).chmod(0o755)
         self.script(images=[DockerConfig.image])
 
@@ -249,7 +268,11 @@ class FakeEngine:
     def close(self) -> None:
         """Remove the containers that are left."""
         for name in self.containers():
-            subprocess.run([self.command, "rm", "--force", name], capture_output=True, check=False)
+            with contextlib.suppress(OSError, SyntaxError):  # it may end by itself
+                record = self.folder / "containers" / name
+                os.kill(ast.literal_eval(record.read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
+        while self.containers():
+            time.sleep(0.001)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ import yaml
 from conftest import FakeEngine, code_objects
 
 import python_docker_mcp
+import sandbox_runner
 from python_docker_mcp import (
     CHECKS,
     PROBE,
@@ -289,8 +290,12 @@ def test_a_remedy_that_several_checks_have_is_shown_once(capsys: pytest.CaptureF
 # ── the command, on an engine that keeps no limit ──
 
 
+Doctor = Callable[..., "subprocess.CompletedProcess[str]"]
+DoctorHere = Callable[..., tuple[int, str]]
+
+
 @pytest.fixture
-def doctor(docker: FakeEngine, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def doctor(docker: FakeEngine, tmp_path: Path) -> Doctor:
     """Runs `doctor`, with limits so low that passing them harms nobody."""
     (tmp_path / "work").mkdir()
     (tmp_path / ".python-docker-mcp").mkdir()
@@ -316,7 +321,22 @@ def doctor(docker: FakeEngine, tmp_path: Path) -> Callable[..., subprocess.Compl
     return doctor
 
 
-Doctor = Callable[..., "subprocess.CompletedProcess[str]"]
+@pytest.fixture
+def doctor_here(
+    doctor: Doctor,  # noqa: ARG001  # it writes the settings
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> DoctorHere:
+    """Runs `doctor` in this process, which saves a second each time: its exit status and what it prints."""
+    monkeypatch.setattr(sandbox_runner, "set_up_logging", lambda *_: None)
+
+    def doctor_here(*options: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            python_docker_mcp.main(["doctor", *options])
+        assert isinstance(end.value.code, int)
+        return end.value.code, capsys.readouterr().out
+
+    return doctor_here
 
 
 @pytest.mark.slow
@@ -338,29 +358,29 @@ def test_where_nothing_is_limited_the_doctor_sees_it_and_leaves_nothing_behind(
 UNLIMITED = ("memory", "CPU", "processes", "disk", "file system")
 
 
-def test_without_an_engine_that_is_the_finding(doctor: Doctor, docker: FakeEngine) -> None:
+def test_without_an_engine_that_is_the_finding(doctor_here: DoctorHere, docker: FakeEngine) -> None:
     docker.script(version={"exit": 1, "stderr": "Cannot connect to the Docker daemon.\n"})
-    done = doctor()
-    assert done.returncode == 125
-    assert "engine  failed   there is none that can be used" in done.stdout
-    assert "is installed, but its engine does not answer" in " ".join(done.stdout.split())
+    status, printed = doctor_here()
+    assert status == 125
+    assert "engine  failed   there is none that can be used" in printed
+    assert "is installed, but its engine does not answer" in " ".join(printed.split())
 
 
-def test_without_an_image_that_is_the_finding(doctor: Doctor, docker: FakeEngine, tmp_path: Path) -> None:
+def test_without_an_image_that_is_the_finding(doctor_here: DoctorHere, docker: FakeEngine, tmp_path: Path) -> None:
     file = tmp_path / "other.yaml"
     file.write_text(f"docker: {{command: {docker.command}, image: none/such}}\npackage: {{preinstalled: []}}")
-    done = doctor("--json", "--config", str(file))
-    assert done.returncode == 125
-    (finding,) = json.loads(done.stdout)["checks"]
+    status, printed = doctor_here("--json", "--config", str(file))
+    assert status == 125
+    (finding,) = json.loads(printed)["checks"]
     assert (finding["check"], finding["verdict"]) == ("image", "failed")
     assert "The image none/such is not here and can't be pulled" in finding["remedy"]
 
 
-def test_if_no_sandbox_starts_that_is_the_last_finding(doctor: Doctor, docker: FakeEngine) -> None:
+def test_if_no_sandbox_starts_that_is_the_last_finding(doctor_here: DoctorHere, docker: FakeEngine) -> None:
     docker.script(run={"exit": 125, "stderr": "docker: unknown or invalid runtime name: x.\n"}, info={"stdout": "[1]"})
-    done = doctor("--json")
-    assert done.returncode == 125
-    findings = json.loads(done.stdout)["checks"]
+    status, printed = doctor_here("--json")
+    assert status == 125
+    findings = json.loads(printed)["checks"]
     assert [finding["check"] for finding in findings] == ["engine", "runtime", "image", "start-up"]
     assert "unknown or invalid runtime name: x." in findings[-1]["remedy"]
 
@@ -380,8 +400,8 @@ def test_ctrl_c_ends_the_doctor_and_leaves_nothing_behind(docker: FakeEngine) ->
     wait_until(lambda: not docker.containers())
 
 
-def test_a_wrong_setting_is_status_2(doctor: Doctor) -> None:
-    assert doctor("--config", "nowhere.yaml").returncode == 2
+def test_a_wrong_setting_is_status_2(doctor_here: DoctorHere) -> None:
+    assert doctor_here("--config", "nowhere.yaml") == (2, "")
 
 
 @pytest.mark.anyio
