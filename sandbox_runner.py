@@ -4855,9 +4855,9 @@ def describe_installation(
 
 
 class Pool:
-    """Sandboxes kept ready, and the bound on how many there are in all.
+    """Keep sandboxes ready, and bound how many there are in all.
 
-    A leased sandbox is the caller's, until it is gone or, with `pool.reuse` and proven clean, given back.
+    A leased sandbox is the caller's until it is gone or, with `pool.reuse` and found clean, given back.
     """
 
     def __init__(
@@ -4872,21 +4872,21 @@ class Pool:
         self._config = config
         self._tasks = tasks
         self._creations = anyio.Semaphore(config.max_concurrent_creations)
-        self._turn = anyio.Lock(fast_acquire=True)  # who waits for a sandbox gets one in the order of coming
-        self._changed = anyio.Event()  # a sandbox is ready, or a place free
-        self.count = 0  # sandboxes there are, in whatever state, and those that are being created
+        self._turn = anyio.Lock(fast_acquire=True)  # serves callers in the order of their coming
+        self._changed = anyio.Event()  # set when a sandbox is ready or a place is free
+        self.count = 0  # all sandboxes, including those being created
         self._counted: set[Sandbox] = set()
-        self._coming = 0  # of these, to be ready
-        self.returning: set[Sandbox] = set()  # of these, those being cleaned to be ready again
-        self._wanted_now = 0  # of these, being created for a call that waits
+        self._coming = 0  # sandboxes being created to be kept ready
+        self.returning: set[Sandbox] = set()  # sandboxes being cleaned, to be ready again
+        self._wanted_now = 0  # sandboxes being created for a call that waits
         self._kept_warm = False
-        self._idle_timeout = idle_timeout  # seconds without a call after which none is kept ready any longer
+        self._idle_timeout = idle_timeout  # seconds without a call after which none is kept ready
         self._used_at = time.monotonic()
 
     async def lease(self, *, bare: bool = False, report: OnStatus | None = None) -> Sandbox:
-        """A sandbox that nobody uses: a ready one, else, or if it has to be `bare` (nothing imported), a new one.
+        """Return a ready sandbox or, if there is none or it has to be `bare` (nothing preloaded), a new one.
 
-        Raises EngineError, ImageError.
+        `report` is called with what that waits for. Raises EngineError, ImageError.
         """
         async with self._turn:
             while True:
@@ -4897,7 +4897,7 @@ class Pool:
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
                 self._changed = anyio.Event()
-                if self.returning and not bare:  # that takes milliseconds, and a new one a good part of a second
+                if self.returning and not bare:  # cleaning takes milliseconds, a new sandbox a good part of a second
                     await self._changed.wait()
                     continue
                 if self.count < self._config.size:
@@ -4910,32 +4910,32 @@ class Pool:
                     report("")
         self._wanted_now += 1
         try:
-            return await self._add((), report)  # whoever waits would have to wait for what is preloaded, too
+            return await self._add((), report)  # the caller would have to wait for preloading, too
         finally:
             self._wanted_now -= 1
             self._fill()
 
     def keep_warm(self) -> None:
-        """From now on keep some ready, in the background."""
+        """Start keeping sandboxes ready, in the background."""
         if self._config.enabled and not self._kept_warm:
             self._tasks.start_soon(self._stay_young)
         self._kept_warm = self._config.enabled
         self._fill()
 
     def touch(self) -> None:
-        """Take note that a call has come, of whatever kind: for as long as they do, sandboxes are kept ready."""
+        """Note that a call, of whatever kind, has come: as long as calls come, sandboxes are kept ready."""
         was_used, self._used_at = self._is_used, time.monotonic()
         if not was_used:
             self._fill()
 
     def renew(self) -> None:
-        """Replace the ready ones at once: what they have imported is no longer what is installed."""
+        """Replace the ready sandboxes at once, because other packages are installed than they have preloaded."""
         while self.ready:
             self._tasks.start_soon(self.ready.popleft().end)
         self._fill()
 
     async def _stay_young(self) -> None:
-        """Replace ready sandboxes before they are too old, one after the other, for as long as calls come."""
+        """Replace ready sandboxes before they are too old, one after the other, as long as calls come."""
         while True:
             age = time.monotonic() - self.ready[0].created if self.ready else 0.0
             await anyio.sleep(max(self._config.max_age * RENEW_AT - age, self._config.max_age / 50))
@@ -4955,11 +4955,11 @@ class Pool:
         return time.monotonic() - self._used_at < self._idle_timeout
 
     def stop(self) -> None:
-        """From now on make none ready: those there are will go, and need no successors."""
+        """Stop keeping sandboxes ready: those that leave now need no successors."""
         self._kept_warm = False
 
     def give_back(self, sandbox: Sandbox) -> None:
-        """Take a used sandbox back if nothing is left in it of its use; else end it."""
+        """Take a used sandbox back if nothing of its use is left in it; end it otherwise."""
         self.returning.add(sandbox)
         self._tasks.start_soon(self._take_back, sandbox)
 
@@ -4975,7 +4975,7 @@ class Pool:
         await sandbox.end()
 
     async def adopt(self, sandbox: Sandbox) -> None:
-        """Take in a ready sandbox that another host left, unless it is too old or too much."""
+        """Take in a ready sandbox that another host left, unless it is too old or the pool is full."""
         if self.count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
             self.count += 1
             self._own(sandbox)
@@ -4988,7 +4988,7 @@ class Pool:
         self._changed.set()
 
     def _fill(self) -> None:
-        """Start to make ready what is missing. Not while calls wait for new ones: those need the machine now."""
+        """Start making the missing sandboxes ready, but not while calls wait for new ones: they need the machine now."""
         if self._kept_warm and self._is_used and not self._wanted_now:
             for _ in range(min(self._missing(), self._config.size - self.count)):
                 self._coming += 1
@@ -4996,17 +4996,17 @@ class Pool:
                 self._tasks.start_soon(self._prepare_one)
 
     def _missing(self) -> int:
-        """How many more there should be to be ready; below zero, how many fewer."""
-        there = self.count if self._config.reuse else len(self.ready) + self._coming  # used ones come back, or not
+        """Return how many more sandboxes should be ready; if negative, how many fewer."""
+        there = self.count if self._config.reuse else len(self.ready) + self._coming  # with reuse, leased ones return
         return self._config.warm - there
 
     async def _fill_soon(self) -> None:
-        """The same, once the call that has just taken one has had the machine for a moment: most need no more."""
+        """Make missing sandboxes ready HEAD_START later, so that the call that took one has the machine to itself."""
         await anyio.sleep(HEAD_START)
         self._fill()
 
     async def _prepare_one(self) -> None:
-        """Add one to the ready ones; if the engine can't, wait longer and longer for it."""
+        """Make one sandbox ready; while the engine fails, try again at growing intervals."""
         try:
             for attempt in itertools.count():
                 try:
@@ -5015,16 +5015,16 @@ class Pool:
                     break
                 except SandboxError as error:
                     if attempt == 0:
-                        log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one tells it, too
+                        log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one says so, too
                     await anyio.sleep(min(2**attempt, RETRY_AT_MOST))
                     if self.count >= self._config.size:
-                        break  # the place was taken meanwhile; whoever frees one sees to what is missing
+                        break  # the place was taken meanwhile; `_fill` runs again when one becomes free
                     self.count += 1
         finally:
             self._coming -= 1
 
     async def _add(self, preload: Sequence[str], report: OnStatus | None = None) -> Sandbox:
-        """A new sandbox, for which a place is counted already."""
+        """Create a sandbox, for which a place is already counted."""
         try:
             async with self._creations:
                 sandbox = await self._create(preload, report)
@@ -5039,7 +5039,7 @@ class Pool:
         self._tasks.start_soon(self._watch, sandbox)
 
     async def _watch(self, sandbox: Sandbox) -> None:
-        """Free the place of a sandbox that is gone; one that was ready is replaced, or one that had no place."""
+        """Wait until a sandbox is gone, then free its place and replace it if it was ready."""
         await sandbox.gone.wait()
         self.let_go(sandbox)
         if sandbox in self.ready:
@@ -5047,7 +5047,7 @@ class Pool:
         self._fill()
 
     def let_go(self, sandbox: Sandbox) -> None:
-        """Count a sandbox no longer: it is gone, or a session's, which are bounded by `session.max`."""
+        """Stop counting a sandbox: it is gone, or a session's, and those are bounded by `session.max`."""
         if sandbox in self._counted:
             self._counted.remove(sandbox)
             self._free_place()
@@ -5717,13 +5717,13 @@ class Runner:
 async def open_runner(
     config: Config | None = None, *, warm: bool = False, on_status: Callable[[str], None] | None = None
 ) -> AsyncIterator[Runner]:
-    """A Runner for the time of an `async with`.
+    """Provide a Runner for an `async with`.
 
-    It starts nothing by itself, the first call does; unless it is to be `warm`: then it prepares the image and a pool
-    of sandboxes in the background, while calls can come already. `on_status` is told what takes long, and an
-    empty text when that is over.
+    It starts nothing until the first call, unless it is `warm`: then it prepares the image and a pool of sandboxes in
+    the background, while calls can already be made. `on_status` is called with what takes long in the background, or
+    in a call without an `on_status` of its own, and with "" when that is over.
 
-    At the end sessions are left detached: their containers wait `session.idle_timeout` for somebody to come back.
+    At the end sessions are left detached: their containers wait `session.idle_timeout` seconds for the next host.
     """
     async with open_tasks() as tasks:
         runner = Runner(config or Config(), tasks, on_status)
@@ -5743,11 +5743,11 @@ async def ignore_output(_: Text | Rich | Omitted) -> None:
 
 @asynccontextmanager
 async def interruptible(sandbox: Callable[[], Sandbox | None], interrupt: anyio.Event | None) -> AsyncIterator[None]:
-    """Within the block the setting of `interrupt` interrupts what runs in the sandbox that is there by then."""
+    """Interrupt the code in the sandbox when `interrupt` is set within the block."""
 
     async def interrupt_when_set(event: anyio.Event) -> None:
         await event.wait()
-        while True:  # again and again, for what is to be interrupted may not have begun; once it has, only one counts
+        while True:  # repeatedly, as the call may not have begun; the supervisor heeds only the first after that
             if target := sandbox():
                 await target.interrupt()
             await anyio.sleep(GRACE / 4)
@@ -5762,7 +5762,7 @@ async def interruptible(sandbox: Callable[[], Sandbox | None], interrupt: anyio.
 
 @asynccontextmanager
 async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
-    """A task group whose tasks end with the block, and that lets the block's own error out as it is, not in a group."""
+    """Provide a task group that is cancelled at the end of the block, whose own error is raised as it is."""
     error: BaseException | None = None
     async with anyio.create_task_group() as tasks:
         try:
@@ -5832,7 +5832,7 @@ async def _until_signal(command: Callable[[], Awaitable[int]]) -> int:
 
 
 def set_up_logging(form: str, level: int) -> None:
-    """Have what happens told on standard error, a line for each event; with PYTHON_DOCKER_MCP_DEBUG everything."""
+    """Log to standard error, a line for each event; with PYTHON_DOCKER_MCP_DEBUG, everything."""
     debug = os.environ.get("PYTHON_DOCKER_MCP_DEBUG", "").lower() not in ("", "0", "false", "no")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine(f"%(asctime)s.%(msecs)03d {form}" if debug else form, "%H:%M:%S"))
@@ -5841,15 +5841,15 @@ def set_up_logging(form: str, level: int) -> None:
 
 
 class OneLine(logging.Formatter):
-    """A line for each event, without the passwords that addresses may hold."""
+    """Format each event as one line, without the passwords in addresses."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line."""
         return without_passwords(super().formatMessage(record).replace("\n", "\\n"))
 
 
 def _program() -> str:
-    """What this was started as."""
+    """Return the command that this program was started as."""
     name = Path(sys.argv[0]).name
     return f"python {name}" if name.endswith(".py") else name
 
@@ -5943,7 +5943,7 @@ async def _run_script(options: argparse.Namespace) -> int:
 
 
 def _run_config(options: argparse.Namespace) -> Config:
-    """The configuration, with what the options say of the sandbox."""
+    """Return the configuration, with the options that override it."""
     config = load_config(options.config)
     docker = config.docker
     try:
@@ -5957,7 +5957,7 @@ def _run_config(options: argparse.Namespace) -> Config:
 
 
 async def _watch_signals(runner: Runner, interrupt: anyio.Event, scope: anyio.CancelScope, received: list[int]) -> None:
-    """The first Ctrl-C interrupts the code, so that it can say where it was; whatever comes next leaves."""
+    """Interrupt the code on the first Ctrl-C, so that it shows where it was; leave on the next signal."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for number in signals:
             received.append(number)
@@ -5971,7 +5971,7 @@ OPERATOR_COMMANDS = ("doctor", "build", "install", "ps", "rm")  # of the other p
 
 
 def _read_source(file: str) -> tuple[str, str]:
-    """The source in a file, or on standard input, and the name it goes by."""
+    """Return the source in a file, or on standard input, and its name in tracebacks."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return importlib.util.decode_source(data), "<stdin>" if file == "-" else Path(file).name
@@ -6012,7 +6012,7 @@ class Screen:
         self._pictures = 0
 
     async def print(self, item: Text | Rich | Omitted) -> None:
-        """Print a piece of output. In a thread, as a pipe that nobody reads must not keep the rest waiting."""
+        """Print a piece of output; in a thread, as a pipe without a reader must not block the event loop."""
         await anyio.to_thread.run_sync(self._print_now, item)
 
     def _print_now(self, item: Text | Rich | Omitted) -> None:
@@ -6039,7 +6039,7 @@ MAX_PICTURES = 100  # of one run: code that nobody trusts must not fill the host
 
 
 def picture(forms: Mapping[str, str]) -> tuple[bytes, str] | None:
-    """The picture among a value's forms, and how its file's name ends; None if there is none."""
+    """Return the picture among a value's forms, and its file name extension; None if there is none."""
     for mime, ending in (("image/png", "png"), ("image/jpeg", "jpg"), ("image/gif", "gif"), ("image/webp", "webp")):
         if mime in forms:
             with contextlib.suppress(ValueError):
@@ -6048,7 +6048,7 @@ def picture(forms: Mapping[str, str]) -> tuple[bytes, str] | None:
 
 
 def _save_picture(folder: Path, data: bytes, ending: str) -> Path:
-    """Write a picture under the first number that no file has yet."""
+    """Write a picture under the first free number, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         if not any((folder / f"figure-{number}.{other}").exists() for other in ("png", "jpg", "gif", "webp", "svg")):
@@ -6059,7 +6059,7 @@ def _save_picture(folder: Path, data: bytes, ending: str) -> Path:
 
 
 def plain_text(item: Text | Rich | Omitted) -> str:
-    """A piece of output as text."""
+    """Return a piece of output as text."""
     if isinstance(item, Text):
         return item.text
     if isinstance(item, Omitted):
@@ -6068,7 +6068,7 @@ def plain_text(item: Text | Rich | Omitted) -> str:
 
 
 def _print_end(result: Result, value: bool) -> None:
-    """What is to be said after the output: value, traceback, and what happened to code and session."""
+    """Print what follows the output: the value, the traceback, and what happened to the code and its session."""
     if result.value is not None and value:
         print(result.value)
     sys.stdout.flush()
@@ -6089,12 +6089,12 @@ def _print_end(result: Result, value: bool) -> None:
 
 
 def _complain(text: str) -> None:
-    """Say something that is not the code's output."""
+    """Print a remark, which is not the code's output."""
     print(f"sandbox_runner: {text}", file=sys.stderr, flush=True)
 
 
 def exit_status(result: Result) -> int:
-    """The exit status for a result, as a shell would have it."""
+    """Return the exit status for a result, as a shell would report it."""
     fixed = {"timeout": 124, "out_of_memory": 137, "cancelled": 130}
     if result.status in fixed:
         return fixed[result.status]
@@ -6104,7 +6104,7 @@ def exit_status(result: Result) -> int:
 
 
 def show_status(status: str) -> None:
-    """Show what is being waited for: on a terminal in one line that is written over, else in lines of its own."""
+    """Show what the program waits for: on a terminal in one line that is overwritten, otherwise a line each."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{status[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
     elif status:

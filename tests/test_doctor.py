@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import FakeEngine, code_objects
+from conftest import FakeEngine, code_objects, wait_until
 
 import python_docker_mcp
 import sandbox_runner
