@@ -4988,7 +4988,7 @@ class Pool:
         self._changed.set()
 
     def _fill(self) -> None:
-        """Start making the missing sandboxes ready, but not while calls wait for new ones: they need the machine now."""
+        """Start making missing sandboxes ready, but not while calls wait for new ones: they need the machine now."""
         if self._kept_warm and self._is_used and not self._wanted_now:
             for _ in range(min(self._missing(), self._config.size - self.count)):
                 self._coming += 1
