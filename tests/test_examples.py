@@ -61,7 +61,7 @@ def test_work_in_steps(tmp_path: Path, engine_command: str) -> None:
 
 def test_a_package_for_a_session(tmp_path: Path, engine_command: str) -> None:
     missing, installed, value = run(tmp_path, engine_command, EXAMPLES / "packages.py", packages=[]).splitlines()
-    assert missing == "error - humanize is not installed. Install it with install-package."
+    assert missing == "humanize is missing"
     assert "can be imported in the session" in installed
     assert value == "['12 Bytes', '3.4 kB', '5.6 MB']"
 
