@@ -125,434 +125,6 @@ __all__ = [
 log = logging.getLogger("python_docker_mcp")
 T = TypeVar("T")
 
-# Deadlines and similar bounds. Each timeout bounds a wait for another program.
-ANSWER_TIMEOUT = 8  # seconds for the engine to answer at all; with the next, less than clients wait for a call
-ENGINE_TIMEOUT = 15  # seconds for an engine command that only queries
-REMOVE_TIMEOUT = 30  # seconds for an engine command that removes something
-DOUBT_AFTER = 6  # seconds of silence before a sandbox, and then its engine, is asked whether it is there
-PONG_TIMEOUT = 3  # seconds for the sandbox to answer that question
-PULL_TIMEOUT = 900  # seconds to pull or make an image
-INSTALL_TIMEOUT = 900  # seconds to build the derived image, or to install a package
-START_TIMEOUT = 60  # seconds from `docker run` to the supervisor's greeting
-PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
-ATTACH_TIMEOUT = 15  # seconds from `docker exec` to the supervisor's greeting
-LOOK_TIMEOUT = 5  # seconds for the same, when a sandbox is only asked for its state
-CLOSING_TIME = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
-MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
-GRACE = 2.0  # seconds between interrupting the code and killing it
-ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
-SLACK = 10  # seconds the host waits past the supervisor's own deadline
-RENEW_AT = 0.8  # fraction of `pool.max_age` at which a ready sandbox is replaced
-FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
-HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
-LOCK_PAUSE = 0.2  # seconds between attempts to take a lock that another program holds
-RETRY_AT_MOST = 60  # seconds, at most, between attempts to keep a sandbox ready while the engine fails
-RETRY_AFTER = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
-FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
-
-WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
-LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
-SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
-CODE_LIMIT = 256 << 10  # bytes of code in one call; less than LINE_LIMIT
-PIECES_LIMIT = 100_000  # pieces of output in one result; more than a genuine supervisor lets through
-PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
-STREAM_LIMIT = 64  # pieces of output that wait for a slow caller before the sandbox has to wait
-JOINED_LIMIT = 1 << 20  # characters of output up to which all neighbouring pieces are joined at the end
-NOTES_LOGGED = 100  # notes of one sandbox that are logged
-ERRORS_KEPT = 8192  # bytes kept of the stderr of the engine's command line
-
-
-# ── errors ──
-
-
-class SandboxError(Exception):
-    """Base of the errors a caller may catch. Its message, one or two sentences, gives the fact and the next step."""
-
-
-class ConfigError(SandboxError):
-    """A setting is unknown, or its value is invalid."""
-
-
-class EngineError(SandboxError):
-    """The container engine is missing, not running, not permitted, too old or not answering, or it refused."""
-
-
-class HangError(EngineError):
-    """The container engine does not answer at all."""
-
-
-class HelperError(EngineError):
-    """An installer's container could not be started, or ended before it reported an outcome."""
-
-
-class ImageError(SandboxError):
-    """The image is missing, and could not be pulled or made."""
-
-
-class SessionError(SandboxError):
-    """The session can't be used: another program is using it, or no session has that name."""
-
-
-class RequestError(SandboxError):
-    """An argument of the call is invalid."""
-
-
-# ── configuration ──
-
-
-@dataclass(frozen=True)
-class DockerConfig:
-    """Settings of the containers. Sizes are text in Docker's format: a number and b, k, m or g."""
-
-    command: str | None = None
-    image: str = "python:3.12.2-slim"
-    working_dir: str = "/app"
-    memory_limit: str = "256m"
-    cpu_limit: float = 0.5
-    pids_limit: int = 256
-    disk_limit: str = "64m"
-    output_limit: str = "8m"
-    timeout: float = 30.0
-    max_timeout: float = 300.0
-    network_disabled: bool = True
-    read_only: bool = True
-    runtime: str | None = None
-    mounts: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse values that no container could be created with."""
-        for name, least in (("memory_limit", "32m"), ("disk_limit", "1m"), ("output_limit", "1k")):
-            value = getattr(self, name)
-            try:
-                enough = size_in_bytes(value) >= size_in_bytes(least)
-            except ValueError as error:
-                raise ValueError(f"docker.{name}: {error}") from None
-            if not enough:
-                raise ValueError(f"docker.{name}: {value!r} is too little; the least is {least}")
-        for name in ("cpu_limit", "pids_limit", "timeout", "max_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"docker.{name}: {getattr(self, name)!r} is not a number above zero")
-        if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.working_dir) or ".." in self.working_dir:
-            raise ValueError(f"docker.working_dir: {self.working_dir!r} is not an absolute path such as /app")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", self.image):
-            raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
-        if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
-            raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
-        for mount in self.mounts:
-            mount_argument(mount, self.working_dir)
-
-
-@dataclass(frozen=True)
-class SessionConfig:
-    """Limits on sessions and their calls."""
-
-    idle_timeout: float = 1800.0
-    max: int = 64
-    evict: bool = False
-    max_timeout: float = 1800.0
-    answer_within: float = 50.0
-
-    def __post_init__(self) -> None:
-        """Refuse limits that are not above zero."""
-        if self.max < 1:
-            raise ValueError(f"session.max: {self.max!r} is not a number above zero")
-        for name in ("idle_timeout", "max_timeout", "answer_within"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"session.{name}: {getattr(self, name)!r} is not a number of seconds above zero")
-
-
-@dataclass(frozen=True)
-class PackageConfig:
-    """The installer, its sources, and the packages it preinstalls."""
-
-    installer: Literal["uv", "pip"] = "uv"
-    index_url: str | None = None
-    trusted_hosts: tuple[str, ...] = ()
-    preinstalled: tuple[str, ...] = ("numpy", "pandas", "scipy", "matplotlib", "scikit-learn", "sympy")
-    wheels_only: bool = True
-    ca_bundle: str | None = None
-    network: str | None = None
-    volume: str = "python-docker-mcp-packages"
-
-    def __post_init__(self) -> None:
-        """Refuse values that no installer could use."""
-        for requirement in self.preinstalled:
-            try:
-                parse_requirement(requirement)
-            except RequestError as error:
-                raise ValueError(f"package.preinstalled: {str(error).rstrip('.')}") from None
-        if self.index_url is not None and not re.fullmatch(r"https?://[^\s]+", self.index_url):
-            raise ValueError(f"package.index_url: {self.index_url!r} is not the address of an index (http or https)")
-        for host in self.trusted_hosts:
-            if not re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?", host):
-                raise ValueError(f"package.trusted_hosts: {host!r} is not a host's name, with or without a port")
-        for name, value in (("network", self.network), ("volume", self.volume)):
-            if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
-                raise ValueError(f"package.{name}: {value!r} is not the name of a {name}")
-        if self.ca_bundle is not None and not Path(self.ca_bundle).expanduser().is_file():
-            raise ValueError(f"package.ca_bundle: {self.ca_bundle!r} is not a file on this host")
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """Sandboxes kept ready, so that a call finds one running, with the usual modules imported."""
-
-    enabled: bool = True
-    size: int = 32
-    max_age: float = 300.0
-    max_concurrent_creations: int = 5
-    warm: int = 2
-    preload: tuple[str, ...] = ("numpy", "pandas")
-    reuse: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that no pool could work with."""
-        for name in ("size", "max_age", "max_concurrent_creations"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"pool.{name}: {getattr(self, name)!r} is not a number above zero")
-        if not 0 <= self.warm <= self.size:
-            raise ValueError(f"pool.warm: {self.warm!r} is not a number from 0 to pool.size ({self.size})")
-        for module in self.preload:
-            if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module):
-                raise ValueError(f"pool.preload: {module!r} is not the name of a module")
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings; their defaults are defined only here. `config.yaml` explains each one."""
-
-    docker: DockerConfig = field(default_factory=DockerConfig)
-    session: SessionConfig = field(default_factory=SessionConfig)
-    package: PackageConfig = field(default_factory=PackageConfig)
-    pool: PoolConfig = field(default_factory=PoolConfig)
-    allowed_modules: tuple[str, ...] = ()
-    blocked_modules: tuple[str, ...] = ()
-
-
-CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
-ENVIRONMENT = {  # variable: the setting it overrides
-    "PYTHON_DOCKER_MCP_POOL_ENABLED": "pool.enabled",
-    "PYTHON_DOCKER_MCP_POOL_SIZE": "pool.size",
-    "PYTHON_DOCKER_MCP_POOL_MAX_AGE": "pool.max_age",
-    "PYTHON_DOCKER_MCP_MAX_CONCURRENT_CREATIONS": "pool.max_concurrent_creations",
-    "PYTHON_DOCKER_MCP_MEMORY_LIMIT": "docker.memory_limit",
-    "PYTHON_DOCKER_MCP_CPU_LIMIT": "docker.cpu_limit",
-}
-
-
-def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-    """Load the configuration: defaults, overridden by the file, then by the environment.
-
-    The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml (which may be missing).
-
-    Raises:
-        ConfigError: the file can't be read or has an unknown key, or a value is invalid.
-    """
-    named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
-    file = config_file(path, environ)
-    settings: Any = {}
-    if named or file.exists():
-        import yaml
-
-        try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"The configuration {file} can't be read: {error.strerror}.") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            place = getattr(error, "problem_mark", None)
-            where = f" (line {place.line + 1})" if place else ""
-            raise ConfigError(
-                f"The configuration {file} is not YAML{where}: see config.yaml for an example."
-            ) from error
-        settings = {} if settings is None else settings
-    origin = {key: variable for variable, key in ENVIRONMENT.items() if variable in environ}
-    if isinstance(settings, dict):
-        for key, variable in origin.items():
-            section, _, name = key.partition(".")
-            if isinstance(settings.setdefault(section, {}) or {}, dict):
-                settings[section] = {**(settings[section] or {}), name: environ[variable]}
-    config = _validated(settings, file, origin) if settings else Config()
-    refuse_mounts_of(file, config.docker.mounts)
-    return config
-
-
-def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the path of the configuration file, which may not exist."""
-    return Path(path or environ.get("PYTHON_DOCKER_MCP_CONFIG") or CONFIG_PATH).expanduser()
-
-
-def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
-    """Make a Config from plain data; pydantic checks types, the classes check values. Raises ConfigError."""
-    import pydantic
-
-    for cls in (Config, DockerConfig, SessionConfig, PackageConfig, PoolConfig):
-        setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # mypy knows no such attribute
-    settings = (
-        {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
-    )
-    try:
-        return pydantic.TypeAdapter(Config).validate_python(settings)
-    except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        where = origin.get(key) or (f"{key} in {file}" if key else file)
-        if problem["type"] == "unexpected_keyword_argument":
-            known = [item.name for item in dataclasses.fields(Config)]
-            known += [f"docker.{item.name}" for item in dataclasses.fields(DockerConfig)]
-            known += [f"session.{item.name}" for item in dataclasses.fields(SessionConfig)]
-            known += [f"package.{item.name}" for item in dataclasses.fields(PackageConfig)]
-            known += [f"pool.{item.name}" for item in dataclasses.fields(PoolConfig)]
-            alike = difflib.get_close_matches(key, known, 1)
-            advice = f"did you mean {alike[0]}?" if alike else f"the settings are {', '.join(known)}."
-            raise ConfigError(f"There is no setting {key} ({file}): {advice}") from None
-        if problem["type"] == "value_error":
-            key, _, reason = str(problem["ctx"]["error"]).partition(": ")
-            raise ConfigError(f"{origin.get(key) or f'{key} in {file}'}: {reason}.") from None
-        shown = textwrap.shorten(repr(problem["input"]), 80)
-        wanted = WANTED.get(problem["type"]) or f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
-        raise ConfigError(f"{where}: {shown} is not accepted: {wanted}.") from None
-
-
-WANTED = {  # advice on a value of the wrong type, by pydantic's error type
-    "dataclass_type": "it must be keys with values, as in config.yaml",
-    "tuple_type": "it must be a list, such as [one, two]",
-    "bool_type": "it must be true or false",
-    "bool_parsing": "it must be true or false",
-    "int_type": "it must be a whole number",
-    "int_parsing": "it must be a whole number",
-    "int_from_float": "it must be a whole number",
-    "float_type": "it must be a number",
-    "float_parsing": "it must be a number",
-    "string_type": "it must be text, in quotes if it looks like something else",
-}
-
-
-def parse_requirement(text: str) -> tuple[str, str]:
-    """Return a distribution's normalised name (PEP 503) and the whole requirement, without spaces (PEP 508).
-
-    A name, extras and version specifiers are accepted: nothing an installer could take for an option, path or address.
-
-    Raises:
-        RequestError: the text is anything else.
-    """
-    name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
-    version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
-    short = text[:201]  # matching time grows faster than the length of the text
-    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", short)
-    if not match or len(text) > 200:
-        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", short.strip())
-        advice = (
-            "ask for one package a call" if several else "give a name such as requests, pandas[excel] or pandas>=2,<3"
-        )
-        raise RequestError(
-            f"{textwrap.shorten(repr(text), 80)} is not a package's name with extras and versions: {advice}."
-        )
-    return re.sub(r"[-_.]+", "-", match[1]).lower(), match[0].replace(" ", "")
-
-
-@functools.cache
-def size_in_bytes(size: str) -> int:
-    """Convert a size such as `256m` to bytes. Raises ValueError for other text."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmg]?)(?:i?b)?", size.strip().lower())
-    if not match:
-        raise ValueError(f"{size!r} is not a size such as 256m or 1g")
-    return int(float(match[1]) * {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[match[2]])
-
-
-def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> str:
-    """Return the engine's --mount argument for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
-
-    Raises ValueError for other text, or a mount that would undo the sandbox (see the two functions `…_paths_to_keep`).
-    """
-    place, source, target, mode = split_mount(mount)
-    if not source.exists():
-        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
-    if "," in str(source):
-        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
-    if reason := why_not_mounted(source):
-        raise ValueError(f"docker.mounts: {place!r} is refused, as {reason}: mount a folder that holds only data")
-    for taken, all_of_it in container_paths_to_keep(working_dir):
-        if ".." in target.split("/") or is_within(taken, target) or (all_of_it and is_within(target, taken)):
-            raise ValueError(
-                f"docker.mounts: {target!r} is refused, as it would hide {taken} of the container: "
-                f"name a place such as {working_dir}/data or /data"
-            )
-    return f"type=bind,source={source},target={target}" + ("" if mode == ":rw" else ",ro")
-
-
-def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
-    """Split a mount into the host path as written, the host path resolved, the container path and the mode."""
-    match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
-    if not match:
-        raise ValueError(
-            f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw after it to let code write"
-        )
-    target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
-    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # resolved, as the engine follows links
-
-
-def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
-    """Raise ConfigError if a mount would show the user's code the configuration, which may hold passwords."""
-    for mount in mounts:
-        place, source, _, _ = split_mount(mount)
-        if is_within(file.resolve(), source):
-            raise ConfigError(f"docker.mounts: {place!r} is refused, as the configuration {file} is in it.")
-
-
-def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
-    """Yield each container path that no mount may hide, and whether mounts below it are refused, too."""
-    for path in ("/proc", "/sys", "/dev", PACKAGES):
-        yield path, True
-    for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
-        yield path, False
-    for prefix in ("/usr", "/usr/local"):  # Python itself
-        yield f"{prefix}/bin", False
-        yield f"{prefix}/lib", False
-
-
-def is_within(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is a folder, or below it."""
-    return Path(path).is_relative_to(folder)
-
-
-def why_not_mounted(source: Path) -> str | None:
-    """Return why the user's code may not see this host path, or None if it may. `source` must be resolved."""
-    for place, what, all_of_it in host_paths_to_keep():
-        place = place.expanduser().resolve()
-        if is_within(place, source):
-            return f"it is {what}" if place == source else f"{what} is in it ({place})"
-        if all_of_it and is_within(source, place):
-            return f"it is part of {what} ({place})"
-    entries = [source]
-    with contextlib.suppress(OSError):  # `source` is not a folder, or this user can't list it
-        entries += source.iterdir()
-    for entry in entries:
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(entry.stat().st_mode):
-                return f"{entry} is a socket that a program on this host listens on"
-    return None
-
-
-def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
-    """Yield each host path that must stay hidden, its description, and whether paths below it must, too."""
-    yield Path("/"), "the host's root", False
-    yield Path.home(), "the home directory", False
-    yield Path("/etc"), "the host's configuration", False
-    for system in ("/proc", "/sys", "/dev"):
-        yield Path(system), "the host's kernel interface", True
-    yield CONFIG_PATH.parent, "this server's own configuration", True
-    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
-    for root in (Path("/var/lib"), data):
-        for engine in ("docker", "containers", "containerd"):
-            yield root / engine, "the engine's own data", True
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    for folder in ("/run", "/var/run", *([runtime] if runtime else []), "~/.docker/run", "~/.docker/desktop"):
-        yield Path(folder), "the folder of this host's sockets", False
-    for variable in ("DOCKER_HOST", "CONTAINER_HOST"):
-        scheme, _, path = os.environ.get(variable, "").partition("://")
-        if scheme == "unix" and path:
-            yield Path(path), f"the engine's socket ({variable})", False
-
 
 # ── what a call returns ──
 
@@ -657,6 +229,1800 @@ class Installation:
     needs_build: bool = False  # whether something has no wheel for this Python, and may not be built from source
     stale: tuple[str, ...] = ()  # modules that the session had imported before, in another version
     seconds: float = 0.0
+
+
+# ── errors ──
+
+
+class SandboxError(Exception):
+    """Base of the errors a caller may catch. Its message, one or two sentences, gives the fact and the next step."""
+
+
+class ConfigError(SandboxError):
+    """A setting is unknown, or its value is invalid."""
+
+
+class EngineError(SandboxError):
+    """The container engine is missing, not running, not permitted, too old or not answering, or it refused."""
+
+
+class HangError(EngineError):
+    """The container engine does not answer at all."""
+
+
+class HelperError(EngineError):
+    """An installer's container could not be started, or ended before it reported an outcome."""
+
+
+class ImageError(SandboxError):
+    """The image is missing, and could not be pulled or made."""
+
+
+class SessionError(SandboxError):
+    """The session can't be used: another program is using it, or no session has that name."""
+
+
+class RequestError(SandboxError):
+    """An argument of the call is invalid."""
+
+
+# ── runner ──
+
+CLOSING_TIME = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
+FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
+HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
+MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
+RETRY_AFTER = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
+PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
+
+
+@asynccontextmanager
+async def open_runner(
+    config: Config | None = None, *, warm: bool = False, on_status: Callable[[str], None] | None = None
+) -> AsyncIterator[Runner]:
+    """Provide a Runner for an `async with`.
+
+    It starts nothing until the first call, unless it is `warm`: then it prepares the image and a pool of sandboxes in
+    the background, while calls can already be made. `on_status` is called with what takes long in the background, or
+    in a call without an `on_status` of its own, and with "" when that is over.
+
+    At the end sessions are left detached: their containers wait `session.idle_timeout` seconds for the next host.
+    """
+    async with open_tasks() as tasks:
+        runner = Runner(config or Config(), tasks, on_status)
+        if warm:
+            tasks.start_soon(runner._warm_up)
+            tasks.start_soon(runner._tidy)
+        try:
+            yield runner
+        finally:
+            with anyio.CancelScope(shield=True):
+                await runner._leave()
+
+
+class Runner:
+    """Runs code in sandboxes, with or without a session. Made by `open_runner`; safe for many tasks at once.
+
+    Attributes that may be looked at: `pool`, `sessions` (by name), `engine` and `image` (None until they are found).
+    """
+
+    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None = None) -> None:
+        self.config = config
+        self.on_status = on_status
+        self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
+        self.engine: Engine | None = None
+        self.image: Image | None = None
+        self.sessions: dict[str, Session] = {}
+        self.pool = Pool(self._new_sandbox, config.pool, tasks, config.session.idle_timeout)
+        self._tasks = tasks
+        self._finding = anyio.Lock(fast_acquire=True)
+        self._failed: EngineError | None = None  # why the last search for an engine found none,
+        self._failed_at = -math.inf  # and when
+        self._preparing = anyio.Lock()
+        self._watching: list[OnStatus] = []  # those who wait until engine and image are there
+        self._retry_at = 0.0  # when to try again to complete an image
+        self._transient: set[Sandbox] = set()
+
+    async def execute(
+        self,
+        code: str,
+        *,
+        session: str | None = None,
+        state: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        on_output: OnOutput | None = None,
+        on_status: OnStatus | None = None,
+        keep_output: bool = True,
+        interrupt: anyio.Event | None = None,
+        filename: str | None = None,
+        arguments: Sequence[str] = (),
+        is_new: bool = False,
+        answer_within: float | None = None,
+    ) -> Result:
+        """Run code: in a fresh sandbox of its own, or in the session's.
+
+        Args:
+            code: Python source. The value of an expression at its end is returned too. If there is no code, and a call
+                is going on in the session, the result is that call's.
+            session: name under which variables, imports and files are kept from call to call; made if there is none.
+                Calls on one session queue. Cancelling the awaiting task cancels the code.
+            state: variables to start with. If given, even if empty, the result has the variables at the end.
+            timeout: seconds the code may take; by default `docker.timeout`.
+            on_output: awaited with each piece of output as it comes.
+            on_status: called with what the call waits for before its code runs, and with "" when that is over.
+            keep_output: whether the result has the output, up to `docker.output_limit`; if not, all of it is streamed.
+            interrupt: when set, the code is interrupted, and the result has the status `cancelled`.
+            filename: name of the code in tracebacks; it also becomes `__file__`, in the working directory.
+            arguments: for `sys.argv[1:]`.
+            is_new: whether the session's id was just drawn, so that looking for the session can be saved.
+            answer_within: seconds after which a call in a session returns with the status `running` and the output so
+                far. The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
+
+        Raises:
+            RequestError: an argument can't be accepted.
+            EngineError, ImageError: there is nothing to run the code in, or the engine has stopped answering; code that
+                runs in a session then goes on, and the next call tells its end.
+            SessionError: another program is using the session, or a call that was not waited for is going on in it.
+        """
+        self.pool.touch()
+        limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
+        timeout = self.config.docker.timeout if timeout is None else timeout
+        recycle = session is None and self.config.pool.reuse
+        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, recycle=recycle)
+        call = Call(request, streams=on_output is not None)
+        call.on_status = on_status or self._report
+        if session is None:
+            return self._explain(await self._execute_transient(call, on_output, interrupt), call)
+        entry = self.sessions.setdefault(session, Session(session))
+        entry.is_fresh = is_new
+        deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
+        return await self._execute_in_session(entry, call, on_output, interrupt, deadline)
+
+    def _explain(self, result: Result, call: Call) -> Result:
+        """Return the result with a word on what happened, where the sandbox could not know it."""
+        message = result.message
+        if result.status == "out_of_memory":
+            message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
+        elif result.status == "timeout" and not message:
+            limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"
+            message = f"the code did not end {limit}"
+        return dataclasses.replace(result, message=message)
+
+    async def _execute_transient(self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None) -> Result:
+        reuse = False
+        while True:
+            sandbox = await self.pool.lease(bare=call.unfit, report=call.report)
+            self._transient.add(sandbox)
+            try:
+                await sandbox.begin(call)
+                async with interruptible(lambda: sandbox, interrupt):  # noqa: B023  # it is used up with the block
+                    await sandbox.finish(call, on_output)
+                if not call.ended.is_set():
+                    if call.attempts < FIRST_CALL_ATTEMPTS:
+                        continue
+                    call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
+                result = call.tell()
+                reuse = call.request.recycle and result.status in ("ok", "error")
+                return result
+            finally:
+                if reuse:
+                    self._transient.discard(sandbox)
+                    self.pool.give_back(sandbox)
+                else:
+                    self._tasks.start_soon(self._end_soon, sandbox)
+
+    async def _end_soon(self, sandbox: Sandbox) -> None:
+        await anyio.sleep(HEAD_START)
+        await sandbox.end()
+        self._transient.discard(sandbox)
+
+    # ── sessions ──
+
+    async def _execute_in_session(
+        self,
+        session: Session,
+        call: Call,
+        on_output: OnOutput | None,
+        interrupt: anyio.Event | None,
+        deadline: float,
+    ) -> Result:
+        earlier = None
+        async with session.lock:
+            session.used = time.monotonic()
+            if not session.placing:
+                await self._attach(session)
+            if session.call:
+                if not call.request.code.strip():
+                    return await self._answer(session, on_output, call.on_status, interrupt, deadline)
+                await self._require_end(session, can_wait=deadline == math.inf)
+                if session.call:
+                    earlier = self._tell(session, session.call)
+            session.call = call
+            try:
+                result = await self._answer(session, on_output, call.on_status, interrupt, deadline)
+            except anyio.get_cancelled_exc_class():
+                call.cancelled = True
+                if session.placing:
+                    session.placing.cancel()
+                elif session.sandbox and call.placed:
+                    await session.sandbox.cancel()
+                raise
+        if not call.request.code.strip() and result.status == "ok":
+            result = dataclasses.replace(result, message="there was no code to run, and none running to wait for")
+        return dataclasses.replace(result, unread=earlier) if earlier else result
+
+    async def _answer(
+        self,
+        session: Session,
+        on_output: OnOutput | None,
+        on_status: OnStatus | None,
+        interrupt: anyio.Event | None,
+        deadline: float,
+    ) -> Result:
+        """Return the result of the session's call or, if it has none by the deadline, its output so far."""
+        call = session.call
+        assert call is not None
+        call.on_status = on_status
+        try:
+            with anyio.CancelScope(deadline=deadline):
+                async with interruptible(lambda: session.sandbox, interrupt):
+                    while not call.ended.is_set():
+                        if not call.placed:
+                            await self._place(session, call)
+                        elif session.sandbox:
+                            await session.sandbox.finish(call, on_output)
+        finally:
+            call.on_status = None
+        return self._tell(session, call)
+
+    def _tell(self, session: Session, call: Call) -> Result:
+        """Return what there is to tell of a call and, with its end, of what became of the session before it."""
+        if not call.ended.is_set():
+            return call.tell()
+        session.call = None
+        result = self._explain(call.tell(), call)
+        lost, session.lost = result.lost_before or session.lost, None
+        return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
+
+    async def _place(self, session: Session, call: Call) -> None:
+        """Place the session's call in its sandbox or, in the background, in one that is made for it."""
+        if session.placing is None:
+            if session.is_attached and session.sandbox and session.sandbox.call is not call:
+                await session.sandbox.begin(call)
+                return
+            session.placing, session.placed = anyio.CancelScope(), anyio.Event()
+            self._tasks.start_soon(self._place_anew, session, call)
+        await session.placed.wait()
+
+    async def _place_anew(self, session: Session, call: Call) -> None:
+        """Find or make a sandbox for the session, and place its call there; end the call if there is no way to."""
+        assert session.placing is not None
+        with session.placing as scope:
+            try:
+                await self._find_place(session, call)
+            except Exception as error:  # for whoever waits for the call, not for this task's parent
+                call.fail(error)
+        if scope.cancelled_caught:
+            call.fail(SessionError(f"The session {session.name!r} was ended before the call could begin."))
+        session.placing = None
+        session.placed.set()
+
+    async def _find_place(self, session: Session, call: Call) -> None:
+        was_begun, bare = call.begun, call.unfit
+        if bare and session.sandbox:
+            self._tasks.start_soon(session.sandbox.end)
+            session.sandbox = None
+        else:
+            await self._attach(session)
+        if call.placed:
+            return  # it goes on
+        if session.sandbox is None and was_begun:
+            call.end(call.died(f"the container ended during the call ({call.why_cut})"))
+            session.lost = None  # as this call tells it
+        elif was_begun:
+            call.end(self._end_of_cut(session, call))
+        elif call.attempts >= FIRST_CALL_ATTEMPTS:
+            call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
+        else:
+            if session.sandbox is None:
+                await self._create(session, call, bare)
+            if session.sandbox:
+                await session.sandbox.begin(call)
+
+    @staticmethod
+    def _end_of_cut(session: Session, call: Call) -> Result:
+        """Return the result of a call whose end went into a connection that was cut."""
+        kept = session.sandbox is not None and session.sandbox.greeting is not None and session.sandbox.greeting["kept"]
+        return call.died("the connection to the container was cut, and the end of the call with it", kept=kept)
+
+    async def _require_end(self, session: Session, *, can_wait: bool = False) -> None:
+        """Wait for the end of the session's call, as it may be just ending; for one that was cancelled, forget it.
+
+        Raises:
+            SessionError: it goes on.
+        """
+        call = session.call
+        assert call is not None
+        with anyio.move_on_after(GRACE + SLACK if call.cancelled else None if can_wait else CLOSING_TIME):
+            while not call.ended.is_set():
+                if not call.placed:
+                    await self._place(session, call)
+                elif session.sandbox:
+                    await session.sandbox.finish(call)
+        if not call.ended.is_set():
+            raise SessionError(
+                f"In the session {session.name!r} the code of an earlier call is still running: wait for it by a "
+                "call with empty code, which can also interrupt it, or use another session."
+            )
+        if call.cancelled:
+            session.call = None
+            if call.was_lost:
+                session.lost = "a call was cancelled, and its code did not stop in time"
+
+    async def _attach(self, session: Session) -> None:
+        """See that the session's sandbox is connected, if there is one: the runner's own, or one found by its name.
+
+        A call that is running there goes on, or becomes the session's.
+
+        Raises:
+            EngineError: it can't be found out whether there is one.
+            SessionError: another program has it, or its container does not answer.
+        """
+        if session.is_attached or (session.sandbox is None and session.is_fresh):
+            return
+        had, session.sandbox = session.sandbox, None
+        try:
+            session.sandbox = await self._find(session)
+        except BaseException:
+            session.sandbox = had  # to look for it again
+            raise
+        if session.sandbox is None and had:
+            idle = f"it was not used for {self.config.session.idle_timeout:g} seconds"
+            session.lost = idle if had.expired else "its container ended"
+        elif session.sandbox and session.sandbox.call:
+            if session.call is not session.sandbox.call:
+                session.call = session.sandbox.call
+            elif session.call.cancelled:
+                await session.sandbox.interrupt()
+
+    async def _create(self, session: Session, call: Call, bare: bool) -> None:
+        """Make a sandbox for the session or, if another program has just made one, attach to that."""
+        await self._make_room()
+        session.is_coming = True
+        try:
+            sandbox = await self.pool.lease(bare=bare, report=call.report)
+        finally:
+            session.is_coming = False
+        self.pool.let_go(sandbox)
+        session.sandbox = sandbox
+        call.is_new = session.lost is None
+        if session.is_fresh:
+            session.is_fresh = False
+            self._tasks.start_soon(self._claim_later, session, sandbox)
+            return
+        try:
+            await self._claim(session, sandbox)
+        except BaseException:
+            if session.sandbox is sandbox:
+                session.sandbox = None  # nothing has run in it, and no other program would find it
+                with anyio.CancelScope(shield=True):
+                    await sandbox.end()
+            raise
+
+    async def _make_room(self) -> None:
+        """See that there may be one more session. Raises SessionError."""
+        most = self.config.session.max
+        there = {name: one for name, one in self.sessions.items() if one.is_there}
+        if len(there) < most:
+            return
+        idle = [name for name, one in there.items() if not one.is_busy]
+        if not (self.config.session.evict and idle):
+            raise SessionError(
+                f"There are {len(there)} sessions already, which is the most allowed (session.max): "
+                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first."
+            )
+        oldest = min(idle, key=lambda name: there[name].used)
+        log.info("ending the session %s, the longest idle one, to make room for another", oldest)
+        await self.close_session(oldest)
+        evicted = self.sessions.setdefault(oldest, Session(oldest))
+        evicted.lost = f"it was ended to make room for another (session.max: {most})"
+
+    async def _claim(self, session: Session, sandbox: Sandbox) -> None:
+        """Give the session's container the name by which it is found. An engine allows each name only once."""
+        deadline = time.monotonic() + ATTACH_TIMEOUT
+        while not sandbox.gone.is_set():
+            try:
+                await sandbox.rename(session_container(session.name))
+                return
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+            # Another program was quicker; or the session's last container is only just going, or has gone since.
+            name = session_container(session.name)
+            is_there = await sandbox.engine.inspect("container", name, "{{.State.Status}}")
+            if is_there and (other := await self._find(session)):
+                session.sandbox = other
+                await sandbox.end()
+                return
+            await anyio.sleep(0.1)
+
+    async def _claim_later(self, session: Session, sandbox: Sandbox) -> None:
+        """Claim a session that no other program can know yet; at worst none will find it."""
+        try:
+            await self._claim(session, sandbox)
+        except SandboxError as error:
+            if not sandbox.gone.is_set() and session.sandbox is sandbox:
+                log.warning("the session %s will not be found by other programs: %s", session.name, error)
+
+    async def _find(self, session: Session) -> Sandbox | None:
+        """Find a session's container by its name, and plug into it; None if there is none.
+
+        Raises:
+            EngineError: it can't be found out whether there is one.
+            SessionError: another program has it, or it does not answer.
+        """
+        engine = await self.find_engine()
+        container = session_container(session.name)
+        begun = time.monotonic()
+        while container in await engine.sandboxes(f"--filter=name={container}"):
+            # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
+            with anyio.CancelScope(shield=True):
+                answer = await Sandbox.plug_in(
+                    engine, container, self.owner, self._tasks, session=session.name, call=session.call
+                )
+            if isinstance(answer, Sandbox):
+                return answer
+            waited = time.monotonic() - begun
+            # A connection that has ended, ours or that of a host that has died, is one until the supervisor sees it.
+            is_ours = answer is not None and answer.owner == self.owner
+            if answer and answer.attached and waited > (ATTACH_TIMEOUT if is_ours else CLOSING_TIME):
+                raise SessionError(
+                    f"The session {session.name!r} is being used by another program on this host: wait until that has "
+                    "ended, or use another session."
+                )
+            if answer and not answer.attached:
+                if answer.session is not None:
+                    return None  # another session's, whose name has the same hash
+                await engine.remove(container)  # its host died before the first call
+            elif not answer:
+                status = await engine.inspect("container", container, "{{.State.Status}}")
+                if status == "paused" or waited > ATTACH_TIMEOUT:
+                    raise SessionError(
+                        f"The session {session.name!r} is there, but its container {container} does not answer "
+                        f"({status or 'gone'}): unpause it, or remove it with `{engine.kind} rm -f {container}`."
+                    )
+            await anyio.sleep(0.05)
+        return None
+
+    async def close_session(self, name: str) -> bool:
+        """End a session and everything kept for it; False if there is none of that name.
+
+        Raises:
+            SessionError: another program is using it.
+            EngineError: the engine does not answer, so that it may not have ended.
+        """
+        Request("", name)
+        session = self.sessions.setdefault(name, Session(name))
+        was_coming = session.placing is not None
+        if session.placing:
+            session.placing.cancel()
+            await session.placed.wait()
+        if not session.is_attached:
+            async with session.lock:
+                await self._attach(session)
+        sandbox, session.sandbox = session.sandbox, None
+        if session.call:
+            session.call.end(session.call.died("the session was ended"))
+        if sandbox:
+            await sandbox.end(must_know=True)  # even if a call is running: that ends with it
+        if not session.lock.locked():
+            self.sessions.pop(name, None)
+        return was_coming or sandbox is not None
+
+    async def read_file(self, session: str, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return a file in a session's working directory, or a part of it; also while code runs there.
+
+        Raises:
+            RequestError: there is no such file, or the path leaves the directory.
+            SessionError: there is no such session.
+        """
+        Request("", session)
+        entry = self.sessions.setdefault(session, Session(session))
+        if not entry.is_attached and not entry.placing:
+            async with entry.lock:
+                await self._attach(entry)
+        if entry.sandbox is None or entry.sandbox.gone.is_set():
+            raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
+        return await entry.sandbox.read_file(path, offset, length)
+
+    # ── packages ──
+
+    async def install(
+        self, requirement: str, *, session: str | None = None, on_status: OnStatus | None = None
+    ) -> Installation:
+        """Install a package: for one session (made if there is none), or for every later execution.
+
+        It can be imported at once, in running sandboxes too, whose variables are kept. The executed code gets no
+        network by this: a container of its own does the work.
+
+        Args:
+            requirement: a name, with extras and version specifiers if need be (PEP 508).
+            session: the session that needs it; None for all.
+            on_status: called with what is going on, and with "" when that is over.
+
+        Raises:
+            RequestError: it is not such a requirement, or the session's id can't be one.
+            EngineError, ImageError, SessionError: as for `execute`.
+        """
+        started = time.monotonic()
+        name, text = parse_requirement(requirement)
+        report = on_status or self._report
+        call = Call(Request("", session, timeout=self.config.docker.timeout))
+        call.on_status = report
+        self.pool.touch()
+        stale: tuple[str, ...] = ()
+        if session is None:
+            outcome = await self._install(name, text, None, report)
+            if outcome.ok:
+                self.pool.renew()
+            return describe_installation(name, outcome, session, stale, time.monotonic() - started)
+        entry = self.sessions.setdefault(session, Session(session))
+        async with entry.lock:
+            if entry.call:
+                await self._require_end(entry)
+            await self._attach(entry)
+            if not entry.is_attached:
+                await self._create(entry, call, False)
+            assert entry.sandbox is not None
+            outcome = await self._install(name, text, entry.sandbox, report)
+            if outcome.ok and outcome.folder:
+                earlier = entry.call  # whose result nobody has been told
+                entry.call = Call(dataclasses.replace(call.request, packages=outcome.folder))
+                result = await self._answer(entry, None, None, None, math.inf)
+                stale, entry.call, entry.lost = result.stale, earlier, result.lost_before
+                if entry.sandbox:
+                    entry.sandbox.packages = outcome.folder
+        return describe_installation(name, outcome, session, stale, time.monotonic() - started)
+
+    async def _install(self, name: str, requirement: str, sandbox: Sandbox | None, report: OnStatus) -> Outcome:
+        """Have a helper container install it, on top of what the sandbox's session has, or for all."""
+        engine, image = await self.prepare(report)
+        task = {
+            "task": "install",
+            "name": name,
+            "requirement": requirement,
+            "base": sandbox.packages if sandbox else None,
+            "shared": sandbox is None,
+            "image": image.packages.rpartition("/")[2],
+        }
+        helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
+        report(f"installing {requirement}")
+        try:
+            with anyio.fail_after(INSTALL_TIMEOUT):
+                async with helper_container(engine, helper, image.name, self.config.package, task, report) as outcome:
+                    return outcome
+        except TimeoutError:
+            raise EngineError(f"Installing {name} did not end within {INSTALL_TIMEOUT} seconds; try again.") from None
+        finally:
+            report("")
+
+    # ── engine and image ──
+
+    async def find_engine(self) -> Engine:
+        """Return the engine. Raises EngineError."""
+        asked_at = time.monotonic()
+        async with self._finding:
+            if self.engine is None:
+                if self._failed and self._failed_at > asked_at:
+                    raise type(self._failed)(str(self._failed))  # found out while this call waited for its turn
+                try:
+                    self.engine = await find_engine(self.config.docker.command)
+                except EngineError as error:
+                    self._failed, self._failed_at = error, time.monotonic()
+                    raise
+                log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
+            return self.engine
+
+    async def prepare(self, report: OnStatus | None = None) -> tuple[Engine, Image]:
+        """Return the engine and the image, which is pulled or made first if it is missing.
+
+        Another call that fails meanwhile may have the runner look for both again.
+
+        Raises:
+            EngineError, ImageError: there is nothing to run code in.
+        """
+        await self.find_engine()  # ahead of the queue: where there is none, no call waits for those before it
+        watcher = report or self._report
+        self._watching.append(watcher)
+        try:
+            async with self._preparing:
+                engine, image = await self.find_engine(), self.image
+                if not image or (image.problem and time.monotonic() > self._retry_at):
+                    self._retry_at = time.monotonic() + RETRY_AFTER
+                    image = self.image = await derive_image(engine, self.config, self._report_to_all)
+                return engine, image
+        except HangError as error:
+            self.engine, self._failed, self._failed_at = None, error, time.monotonic()
+            raise
+        finally:
+            self._watching.remove(watcher)
+            watcher("")
+
+    def _report_to_all(self, status: str) -> None:
+        """Tell each call that waits for engine and image what they wait for."""
+        for watcher in self._watching:
+            watcher(status)
+
+    def _report(self, status: str) -> None:
+        """Tell what takes long in the background, or in a call whose caller does not want to know."""
+        if self.on_status:
+            self.on_status(status)
+        elif status:
+            log.info("%s", status)
+
+    async def _new_sandbox(self, preload: Sequence[str], report: OnStatus | None) -> Sandbox:
+        engine, image = await self.prepare(report)
+        try:
+            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
+        except EngineError:
+            self.engine = self.image = None  # look again next time: the image may have gone, or the engine changed
+            raise
+
+    # ── all sandboxes ──
+
+    @property
+    def running(self) -> int:
+        """The number of calls under way."""
+        calls = [sandbox.call for sandbox in self._held()]
+        return sum(call is not None and not call.ended.is_set() for call in calls)
+
+    def _held(self) -> list[Sandbox]:
+        """Return the sandboxes that this runner is connected to, or was."""
+        sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
+        return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
+
+    async def list_sandboxes(self) -> list[SandboxInfo]:
+        """Return all sandboxes on this engine as they describe themselves, oldest first."""
+        engine = await self.find_engine()
+        names = await engine.sandboxes()
+        answers = await self._ask(engine, names, patience=LOOK_TIMEOUT)
+        infos = [info for info in answers if isinstance(info, SandboxInfo)]
+        if silent := set(names) - {info.name for info in infos}:
+            infos += [SandboxInfo(name) for name in sorted(silent & set(await engine.sandboxes()))]
+        return sorted(infos, key=lambda info: -info.age)
+
+    async def _ask(
+        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float | None = None
+    ) -> list[Sandbox | SandboxInfo]:
+        """Ask containers to describe themselves; take over those without a host that have the digest `settings`."""
+        answers: list[Sandbox | SandboxInfo] = []
+        at_once = anyio.CapacityLimiter(MAX_PLUGS)
+
+        async def ask(name: str) -> None:
+            async with at_once:
+                with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
+                    answer = await Sandbox.plug_in(
+                        engine, name, self.owner, self._tasks, settings=settings, patience=patience
+                    )
+                    if answer:
+                        answers.append(answer)
+
+        async with anyio.create_task_group() as tasks:
+            for name in names:
+                tasks.start_soon(ask, name)
+        return answers
+
+    async def prune(self) -> list[str]:
+        """Remove containers that do not run and did not some time ago either; return their names.
+
+        Running ones need nothing of the kind: unused sandboxes end by themselves.
+        """
+        engine = await self.find_engine()
+        if not (found := set(await engine.leftovers())):
+            return []
+        await anyio.sleep(PRUNE_PAUSE)
+        gone = sorted(found & set(await engine.leftovers()))
+        for name in gone:
+            await engine.run("rm", "--force", name, timeout=REMOVE_TIMEOUT)
+        return gone
+
+    async def _warm_up(self) -> None:
+        """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
+        with contextlib.suppress(SandboxError):  # the pool will meet the same error, and log it
+            engine, image = await self.prepare()
+            settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
+            names = await engine.sandboxes(f"--filter=label={LABEL}.settings={settings}")
+            unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
+            for sandbox in await self._ask(engine, unnamed, settings=settings):
+                if isinstance(sandbox, Sandbox):
+                    await self.pool.adopt(sandbox)
+        self.pool.keep_warm()
+
+    async def _tidy(self) -> None:
+        with contextlib.suppress(SandboxError):  # without an engine there is nothing to tidy up
+            engine = await self.find_engine()
+            problem = runc_problem(engine.runc)
+            if problem and self.config.docker.runtime in (None, "runc"):
+                log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
+            for name in await self.prune():
+                log.info("removed the container %s, which never ran", name)
+
+    async def _leave(self) -> None:
+        """Say farewell to everything: transient sandboxes end, sessions stay for the next host."""
+        self.pool.stop()
+        async with anyio.create_task_group() as tasks:
+            for sandbox in self._held():
+                tasks.start_soon(sandbox.leave)
+
+
+def describe_installation(
+    name: str, outcome: Outcome, session: str | None, stale: tuple[str, ...], seconds: float
+) -> Installation:
+    """Return what came of an installation."""
+    if not outcome.ok:
+        needs_build = "--no-build" in outcome.output or "--only-binary" in outcome.output
+        output = shorten_installer_output(outcome.output)
+        return Installation(name, False, f"{name} could not be installed", (), output, needs_build, (), seconds)
+    where = f"in the session {session}" if session else "in every later execution"
+    if outcome.installed:
+        message = f"Installed {', '.join(' '.join(item) for item in outcome.installed)}"
+        message += (
+            f" for the session {session}, but not in place of what it uses" if stale else f": can be imported {where}"
+        )
+    elif outcome.present:
+        message = f"{name} {outcome.present} is part of the image already: nothing had to be installed"
+    else:
+        message = f"{name} was installed already: can be imported {where}"
+    return Installation(name, True, message, outcome.installed, stale=stale, seconds=seconds)
+
+
+@asynccontextmanager
+async def interruptible(sandbox: Callable[[], Sandbox | None], interrupt: anyio.Event | None) -> AsyncIterator[None]:
+    """Interrupt the code in the sandbox when `interrupt` is set within the block."""
+
+    async def interrupt_when_set(event: anyio.Event) -> None:
+        await event.wait()
+        while True:  # repeatedly, as the call may not have begun; the supervisor heeds only the first after that
+            if target := sandbox():
+                await target.interrupt()
+            await anyio.sleep(GRACE / 4)
+
+    if interrupt is None:
+        yield
+        return
+    async with open_tasks() as tasks:
+        tasks.start_soon(interrupt_when_set, interrupt)
+        yield
+
+
+@asynccontextmanager
+async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
+    """Provide a task group that is cancelled at the end of the block, whose own error is raised as it is."""
+    error: BaseException | None = None
+    async with anyio.create_task_group() as tasks:
+        try:
+            yield tasks
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as raised:
+            error = raised
+        tasks.cancel_scope.cancel()
+    if error:
+        raise error
+
+
+# ── session and call ──
+
+SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
+CODE_LIMIT = 256 << 10  # bytes of code in one call; less than LINE_LIMIT
+PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
+PIECES_LIMIT = 100_000  # pieces of output in one result; more than a genuine supervisor lets through
+STREAM_LIMIT = 64  # pieces of output that wait for a slow caller before the sandbox has to wait
+JOINED_LIMIT = 1 << 20  # characters of output up to which all neighbouring pieces are joined at the end
+
+OnOutput = Callable[[Text | Rich | Omitted], Awaitable[None]]
+OnStatus = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, as the caller wants it."""
+
+    code: str
+    session: str | None = None
+    state: Mapping[str, Any] | None = None
+    timeout: float = 30.0  # seconds
+    filename: str | None = None
+    arguments: Sequence[str] = ()
+    output_limit: int | None = None  # bytes; None for no limit: the output is then streamed and not kept
+    packages: str | None = None  # folder of the packages installed for the session, if it changes
+    recycle: bool = False  # whether other calls may use the sandbox if this one ends well
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be run, before anything is started for it. Raises RequestError."""
+        try:
+            size = len(self.code.encode())
+        except UnicodeEncodeError:
+            raise RequestError("The code has lone surrogates, which no Python source can have.") from None
+        if size > CODE_LIMIT:
+            raise RequestError(
+                f"The code is {size} bytes long; the limit is {CODE_LIMIT}. Pass data in files or state."
+            )
+        if self.session is not None and not re.fullmatch(SESSION_ID, self.session):
+            raise RequestError(
+                f"{textwrap.shorten(repr(self.session), 60)} can't be a session's id: "
+                "use 1 to 128 letters, digits, dots, dashes and underscores."
+            )
+        if not 0 < self.timeout < math.inf:
+            raise RequestError(f"A timeout of {self.timeout!r} seconds can't be: give a number above zero.")
+        self.encoded_state()
+
+    def encoded_state(self) -> bytes | None:
+        """Return the variables as JSON. Raises RequestError if they can't be passed."""
+        if self.state is None:
+            return None
+        variables = {}
+        for name, value in self.state.items():
+            if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
+                raise RequestError(
+                    f"state: {textwrap.shorten(repr(name), 60)} can't be the name of a variable: use an identifier "
+                    "that does not start with two underscores."
+                )
+            try:
+                variables[name] = plain(value, 0, set())
+            except ValueError as error:
+                raise RequestError(f"state: the variable {name} can't be passed: {error}.") from None
+        data = json.dumps(variables).encode()
+        if len(data) > STATE_LIMIT:
+            raise RequestError(
+                f"state comes to {len(data)} bytes; the limit is {STATE_LIMIT}: use a session, or a file in a mounted "
+                "folder (docker.mounts)."
+            )
+        return data
+
+    def frames(self, call_id: str) -> bytes:
+        """Return the frames to send."""
+        run: Run = {
+            "op": "run",
+            "id": call_id,
+            "data": self.code.encode(),
+            "session": self.session,
+            "final": self.session is None,
+            "timeout": self.timeout,
+            "filename": self.filename,
+            "argv": list(self.arguments),
+            "output_limit": self.output_limit,
+            "packages": self.packages,
+            "recycle": self.recycle,
+        }
+        if (state := self.encoded_state()) is None:
+            return encoded(run)
+        give: GiveState = {"op": "state", "id": call_id, "data": state}
+        return encoded(give) + encoded(run)
+
+
+def encoded(frame: ToSupervisor) -> bytes:
+    """Encode a frame, with its data."""
+    data: Any = frame.get("data", b"")
+    return head(frame) + bytes(data)
+
+
+class Call:
+    """One call: its request, its output and variables as they come, and in the end its result.
+
+    The reader of a sandbox's pipe drives it (see `take`), whether or not anyone waits: for code to go on without its
+    caller, the caller just stops waiting. A connection that is cut does not end it: the next one goes on with it.
+
+        made ── placed in a sandbox ── begun (acknowledged) ── ended
+                      │    ▲
+                      ▼    │ by a new connection or, if it had not begun, in another sandbox
+                       cut
+    """
+
+    def __init__(self, request: Request, call_id: str | None = None, *, streams: bool = False, ran: float = 0) -> None:
+        self.request = request
+        self.id = call_id or secrets.token_hex(8)
+        self.placed = False  # whether a connected sandbox has it
+        self.why_cut = ""  # what ended the last connection that it was placed over
+        self.begun = False
+        self.ended = anyio.Event()
+        self.cancelled = False  # whether its caller has given it up, and it was told to stop
+        self.unfit = False  # whether the sandbox that it was placed in had preloaded other packages
+        self.attempts = 0  # sandboxes that it was placed in
+        self.is_new = False  # whether its session began with it
+        self.status = ""  # what it waits for before it is placed
+        self.on_status: OnStatus | None = None
+        self.deadline = math.inf  # of the event loop's clock; a sandbox that is silent then is given up
+        self.received = 0  # bytes of output
+        self._made = time.monotonic() - ran
+        self._result: Result | None = None
+        self._error: Exception | None = None
+        self._news = anyio.Event()  # something happened that `wait` is waiting for
+        self._streams = streams  # whether someone waits who takes the output as it comes
+        self._stream: deque[Text | Rich | Omitted] = deque()
+        self._room = anyio.Event()
+        self._output: list[Text | Rich | Omitted] = []  # untold
+        self._earlier = ""
+        self._variables: dict[str, Any] | None = None
+        self._left_out: dict[str, str] = {}
+        self._contents: dict[str, bytes] = {}
+        self._keeps = request.output_limit is not None
+        self._text_left = (request.output_limit or 0) + LINE_LIMIT
+        self._data_left = CALL_LIMIT
+
+    def report(self, status: str) -> None:
+        """Take note of what the call waits for, "" for nothing, and tell whoever waits for it."""
+        if status != self.status:
+            self.status = status
+            if self.on_status:
+                self.on_status(status)
+
+    def cut(self, why: str) -> None:
+        """Take note that the connection to its sandbox has ended, or that the sandbox did not take it."""
+        self.placed, self.why_cut = False, why
+        self._news.set()
+
+    def end(self, result: Result) -> None:
+        """End it, unless it has ended."""
+        if not self.ended.is_set():
+            log.debug("call %s ended: %s after %.3f s", self.id, result.status, result.wall)
+            self._result = result
+            self.ended.set()
+            self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error for whoever asks for its result."""
+        if not self.ended.is_set():
+            self._error = error
+            self.ended.set()
+            self._news.set()
+
+    async def wait(self, on_output: OnOutput | None = None, *, until_begun: bool = False) -> None:
+        """Wait until it has ended, or is not placed any more; or `until_begun`. Pass on its output meanwhile."""
+        self._streams = on_output is not None
+        try:
+            while True:
+                while self._stream and on_output and not until_begun:
+                    await on_output(self._stream.popleft())
+                    self._room.set()
+                if self.ended.is_set() or not self.placed or (until_begun and self.begun):
+                    return
+                self._news = anyio.Event()
+                await self._news.wait()
+        finally:
+            self._streams = until_begun and self._streams
+            self._room.set()
+
+    def tell(self) -> Result:
+        """Return the result or, as long as there is none, the output so far. No output is told twice.
+
+        Raises the error that it ended with.
+        """
+        if self._error:
+            raise self._error
+        if self._result:
+            return self._result
+        output, self._output = joined(self._output), []
+        wall = time.monotonic() - self._made
+        message = f"the call has not ended after {wall:.0f} seconds" + (f": {self.status}" if self.status else "")
+        return Result("running", output, message=message, session=self.request.session, wall=wall)
+
+    async def take(self, frame: OfCall) -> None:
+        """Enter a frame. Waits if the caller streams the output and is slow. Raises ProtocolError."""
+        if frame["kind"] == "stdout" or frame["kind"] == "stderr":
+            self.received += len(frame["data"])
+            await self._show(Text(frame["kind"], decoded(frame["data"])))
+        elif frame["kind"] == "display":
+            self._count(frame["data"])
+            await self._show(Rich(self._forms(frame["data"]), frame["is_value"]))
+        elif frame["kind"] == "omitted":
+            await self._show(Omitted(frame["bytes"]))
+        elif frame["kind"] == "state":
+            self._count(frame["data"])
+            self._left_out = frame["left_out"]
+            try:
+                self._variables = parse_object(frame["data"])
+            except ValueError as error:  # the user's code forged it: that costs the call its variables, and no more
+                self._variables, self._left_out = {}, {**self._left_out, "(all)": str(error)}
+        elif frame["kind"] == "content":
+            self._count(frame["data"])
+            if len(self._contents) < FILES_LISTED:
+                self._contents[frame["path"]] = frame["data"]
+        elif frame["kind"] == "earlier":
+            self._earlier = decoded(frame["data"])
+        elif frame["kind"] == "done":
+            self.end(self._conclude(frame))
+        elif frame["kind"] == "unfit":
+            self.unfit = True
+            self.cut("it had preloaded other packages")
+            return
+        if not self.begun:
+            self.begun = True
+            self._news.set()
+
+    def _count(self, data: bytes) -> None:
+        self._data_left -= len(data) + FRAME_COST
+        if self._data_left < 0:
+            raise ProtocolError("more data than the limit lets through")
+
+    def _forms(self, data: bytes) -> dict[str, str]:
+        """Return the forms of a displayed value; a note if the user's code has forged them."""
+        with contextlib.suppress(ValueError):
+            forms = parse_object(data)
+            if all(isinstance(form, str) for form in forms.values()):
+                return forms
+        return {"text/plain": "[a display was left out: it is not an object of texts]"}
+
+    async def _show(self, item: Text | Rich | Omitted) -> None:
+        if isinstance(item, Text) and self._keeps:
+            self._text_left -= len(item.text)
+            if self._text_left < 0:
+                raise ProtocolError("more output than the limit lets through")
+        if self._keeps or not isinstance(item, Text):
+            self._keep(item)
+        if self._streams:
+            self._stream.append(item)
+            self._news.set()
+            while self._streams and len(self._stream) > STREAM_LIMIT:
+                self._room = anyio.Event()
+                await self._room.wait()
+
+    def _keep(self, item: Text | Rich | Omitted) -> None:
+        """Keep a piece of output. There may be one for each character, and an object costs more than that."""
+        last = self._output[-1] if self._output else None
+        if (
+            isinstance(item, Text)
+            and isinstance(last, Text)
+            and item.stream == last.stream
+            and len(item.text) + len(last.text) < PIECE
+        ):
+            self._output[-1] = Text(item.stream, last.text + item.text)
+        elif len(self._output) < PIECES_LIMIT:
+            self._output.append(item)
+        else:
+            gap = sum(piece.bytes for piece in self._output[PIECES_LIMIT:] if isinstance(piece, Omitted))
+            self._output[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
+
+    @property
+    def was_lost(self) -> bool:
+        """Whether its end cost the session the variables."""
+        return self._result is not None and self._result.lost
+
+    def go_on(self, told: int, left: float) -> None:
+        """Go on over a new connection, after `told` bytes of output were sent over earlier ones."""
+        self.begun = self.placed = True
+        self.deadline = anyio.current_time() + left + SLACK
+        if told > self.received:
+            self._keep(Omitted(told - self.received))
+            self.received = told
+
+    def died(self, message: str, *, kept: bool = False) -> Result:
+        """Return the result of a call whose end the sandbox can't tell."""
+        state: Literal["preserved", "lost"] | None = None
+        if self.request.session:
+            state = "preserved" if kept else "lost"
+        return Result("died", joined(self._output), message=message, session=self.request.session, state=state)
+
+    def _conclude(self, done: Done) -> Result:
+        exit_code, value, session = done.get("exit_code"), done.get("value"), self.request.session
+        fields = done.get("exception")
+        message = done.get("message")
+        if done["lost"] and done["status"] == "died":
+            message = message or how_it_ended(exit_code)
+        return Result(
+            status=done["status"],
+            output=joined(self._output),
+            value=value,
+            value_omitted=max(0, done.get("value_length", 0) - len(value)) if value else 0,
+            exception=ExceptionInfo(**fields) if fields else None,
+            exit_code=exit_code,
+            lost=done["lost"],
+            message=message,
+            session=session,
+            state=("lost" if done["lost"] else "preserved") if session else None,
+            lost_before=done["lost_before"],
+            earlier=self._earlier,
+            variables=self._variables,
+            variables_left_out=self._left_out,
+            files=tuple(FileInfo(path, size) for path, size in done.get("files", ())),
+            contents=self._contents,
+            stale=tuple(done.get("stale", ())),
+            wall=done["wall"],
+            cpu=done["cpu"],
+            memory=done.get("memory"),
+            oom_kills=done["oom_kills"],
+        )
+
+
+def joined(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitted, ...]:
+    """Join neighbouring pieces of one stream, unless the output is large: it would be there twice for a while."""
+    if sum(len(item.text) for item in output if isinstance(item, Text)) > JOINED_LIMIT:
+        return tuple(output)
+    merged: list[Text | Rich | Omitted] = []
+    for stream, items in itertools.groupby(output, lambda item: item.stream if isinstance(item, Text) else None):
+        pieces = list(items)
+        if stream:
+            merged.append(Text(stream, "".join(item.text for item in pieces if isinstance(item, Text))))
+        else:
+            merged += pieces
+    return tuple(merged)
+
+
+def bytes_of(item: Text | Rich | Omitted) -> int:
+    """Return the size of a piece of output."""
+    if isinstance(item, Omitted):
+        return item.bytes
+    forms = (item.text,) if isinstance(item, Text) else item.forms.values()
+    return sum(len(form.encode("utf-8", "replace")) for form in forms)
+
+
+def how_it_ended(code: int | None) -> str:
+    """Say how a process ended, from its exit status or, if negative, the signal that killed it."""
+    if code is None:
+        return "the process that ran the code ended"
+    if code >= 0:
+        return f"the code ended its own process with exit status {code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        crash = name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
+        return f"the process that ran the code was killed by {name}" + (", a crash in native code" if crash else "")
+    return f"the process that ran the code was killed by signal {-code}"
+
+
+@dataclass
+class Session:
+    """A named sandbox that keeps its variables, and the queue of callers.
+
+    no sandbox ──create──> attached ──its host leaves──> detached ──attach──> attached
+         ▲                    │ its container ends, or its connection is cut
+         └──── not found ─────┘  (then `attach` looks for it by its name)
+    """
+
+    name: str
+    is_fresh: bool = False  # whether its id was just drawn, so that there can't be a container with its name
+    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
+    sandbox: Sandbox | None = None
+    call: Call | None = None  # the last one, until its result has been told
+    lost: str | None = None  # why the variables are gone, until a call has told it
+    used: float = 0.0  # when its last call was made
+    is_coming: bool = False  # whether a sandbox is being made for it, for which there is room
+    placing: anyio.CancelScope | None = None  # while a sandbox is being found or made for its call
+    placed: anyio.Event = field(default_factory=anyio.Event)  # set when that has come to an end
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it has a sandbox that is connected."""
+        return self.sandbox is not None and not self.sandbox.gone.is_set()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has a sandbox, or is about to."""
+        return self.is_coming or self.is_attached
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a caller is at it, or its code goes on without one."""
+        return self.lock.locked() or (self.call is not None and not self.call.ended.is_set())
+
+
+# ── pool ──
+
+RENEW_AT = 0.8  # fraction of `pool.max_age` at which a ready sandbox is replaced
+RETRY_AT_MOST = 60  # seconds, at most, between attempts to keep a sandbox ready while the engine fails
+
+
+class Pool:
+    """Keep sandboxes ready, and bound how many there are in all.
+
+    A leased sandbox is the caller's until it is gone or, with `pool.reuse` and found clean, given back.
+    """
+
+    def __init__(
+        self,
+        create: Callable[[Sequence[str], OnStatus | None], Awaitable[Sandbox]],
+        config: PoolConfig,
+        tasks: anyio.abc.TaskGroup,
+        idle_timeout: float,
+    ) -> None:
+        self.ready: deque[Sandbox] = deque()  # oldest first
+        self._create = create
+        self._config = config
+        self._tasks = tasks
+        self._creations = anyio.Semaphore(config.max_concurrent_creations)
+        self._turn = anyio.Lock(fast_acquire=True)  # serves callers in the order of their coming
+        self._changed = anyio.Event()  # set when a sandbox is ready or a place is free
+        self.count = 0  # all sandboxes, including those being created
+        self._counted: set[Sandbox] = set()
+        self._coming = 0  # sandboxes being created to be kept ready
+        self.returning: set[Sandbox] = set()  # sandboxes being cleaned, to be ready again
+        self._wanted_now = 0  # sandboxes being created for a call that waits
+        self._kept_warm = False
+        self._idle_timeout = idle_timeout  # seconds without a call after which none is kept ready
+        self._used_at = time.monotonic()
+
+    async def lease(self, *, bare: bool = False, report: OnStatus | None = None) -> Sandbox:
+        """Return a ready sandbox or, if there is none or it has to be `bare` (nothing preloaded), a new one.
+
+        `report` is called with what that waits for. Raises EngineError, ImageError.
+        """
+        async with self._turn:
+            while True:
+                while self.ready and not bare:
+                    sandbox = self.ready.popleft()
+                    if not sandbox.gone.is_set() and time.monotonic() - sandbox.created <= self._config.max_age:
+                        self._tasks.start_soon(self._fill_soon)
+                        return sandbox
+                    self._tasks.start_soon(sandbox.end)
+                self._changed = anyio.Event()
+                if self.returning and not bare:  # cleaning takes milliseconds, a new sandbox a good part of a second
+                    await self._changed.wait()
+                    continue
+                if self.count < self._config.size:
+                    self.count += 1
+                    break
+                if report:
+                    report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
+                await self._changed.wait()
+                if report:
+                    report("")
+        self._wanted_now += 1
+        try:
+            return await self._add((), report)  # the caller would have to wait for preloading, too
+        finally:
+            self._wanted_now -= 1
+            self._fill()
+
+    def keep_warm(self) -> None:
+        """Start keeping sandboxes ready, in the background."""
+        if self._config.enabled and not self._kept_warm:
+            self._tasks.start_soon(self._stay_young)
+        self._kept_warm = self._config.enabled
+        self._fill()
+
+    def touch(self) -> None:
+        """Note that a call, of whatever kind, has come: as long as calls come, sandboxes are kept ready."""
+        was_used, self._used_at = self._is_used, time.monotonic()
+        if not was_used:
+            self._fill()
+
+    def renew(self) -> None:
+        """Replace the ready sandboxes at once, because other packages are installed than they have preloaded."""
+        while self.ready:
+            self._tasks.start_soon(self.ready.popleft().end)
+        self._fill()
+
+    async def _stay_young(self) -> None:
+        """Replace ready sandboxes before they are too old, one after the other, as long as calls come."""
+        while True:
+            age = time.monotonic() - self.ready[0].created if self.ready else 0.0
+            await anyio.sleep(max(self._config.max_age * RENEW_AT - age, self._config.max_age / 50))
+            if not self.ready or time.monotonic() - self.ready[0].created < self._config.max_age * RENEW_AT:
+                continue
+            oldest = self.ready[0]
+            if self._is_used and self._missing() >= 0 and self.count < self._config.size:
+                self._coming += 1
+                self.count += 1
+                await self._prepare_one()
+            if oldest in self.ready:
+                self.ready.remove(oldest)
+                self._tasks.start_soon(oldest.end)
+
+    @property
+    def _is_used(self) -> bool:
+        return time.monotonic() - self._used_at < self._idle_timeout
+
+    def stop(self) -> None:
+        """Stop keeping sandboxes ready: those that leave now need no successors."""
+        self._kept_warm = False
+
+    def give_back(self, sandbox: Sandbox) -> None:
+        """Take a used sandbox back if nothing of its use is left in it; end it otherwise."""
+        self.returning.add(sandbox)
+        self._tasks.start_soon(self._take_back, sandbox)
+
+    async def _take_back(self, sandbox: Sandbox) -> None:
+        try:
+            young = self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age
+            if young and await sandbox.recycle():
+                self._put(sandbox)
+                return
+        finally:
+            self.returning.discard(sandbox)
+            self._changed.set()
+        await sandbox.end()
+
+    async def adopt(self, sandbox: Sandbox) -> None:
+        """Take in a ready sandbox that another host left, unless it is too old or the pool is full."""
+        if self.count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
+            self.count += 1
+            self._own(sandbox)
+            self._put(sandbox)
+        else:
+            await sandbox.end()
+
+    def _put(self, sandbox: Sandbox) -> None:
+        self.ready.append(sandbox)
+        self._changed.set()
+
+    def _fill(self) -> None:
+        """Start making missing sandboxes ready, but not while calls wait for new ones: they need the machine now."""
+        if self._kept_warm and self._is_used and not self._wanted_now:
+            for _ in range(min(self._missing(), self._config.size - self.count)):
+                self._coming += 1
+                self.count += 1
+                self._tasks.start_soon(self._prepare_one)
+
+    def _missing(self) -> int:
+        """Return how many more sandboxes should be ready; if negative, how many fewer."""
+        there = self.count if self._config.reuse else len(self.ready) + self._coming  # with reuse, leased ones return
+        return self._config.warm - there
+
+    async def _fill_soon(self) -> None:
+        """Make missing sandboxes ready HEAD_START later, so that the call that took one has the machine to itself."""
+        await anyio.sleep(HEAD_START)
+        self._fill()
+
+    async def _prepare_one(self) -> None:
+        """Make one sandbox ready; while the engine fails, try again at growing intervals."""
+        try:
+            for attempt in itertools.count():
+                try:
+                    sandbox = await self._add(self._config.preload)
+                    self._put(sandbox)
+                    break
+                except SandboxError as error:
+                    if attempt == 0:
+                        log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one says so, too
+                    await anyio.sleep(min(2**attempt, RETRY_AT_MOST))
+                    if self.count >= self._config.size:
+                        break  # the place was taken meanwhile; `_fill` runs again when one becomes free
+                    self.count += 1
+        finally:
+            self._coming -= 1
+
+    async def _add(self, preload: Sequence[str], report: OnStatus | None = None) -> Sandbox:
+        """Create a sandbox, for which a place is already counted."""
+        try:
+            async with self._creations:
+                sandbox = await self._create(preload, report)
+        except BaseException:
+            self._free_place()
+            raise
+        self._own(sandbox)
+        return sandbox
+
+    def _own(self, sandbox: Sandbox) -> None:
+        self._counted.add(sandbox)
+        self._tasks.start_soon(self._watch, sandbox)
+
+    async def _watch(self, sandbox: Sandbox) -> None:
+        """Wait until a sandbox is gone, then free its place and replace it if it was ready."""
+        await sandbox.gone.wait()
+        self.let_go(sandbox)
+        if sandbox in self.ready:
+            self.ready.remove(sandbox)
+        self._fill()
+
+    def let_go(self, sandbox: Sandbox) -> None:
+        """Stop counting a sandbox: it is gone, or a session's, and those are bounded by `session.max`."""
+        if sandbox in self._counted:
+            self._counted.remove(sandbox)
+            self._free_place()
+            self._fill()
+
+    def _free_place(self) -> None:
+        self.count -= 1
+        self._changed.set()
+
+
+# ── sandbox ──
+
+START_TIMEOUT = 60  # seconds from `docker run` to the supervisor's greeting
+ATTACH_TIMEOUT = 15  # seconds from `docker exec` to the supervisor's greeting
+LOOK_TIMEOUT = 5  # seconds for the same, when a sandbox is only asked for its state
+DOUBT_AFTER = 6  # seconds of silence before a sandbox, and then its engine, is asked whether it is there
+PONG_TIMEOUT = 3  # seconds for the sandbox to answer that question
+GRACE = 2.0  # seconds between interrupting the code and killing it
+SLACK = 10  # seconds the host waits past the supervisor's own deadline
+ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
+FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
+NOTES_LOGGED = 100  # notes of one sandbox that are logged
+WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
+LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
+
+
+@dataclass(frozen=True)
+class SandboxInfo:
+    """A sandbox's description of itself; of one that does not answer, such as a paused one, only the name is known."""
+
+    name: str  # of its container
+    answers: bool = False
+    session: str | None = None
+    attached: bool = False  # whether a program is using it
+    owner: str = ""  # that program's id, or the last one's; it ends with a dash and the process id
+    busy: bool = False
+    age: float = 0.0  # seconds
+    idle: float = 0.0  # seconds since its last call
+    memory: int | None = None  # bytes in use
+
+
+SESSION_CONTAINER = "python-docker-mcp-session-"
+CONTAINER_NAME = re.compile(rf"{SESSION_CONTAINER}[0-9a-f]{{24}}|python-docker-mcp-[0-9a-f]{{16}}")
+
+
+def session_container(session: str) -> str:
+    """Return the name of a session's container: a hash, as an id is no argument for an engine."""
+    return f"{SESSION_CONTAINER}{hashlib.sha256(session.encode()).hexdigest()[:24]}"
+
+
+def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequence[str]) -> dict[str, Any]:
+    """Return a supervisor's settings, with a digest of all that distinguishes its sandbox from others."""
+    settings = {
+        "working_dir": config.docker.working_dir,
+        "writable_folders": WRITABLE_FOLDERS,
+        "idle_timeout": config.session.idle_timeout,
+        "adoption_time": ADOPTION_TIME,
+        "grace": GRACE,
+        "allowed_modules": config.allowed_modules,
+        "blocked_modules": config.blocked_modules,
+        "preload": preload,
+        "packages": image.packages,
+        "worker_schemas": WORKER_SCHEMAS,
+    }
+    everything = [engine.sandbox_arguments("", image, config, {}), image.id, GUEST_SOURCE, settings]
+    return {**settings, "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]}
+
+
+class Sandbox:
+    """One container, and the pipe to its supervisor. Runs one call at a time; whoever leases it sees to that."""
+
+    def __init__(self, engine: Engine, name: str, process: anyio.abc.Process, tasks: anyio.abc.TaskGroup) -> None:
+        self.engine = engine
+        self.name = name
+        self.call: Call | None = None  # the last one
+        self.gone = anyio.Event()
+        self.created = time.monotonic()
+        self.prepared = anyio.Event()  # set when a worker is there that has preloaded everything
+        self.packages: str | None = None  # folder of the packages installed for its session
+        self.expired = False  # whether its session was not used for too long, and has ended
+        self.greeting: Greeting | None = None
+        self._tasks = tasks
+        self._process = process
+        self._errors = bytearray()
+        self._greeted = anyio.Event()
+        self._answers: dict[str, MemoryObjectSendStream[Answer | Piece]] = {}  # by the id of the question
+        self._clean = False  # whether nothing was left of the last call
+        self._recycled = anyio.Event()
+        self._fault: str | None = None  # what was wrong with a frame
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
+
+    @classmethod
+    async def start(
+        cls,
+        engine: Engine,
+        image: Image,
+        config: Config,
+        owner: str,
+        tasks: anyio.abc.TaskGroup,
+        preload: Sequence[str] = (),
+    ) -> Sandbox:
+        """Start a container and wait until its supervisor is ready; it preloads modules after that.
+
+        Raises:
+            EngineError: the engine did not start it, or it did not come up.
+        """
+        settings = guest_settings(engine, image, config, preload)
+        name = f"python-docker-mcp-{secrets.token_hex(8)}"
+        labels = {"owner": owner, "settings": settings["digest"]}
+        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, labels))
+        sandbox = cls(engine, name, process, tasks)
+        tasks.start_soon(sandbox._serve, None)
+        try:
+            with anyio.fail_after(START_TIMEOUT):
+                await sandbox._come_up(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
+            if sandbox.greeting is None:
+                raise EngineError(
+                    f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
+                    "needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at everything else."
+                )
+        except HangError:
+            raise
+        except TimeoutError:
+            await sandbox.remove()
+            raise EngineError(
+                f"A sandbox did not come up within {START_TIMEOUT} seconds: is the host overloaded?"
+            ) from None
+        except BaseException:
+            await sandbox.remove()
+            raise
+        log.debug("the sandbox %s is ready after %.3f s", name, time.monotonic() - sandbox.created)
+        return sandbox
+
+    async def _come_up(self, shipped: bytes) -> None:
+        """Ship the guest, and wait for its greeting. Raises HangError if the engine does not answer meanwhile."""
+        async with open_tasks() as tasks:
+            tasks.start_soon(self._write, shipped)
+            await wait_or_doubt(self._greeted.wait, self._require_engine)
+
+    async def _require_engine(self) -> None:
+        """Raise HangError if the engine hangs; if it answers, the sandbox may only be slow."""
+        try:
+            await self.engine.require_answer()
+        except HangError:
+            self._kill_client()  # nothing else could end it; the container, if it is there, finds no host
+            raise
+
+    async def _require_answer(self) -> None:
+        """Find out whether the supervisor answers or, if it does not, the engine. Raises HangError."""
+        with anyio.move_on_after(PONG_TIMEOUT):
+            await self._ask({"op": "ping", "id": secrets.token_hex(8)})
+            return
+        await self._require_engine()
+
+    @classmethod
+    async def plug_in(
+        cls,
+        engine: Engine,
+        name: str,
+        owner: str,
+        tasks: anyio.abc.TaskGroup,
+        *,
+        session: str | None = None,
+        call: Call | None = None,
+        settings: str | None = None,
+        patience: float | None = None,
+    ) -> Sandbox | SandboxInfo | None:
+        """Take over a sandbox without a host, if it holds `session`, or none and was made with the digest `settings`.
+
+        If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
+        answer within `patience` seconds.
+        """
+        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
+        tasks.start_soon(sandbox._serve, call)
+        request: PlugRequest = {"session": session, "settings": settings, "owner": owner}
+        try:
+            with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
+                await sandbox._write(head(request))
+                await sandbox._greeted.wait()
+        except BaseException:
+            sandbox._kill_client()  # else this host would own a sandbox that it does not know
+            raise
+        if sandbox.greeting and sandbox.greeting["kind"] == "ready":
+            sandbox.created -= sandbox.greeting["age"]
+            log.debug("taken over: the session %s in the container %s", session, name)
+            return sandbox
+        sandbox._kill_client()
+        return sandbox.info() if sandbox.greeting else None
+
+    def info(self) -> SandboxInfo:
+        """Return the sandbox's description of itself, from when it was started or plugged into."""
+        assert self.greeting is not None
+        said = self.greeting
+        return SandboxInfo(
+            self.name, True, said["session"], said["attached"], said["owner"], said["busy"], said["age"], said["idle"],
+            said["memory"],
+        )  # fmt: skip
+
+    # ── the pipe ──
+
+    async def _serve(self, call: Call | None) -> None:
+        """Read from the container and its command line until they are gone; go on with `call` if it runs there."""
+        assert self._process.stderr is not None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(keep_tail, self._process.stderr, self._errors)
+                await self._read_frames(call)
+                if self._fault and self.greeting and self.greeting["kind"] == "ready":
+                    await self.remove()  # it is ours, and may not end by itself
+                with anyio.move_on_after(FAREWELL_TIMEOUT):
+                    await self._process.wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            self._kill_client()
+            with anyio.CancelScope(shield=True):
+                await self._process.aclose()
+            self.gone.set()
+            for event in (self._greeted, self.prepared, self._recycled):
+                event.set()
+            for answer in self._answers.values():
+                answer.close()
+            if self.call:
+                self._lose(self.call)
+
+    def _lose(self, call: Call) -> None:
+        """Cut the call from this sandbox, which is gone; end it if no session could go on with it."""
+        why = last_line(f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words())
+        if self._fault or (call.begun and not call.request.session):
+            call.end(call.died(f"the container ended during the call ({why})"))
+        call.cut(why)
+
+    async def _read_frames(self, call: Call | None) -> None:
+        assert self._process.stdout is not None
+        lines = BufferedByteReceiveStream(self._process.stdout)
+        strays = notes = 0
+        try:
+            while True:
+                frame = await receive(lines, FROM_SANDBOX)
+                if frame["kind"] == "ready" or frame["kind"] == "status":
+                    if self.greeting:
+                        raise ProtocolError("a second greeting")
+                    self._greet(frame, call)
+                elif frame["kind"] == "farewell":
+                    self._kill_client()
+                    return
+                elif frame["kind"] == "expired":
+                    self.expired = True
+                elif frame["kind"] == "prepared":
+                    self.prepared.set()
+                elif frame["kind"] == "recycled":
+                    self._clean = frame["clean"] and self.call is not None and frame["id"] == self.call.id
+                    self._recycled.set()
+                elif frame["kind"] == "note":
+                    notes += 1
+                    if notes <= NOTES_LOGGED:
+                        log.warning("%s: %s", self.name, last_line(frame["text"]))
+                elif frame["kind"] == "pong" or frame["kind"] == "file":
+                    if answer := self._answers.pop(frame["id"], None):
+                        answer.send_nowait(frame)
+                elif self.call and frame["id"] == self.call.id and not self.call.ended.is_set():
+                    await self.call.take(frame)
+                else:
+                    strays += 1
+                    if strays > 100_000:
+                        raise ProtocolError("too many frames that belong to no call")
+        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.ClosedResourceError, anyio.BrokenResourceError):
+            pass
+        except (ProtocolError, anyio.DelimiterNotFound) as error:
+            self._fault = str(error)
+            if self.greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
+                log.error("the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, error)
+
+    def _greet(self, greeting: Greeting, call: Call | None) -> None:
+        """Enter the state that the sandbox is in, with the call whose end no host has been told."""
+        self.packages = greeting["packages"]
+        unread = greeting["unread"]
+        if unread and greeting["kind"] == "ready":
+            request = Request("", greeting["session"], output_limit=BACKLOG_LIMIT)
+            self.call = call if call and call.id == unread else Call(request, unread, ran=greeting["ran"])
+            self.call.go_on(greeting["told"], greeting["left"])
+        self.greeting = greeting
+        self._greeted.set()
+
+    async def _write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        await send_quietly(self._process.stdin, data)
+
+    def _kill_client(self) -> None:
+        """Kill the engine's command line. The container does not depend on it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _last_words(self) -> str:
+        said = last_line(self._errors.decode("utf-8", "replace"))
+        return said or f"its process ended with exit status {self._process.returncode}"
+
+    async def _ask(self, question: Read | Order) -> Answer | Piece:
+        """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
+        put, answers = anyio.create_memory_object_stream[Answer | Piece](1)
+        with put, answers:
+            self._answers[question["id"]] = put
+            if self.gone.is_set():
+                put.close()
+            try:
+                await self._write(encoded(question))
+                return await answers.receive()
+            finally:
+                self._answers.pop(question["id"], None)
+
+    # ── a call ──
+
+    async def begin(self, call: Call) -> None:
+        """Place a call in this sandbox, whose last one has ended."""
+        log.debug("call %s of %s in the container %s", call.id, call.request.session or "no session", self.name)
+        call.attempts += 1
+        call.placed, call.begun, call.unfit = True, False, False
+        call.deadline = anyio.current_time() + call.request.timeout + GRACE + SLACK
+        if call.request.recycle:
+            self._clean, self._recycled = False, anyio.Event()
+        self.call = call
+        if self.gone.is_set():
+            self._lose(call)
+        else:
+            with anyio.CancelScope(deadline=call.deadline):
+                await self._write(call.request.frames(call.id))
+
+    async def finish(self, call: Call, on_output: OnOutput | None = None) -> None:
+        """Wait until the call that was placed here has ended, or is cut from here. Give it up when it is overdue.
+
+        Raises HangError if neither the sandbox nor the engine answers.
+        """
+        with anyio.CancelScope(deadline=call.deadline):
+            await wait_or_doubt(functools.partial(call.wait, on_output, until_begun=True), self._require_answer)
+            await call.wait(on_output)
+        if call.placed and not call.ended.is_set():
+            message = (
+                f"the sandbox itself did not answer for {SLACK:g} seconds, and was removed: is the host overloaded?"
+            )
+            call.end(dataclasses.replace(call.died(message), status="timeout"))
+            await self.remove()
+
+    async def interrupt(self) -> None:
+        """Have the running code interrupted; how it ends is its call's result."""
+        if self.call:
+            await self._write(encoded({"op": "interrupt", "id": self.call.id}))
+
+    async def cancel(self) -> None:
+        """Have the code of a call stopped that no caller waits for any more, without waiting for its end."""
+        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
+            await self.interrupt()
+
+    async def read_file(self, path: str, offset: int, length: int | None) -> bytes:
+        """Return a part of a file in the working directory, also while code runs. Raises RequestError, SessionError."""
+        content = bytearray()
+        while length is None or len(content) < length:
+            question: Read = {"op": "read", "id": secrets.token_hex(8), "path": path, "offset": offset + len(content)}
+            try:
+                with anyio.fail_after(ATTACH_TIMEOUT):
+                    piece = await self._ask(question)
+            except anyio.EndOfStream:
+                raise SessionError("The session's container ended, and its files are gone.") from None
+            except TimeoutError:
+                raise SessionError(f"The session's container did not answer within {ATTACH_TIMEOUT} seconds.") from None
+            if piece["kind"] != "file":
+                raise SessionError("The session's container did not answer as it should.")
+            if piece["problem"]:
+                raise RequestError(f"The file {last_line(path)!r} can't be read: {piece['problem']}.")
+            content += piece["data"]
+            if len(piece["data"]) < READ_LIMIT:
+                break
+        return bytes(content[:length])
+
+    # ── the end ──
+
+    async def leave(self) -> None:
+        """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
+        await self._part_with("farewell")
+
+    async def end(self, must_know: bool = False) -> None:
+        """End the container, in the quickest way that works.
+
+        Raises HangError, if the caller must know, where it can't be found out whether it has ended.
+        """
+        await self._part_with("end")
+        if must_know:
+            with anyio.move_on_after(DOUBT_AFTER):
+                await self.gone.wait()
+                return
+            await self._require_engine()
+        with anyio.move_on_after(ATTACH_TIMEOUT):
+            await self.gone.wait()
+            return
+        await self.remove()
+
+    async def _part_with(self, word: Literal["farewell", "end"]) -> None:
+        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
+            await self._write(encoded({"op": word}))
+            await self.gone.wait()
+
+    async def recycle(self) -> bool:
+        """Wait until the sandbox is cleaned after a call with `recycle`; return whether nothing seems to be left."""
+        with anyio.move_on_after(ATTACH_TIMEOUT):
+            await self._recycled.wait()
+        self.call = None
+        return self._clean and not self.gone.is_set()
+
+    async def rename(self, name: str) -> None:
+        """Give the container another name. Raises EngineError if that one is taken."""
+        await self.engine.run("rename", self.name, name)
+        self.name = name
+
+    async def remove(self) -> None:
+        """Have the engine kill and remove the container, whatever state it is in."""
+        with anyio.CancelScope(shield=True):
+            await self.engine.remove(self.name)
+            self._kill_client()
 
 
 # ── protocol ──
@@ -923,6 +2289,45 @@ class InstallerReport(TypedDict):
 
 
 FromInstaller = InstallerProgress | InstallerReport
+
+
+class ProtocolError(Exception):
+    """A container sent something that our program in it never sends: nothing from it is to be trusted any more."""
+
+
+async def receive(stream: BufferedByteReceiveStream, frames: pydantic.TypeAdapter[T]) -> T:
+    """Read the next frame.
+
+    Raises:
+        ProtocolError: it is none of `frames`.
+        anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound: the stream ended, or the line has no end.
+    """
+    line = await stream.receive_until(b"\n", LINE_LIMIT)
+    try:
+        frame = frames.validate_json(line)
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ProtocolError(f"{'.'.join(map(str, problem['loc'])) or 'a frame'}: {problem['msg']}") from None
+    fields: Any = frame
+    if "data" in fields:
+        fields["data"] = await stream.receive_exactly(fields["data"])
+    return frame
+
+
+def decoded(data: bytes) -> str:
+    """Decode a frame's text. Raises ProtocolError."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ProtocolError("a frame's text is not UTF-8") from None
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object that the worker made. Raises ValueError for anything else, for NaN and for deep nesting."""
+    value = pydantic_core.from_json(data, allow_inf_nan=False)
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    return value
 
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
@@ -2817,351 +4222,14 @@ def supervise(settings: str) -> None:
 
 # ════════ end of guest ════════
 
-# ════════ installer: from here to the closing line, shipped into helper containers with network access ════════
-
-TOOLS = "/opt/python-docker-mcp"  # in the derived image: the installer itself, and Matplotlib's font cache
-PACKAGES = "/packages"  # where the volume with installed packages is mounted, in sandboxes read-only
-CERTIFICATES = "/dev/shm/certificates.pem"  # in memory, so that the host's certificates never stay in an image
-UNUSED_AFTER = 30 * 86400  # seconds after which a set of packages is pruned if no installation asks for it
-
-
-class InstallError(Exception):
-    """The installer failed, or could not be fetched. The text is its own, where it printed any."""
-
-
-def run_installer(settings: str) -> None:
-    """Run the helper: build the image's content or install packages, and report the outcome in a frame `done`.
-
-    The user's code never runs here. All other frames are progress. EOF on standard input means that the host has gone:
-    the helper then exits at once, so that nothing half-made is committed or made available.
-    """
-    task = json.loads(settings)
-    threading.Thread(target=exit_with_host, daemon=True).start()
-    os.environ.update(task["environment"], HOME="/tmp", PIP_ROOT_USER_ACTION="ignore")
-    os.environ.update(
-        UV_LINK_MODE="copy" if task["task"] == "build" else "hardlink",
-        UV_SYSTEM_PYTHON="1",
-        UV_BREAK_SYSTEM_PACKAGES="1",
-        PIP_BREAK_SYSTEM_PACKAGES="1",
-    )
-    os.environ.update(UV_CACHE_DIR=f"{PACKAGES}/.cache", PIP_CACHE_DIR=f"{PACKAGES}/.cache", UV_NO_PROGRESS="1")
-    work = build_content if task["task"] == "build" else add_packages
-    if task["certificates"] and task["certificates_asked_for"]:
-        trust(task["certificates"])
-    try:
-        try:
-            outcome = work(task)
-        except InstallError as error:
-            if not task["certificates"] or "certificate" not in str(error).lower() or os.path.exists(CERTIFICATES):
-                raise
-            tell("progress", text="the index's certificate is not trusted: trying again with the host's certificates")
-            trust(task["certificates"])
-            outcome = work(task)
-        tell("done", ok=True, **outcome)
-    except (InstallError, OSError) as error:
-        tell("done", ok=False, output=str(error)[-8000:])
-    threading.Event().wait()  # the host commits or reads on, then closes standard input
-
-
-def exit_with_host() -> None:
-    """Exit at EOF on standard input."""
-    while os.read(0, 4096):
-        pass
-    os._exit(0)
-
-
-def tell(kind: str, **fields: Any) -> None:
-    """Send a frame to the host."""
-    os.write(1, json.dumps({"kind": kind, **fields}).encode() + b"\n")
-
-
-def trust(certificates: str) -> None:
-    """Make everything that runs from here on trust the host's certificates."""
-    with open(CERTIFICATES, "w") as file:
-        file.write(certificates)
-    for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT"):
-        os.environ[variable] = CERTIFICATES
-
-
-def build_content(task: dict[str, Any]) -> dict[str, Any]:
-    """Give the container the content of the derived image; the host then commits it."""
-    command = installer_command(task)
-    if task["requirements"]:
-        tell("progress", text=f"installing {', '.join(task['requirements'])}", step=2)
-        run_tool([*command, "install", *task["options"], *task["requirements"]])
-    tell("progress", text="compiling bytecode", step=3)
-    folders = {path for path in sys.path if os.path.isdir(path)} | {
-        sysconfig.get_path("purelib"),
-        sysconfig.get_path("platlib"),
-    }
-    subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", "-x", "[/]tests?[/]", *sorted(folders)])
-    if any(os.path.isdir(f"{folder}/matplotlib") for folder in folders):
-        tell("progress", text="listing fonts for Matplotlib", step=4)
-        environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
-        subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
-    for entry in os.scandir("/tmp"):  # Podman would copy its contents into every sandbox
-        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-    found = importlib.metadata.distributions(path=[*folders])
-    return {"installed": sorted([item.metadata["Name"], item.version] for item in found)}
-
-
-def add_packages(task: dict[str, Any]) -> dict[str, Any]:
-    """Make the set that adds one requirement to the shared set and the base, unless it exists.
-
-    Returns its folder, what is new in it, and the version of the package that the image has, if any.
-    A set is a folder whose contents never change once it has its name; `shared` is a link to the one for all sessions.
-    """
-    root = f"{PACKAGES}/{task['image']}"
-    shared = f"{root}/shared"
-    before = {**read_set(shared), **read_set(task["base"])}
-    wanted = {**before, task["name"]: task["requirement"]}
-    text = "\n".join(sorted(wanted.values()))
-    folder = f"{root}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    had = read_manifest(task["base"] or shared)["installed"]
-    if not os.path.exists(folder):
-        os.makedirs(root, exist_ok=True)
-        make_set(folder, wanted, installer_command(task), task)
-    installed = read_manifest(folder)["installed"]
-    os.utime(folder)
-    if task["shared"]:
-        link = f"{root}/.new-{os.urandom(8).hex()}"
-        os.symlink(folder, link)
-        os.replace(link, shared)
-    prune_sets(root)
-    try:
-        present = importlib.metadata.version(task["name"])
-    except importlib.metadata.PackageNotFoundError:
-        present = None
-    return {
-        "folder": folder,
-        "installed": [item for item in installed if item not in had],
-        "present": present,
-    }
-
-
-def read_manifest(folder: str | None) -> dict[str, Any]:
-    """Return what a set was asked to hold (name to requirement) and what it holds (pairs of name and version)."""
-    try:
-        with open(f"{folder}/.manifest.json") as file:
-            manifest: dict[str, Any] = json.load(file)
-            return manifest
-    except OSError:
-        return {"requirements": {}, "installed": []}
-
-
-def read_set(folder: str | None) -> dict[str, str]:
-    """Return the requirements of a set."""
-    requirements: dict[str, str] = read_manifest(folder)["requirements"]
-    return requirements
-
-
-def make_set(folder: str, wanted: dict[str, str], command: list[str], task: dict[str, Any]) -> None:
-    """Install what the image lacks of `wanted` in a temporary folder, and rename that to `folder` once complete."""
-    aside = f"{os.path.dirname(folder)}/.new-{os.urandom(8).hex()}"
-    os.mkdir(aside)
-    try:
-        missing = resolve(command, [*task["options"], *wanted.values()])
-        if missing:
-            pinned = [f"{name}=={version}" for name, version in missing]
-            run_tool([*command, "install", *task["options"], "--no-deps", "--target", aside, *pinned])
-            tell("progress", text="compiling bytecode")
-            subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", aside])
-        with open(f"{aside}/.manifest.json", "w") as file:
-            json.dump({"requirements": wanted, "installed": missing}, file)
-        os.chmod(aside, 0o755)
-        try:
-            os.rename(aside, folder)
-        except OSError:  # another helper was quicker: its set is the same
-            if not os.path.exists(folder):
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def resolve(command: list[str], arguments: list[str]) -> list[list[str]]:
-    """Return name and version of each package to install beyond those the image already has."""
-    if "uv" in command[0]:
-        output = run_tool([*command, "install", "--dry-run", *arguments])
-        return [list(match) for match in re.findall(r"^ \+ (\S+)==(\S+)", output, re.MULTILINE)]
-    report = f"/tmp/report-{os.getpid()}.json"
-    run_tool([*command, "install", "--dry-run", "--report", report, *arguments])
-    with open(report) as file:
-        found = [item["metadata"] for item in json.load(file)["install"]]
-    return [[item["name"], item["version"]] for item in found]
-
-
-def prune_sets(root: str) -> None:
-    """Remove the sets that no installation has asked for in a long time, and what dead helpers left half-made."""
-    now = time.time()
-    kept = os.path.realpath(f"{root}/shared")
-    for place in [
-        root,
-        *(entry.path for entry in os.scandir(PACKAGES) if entry.is_dir() and not entry.name.startswith(".")),
-    ]:
-        for entry in os.scandir(place):
-            age = now - entry.stat(follow_symlinks=False).st_mtime
-            if entry.path != kept and entry.is_dir(follow_symlinks=False) and age > UNUSED_AFTER:
-                shutil.rmtree(entry.path, ignore_errors=True)
-
-
-def run_tool(command: list[str]) -> str:
-    """Run the installer, sending each line as progress; return its output. Raises InstallError."""
-    lines = []
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            tell("progress", text=line.strip()[:300])
-    output = "".join(lines)
-    if process.returncode:
-        raise InstallError(output.strip() or f"{command[0]} ended with exit status {process.returncode}")
-    return output
-
-
-def installer_command(task: dict[str, Any]) -> list[str]:
-    """Return the command line of uv or pip, fetching the tool unless the image or an earlier helper has it."""
-    place = TOOLS if task["task"] == "build" else f"{PACKAGES}/.tools"
-    for folder in (TOOLS, f"{PACKAGES}/.tools"):
-        if task["installer"] == "uv" and os.path.exists(f"{folder}/uv"):
-            return [f"{folder}/uv", "pip"]
-        if task["installer"] == "pip" and os.path.exists(f"{folder}/pip.whl"):
-            return [sys.executable, f"{folder}/pip.whl/pip"]
-    if task["installer"] == "pip" and importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip"]
-    tell("progress", text=f"fetching {task['installer']}")
-    wheel = fetch_wheel(task["installer"], task)
-    os.makedirs(place, exist_ok=True)
-    aside = f"{place}/.new-{os.urandom(8).hex()}"
-    if task["installer"] == "uv":
-        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".data/scripts/uv"))
-            wheel = archive.read(name)
-    with open(aside, "wb") as file:
-        file.write(wheel)
-    os.chmod(aside, 0o755)
-    os.rename(aside, f"{place}/{'uv' if task['installer'] == 'uv' else 'pip.whl'}")
-    return installer_command(task)
-
-
-def fetch_wheel(name: str, task: dict[str, Any]) -> bytes:
-    """Fetch a project's newest wheel for this machine from the index (PEP 503), with the standard library only."""
-    page = f"{(task['index_url'] or 'https://pypi.org/simple').rstrip('/')}/{name}/"
-    links = re.findall(
-        r'<a\s([^>]*?)href="([^"#]+)[^>]*>\s*([^<\s]+)\s*<', fetch(page, task).decode("utf-8", "replace")
-    )
-    libc, libc_version = platform.libc_ver()
-    best: tuple[list[int], str] = ([], "")
-    for before, link, file in links:
-        match = re.fullmatch(rf"{name}-(\d+(?:\.\d+)*)-[\w.]+-none-([\w.]+)\.whl", file)
-        if not match or "data-yanked" in before:
-            continue
-        for tag in match[2].split("."):
-            flavour = re.fullmatch(rf"(many|musl)linux_\d+_(\d+)_{platform.machine()}", tag)
-            fits = tag == "any" or (
-                flavour is not None
-                and (flavour[1] == "many") == (libc == "glibc")
-                and (flavour[1] == "musl" or int(flavour[2]) <= int(libc_version.split(".")[1]))
-            )
-            version = [int(part) for part in match[1].split(".")]
-            if fits and version > best[0]:
-                best = (version, urllib.parse.urljoin(page, link))
-    if not best[1]:
-        raise InstallError(f"{page} offers no wheel of {name} for {platform.machine()} with {libc or 'this libc'}")
-    return fetch(best[1], task)
-
-
-def fetch(url: str, task: dict[str, Any]) -> bytes:
-    """Return the content at a URL. Raises InstallError."""
-    context = ssl.create_default_context()
-    if urllib.parse.urlsplit(url).hostname in [host.partition(":")[0] for host in task["trusted_hosts"]]:
-        context = ssl._create_unverified_context()
-    try:
-        with urllib.request.urlopen(url, timeout=60, context=context) as answer:
-            content: bytes = answer.read()
-            return content
-    except OSError as error:
-        raise InstallError(f"{url} can't be fetched: {getattr(error, 'reason', error)}") from error
-
-
-# ════════ end of installer ════════
-
-
-GUEST_MODULES = (
-    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib inspect io json "
-    "linecache math os re select signal socket stat struct sys threading time traceback types warnings"
-).split()
-INSTALLER_MODULES = (
-    "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
-    "time urllib.parse urllib.request zipfile"
-).split()
-
-
-def _shipped(part: str, modules: Sequence[str]) -> str:
-    """Return a marked part of this file as a standalone program: its imports, then the part at its original lines."""
-    before, mark, rest = inspect.getsource(sys.modules[__name__]).partition(f"# ════════ {part}: ")
-    source = (mark + rest).partition(f"# ════════ end of {part}")[0]
-    imports = f"from __future__ import annotations; import {', '.join(modules)}; from collections import deque"
-    return imports + "\n" * before.count("\n") + source
-
-
-# Read at import, so that replacing this file under a running server can't mix old source with new.
-GUEST_SOURCE = _shipped("guest", GUEST_MODULES)
-INSTALLER_SOURCE = _shipped("installer", INSTALLER_MODULES)
-PLUG_SOURCE = inspect.getsource(plug)
-BOOTSTRAP = """
-import os
-def take(count):
-    data = b""
-    while len(data) < count:
-        piece = os.read(0, count - len(data))
-        if not piece: os._exit(0)
-        data += piece
-    return data
-source, entry, settings = (take(int(take(8), 16)) for _ in range(3))
-names = {"__name__": "sandbox_guest"}
-exec(compile(source, "sandbox_runner.py", "exec"), names)
-names[entry.decode()](settings.decode())
-"""
-
-
-BOOTSTRAP_ARGUMENTS = ("-I", "-c", BOOTSTRAP)
-
-
-def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
-    """Encode what BOOTSTRAP reads from standard input: the source, the function to call, and its argument."""
-    parts = (source.encode(), entry.encode(), json.dumps(settings).encode())
-    return b"".join(b"%08x%s" % (len(part), part) for part in parts)
-
-
-STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-FROM_SANDBOX: pydantic.TypeAdapter[FromSandbox] = pydantic.TypeAdapter(
-    Annotated[FromSandbox, pydantic.Field(discriminator="kind")], config=STRICT
-)
-FROM_INSTALLER: pydantic.TypeAdapter[FromInstaller] = pydantic.TypeAdapter(
-    Annotated[FromInstaller, pydantic.Field(discriminator="kind")], config=STRICT
-)
-
-
-def schema_of(frame: Any) -> tuple[str, dict[str, Any]]:
-    """Return a frame's kind and its JSON schema, without references, as `conforms` reads it."""
-    schema = pydantic.TypeAdapter(frame).json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def resolve(part: Any) -> Any:
-        if isinstance(part, dict):
-            part = definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
-            return {key: resolve(value) for key, value in part.items() if key not in ("title", "description")}
-        return [resolve(value) for value in part] if isinstance(part, list) else part
-
-    return schema["properties"]["kind"]["const"], resolve(schema)
-
-
-WORKER_SCHEMAS = dict(map(schema_of, get_args(FromWorker)))
-
 
 # ── engine ──
+
+ANSWER_TIMEOUT = 8  # seconds for the engine to answer at all; with the next, less than clients wait for a call
+ENGINE_TIMEOUT = 15  # seconds for an engine command that only queries
+REMOVE_TIMEOUT = 30  # seconds for an engine command that removes something
+PULL_TIMEOUT = 900  # seconds to pull or make an image
+ERRORS_KEPT = 8192  # bytes kept of the stderr of the engine's command line
 
 
 @dataclass(frozen=True)
@@ -3564,6 +4632,9 @@ def last_line(text: str) -> str:
 
 
 # ── image ──
+
+INSTALL_TIMEOUT = 900  # seconds to build the derived image, or to install a package
+LOCK_PAUSE = 0.2  # seconds between attempts to take a lock that another program holds
 
 
 @dataclass(frozen=True)
@@ -4007,1773 +5078,707 @@ def host_certificates(package: PackageConfig) -> tuple[str, bool]:
     return "", False
 
 
-# ── frames from a container ──
+# ════════ installer: from here to the closing line, shipped into helper containers with network access ════════
+
+TOOLS = "/opt/python-docker-mcp"  # in the derived image: the installer itself, and Matplotlib's font cache
+PACKAGES = "/packages"  # where the volume with installed packages is mounted, in sandboxes read-only
+CERTIFICATES = "/dev/shm/certificates.pem"  # in memory, so that the host's certificates never stay in an image
+UNUSED_AFTER = 30 * 86400  # seconds after which a set of packages is pruned if no installation asks for it
 
 
-class ProtocolError(Exception):
-    """A container sent something that our program in it never sends: nothing from it is to be trusted any more."""
+class InstallError(Exception):
+    """The installer failed, or could not be fetched. The text is its own, where it printed any."""
 
 
-async def receive(stream: BufferedByteReceiveStream, frames: pydantic.TypeAdapter[T]) -> T:
-    """Read the next frame.
+def run_installer(settings: str) -> None:
+    """Run the helper: build the image's content or install packages, and report the outcome in a frame `done`.
 
-    Raises:
-        ProtocolError: it is none of `frames`.
-        anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound: the stream ended, or the line has no end.
+    The user's code never runs here. All other frames are progress. EOF on standard input means that the host has gone:
+    the helper then exits at once, so that nothing half-made is committed or made available.
     """
-    line = await stream.receive_until(b"\n", LINE_LIMIT)
+    task = json.loads(settings)
+    threading.Thread(target=exit_with_host, daemon=True).start()
+    os.environ.update(task["environment"], HOME="/tmp", PIP_ROOT_USER_ACTION="ignore")
+    os.environ.update(
+        UV_LINK_MODE="copy" if task["task"] == "build" else "hardlink",
+        UV_SYSTEM_PYTHON="1",
+        UV_BREAK_SYSTEM_PACKAGES="1",
+        PIP_BREAK_SYSTEM_PACKAGES="1",
+    )
+    os.environ.update(UV_CACHE_DIR=f"{PACKAGES}/.cache", PIP_CACHE_DIR=f"{PACKAGES}/.cache", UV_NO_PROGRESS="1")
+    work = build_content if task["task"] == "build" else add_packages
+    if task["certificates"] and task["certificates_asked_for"]:
+        trust(task["certificates"])
     try:
-        frame = frames.validate_json(line)
-    except pydantic.ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise ProtocolError(f"{'.'.join(map(str, problem['loc'])) or 'a frame'}: {problem['msg']}") from None
-    fields: Any = frame
-    if "data" in fields:
-        fields["data"] = await stream.receive_exactly(fields["data"])
-    return frame
+        try:
+            outcome = work(task)
+        except InstallError as error:
+            if not task["certificates"] or "certificate" not in str(error).lower() or os.path.exists(CERTIFICATES):
+                raise
+            tell("progress", text="the index's certificate is not trusted: trying again with the host's certificates")
+            trust(task["certificates"])
+            outcome = work(task)
+        tell("done", ok=True, **outcome)
+    except (InstallError, OSError) as error:
+        tell("done", ok=False, output=str(error)[-8000:])
+    threading.Event().wait()  # the host commits or reads on, then closes standard input
 
 
-def decoded(data: bytes) -> str:
-    """Decode a frame's text. Raises ProtocolError."""
+def exit_with_host() -> None:
+    """Exit at EOF on standard input."""
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+def tell(kind: str, **fields: Any) -> None:
+    """Send a frame to the host."""
+    os.write(1, json.dumps({"kind": kind, **fields}).encode() + b"\n")
+
+
+def trust(certificates: str) -> None:
+    """Make everything that runs from here on trust the host's certificates."""
+    with open(CERTIFICATES, "w") as file:
+        file.write(certificates)
+    for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT"):
+        os.environ[variable] = CERTIFICATES
+
+
+def build_content(task: dict[str, Any]) -> dict[str, Any]:
+    """Give the container the content of the derived image; the host then commits it."""
+    command = installer_command(task)
+    if task["requirements"]:
+        tell("progress", text=f"installing {', '.join(task['requirements'])}", step=2)
+        run_tool([*command, "install", *task["options"], *task["requirements"]])
+    tell("progress", text="compiling bytecode", step=3)
+    folders = {path for path in sys.path if os.path.isdir(path)} | {
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    }
+    subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", "-x", "[/]tests?[/]", *sorted(folders)])
+    if any(os.path.isdir(f"{folder}/matplotlib") for folder in folders):
+        tell("progress", text="listing fonts for Matplotlib", step=4)
+        environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
+        subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
+    for entry in os.scandir("/tmp"):  # Podman would copy its contents into every sandbox
+        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+    found = importlib.metadata.distributions(path=[*folders])
+    return {"installed": sorted([item.metadata["Name"], item.version] for item in found)}
+
+
+def add_packages(task: dict[str, Any]) -> dict[str, Any]:
+    """Make the set that adds one requirement to the shared set and the base, unless it exists.
+
+    Returns its folder, what is new in it, and the version of the package that the image has, if any.
+    A set is a folder whose contents never change once it has its name; `shared` is a link to the one for all sessions.
+    """
+    root = f"{PACKAGES}/{task['image']}"
+    shared = f"{root}/shared"
+    before = {**read_set(shared), **read_set(task["base"])}
+    wanted = {**before, task["name"]: task["requirement"]}
+    text = "\n".join(sorted(wanted.values()))
+    folder = f"{root}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    had = read_manifest(task["base"] or shared)["installed"]
+    if not os.path.exists(folder):
+        os.makedirs(root, exist_ok=True)
+        make_set(folder, wanted, installer_command(task), task)
+    installed = read_manifest(folder)["installed"]
+    os.utime(folder)
+    if task["shared"]:
+        link = f"{root}/.new-{os.urandom(8).hex()}"
+        os.symlink(folder, link)
+        os.replace(link, shared)
+    prune_sets(root)
     try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise ProtocolError("a frame's text is not UTF-8") from None
+        present = importlib.metadata.version(task["name"])
+    except importlib.metadata.PackageNotFoundError:
+        present = None
+    return {
+        "folder": folder,
+        "installed": [item for item in installed if item not in had],
+        "present": present,
+    }
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object that the worker made. Raises ValueError for anything else, for NaN and for deep nesting."""
-    value = pydantic_core.from_json(data, allow_inf_nan=False)
-    if not isinstance(value, dict):
-        raise ValueError("it is not an object")
-    return value
+def read_manifest(folder: str | None) -> dict[str, Any]:
+    """Return what a set was asked to hold (name to requirement) and what it holds (pairs of name and version)."""
+    try:
+        with open(f"{folder}/.manifest.json") as file:
+            manifest: dict[str, Any] = json.load(file)
+            return manifest
+    except OSError:
+        return {"requirements": {}, "installed": []}
 
 
-# ── session and call ──
+def read_set(folder: str | None) -> dict[str, str]:
+    """Return the requirements of a set."""
+    requirements: dict[str, str] = read_manifest(folder)["requirements"]
+    return requirements
 
-OnOutput = Callable[[Text | Rich | Omitted], Awaitable[None]]
-OnStatus = Callable[[str], None]
+
+def make_set(folder: str, wanted: dict[str, str], command: list[str], task: dict[str, Any]) -> None:
+    """Install what the image lacks of `wanted` in a temporary folder, and rename that to `folder` once complete."""
+    aside = f"{os.path.dirname(folder)}/.new-{os.urandom(8).hex()}"
+    os.mkdir(aside)
+    try:
+        missing = resolve(command, [*task["options"], *wanted.values()])
+        if missing:
+            pinned = [f"{name}=={version}" for name, version in missing]
+            run_tool([*command, "install", *task["options"], "--no-deps", "--target", aside, *pinned])
+            tell("progress", text="compiling bytecode")
+            subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", aside])
+        with open(f"{aside}/.manifest.json", "w") as file:
+            json.dump({"requirements": wanted, "installed": missing}, file)
+        os.chmod(aside, 0o755)
+        try:
+            os.rename(aside, folder)
+        except OSError:  # another helper was quicker: its set is the same
+            if not os.path.exists(folder):
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def resolve(command: list[str], arguments: list[str]) -> list[list[str]]:
+    """Return name and version of each package to install beyond those the image already has."""
+    if "uv" in command[0]:
+        output = run_tool([*command, "install", "--dry-run", *arguments])
+        return [list(match) for match in re.findall(r"^ \+ (\S+)==(\S+)", output, re.MULTILINE)]
+    report = f"/tmp/report-{os.getpid()}.json"
+    run_tool([*command, "install", "--dry-run", "--report", report, *arguments])
+    with open(report) as file:
+        found = [item["metadata"] for item in json.load(file)["install"]]
+    return [[item["name"], item["version"]] for item in found]
+
+
+def prune_sets(root: str) -> None:
+    """Remove the sets that no installation has asked for in a long time, and what dead helpers left half-made."""
+    now = time.time()
+    kept = os.path.realpath(f"{root}/shared")
+    for place in [
+        root,
+        *(entry.path for entry in os.scandir(PACKAGES) if entry.is_dir() and not entry.name.startswith(".")),
+    ]:
+        for entry in os.scandir(place):
+            age = now - entry.stat(follow_symlinks=False).st_mtime
+            if entry.path != kept and entry.is_dir(follow_symlinks=False) and age > UNUSED_AFTER:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def run_tool(command: list[str]) -> str:
+    """Run the installer, sending each line as progress; return its output. Raises InstallError."""
+    lines = []
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            tell("progress", text=line.strip()[:300])
+    output = "".join(lines)
+    if process.returncode:
+        raise InstallError(output.strip() or f"{command[0]} ended with exit status {process.returncode}")
+    return output
+
+
+def installer_command(task: dict[str, Any]) -> list[str]:
+    """Return the command line of uv or pip, fetching the tool unless the image or an earlier helper has it."""
+    place = TOOLS if task["task"] == "build" else f"{PACKAGES}/.tools"
+    for folder in (TOOLS, f"{PACKAGES}/.tools"):
+        if task["installer"] == "uv" and os.path.exists(f"{folder}/uv"):
+            return [f"{folder}/uv", "pip"]
+        if task["installer"] == "pip" and os.path.exists(f"{folder}/pip.whl"):
+            return [sys.executable, f"{folder}/pip.whl/pip"]
+    if task["installer"] == "pip" and importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    tell("progress", text=f"fetching {task['installer']}")
+    wheel = fetch_wheel(task["installer"], task)
+    os.makedirs(place, exist_ok=True)
+    aside = f"{place}/.new-{os.urandom(8).hex()}"
+    if task["installer"] == "uv":
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".data/scripts/uv"))
+            wheel = archive.read(name)
+    with open(aside, "wb") as file:
+        file.write(wheel)
+    os.chmod(aside, 0o755)
+    os.rename(aside, f"{place}/{'uv' if task['installer'] == 'uv' else 'pip.whl'}")
+    return installer_command(task)
+
+
+def fetch_wheel(name: str, task: dict[str, Any]) -> bytes:
+    """Fetch a project's newest wheel for this machine from the index (PEP 503), with the standard library only."""
+    page = f"{(task['index_url'] or 'https://pypi.org/simple').rstrip('/')}/{name}/"
+    links = re.findall(
+        r'<a\s([^>]*?)href="([^"#]+)[^>]*>\s*([^<\s]+)\s*<', fetch(page, task).decode("utf-8", "replace")
+    )
+    libc, libc_version = platform.libc_ver()
+    best: tuple[list[int], str] = ([], "")
+    for before, link, file in links:
+        match = re.fullmatch(rf"{name}-(\d+(?:\.\d+)*)-[\w.]+-none-([\w.]+)\.whl", file)
+        if not match or "data-yanked" in before:
+            continue
+        for tag in match[2].split("."):
+            flavour = re.fullmatch(rf"(many|musl)linux_\d+_(\d+)_{platform.machine()}", tag)
+            fits = tag == "any" or (
+                flavour is not None
+                and (flavour[1] == "many") == (libc == "glibc")
+                and (flavour[1] == "musl" or int(flavour[2]) <= int(libc_version.split(".")[1]))
+            )
+            version = [int(part) for part in match[1].split(".")]
+            if fits and version > best[0]:
+                best = (version, urllib.parse.urljoin(page, link))
+    if not best[1]:
+        raise InstallError(f"{page} offers no wheel of {name} for {platform.machine()} with {libc or 'this libc'}")
+    return fetch(best[1], task)
+
+
+def fetch(url: str, task: dict[str, Any]) -> bytes:
+    """Return the content at a URL. Raises InstallError."""
+    context = ssl.create_default_context()
+    if urllib.parse.urlsplit(url).hostname in [host.partition(":")[0] for host in task["trusted_hosts"]]:
+        context = ssl._create_unverified_context()
+    try:
+        with urllib.request.urlopen(url, timeout=60, context=context) as answer:
+            content: bytes = answer.read()
+            return content
+    except OSError as error:
+        raise InstallError(f"{url} can't be fetched: {getattr(error, 'reason', error)}") from error
+
+
+# ════════ end of installer ════════
+
+
+# ── shipping ──
+
+GUEST_MODULES = (
+    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib inspect io json "
+    "linecache math os re select signal socket stat struct sys threading time traceback types warnings"
+).split()
+INSTALLER_MODULES = (
+    "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
+    "time urllib.parse urllib.request zipfile"
+).split()
+
+
+def _shipped(part: str, modules: Sequence[str]) -> str:
+    """Return a marked part of this file as a standalone program: its imports, then the part at its original lines."""
+    before, mark, rest = inspect.getsource(sys.modules[__name__]).partition(f"# ════════ {part}: ")
+    source = (mark + rest).partition(f"# ════════ end of {part}")[0]
+    imports = f"from __future__ import annotations; import {', '.join(modules)}; from collections import deque"
+    return imports + "\n" * before.count("\n") + source
+
+
+# Read at import, so that replacing this file under a running server can't mix old source with new.
+GUEST_SOURCE = _shipped("guest", GUEST_MODULES)
+INSTALLER_SOURCE = _shipped("installer", INSTALLER_MODULES)
+PLUG_SOURCE = inspect.getsource(plug)
+BOOTSTRAP = """
+import os
+def take(count):
+    data = b""
+    while len(data) < count:
+        piece = os.read(0, count - len(data))
+        if not piece: os._exit(0)
+        data += piece
+    return data
+source, entry, settings = (take(int(take(8), 16)) for _ in range(3))
+names = {"__name__": "sandbox_guest"}
+exec(compile(source, "sandbox_runner.py", "exec"), names)
+names[entry.decode()](settings.decode())
+"""
+
+
+BOOTSTRAP_ARGUMENTS = ("-I", "-c", BOOTSTRAP)
+
+
+def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
+    """Encode what BOOTSTRAP reads from standard input: the source, the function to call, and its argument."""
+    parts = (source.encode(), entry.encode(), json.dumps(settings).encode())
+    return b"".join(b"%08x%s" % (len(part), part) for part in parts)
+
+
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+FROM_SANDBOX: pydantic.TypeAdapter[FromSandbox] = pydantic.TypeAdapter(
+    Annotated[FromSandbox, pydantic.Field(discriminator="kind")], config=STRICT
+)
+FROM_INSTALLER: pydantic.TypeAdapter[FromInstaller] = pydantic.TypeAdapter(
+    Annotated[FromInstaller, pydantic.Field(discriminator="kind")], config=STRICT
+)
+
+
+def schema_of(frame: Any) -> tuple[str, dict[str, Any]]:
+    """Return a frame's kind and its JSON schema, without references, as `conforms` reads it."""
+    schema = pydantic.TypeAdapter(frame).json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, dict):
+            part = definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+            return {key: resolve(value) for key, value in part.items() if key not in ("title", "description")}
+        return [resolve(value) for value in part] if isinstance(part, list) else part
+
+    return schema["properties"]["kind"]["const"], resolve(schema)
+
+
+WORKER_SCHEMAS = dict(map(schema_of, get_args(FromWorker)))
+
+
+# ── configuration ──
 
 
 @dataclass(frozen=True)
-class Request:
-    """One call, as the caller wants it."""
+class DockerConfig:
+    """Settings of the containers. Sizes are text in Docker's format: a number and b, k, m or g."""
 
-    code: str
-    session: str | None = None
-    state: Mapping[str, Any] | None = None
-    timeout: float = 30.0  # seconds
-    filename: str | None = None
-    arguments: Sequence[str] = ()
-    output_limit: int | None = None  # bytes; None for no limit: the output is then streamed and not kept
-    packages: str | None = None  # folder of the packages installed for the session, if it changes
-    recycle: bool = False  # whether other calls may use the sandbox if this one ends well
+    command: str | None = None
+    image: str = "python:3.12.2-slim"
+    working_dir: str = "/app"
+    memory_limit: str = "256m"
+    cpu_limit: float = 0.5
+    pids_limit: int = 256
+    disk_limit: str = "64m"
+    output_limit: str = "8m"
+    timeout: float = 30.0
+    max_timeout: float = 300.0
+    network_disabled: bool = True
+    read_only: bool = True
+    runtime: str | None = None
+    mounts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what can't be run, before anything is started for it. Raises RequestError."""
-        try:
-            size = len(self.code.encode())
-        except UnicodeEncodeError:
-            raise RequestError("The code has lone surrogates, which no Python source can have.") from None
-        if size > CODE_LIMIT:
-            raise RequestError(
-                f"The code is {size} bytes long; the limit is {CODE_LIMIT}. Pass data in files or state."
-            )
-        if self.session is not None and not re.fullmatch(SESSION_ID, self.session):
-            raise RequestError(
-                f"{textwrap.shorten(repr(self.session), 60)} can't be a session's id: "
-                "use 1 to 128 letters, digits, dots, dashes and underscores."
-            )
-        if not 0 < self.timeout < math.inf:
-            raise RequestError(f"A timeout of {self.timeout!r} seconds can't be: give a number above zero.")
-        self.encoded_state()
-
-    def encoded_state(self) -> bytes | None:
-        """Return the variables as JSON. Raises RequestError if they can't be passed."""
-        if self.state is None:
-            return None
-        variables = {}
-        for name, value in self.state.items():
-            if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
-                raise RequestError(
-                    f"state: {textwrap.shorten(repr(name), 60)} can't be the name of a variable: use an identifier "
-                    "that does not start with two underscores."
-                )
+        """Refuse values that no container could be created with."""
+        for name, least in (("memory_limit", "32m"), ("disk_limit", "1m"), ("output_limit", "1k")):
+            value = getattr(self, name)
             try:
-                variables[name] = plain(value, 0, set())
+                enough = size_in_bytes(value) >= size_in_bytes(least)
             except ValueError as error:
-                raise RequestError(f"state: the variable {name} can't be passed: {error}.") from None
-        data = json.dumps(variables).encode()
-        if len(data) > STATE_LIMIT:
-            raise RequestError(
-                f"state comes to {len(data)} bytes; the limit is {STATE_LIMIT}: use a session, or a file in a mounted "
-                "folder (docker.mounts)."
-            )
-        return data
-
-    def frames(self, call_id: str) -> bytes:
-        """Return the frames to send."""
-        run: Run = {
-            "op": "run",
-            "id": call_id,
-            "data": self.code.encode(),
-            "session": self.session,
-            "final": self.session is None,
-            "timeout": self.timeout,
-            "filename": self.filename,
-            "argv": list(self.arguments),
-            "output_limit": self.output_limit,
-            "packages": self.packages,
-            "recycle": self.recycle,
-        }
-        if (state := self.encoded_state()) is None:
-            return encoded(run)
-        give: GiveState = {"op": "state", "id": call_id, "data": state}
-        return encoded(give) + encoded(run)
-
-
-def encoded(frame: ToSupervisor) -> bytes:
-    """Encode a frame, with its data."""
-    data: Any = frame.get("data", b"")
-    return head(frame) + bytes(data)
-
-
-class Call:
-    """One call: its request, its output and variables as they come, and in the end its result.
-
-    The reader of a sandbox's pipe drives it (see `take`), whether or not anyone waits: for code to go on without its
-    caller, the caller just stops waiting. A connection that is cut does not end it: the next one goes on with it.
-
-        made ── placed in a sandbox ── begun (acknowledged) ── ended
-                      │    ▲
-                      ▼    │ by a new connection or, if it had not begun, in another sandbox
-                       cut
-    """
-
-    def __init__(self, request: Request, call_id: str | None = None, *, streams: bool = False, ran: float = 0) -> None:
-        self.request = request
-        self.id = call_id or secrets.token_hex(8)
-        self.placed = False  # whether a connected sandbox has it
-        self.why_cut = ""  # what ended the last connection that it was placed over
-        self.begun = False
-        self.ended = anyio.Event()
-        self.cancelled = False  # whether its caller has given it up, and it was told to stop
-        self.unfit = False  # whether the sandbox that it was placed in had preloaded other packages
-        self.attempts = 0  # sandboxes that it was placed in
-        self.is_new = False  # whether its session began with it
-        self.status = ""  # what it waits for before it is placed
-        self.on_status: OnStatus | None = None
-        self.deadline = math.inf  # of the event loop's clock; a sandbox that is silent then is given up
-        self.received = 0  # bytes of output
-        self._made = time.monotonic() - ran
-        self._result: Result | None = None
-        self._error: Exception | None = None
-        self._news = anyio.Event()  # something happened that `wait` is waiting for
-        self._streams = streams  # whether someone waits who takes the output as it comes
-        self._stream: deque[Text | Rich | Omitted] = deque()
-        self._room = anyio.Event()
-        self._output: list[Text | Rich | Omitted] = []  # untold
-        self._earlier = ""
-        self._variables: dict[str, Any] | None = None
-        self._left_out: dict[str, str] = {}
-        self._contents: dict[str, bytes] = {}
-        self._keeps = request.output_limit is not None
-        self._text_left = (request.output_limit or 0) + LINE_LIMIT
-        self._data_left = CALL_LIMIT
-
-    def report(self, status: str) -> None:
-        """Take note of what the call waits for, "" for nothing, and tell whoever waits for it."""
-        if status != self.status:
-            self.status = status
-            if self.on_status:
-                self.on_status(status)
-
-    def cut(self, why: str) -> None:
-        """Take note that the connection to its sandbox has ended, or that the sandbox did not take it."""
-        self.placed, self.why_cut = False, why
-        self._news.set()
-
-    def end(self, result: Result) -> None:
-        """End it, unless it has ended."""
-        if not self.ended.is_set():
-            log.debug("call %s ended: %s after %.3f s", self.id, result.status, result.wall)
-            self._result = result
-            self.ended.set()
-            self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        """End it with an error for whoever asks for its result."""
-        if not self.ended.is_set():
-            self._error = error
-            self.ended.set()
-            self._news.set()
-
-    async def wait(self, on_output: OnOutput | None = None, *, until_begun: bool = False) -> None:
-        """Wait until it has ended, or is not placed any more; or `until_begun`. Pass on its output meanwhile."""
-        self._streams = on_output is not None
-        try:
-            while True:
-                while self._stream and on_output and not until_begun:
-                    await on_output(self._stream.popleft())
-                    self._room.set()
-                if self.ended.is_set() or not self.placed or (until_begun and self.begun):
-                    return
-                self._news = anyio.Event()
-                await self._news.wait()
-        finally:
-            self._streams = until_begun and self._streams
-            self._room.set()
-
-    def tell(self) -> Result:
-        """Return the result or, as long as there is none, the output so far. No output is told twice.
-
-        Raises the error that it ended with.
-        """
-        if self._error:
-            raise self._error
-        if self._result:
-            return self._result
-        output, self._output = joined(self._output), []
-        wall = time.monotonic() - self._made
-        message = f"the call has not ended after {wall:.0f} seconds" + (f": {self.status}" if self.status else "")
-        return Result("running", output, message=message, session=self.request.session, wall=wall)
-
-    async def take(self, frame: OfCall) -> None:
-        """Enter a frame. Waits if the caller streams the output and is slow. Raises ProtocolError."""
-        if frame["kind"] == "stdout" or frame["kind"] == "stderr":
-            self.received += len(frame["data"])
-            await self._show(Text(frame["kind"], decoded(frame["data"])))
-        elif frame["kind"] == "display":
-            self._count(frame["data"])
-            await self._show(Rich(self._forms(frame["data"]), frame["is_value"]))
-        elif frame["kind"] == "omitted":
-            await self._show(Omitted(frame["bytes"]))
-        elif frame["kind"] == "state":
-            self._count(frame["data"])
-            self._left_out = frame["left_out"]
-            try:
-                self._variables = parse_object(frame["data"])
-            except ValueError as error:  # the user's code forged it: that costs the call its variables, and no more
-                self._variables, self._left_out = {}, {**self._left_out, "(all)": str(error)}
-        elif frame["kind"] == "content":
-            self._count(frame["data"])
-            if len(self._contents) < FILES_LISTED:
-                self._contents[frame["path"]] = frame["data"]
-        elif frame["kind"] == "earlier":
-            self._earlier = decoded(frame["data"])
-        elif frame["kind"] == "done":
-            self.end(self._conclude(frame))
-        elif frame["kind"] == "unfit":
-            self.unfit = True
-            self.cut("it had preloaded other packages")
-            return
-        if not self.begun:
-            self.begun = True
-            self._news.set()
-
-    def _count(self, data: bytes) -> None:
-        self._data_left -= len(data) + FRAME_COST
-        if self._data_left < 0:
-            raise ProtocolError("more data than the limit lets through")
-
-    def _forms(self, data: bytes) -> dict[str, str]:
-        """Return the forms of a displayed value; a note if the user's code has forged them."""
-        with contextlib.suppress(ValueError):
-            forms = parse_object(data)
-            if all(isinstance(form, str) for form in forms.values()):
-                return forms
-        return {"text/plain": "[a display was left out: it is not an object of texts]"}
-
-    async def _show(self, item: Text | Rich | Omitted) -> None:
-        if isinstance(item, Text) and self._keeps:
-            self._text_left -= len(item.text)
-            if self._text_left < 0:
-                raise ProtocolError("more output than the limit lets through")
-        if self._keeps or not isinstance(item, Text):
-            self._keep(item)
-        if self._streams:
-            self._stream.append(item)
-            self._news.set()
-            while self._streams and len(self._stream) > STREAM_LIMIT:
-                self._room = anyio.Event()
-                await self._room.wait()
-
-    def _keep(self, item: Text | Rich | Omitted) -> None:
-        """Keep a piece of output. There may be one for each character, and an object costs more than that."""
-        last = self._output[-1] if self._output else None
-        if (
-            isinstance(item, Text)
-            and isinstance(last, Text)
-            and item.stream == last.stream
-            and len(item.text) + len(last.text) < PIECE
-        ):
-            self._output[-1] = Text(item.stream, last.text + item.text)
-        elif len(self._output) < PIECES_LIMIT:
-            self._output.append(item)
-        else:
-            gap = sum(piece.bytes for piece in self._output[PIECES_LIMIT:] if isinstance(piece, Omitted))
-            self._output[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
-
-    @property
-    def was_lost(self) -> bool:
-        """Whether its end cost the session the variables."""
-        return self._result is not None and self._result.lost
-
-    def go_on(self, told: int, left: float) -> None:
-        """Go on over a new connection, after `told` bytes of output were sent over earlier ones."""
-        self.begun = self.placed = True
-        self.deadline = anyio.current_time() + left + SLACK
-        if told > self.received:
-            self._keep(Omitted(told - self.received))
-            self.received = told
-
-    def died(self, message: str, *, kept: bool = False) -> Result:
-        """Return the result of a call whose end the sandbox can't tell."""
-        state: Literal["preserved", "lost"] | None = None
-        if self.request.session:
-            state = "preserved" if kept else "lost"
-        return Result("died", joined(self._output), message=message, session=self.request.session, state=state)
-
-    def _conclude(self, done: Done) -> Result:
-        exit_code, value, session = done.get("exit_code"), done.get("value"), self.request.session
-        fields = done.get("exception")
-        message = done.get("message")
-        if done["lost"] and done["status"] == "died":
-            message = message or how_it_ended(exit_code)
-        return Result(
-            status=done["status"],
-            output=joined(self._output),
-            value=value,
-            value_omitted=max(0, done.get("value_length", 0) - len(value)) if value else 0,
-            exception=ExceptionInfo(**fields) if fields else None,
-            exit_code=exit_code,
-            lost=done["lost"],
-            message=message,
-            session=session,
-            state=("lost" if done["lost"] else "preserved") if session else None,
-            lost_before=done["lost_before"],
-            earlier=self._earlier,
-            variables=self._variables,
-            variables_left_out=self._left_out,
-            files=tuple(FileInfo(path, size) for path, size in done.get("files", ())),
-            contents=self._contents,
-            stale=tuple(done.get("stale", ())),
-            wall=done["wall"],
-            cpu=done["cpu"],
-            memory=done.get("memory"),
-            oom_kills=done["oom_kills"],
-        )
-
-
-def joined(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitted, ...]:
-    """Join neighbouring pieces of one stream, unless the output is large: it would be there twice for a while."""
-    if sum(len(item.text) for item in output if isinstance(item, Text)) > JOINED_LIMIT:
-        return tuple(output)
-    merged: list[Text | Rich | Omitted] = []
-    for stream, items in itertools.groupby(output, lambda item: item.stream if isinstance(item, Text) else None):
-        pieces = list(items)
-        if stream:
-            merged.append(Text(stream, "".join(item.text for item in pieces if isinstance(item, Text))))
-        else:
-            merged += pieces
-    return tuple(merged)
-
-
-def bytes_of(item: Text | Rich | Omitted) -> int:
-    """Return the size of a piece of output."""
-    if isinstance(item, Omitted):
-        return item.bytes
-    forms = (item.text,) if isinstance(item, Text) else item.forms.values()
-    return sum(len(form.encode("utf-8", "replace")) for form in forms)
-
-
-def how_it_ended(code: int | None) -> str:
-    """Say how a process ended, from its exit status or, if negative, the signal that killed it."""
-    if code is None:
-        return "the process that ran the code ended"
-    if code >= 0:
-        return f"the code ended its own process with exit status {code}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-code).name
-        crash = name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
-        return f"the process that ran the code was killed by {name}" + (", a crash in native code" if crash else "")
-    return f"the process that ran the code was killed by signal {-code}"
-
-
-@dataclass
-class Session:
-    """A named sandbox that keeps its variables, and the queue of callers.
-
-    no sandbox ──create──> attached ──its host leaves──> detached ──attach──> attached
-         ▲                    │ its container ends, or its connection is cut
-         └──── not found ─────┘  (then `attach` looks for it by its name)
-    """
-
-    name: str
-    is_fresh: bool = False  # whether its id was just drawn, so that there can't be a container with its name
-    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
-    sandbox: Sandbox | None = None
-    call: Call | None = None  # the last one, until its result has been told
-    lost: str | None = None  # why the variables are gone, until a call has told it
-    used: float = 0.0  # when its last call was made
-    is_coming: bool = False  # whether a sandbox is being made for it, for which there is room
-    placing: anyio.CancelScope | None = None  # while a sandbox is being found or made for its call
-    placed: anyio.Event = field(default_factory=anyio.Event)  # set when that has come to an end
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether it has a sandbox that is connected."""
-        return self.sandbox is not None and not self.sandbox.gone.is_set()
-
-    @property
-    def is_there(self) -> bool:
-        """Whether it has a sandbox, or is about to."""
-        return self.is_coming or self.is_attached
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a caller is at it, or its code goes on without one."""
-        return self.lock.locked() or (self.call is not None and not self.call.ended.is_set())
-
-
-# ── sandbox ──
+                raise ValueError(f"docker.{name}: {error}") from None
+            if not enough:
+                raise ValueError(f"docker.{name}: {value!r} is too little; the least is {least}")
+        for name in ("cpu_limit", "pids_limit", "timeout", "max_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"docker.{name}: {getattr(self, name)!r} is not a number above zero")
+        if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.working_dir) or ".." in self.working_dir:
+            raise ValueError(f"docker.working_dir: {self.working_dir!r} is not an absolute path such as /app")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", self.image):
+            raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
+        if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
+            raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
+        for mount in self.mounts:
+            mount_argument(mount, self.working_dir)
 
 
 @dataclass(frozen=True)
-class SandboxInfo:
-    """A sandbox's description of itself; of one that does not answer, such as a paused one, only the name is known."""
+class SessionConfig:
+    """Limits on sessions and their calls."""
 
-    name: str  # of its container
-    answers: bool = False
-    session: str | None = None
-    attached: bool = False  # whether a program is using it
-    owner: str = ""  # that program's id, or the last one's; it ends with a dash and the process id
-    busy: bool = False
-    age: float = 0.0  # seconds
-    idle: float = 0.0  # seconds since its last call
-    memory: int | None = None  # bytes in use
+    idle_timeout: float = 1800.0
+    max: int = 64
+    evict: bool = False
+    max_timeout: float = 1800.0
+    answer_within: float = 50.0
 
-
-SESSION_CONTAINER = "python-docker-mcp-session-"
-CONTAINER_NAME = re.compile(rf"{SESSION_CONTAINER}[0-9a-f]{{24}}|python-docker-mcp-[0-9a-f]{{16}}")
-
-
-def session_container(session: str) -> str:
-    """Return the name of a session's container: a hash, as an id is no argument for an engine."""
-    return f"{SESSION_CONTAINER}{hashlib.sha256(session.encode()).hexdigest()[:24]}"
+    def __post_init__(self) -> None:
+        """Refuse limits that are not above zero."""
+        if self.max < 1:
+            raise ValueError(f"session.max: {self.max!r} is not a number above zero")
+        for name in ("idle_timeout", "max_timeout", "answer_within"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"session.{name}: {getattr(self, name)!r} is not a number of seconds above zero")
 
 
-def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequence[str]) -> dict[str, Any]:
-    """Return a supervisor's settings, with a digest of all that distinguishes its sandbox from others."""
-    settings = {
-        "working_dir": config.docker.working_dir,
-        "writable_folders": WRITABLE_FOLDERS,
-        "idle_timeout": config.session.idle_timeout,
-        "adoption_time": ADOPTION_TIME,
-        "grace": GRACE,
-        "allowed_modules": config.allowed_modules,
-        "blocked_modules": config.blocked_modules,
-        "preload": preload,
-        "packages": image.packages,
-        "worker_schemas": WORKER_SCHEMAS,
-    }
-    everything = [engine.sandbox_arguments("", image, config, {}), image.id, GUEST_SOURCE, settings]
-    return {**settings, "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]}
+@dataclass(frozen=True)
+class PackageConfig:
+    """The installer, its sources, and the packages it preinstalls."""
 
+    installer: Literal["uv", "pip"] = "uv"
+    index_url: str | None = None
+    trusted_hosts: tuple[str, ...] = ()
+    preinstalled: tuple[str, ...] = ("numpy", "pandas", "scipy", "matplotlib", "scikit-learn", "sympy")
+    wheels_only: bool = True
+    ca_bundle: str | None = None
+    network: str | None = None
+    volume: str = "python-docker-mcp-packages"
 
-class Sandbox:
-    """One container, and the pipe to its supervisor. Runs one call at a time; whoever leases it sees to that."""
-
-    def __init__(self, engine: Engine, name: str, process: anyio.abc.Process, tasks: anyio.abc.TaskGroup) -> None:
-        self.engine = engine
-        self.name = name
-        self.call: Call | None = None  # the last one
-        self.gone = anyio.Event()
-        self.created = time.monotonic()
-        self.prepared = anyio.Event()  # set when a worker is there that has preloaded everything
-        self.packages: str | None = None  # folder of the packages installed for its session
-        self.expired = False  # whether its session was not used for too long, and has ended
-        self.greeting: Greeting | None = None
-        self._tasks = tasks
-        self._process = process
-        self._errors = bytearray()
-        self._greeted = anyio.Event()
-        self._answers: dict[str, MemoryObjectSendStream[Answer | Piece]] = {}  # by the id of the question
-        self._clean = False  # whether nothing was left of the last call
-        self._recycled = anyio.Event()
-        self._fault: str | None = None  # what was wrong with a frame
-
-    def __repr__(self) -> str:
-        return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
-
-    @classmethod
-    async def start(
-        cls,
-        engine: Engine,
-        image: Image,
-        config: Config,
-        owner: str,
-        tasks: anyio.abc.TaskGroup,
-        preload: Sequence[str] = (),
-    ) -> Sandbox:
-        """Start a container and wait until its supervisor is ready; it preloads modules after that.
-
-        Raises:
-            EngineError: the engine did not start it, or it did not come up.
-        """
-        settings = guest_settings(engine, image, config, preload)
-        name = f"python-docker-mcp-{secrets.token_hex(8)}"
-        labels = {"owner": owner, "settings": settings["digest"]}
-        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, labels))
-        sandbox = cls(engine, name, process, tasks)
-        tasks.start_soon(sandbox._serve, None)
-        try:
-            with anyio.fail_after(START_TIMEOUT):
-                await sandbox._come_up(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
-            if sandbox.greeting is None:
-                raise EngineError(
-                    f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
-                    "needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at everything else."
-                )
-        except HangError:
-            raise
-        except TimeoutError:
-            await sandbox.remove()
-            raise EngineError(
-                f"A sandbox did not come up within {START_TIMEOUT} seconds: is the host overloaded?"
-            ) from None
-        except BaseException:
-            await sandbox.remove()
-            raise
-        log.debug("the sandbox %s is ready after %.3f s", name, time.monotonic() - sandbox.created)
-        return sandbox
-
-    async def _come_up(self, shipped: bytes) -> None:
-        """Ship the guest, and wait for its greeting. Raises HangError if the engine does not answer meanwhile."""
-        async with open_tasks() as tasks:
-            tasks.start_soon(self._write, shipped)
-            await wait_or_doubt(self._greeted.wait, self._require_engine)
-
-    async def _require_engine(self) -> None:
-        """Raise HangError if the engine hangs; if it answers, the sandbox may only be slow."""
-        try:
-            await self.engine.require_answer()
-        except HangError:
-            self._kill_client()  # nothing else could end it; the container, if it is there, finds no host
-            raise
-
-    async def _require_answer(self) -> None:
-        """Find out whether the supervisor answers or, if it does not, the engine. Raises HangError."""
-        with anyio.move_on_after(PONG_TIMEOUT):
-            await self._ask({"op": "ping", "id": secrets.token_hex(8)})
-            return
-        await self._require_engine()
-
-    @classmethod
-    async def plug_in(
-        cls,
-        engine: Engine,
-        name: str,
-        owner: str,
-        tasks: anyio.abc.TaskGroup,
-        *,
-        session: str | None = None,
-        call: Call | None = None,
-        settings: str | None = None,
-        patience: float | None = None,
-    ) -> Sandbox | SandboxInfo | None:
-        """Take over a sandbox without a host, if it holds `session`, or none and was made with the digest `settings`.
-
-        If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
-        answer within `patience` seconds.
-        """
-        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
-        tasks.start_soon(sandbox._serve, call)
-        request: PlugRequest = {"session": session, "settings": settings, "owner": owner}
-        try:
-            with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
-                await sandbox._write(head(request))
-                await sandbox._greeted.wait()
-        except BaseException:
-            sandbox._kill_client()  # else this host would own a sandbox that it does not know
-            raise
-        if sandbox.greeting and sandbox.greeting["kind"] == "ready":
-            sandbox.created -= sandbox.greeting["age"]
-            log.debug("taken over: the session %s in the container %s", session, name)
-            return sandbox
-        sandbox._kill_client()
-        return sandbox.info() if sandbox.greeting else None
-
-    def info(self) -> SandboxInfo:
-        """Return the sandbox's description of itself, from when it was started or plugged into."""
-        assert self.greeting is not None
-        said = self.greeting
-        return SandboxInfo(
-            self.name, True, said["session"], said["attached"], said["owner"], said["busy"], said["age"], said["idle"],
-            said["memory"],
-        )  # fmt: skip
-
-    # ── the pipe ──
-
-    async def _serve(self, call: Call | None) -> None:
-        """Read from the container and its command line until they are gone; go on with `call` if it runs there."""
-        assert self._process.stderr is not None
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(keep_tail, self._process.stderr, self._errors)
-                await self._read_frames(call)
-                if self._fault and self.greeting and self.greeting["kind"] == "ready":
-                    await self.remove()  # it is ours, and may not end by itself
-                with anyio.move_on_after(FAREWELL_TIMEOUT):
-                    await self._process.wait()
-                tasks.cancel_scope.cancel()
-        finally:
-            self._kill_client()
-            with anyio.CancelScope(shield=True):
-                await self._process.aclose()
-            self.gone.set()
-            for event in (self._greeted, self.prepared, self._recycled):
-                event.set()
-            for answer in self._answers.values():
-                answer.close()
-            if self.call:
-                self._lose(self.call)
-
-    def _lose(self, call: Call) -> None:
-        """Cut the call from this sandbox, which is gone; end it if no session could go on with it."""
-        why = last_line(f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words())
-        if self._fault or (call.begun and not call.request.session):
-            call.end(call.died(f"the container ended during the call ({why})"))
-        call.cut(why)
-
-    async def _read_frames(self, call: Call | None) -> None:
-        assert self._process.stdout is not None
-        lines = BufferedByteReceiveStream(self._process.stdout)
-        strays = notes = 0
-        try:
-            while True:
-                frame = await receive(lines, FROM_SANDBOX)
-                if frame["kind"] == "ready" or frame["kind"] == "status":
-                    if self.greeting:
-                        raise ProtocolError("a second greeting")
-                    self._greet(frame, call)
-                elif frame["kind"] == "farewell":
-                    self._kill_client()
-                    return
-                elif frame["kind"] == "expired":
-                    self.expired = True
-                elif frame["kind"] == "prepared":
-                    self.prepared.set()
-                elif frame["kind"] == "recycled":
-                    self._clean = frame["clean"] and self.call is not None and frame["id"] == self.call.id
-                    self._recycled.set()
-                elif frame["kind"] == "note":
-                    notes += 1
-                    if notes <= NOTES_LOGGED:
-                        log.warning("%s: %s", self.name, last_line(frame["text"]))
-                elif frame["kind"] == "pong" or frame["kind"] == "file":
-                    if answer := self._answers.pop(frame["id"], None):
-                        answer.send_nowait(frame)
-                elif self.call and frame["id"] == self.call.id and not self.call.ended.is_set():
-                    await self.call.take(frame)
-                else:
-                    strays += 1
-                    if strays > 100_000:
-                        raise ProtocolError("too many frames that belong to no call")
-        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.ClosedResourceError, anyio.BrokenResourceError):
-            pass
-        except (ProtocolError, anyio.DelimiterNotFound) as error:
-            self._fault = str(error)
-            if self.greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
-                log.error("the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, error)
-
-    def _greet(self, greeting: Greeting, call: Call | None) -> None:
-        """Enter the state that the sandbox is in, with the call whose end no host has been told."""
-        self.packages = greeting["packages"]
-        unread = greeting["unread"]
-        if unread and greeting["kind"] == "ready":
-            request = Request("", greeting["session"], output_limit=BACKLOG_LIMIT)
-            self.call = call if call and call.id == unread else Call(request, unread, ran=greeting["ran"])
-            self.call.go_on(greeting["told"], greeting["left"])
-        self.greeting = greeting
-        self._greeted.set()
-
-    async def _write(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        await send_quietly(self._process.stdin, data)
-
-    def _kill_client(self) -> None:
-        """Kill the engine's command line. The container does not depend on it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-
-    def _last_words(self) -> str:
-        said = last_line(self._errors.decode("utf-8", "replace"))
-        return said or f"its process ended with exit status {self._process.returncode}"
-
-    async def _ask(self, question: Read | Order) -> Answer | Piece:
-        """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
-        put, answers = anyio.create_memory_object_stream[Answer | Piece](1)
-        with put, answers:
-            self._answers[question["id"]] = put
-            if self.gone.is_set():
-                put.close()
+    def __post_init__(self) -> None:
+        """Refuse values that no installer could use."""
+        for requirement in self.preinstalled:
             try:
-                await self._write(encoded(question))
-                return await answers.receive()
-            finally:
-                self._answers.pop(question["id"], None)
-
-    # ── a call ──
-
-    async def begin(self, call: Call) -> None:
-        """Place a call in this sandbox, whose last one has ended."""
-        log.debug("call %s of %s in the container %s", call.id, call.request.session or "no session", self.name)
-        call.attempts += 1
-        call.placed, call.begun, call.unfit = True, False, False
-        call.deadline = anyio.current_time() + call.request.timeout + GRACE + SLACK
-        if call.request.recycle:
-            self._clean, self._recycled = False, anyio.Event()
-        self.call = call
-        if self.gone.is_set():
-            self._lose(call)
-        else:
-            with anyio.CancelScope(deadline=call.deadline):
-                await self._write(call.request.frames(call.id))
-
-    async def finish(self, call: Call, on_output: OnOutput | None = None) -> None:
-        """Wait until the call that was placed here has ended, or is cut from here. Give it up when it is overdue.
-
-        Raises HangError if neither the sandbox nor the engine answers.
-        """
-        with anyio.CancelScope(deadline=call.deadline):
-            await wait_or_doubt(functools.partial(call.wait, on_output, until_begun=True), self._require_answer)
-            await call.wait(on_output)
-        if call.placed and not call.ended.is_set():
-            message = (
-                f"the sandbox itself did not answer for {SLACK:g} seconds, and was removed: is the host overloaded?"
-            )
-            call.end(dataclasses.replace(call.died(message), status="timeout"))
-            await self.remove()
-
-    async def interrupt(self) -> None:
-        """Have the running code interrupted; how it ends is its call's result."""
-        if self.call:
-            await self._write(encoded({"op": "interrupt", "id": self.call.id}))
-
-    async def cancel(self) -> None:
-        """Have the code of a call stopped that no caller waits for any more, without waiting for its end."""
-        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
-            await self.interrupt()
-
-    async def read_file(self, path: str, offset: int, length: int | None) -> bytes:
-        """Return a part of a file in the working directory, also while code runs. Raises RequestError, SessionError."""
-        content = bytearray()
-        while length is None or len(content) < length:
-            question: Read = {"op": "read", "id": secrets.token_hex(8), "path": path, "offset": offset + len(content)}
-            try:
-                with anyio.fail_after(ATTACH_TIMEOUT):
-                    piece = await self._ask(question)
-            except anyio.EndOfStream:
-                raise SessionError("The session's container ended, and its files are gone.") from None
-            except TimeoutError:
-                raise SessionError(f"The session's container did not answer within {ATTACH_TIMEOUT} seconds.") from None
-            if piece["kind"] != "file":
-                raise SessionError("The session's container did not answer as it should.")
-            if piece["problem"]:
-                raise RequestError(f"The file {last_line(path)!r} can't be read: {piece['problem']}.")
-            content += piece["data"]
-            if len(piece["data"]) < READ_LIMIT:
-                break
-        return bytes(content[:length])
-
-    # ── the end ──
-
-    async def leave(self) -> None:
-        """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
-        await self._part_with("farewell")
-
-    async def end(self, must_know: bool = False) -> None:
-        """End the container, in the quickest way that works.
-
-        Raises HangError, if the caller must know, where it can't be found out whether it has ended.
-        """
-        await self._part_with("end")
-        if must_know:
-            with anyio.move_on_after(DOUBT_AFTER):
-                await self.gone.wait()
-                return
-            await self._require_engine()
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await self.gone.wait()
-            return
-        await self.remove()
-
-    async def _part_with(self, word: Literal["farewell", "end"]) -> None:
-        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
-            await self._write(encoded({"op": word}))
-            await self.gone.wait()
-
-    async def recycle(self) -> bool:
-        """Wait until the sandbox is cleaned after a call with `recycle`; return whether nothing seems to be left."""
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await self._recycled.wait()
-        self.call = None
-        return self._clean and not self.gone.is_set()
-
-    async def rename(self, name: str) -> None:
-        """Give the container another name. Raises EngineError if that one is taken."""
-        await self.engine.run("rename", self.name, name)
-        self.name = name
-
-    async def remove(self) -> None:
-        """Have the engine kill and remove the container, whatever state it is in."""
-        with anyio.CancelScope(shield=True):
-            await self.engine.remove(self.name)
-            self._kill_client()
+                parse_requirement(requirement)
+            except RequestError as error:
+                raise ValueError(f"package.preinstalled: {str(error).rstrip('.')}") from None
+        if self.index_url is not None and not re.fullmatch(r"https?://[^\s]+", self.index_url):
+            raise ValueError(f"package.index_url: {self.index_url!r} is not the address of an index (http or https)")
+        for host in self.trusted_hosts:
+            if not re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?", host):
+                raise ValueError(f"package.trusted_hosts: {host!r} is not a host's name, with or without a port")
+        for name, value in (("network", self.network), ("volume", self.volume)):
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+                raise ValueError(f"package.{name}: {value!r} is not the name of a {name}")
+        if self.ca_bundle is not None and not Path(self.ca_bundle).expanduser().is_file():
+            raise ValueError(f"package.ca_bundle: {self.ca_bundle!r} is not a file on this host")
 
 
-def describe_installation(
-    name: str, outcome: Outcome, session: str | None, stale: tuple[str, ...], seconds: float
-) -> Installation:
-    """Return what came of an installation."""
-    if not outcome.ok:
-        needs_build = "--no-build" in outcome.output or "--only-binary" in outcome.output
-        output = shorten_installer_output(outcome.output)
-        return Installation(name, False, f"{name} could not be installed", (), output, needs_build, (), seconds)
-    where = f"in the session {session}" if session else "in every later execution"
-    if outcome.installed:
-        message = f"Installed {', '.join(' '.join(item) for item in outcome.installed)}"
-        message += (
-            f" for the session {session}, but not in place of what it uses" if stale else f": can be imported {where}"
+@dataclass(frozen=True)
+class PoolConfig:
+    """Sandboxes kept ready, so that a call finds one running, with the usual modules imported."""
+
+    enabled: bool = True
+    size: int = 32
+    max_age: float = 300.0
+    max_concurrent_creations: int = 5
+    warm: int = 2
+    preload: tuple[str, ...] = ("numpy", "pandas")
+    reuse: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that no pool could work with."""
+        for name in ("size", "max_age", "max_concurrent_creations"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"pool.{name}: {getattr(self, name)!r} is not a number above zero")
+        if not 0 <= self.warm <= self.size:
+            raise ValueError(f"pool.warm: {self.warm!r} is not a number from 0 to pool.size ({self.size})")
+        for module in self.preload:
+            if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module):
+                raise ValueError(f"pool.preload: {module!r} is not the name of a module")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings; their defaults are defined only here. `config.yaml` explains each one."""
+
+    docker: DockerConfig = field(default_factory=DockerConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    package: PackageConfig = field(default_factory=PackageConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    allowed_modules: tuple[str, ...] = ()
+    blocked_modules: tuple[str, ...] = ()
+
+
+CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
+ENVIRONMENT = {  # variable: the setting it overrides
+    "PYTHON_DOCKER_MCP_POOL_ENABLED": "pool.enabled",
+    "PYTHON_DOCKER_MCP_POOL_SIZE": "pool.size",
+    "PYTHON_DOCKER_MCP_POOL_MAX_AGE": "pool.max_age",
+    "PYTHON_DOCKER_MCP_MAX_CONCURRENT_CREATIONS": "pool.max_concurrent_creations",
+    "PYTHON_DOCKER_MCP_MEMORY_LIMIT": "docker.memory_limit",
+    "PYTHON_DOCKER_MCP_CPU_LIMIT": "docker.cpu_limit",
+}
+
+
+def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Load the configuration: defaults, overridden by the file, then by the environment.
+
+    The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml (which may be missing).
+
+    Raises:
+        ConfigError: the file can't be read or has an unknown key, or a value is invalid.
+    """
+    named = path or environ.get("PYTHON_DOCKER_MCP_CONFIG")
+    file = config_file(path, environ)
+    settings: Any = {}
+    if named or file.exists():
+        import yaml
+
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"The configuration {file} can't be read: {error.strerror}.") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            place = getattr(error, "problem_mark", None)
+            where = f" (line {place.line + 1})" if place else ""
+            raise ConfigError(
+                f"The configuration {file} is not YAML{where}: see config.yaml for an example."
+            ) from error
+        settings = {} if settings is None else settings
+    origin = {key: variable for variable, key in ENVIRONMENT.items() if variable in environ}
+    if isinstance(settings, dict):
+        for key, variable in origin.items():
+            section, _, name = key.partition(".")
+            if isinstance(settings.setdefault(section, {}) or {}, dict):
+                settings[section] = {**(settings[section] or {}), name: environ[variable]}
+    config = _validated(settings, file, origin) if settings else Config()
+    refuse_mounts_of(file, config.docker.mounts)
+    return config
+
+
+def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the path of the configuration file, which may not exist."""
+    return Path(path or environ.get("PYTHON_DOCKER_MCP_CONFIG") or CONFIG_PATH).expanduser()
+
+
+def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
+    """Make a Config from plain data; pydantic checks types, the classes check values. Raises ConfigError."""
+    import pydantic
+
+    for cls in (Config, DockerConfig, SessionConfig, PackageConfig, PoolConfig):
+        setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # mypy knows no such attribute
+    settings = (
+        {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
+    )
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(settings)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        where = origin.get(key) or (f"{key} in {file}" if key else file)
+        if problem["type"] == "unexpected_keyword_argument":
+            known = [item.name for item in dataclasses.fields(Config)]
+            known += [f"docker.{item.name}" for item in dataclasses.fields(DockerConfig)]
+            known += [f"session.{item.name}" for item in dataclasses.fields(SessionConfig)]
+            known += [f"package.{item.name}" for item in dataclasses.fields(PackageConfig)]
+            known += [f"pool.{item.name}" for item in dataclasses.fields(PoolConfig)]
+            alike = difflib.get_close_matches(key, known, 1)
+            advice = f"did you mean {alike[0]}?" if alike else f"the settings are {', '.join(known)}."
+            raise ConfigError(f"There is no setting {key} ({file}): {advice}") from None
+        if problem["type"] == "value_error":
+            key, _, reason = str(problem["ctx"]["error"]).partition(": ")
+            raise ConfigError(f"{origin.get(key) or f'{key} in {file}'}: {reason}.") from None
+        shown = textwrap.shorten(repr(problem["input"]), 80)
+        wanted = WANTED.get(problem["type"]) or f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+        raise ConfigError(f"{where}: {shown} is not accepted: {wanted}.") from None
+
+
+WANTED = {  # advice on a value of the wrong type, by pydantic's error type
+    "dataclass_type": "it must be keys with values, as in config.yaml",
+    "tuple_type": "it must be a list, such as [one, two]",
+    "bool_type": "it must be true or false",
+    "bool_parsing": "it must be true or false",
+    "int_type": "it must be a whole number",
+    "int_parsing": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_type": "it must be a number",
+    "float_parsing": "it must be a number",
+    "string_type": "it must be text, in quotes if it looks like something else",
+}
+
+
+def parse_requirement(text: str) -> tuple[str, str]:
+    """Return a distribution's normalised name (PEP 503) and the whole requirement, without spaces (PEP 508).
+
+    A name, extras and version specifiers are accepted: nothing an installer could take for an option, path or address.
+
+    Raises:
+        RequestError: the text is anything else.
+    """
+    name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+    version = r"(?:===?|~=|!=|<=|>=|<|>) *[A-Za-z0-9][A-Za-z0-9.*+!_-]*"
+    short = text[:201]  # matching time grows faster than the length of the text
+    match = re.fullmatch(rf" *({name}) *(\[ *{name} *(?:, *{name} *)*\])? *({version}(?: *, *{version})*)? *", short)
+    if not match or len(text) > 200:
+        several = re.fullmatch(rf"{name}(?:[, ]+{name})+", short.strip())
+        advice = (
+            "ask for one package a call" if several else "give a name such as requests, pandas[excel] or pandas>=2,<3"
         )
-    elif outcome.present:
-        message = f"{name} {outcome.present} is part of the image already: nothing had to be installed"
-    else:
-        message = f"{name} was installed already: can be imported {where}"
-    return Installation(name, True, message, outcome.installed, stale=stale, seconds=seconds)
+        raise RequestError(
+            f"{textwrap.shorten(repr(text), 80)} is not a package's name with extras and versions: {advice}."
+        )
+    return re.sub(r"[-_.]+", "-", match[1]).lower(), match[0].replace(" ", "")
 
 
-class Pool:
-    """Keep sandboxes ready, and bound how many there are in all.
+@functools.cache
+def size_in_bytes(size: str) -> int:
+    """Convert a size such as `256m` to bytes. Raises ValueError for other text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmg]?)(?:i?b)?", size.strip().lower())
+    if not match:
+        raise ValueError(f"{size!r} is not a size such as 256m or 1g")
+    return int(float(match[1]) * {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[match[2]])
 
-    A leased sandbox is the caller's until it is gone or, with `pool.reuse` and found clean, given back.
+
+def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> str:
+    """Return the engine's --mount argument for `HOST_PATH:CONTAINER_PATH`, read-only unless `:rw` follows.
+
+    Raises ValueError for other text, or a mount that would undo the sandbox (see the two functions `…_paths_to_keep`).
     """
-
-    def __init__(
-        self,
-        create: Callable[[Sequence[str], OnStatus | None], Awaitable[Sandbox]],
-        config: PoolConfig,
-        tasks: anyio.abc.TaskGroup,
-        idle_timeout: float,
-    ) -> None:
-        self.ready: deque[Sandbox] = deque()  # oldest first
-        self._create = create
-        self._config = config
-        self._tasks = tasks
-        self._creations = anyio.Semaphore(config.max_concurrent_creations)
-        self._turn = anyio.Lock(fast_acquire=True)  # serves callers in the order of their coming
-        self._changed = anyio.Event()  # set when a sandbox is ready or a place is free
-        self.count = 0  # all sandboxes, including those being created
-        self._counted: set[Sandbox] = set()
-        self._coming = 0  # sandboxes being created to be kept ready
-        self.returning: set[Sandbox] = set()  # sandboxes being cleaned, to be ready again
-        self._wanted_now = 0  # sandboxes being created for a call that waits
-        self._kept_warm = False
-        self._idle_timeout = idle_timeout  # seconds without a call after which none is kept ready
-        self._used_at = time.monotonic()
-
-    async def lease(self, *, bare: bool = False, report: OnStatus | None = None) -> Sandbox:
-        """Return a ready sandbox or, if there is none or it has to be `bare` (nothing preloaded), a new one.
-
-        `report` is called with what that waits for. Raises EngineError, ImageError.
-        """
-        async with self._turn:
-            while True:
-                while self.ready and not bare:
-                    sandbox = self.ready.popleft()
-                    if not sandbox.gone.is_set() and time.monotonic() - sandbox.created <= self._config.max_age:
-                        self._tasks.start_soon(self._fill_soon)
-                        return sandbox
-                    self._tasks.start_soon(sandbox.end)
-                self._changed = anyio.Event()
-                if self.returning and not bare:  # cleaning takes milliseconds, a new sandbox a good part of a second
-                    await self._changed.wait()
-                    continue
-                if self.count < self._config.size:
-                    self.count += 1
-                    break
-                if report:
-                    report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
-                await self._changed.wait()
-                if report:
-                    report("")
-        self._wanted_now += 1
-        try:
-            return await self._add((), report)  # the caller would have to wait for preloading, too
-        finally:
-            self._wanted_now -= 1
-            self._fill()
-
-    def keep_warm(self) -> None:
-        """Start keeping sandboxes ready, in the background."""
-        if self._config.enabled and not self._kept_warm:
-            self._tasks.start_soon(self._stay_young)
-        self._kept_warm = self._config.enabled
-        self._fill()
-
-    def touch(self) -> None:
-        """Note that a call, of whatever kind, has come: as long as calls come, sandboxes are kept ready."""
-        was_used, self._used_at = self._is_used, time.monotonic()
-        if not was_used:
-            self._fill()
-
-    def renew(self) -> None:
-        """Replace the ready sandboxes at once, because other packages are installed than they have preloaded."""
-        while self.ready:
-            self._tasks.start_soon(self.ready.popleft().end)
-        self._fill()
-
-    async def _stay_young(self) -> None:
-        """Replace ready sandboxes before they are too old, one after the other, as long as calls come."""
-        while True:
-            age = time.monotonic() - self.ready[0].created if self.ready else 0.0
-            await anyio.sleep(max(self._config.max_age * RENEW_AT - age, self._config.max_age / 50))
-            if not self.ready or time.monotonic() - self.ready[0].created < self._config.max_age * RENEW_AT:
-                continue
-            oldest = self.ready[0]
-            if self._is_used and self._missing() >= 0 and self.count < self._config.size:
-                self._coming += 1
-                self.count += 1
-                await self._prepare_one()
-            if oldest in self.ready:
-                self.ready.remove(oldest)
-                self._tasks.start_soon(oldest.end)
-
-    @property
-    def _is_used(self) -> bool:
-        return time.monotonic() - self._used_at < self._idle_timeout
-
-    def stop(self) -> None:
-        """Stop keeping sandboxes ready: those that leave now need no successors."""
-        self._kept_warm = False
-
-    def give_back(self, sandbox: Sandbox) -> None:
-        """Take a used sandbox back if nothing of its use is left in it; end it otherwise."""
-        self.returning.add(sandbox)
-        self._tasks.start_soon(self._take_back, sandbox)
-
-    async def _take_back(self, sandbox: Sandbox) -> None:
-        try:
-            young = self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age
-            if young and await sandbox.recycle():
-                self._put(sandbox)
-                return
-        finally:
-            self.returning.discard(sandbox)
-            self._changed.set()
-        await sandbox.end()
-
-    async def adopt(self, sandbox: Sandbox) -> None:
-        """Take in a ready sandbox that another host left, unless it is too old or the pool is full."""
-        if self.count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
-            self.count += 1
-            self._own(sandbox)
-            self._put(sandbox)
-        else:
-            await sandbox.end()
-
-    def _put(self, sandbox: Sandbox) -> None:
-        self.ready.append(sandbox)
-        self._changed.set()
-
-    def _fill(self) -> None:
-        """Start making missing sandboxes ready, but not while calls wait for new ones: they need the machine now."""
-        if self._kept_warm and self._is_used and not self._wanted_now:
-            for _ in range(min(self._missing(), self._config.size - self.count)):
-                self._coming += 1
-                self.count += 1
-                self._tasks.start_soon(self._prepare_one)
-
-    def _missing(self) -> int:
-        """Return how many more sandboxes should be ready; if negative, how many fewer."""
-        there = self.count if self._config.reuse else len(self.ready) + self._coming  # with reuse, leased ones return
-        return self._config.warm - there
-
-    async def _fill_soon(self) -> None:
-        """Make missing sandboxes ready HEAD_START later, so that the call that took one has the machine to itself."""
-        await anyio.sleep(HEAD_START)
-        self._fill()
-
-    async def _prepare_one(self) -> None:
-        """Make one sandbox ready; while the engine fails, try again at growing intervals."""
-        try:
-            for attempt in itertools.count():
-                try:
-                    sandbox = await self._add(self._config.preload)
-                    self._put(sandbox)
-                    break
-                except SandboxError as error:
-                    if attempt == 0:
-                        log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one says so, too
-                    await anyio.sleep(min(2**attempt, RETRY_AT_MOST))
-                    if self.count >= self._config.size:
-                        break  # the place was taken meanwhile; `_fill` runs again when one becomes free
-                    self.count += 1
-        finally:
-            self._coming -= 1
-
-    async def _add(self, preload: Sequence[str], report: OnStatus | None = None) -> Sandbox:
-        """Create a sandbox, for which a place is already counted."""
-        try:
-            async with self._creations:
-                sandbox = await self._create(preload, report)
-        except BaseException:
-            self._free_place()
-            raise
-        self._own(sandbox)
-        return sandbox
-
-    def _own(self, sandbox: Sandbox) -> None:
-        self._counted.add(sandbox)
-        self._tasks.start_soon(self._watch, sandbox)
-
-    async def _watch(self, sandbox: Sandbox) -> None:
-        """Wait until a sandbox is gone, then free its place and replace it if it was ready."""
-        await sandbox.gone.wait()
-        self.let_go(sandbox)
-        if sandbox in self.ready:
-            self.ready.remove(sandbox)
-        self._fill()
-
-    def let_go(self, sandbox: Sandbox) -> None:
-        """Stop counting a sandbox: it is gone, or a session's, and those are bounded by `session.max`."""
-        if sandbox in self._counted:
-            self._counted.remove(sandbox)
-            self._free_place()
-            self._fill()
-
-    def _free_place(self) -> None:
-        self.count -= 1
-        self._changed.set()
-
-
-class Runner:
-    """Runs code in sandboxes, with or without a session. Made by `open_runner`; safe for many tasks at once.
-
-    Attributes that may be looked at: `pool`, `sessions` (by name), `engine` and `image` (None until they are found).
-    """
-
-    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None = None) -> None:
-        self.config = config
-        self.on_status = on_status
-        self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
-        self.engine: Engine | None = None
-        self.image: Image | None = None
-        self.sessions: dict[str, Session] = {}
-        self.pool = Pool(self._new_sandbox, config.pool, tasks, config.session.idle_timeout)
-        self._tasks = tasks
-        self._finding = anyio.Lock(fast_acquire=True)
-        self._failed: EngineError | None = None  # why the last search for an engine found none,
-        self._failed_at = -math.inf  # and when
-        self._preparing = anyio.Lock()
-        self._watching: list[OnStatus] = []  # those who wait until engine and image are there
-        self._retry_at = 0.0  # when to try again to complete an image
-        self._transient: set[Sandbox] = set()
-
-    async def execute(
-        self,
-        code: str,
-        *,
-        session: str | None = None,
-        state: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        on_output: OnOutput | None = None,
-        on_status: OnStatus | None = None,
-        keep_output: bool = True,
-        interrupt: anyio.Event | None = None,
-        filename: str | None = None,
-        arguments: Sequence[str] = (),
-        is_new: bool = False,
-        answer_within: float | None = None,
-    ) -> Result:
-        """Run code: in a fresh sandbox of its own, or in the session's.
-
-        Args:
-            code: Python source. The value of an expression at its end is returned too. If there is no code, and a call
-                is going on in the session, the result is that call's.
-            session: name under which variables, imports and files are kept from call to call; made if there is none.
-                Calls on one session queue. Cancelling the awaiting task cancels the code.
-            state: variables to start with. If given, even if empty, the result has the variables at the end.
-            timeout: seconds the code may take; by default `docker.timeout`.
-            on_output: awaited with each piece of output as it comes.
-            on_status: called with what the call waits for before its code runs, and with "" when that is over.
-            keep_output: whether the result has the output, up to `docker.output_limit`; if not, all of it is streamed.
-            interrupt: when set, the code is interrupted, and the result has the status `cancelled`.
-            filename: name of the code in tracebacks; it also becomes `__file__`, in the working directory.
-            arguments: for `sys.argv[1:]`.
-            is_new: whether the session's id was just drawn, so that looking for the session can be saved.
-            answer_within: seconds after which a call in a session returns with the status `running` and the output so
-                far. The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
-
-        Raises:
-            RequestError: an argument can't be accepted.
-            EngineError, ImageError: there is nothing to run the code in, or the engine has stopped answering; code that
-                runs in a session then goes on, and the next call tells its end.
-            SessionError: another program is using the session, or a call that was not waited for is going on in it.
-        """
-        self.pool.touch()
-        limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
-        timeout = self.config.docker.timeout if timeout is None else timeout
-        recycle = session is None and self.config.pool.reuse
-        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, recycle=recycle)
-        call = Call(request, streams=on_output is not None)
-        call.on_status = on_status or self._report
-        if session is None:
-            return self._explain(await self._execute_transient(call, on_output, interrupt), call)
-        entry = self.sessions.setdefault(session, Session(session))
-        entry.is_fresh = is_new
-        deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
-        return await self._execute_in_session(entry, call, on_output, interrupt, deadline)
-
-    def _explain(self, result: Result, call: Call) -> Result:
-        """Return the result with a word on what happened, where the sandbox could not know it."""
-        message = result.message
-        if result.status == "out_of_memory":
-            message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
-        elif result.status == "timeout" and not message:
-            limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"
-            message = f"the code did not end {limit}"
-        return dataclasses.replace(result, message=message)
-
-    async def _execute_transient(self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None) -> Result:
-        reuse = False
-        while True:
-            sandbox = await self.pool.lease(bare=call.unfit, report=call.report)
-            self._transient.add(sandbox)
-            try:
-                await sandbox.begin(call)
-                async with interruptible(lambda: sandbox, interrupt):  # noqa: B023  # it is used up with the block
-                    await sandbox.finish(call, on_output)
-                if not call.ended.is_set():
-                    if call.attempts < FIRST_CALL_ATTEMPTS:
-                        continue
-                    call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
-                result = call.tell()
-                reuse = call.request.recycle and result.status in ("ok", "error")
-                return result
-            finally:
-                if reuse:
-                    self._transient.discard(sandbox)
-                    self.pool.give_back(sandbox)
-                else:
-                    self._tasks.start_soon(self._end_soon, sandbox)
-
-    async def _end_soon(self, sandbox: Sandbox) -> None:
-        await anyio.sleep(HEAD_START)
-        await sandbox.end()
-        self._transient.discard(sandbox)
-
-    # ── sessions ──
-
-    async def _execute_in_session(
-        self,
-        session: Session,
-        call: Call,
-        on_output: OnOutput | None,
-        interrupt: anyio.Event | None,
-        deadline: float,
-    ) -> Result:
-        earlier = None
-        async with session.lock:
-            session.used = time.monotonic()
-            if not session.placing:
-                await self._attach(session)
-            if session.call:
-                if not call.request.code.strip():
-                    return await self._answer(session, on_output, call.on_status, interrupt, deadline)
-                await self._require_end(session, can_wait=deadline == math.inf)
-                if session.call:
-                    earlier = self._tell(session, session.call)
-            session.call = call
-            try:
-                result = await self._answer(session, on_output, call.on_status, interrupt, deadline)
-            except anyio.get_cancelled_exc_class():
-                call.cancelled = True
-                if session.placing:
-                    session.placing.cancel()
-                elif session.sandbox and call.placed:
-                    await session.sandbox.cancel()
-                raise
-        if not call.request.code.strip() and result.status == "ok":
-            result = dataclasses.replace(result, message="there was no code to run, and none running to wait for")
-        return dataclasses.replace(result, unread=earlier) if earlier else result
-
-    async def _answer(
-        self,
-        session: Session,
-        on_output: OnOutput | None,
-        on_status: OnStatus | None,
-        interrupt: anyio.Event | None,
-        deadline: float,
-    ) -> Result:
-        """Return the result of the session's call or, if it has none by the deadline, its output so far."""
-        call = session.call
-        assert call is not None
-        call.on_status = on_status
-        try:
-            with anyio.CancelScope(deadline=deadline):
-                async with interruptible(lambda: session.sandbox, interrupt):
-                    while not call.ended.is_set():
-                        if not call.placed:
-                            await self._place(session, call)
-                        elif session.sandbox:
-                            await session.sandbox.finish(call, on_output)
-        finally:
-            call.on_status = None
-        return self._tell(session, call)
-
-    def _tell(self, session: Session, call: Call) -> Result:
-        """Return what there is to tell of a call and, with its end, of what became of the session before it."""
-        if not call.ended.is_set():
-            return call.tell()
-        session.call = None
-        result = self._explain(call.tell(), call)
-        lost, session.lost = result.lost_before or session.lost, None
-        return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
-
-    async def _place(self, session: Session, call: Call) -> None:
-        """Place the session's call in its sandbox or, in the background, in one that is made for it."""
-        if session.placing is None:
-            if session.is_attached and session.sandbox and session.sandbox.call is not call:
-                await session.sandbox.begin(call)
-                return
-            session.placing, session.placed = anyio.CancelScope(), anyio.Event()
-            self._tasks.start_soon(self._place_anew, session, call)
-        await session.placed.wait()
-
-    async def _place_anew(self, session: Session, call: Call) -> None:
-        """Find or make a sandbox for the session, and place its call there; end the call if there is no way to."""
-        assert session.placing is not None
-        with session.placing as scope:
-            try:
-                await self._find_place(session, call)
-            except Exception as error:  # for whoever waits for the call, not for this task's parent
-                call.fail(error)
-        if scope.cancelled_caught:
-            call.fail(SessionError(f"The session {session.name!r} was ended before the call could begin."))
-        session.placing = None
-        session.placed.set()
-
-    async def _find_place(self, session: Session, call: Call) -> None:
-        was_begun, bare = call.begun, call.unfit
-        if bare and session.sandbox:
-            self._tasks.start_soon(session.sandbox.end)
-            session.sandbox = None
-        else:
-            await self._attach(session)
-        if call.placed:
-            return  # it goes on
-        if session.sandbox is None and was_begun:
-            call.end(call.died(f"the container ended during the call ({call.why_cut})"))
-            session.lost = None  # as this call tells it
-        elif was_begun:
-            call.end(self._end_of_cut(session, call))
-        elif call.attempts >= FIRST_CALL_ATTEMPTS:
-            call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
-        else:
-            if session.sandbox is None:
-                await self._create(session, call, bare)
-            if session.sandbox:
-                await session.sandbox.begin(call)
-
-    @staticmethod
-    def _end_of_cut(session: Session, call: Call) -> Result:
-        """Return the result of a call whose end went into a connection that was cut."""
-        kept = session.sandbox is not None and session.sandbox.greeting is not None and session.sandbox.greeting["kept"]
-        return call.died("the connection to the container was cut, and the end of the call with it", kept=kept)
-
-    async def _require_end(self, session: Session, *, can_wait: bool = False) -> None:
-        """Wait for the end of the session's call, as it may be just ending; for one that was cancelled, forget it.
-
-        Raises:
-            SessionError: it goes on.
-        """
-        call = session.call
-        assert call is not None
-        with anyio.move_on_after(GRACE + SLACK if call.cancelled else None if can_wait else CLOSING_TIME):
-            while not call.ended.is_set():
-                if not call.placed:
-                    await self._place(session, call)
-                elif session.sandbox:
-                    await session.sandbox.finish(call)
-        if not call.ended.is_set():
-            raise SessionError(
-                f"In the session {session.name!r} the code of an earlier call is still running: wait for it by a "
-                "call with empty code, which can also interrupt it, or use another session."
+    place, source, target, mode = split_mount(mount)
+    if not source.exists():
+        raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
+    if "," in str(source):
+        raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
+    if reason := why_not_mounted(source):
+        raise ValueError(f"docker.mounts: {place!r} is refused, as {reason}: mount a folder that holds only data")
+    for taken, all_of_it in container_paths_to_keep(working_dir):
+        if ".." in target.split("/") or is_within(taken, target) or (all_of_it and is_within(target, taken)):
+            raise ValueError(
+                f"docker.mounts: {target!r} is refused, as it would hide {taken} of the container: "
+                f"name a place such as {working_dir}/data or /data"
             )
-        if call.cancelled:
-            session.call = None
-            if call.was_lost:
-                session.lost = "a call was cancelled, and its code did not stop in time"
-
-    async def _attach(self, session: Session) -> None:
-        """See that the session's sandbox is connected, if there is one: the runner's own, or one found by its name.
-
-        A call that is running there goes on, or becomes the session's.
-
-        Raises:
-            EngineError: it can't be found out whether there is one.
-            SessionError: another program has it, or its container does not answer.
-        """
-        if session.is_attached or (session.sandbox is None and session.is_fresh):
-            return
-        had, session.sandbox = session.sandbox, None
-        try:
-            session.sandbox = await self._find(session)
-        except BaseException:
-            session.sandbox = had  # to look for it again
-            raise
-        if session.sandbox is None and had:
-            idle = f"it was not used for {self.config.session.idle_timeout:g} seconds"
-            session.lost = idle if had.expired else "its container ended"
-        elif session.sandbox and session.sandbox.call:
-            if session.call is not session.sandbox.call:
-                session.call = session.sandbox.call
-            elif session.call.cancelled:
-                await session.sandbox.interrupt()
-
-    async def _create(self, session: Session, call: Call, bare: bool) -> None:
-        """Make a sandbox for the session or, if another program has just made one, attach to that."""
-        await self._make_room()
-        session.is_coming = True
-        try:
-            sandbox = await self.pool.lease(bare=bare, report=call.report)
-        finally:
-            session.is_coming = False
-        self.pool.let_go(sandbox)
-        session.sandbox = sandbox
-        call.is_new = session.lost is None
-        if session.is_fresh:
-            session.is_fresh = False
-            self._tasks.start_soon(self._claim_later, session, sandbox)
-            return
-        try:
-            await self._claim(session, sandbox)
-        except BaseException:
-            if session.sandbox is sandbox:
-                session.sandbox = None  # nothing has run in it, and no other program would find it
-                with anyio.CancelScope(shield=True):
-                    await sandbox.end()
-            raise
-
-    async def _make_room(self) -> None:
-        """See that there may be one more session. Raises SessionError."""
-        most = self.config.session.max
-        there = {name: one for name, one in self.sessions.items() if one.is_there}
-        if len(there) < most:
-            return
-        idle = [name for name, one in there.items() if not one.is_busy]
-        if not (self.config.session.evict and idle):
-            raise SessionError(
-                f"There are {len(there)} sessions already, which is the most allowed (session.max): "
-                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first."
-            )
-        oldest = min(idle, key=lambda name: there[name].used)
-        log.info("ending the session %s, the longest idle one, to make room for another", oldest)
-        await self.close_session(oldest)
-        evicted = self.sessions.setdefault(oldest, Session(oldest))
-        evicted.lost = f"it was ended to make room for another (session.max: {most})"
-
-    async def _claim(self, session: Session, sandbox: Sandbox) -> None:
-        """Give the session's container the name by which it is found. An engine allows each name only once."""
-        deadline = time.monotonic() + ATTACH_TIMEOUT
-        while not sandbox.gone.is_set():
-            try:
-                await sandbox.rename(session_container(session.name))
-                return
-            except EngineError:
-                if time.monotonic() > deadline:
-                    raise
-            # Another program was quicker; or the session's last container is only just going, or has gone since.
-            name = session_container(session.name)
-            is_there = await sandbox.engine.inspect("container", name, "{{.State.Status}}")
-            if is_there and (other := await self._find(session)):
-                session.sandbox = other
-                await sandbox.end()
-                return
-            await anyio.sleep(0.1)
-
-    async def _claim_later(self, session: Session, sandbox: Sandbox) -> None:
-        """Claim a session that no other program can know yet; at worst none will find it."""
-        try:
-            await self._claim(session, sandbox)
-        except SandboxError as error:
-            if not sandbox.gone.is_set() and session.sandbox is sandbox:
-                log.warning("the session %s will not be found by other programs: %s", session.name, error)
-
-    async def _find(self, session: Session) -> Sandbox | None:
-        """Find a session's container by its name, and plug into it; None if there is none.
-
-        Raises:
-            EngineError: it can't be found out whether there is one.
-            SessionError: another program has it, or it does not answer.
-        """
-        engine = await self.find_engine()
-        container = session_container(session.name)
-        begun = time.monotonic()
-        while container in await engine.sandboxes(f"--filter=name={container}"):
-            # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
-            with anyio.CancelScope(shield=True):
-                answer = await Sandbox.plug_in(
-                    engine, container, self.owner, self._tasks, session=session.name, call=session.call
-                )
-            if isinstance(answer, Sandbox):
-                return answer
-            waited = time.monotonic() - begun
-            # A connection that has ended, ours or that of a host that has died, is one until the supervisor sees it.
-            is_ours = answer is not None and answer.owner == self.owner
-            if answer and answer.attached and waited > (ATTACH_TIMEOUT if is_ours else CLOSING_TIME):
-                raise SessionError(
-                    f"The session {session.name!r} is being used by another program on this host: wait until that has "
-                    "ended, or use another session."
-                )
-            if answer and not answer.attached:
-                if answer.session is not None:
-                    return None  # another session's, whose name has the same hash
-                await engine.remove(container)  # its host died before the first call
-            elif not answer:
-                status = await engine.inspect("container", container, "{{.State.Status}}")
-                if status == "paused" or waited > ATTACH_TIMEOUT:
-                    raise SessionError(
-                        f"The session {session.name!r} is there, but its container {container} does not answer "
-                        f"({status or 'gone'}): unpause it, or remove it with `{engine.kind} rm -f {container}`."
-                    )
-            await anyio.sleep(0.05)
-        return None
-
-    async def close_session(self, name: str) -> bool:
-        """End a session and everything kept for it; False if there is none of that name.
-
-        Raises:
-            SessionError: another program is using it.
-            EngineError: the engine does not answer, so that it may not have ended.
-        """
-        Request("", name)
-        session = self.sessions.setdefault(name, Session(name))
-        was_coming = session.placing is not None
-        if session.placing:
-            session.placing.cancel()
-            await session.placed.wait()
-        if not session.is_attached:
-            async with session.lock:
-                await self._attach(session)
-        sandbox, session.sandbox = session.sandbox, None
-        if session.call:
-            session.call.end(session.call.died("the session was ended"))
-        if sandbox:
-            await sandbox.end(must_know=True)  # even if a call is running: that ends with it
-        if not session.lock.locked():
-            self.sessions.pop(name, None)
-        return was_coming or sandbox is not None
-
-    async def read_file(self, session: str, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Return a file in a session's working directory, or a part of it; also while code runs there.
-
-        Raises:
-            RequestError: there is no such file, or the path leaves the directory.
-            SessionError: there is no such session.
-        """
-        Request("", session)
-        entry = self.sessions.setdefault(session, Session(session))
-        if not entry.is_attached and not entry.placing:
-            async with entry.lock:
-                await self._attach(entry)
-        if entry.sandbox is None or entry.sandbox.gone.is_set():
-            raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
-        return await entry.sandbox.read_file(path, offset, length)
-
-    # ── packages ──
-
-    async def install(
-        self, requirement: str, *, session: str | None = None, on_status: OnStatus | None = None
-    ) -> Installation:
-        """Install a package: for one session (made if there is none), or for every later execution.
-
-        It can be imported at once, in running sandboxes too, whose variables are kept. The executed code gets no
-        network by this: a container of its own does the work.
-
-        Args:
-            requirement: a name, with extras and version specifiers if need be (PEP 508).
-            session: the session that needs it; None for all.
-            on_status: called with what is going on, and with "" when that is over.
-
-        Raises:
-            RequestError: it is not such a requirement, or the session's id can't be one.
-            EngineError, ImageError, SessionError: as for `execute`.
-        """
-        started = time.monotonic()
-        name, text = parse_requirement(requirement)
-        report = on_status or self._report
-        call = Call(Request("", session, timeout=self.config.docker.timeout))
-        call.on_status = report
-        self.pool.touch()
-        stale: tuple[str, ...] = ()
-        if session is None:
-            outcome = await self._install(name, text, None, report)
-            if outcome.ok:
-                self.pool.renew()
-            return describe_installation(name, outcome, session, stale, time.monotonic() - started)
-        entry = self.sessions.setdefault(session, Session(session))
-        async with entry.lock:
-            if entry.call:
-                await self._require_end(entry)
-            await self._attach(entry)
-            if not entry.is_attached:
-                await self._create(entry, call, False)
-            assert entry.sandbox is not None
-            outcome = await self._install(name, text, entry.sandbox, report)
-            if outcome.ok and outcome.folder:
-                earlier = entry.call  # whose result nobody has been told
-                entry.call = Call(dataclasses.replace(call.request, packages=outcome.folder))
-                result = await self._answer(entry, None, None, None, math.inf)
-                stale, entry.call, entry.lost = result.stale, earlier, result.lost_before
-                if entry.sandbox:
-                    entry.sandbox.packages = outcome.folder
-        return describe_installation(name, outcome, session, stale, time.monotonic() - started)
-
-    async def _install(self, name: str, requirement: str, sandbox: Sandbox | None, report: OnStatus) -> Outcome:
-        """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        engine, image = await self.prepare(report)
-        task = {
-            "task": "install",
-            "name": name,
-            "requirement": requirement,
-            "base": sandbox.packages if sandbox else None,
-            "shared": sandbox is None,
-            "image": image.packages.rpartition("/")[2],
-        }
-        helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
-        report(f"installing {requirement}")
-        try:
-            with anyio.fail_after(INSTALL_TIMEOUT):
-                async with helper_container(engine, helper, image.name, self.config.package, task, report) as outcome:
-                    return outcome
-        except TimeoutError:
-            raise EngineError(f"Installing {name} did not end within {INSTALL_TIMEOUT} seconds; try again.") from None
-        finally:
-            report("")
-
-    # ── engine and image ──
-
-    async def find_engine(self) -> Engine:
-        """Return the engine. Raises EngineError."""
-        asked_at = time.monotonic()
-        async with self._finding:
-            if self.engine is None:
-                if self._failed and self._failed_at > asked_at:
-                    raise type(self._failed)(str(self._failed))  # found out while this call waited for its turn
-                try:
-                    self.engine = await find_engine(self.config.docker.command)
-                except EngineError as error:
-                    self._failed, self._failed_at = error, time.monotonic()
-                    raise
-                log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
-            return self.engine
-
-    async def prepare(self, report: OnStatus | None = None) -> tuple[Engine, Image]:
-        """Return the engine and the image, which is pulled or made first if it is missing.
-
-        Another call that fails meanwhile may have the runner look for both again.
-
-        Raises:
-            EngineError, ImageError: there is nothing to run code in.
-        """
-        await self.find_engine()  # ahead of the queue: where there is none, no call waits for those before it
-        watcher = report or self._report
-        self._watching.append(watcher)
-        try:
-            async with self._preparing:
-                engine, image = await self.find_engine(), self.image
-                if not image or (image.problem and time.monotonic() > self._retry_at):
-                    self._retry_at = time.monotonic() + RETRY_AFTER
-                    image = self.image = await derive_image(engine, self.config, self._report_to_all)
-                return engine, image
-        except HangError as error:
-            self.engine, self._failed, self._failed_at = None, error, time.monotonic()
-            raise
-        finally:
-            self._watching.remove(watcher)
-            watcher("")
-
-    def _report_to_all(self, status: str) -> None:
-        """Tell each call that waits for engine and image what they wait for."""
-        for watcher in self._watching:
-            watcher(status)
-
-    def _report(self, status: str) -> None:
-        """Tell what takes long in the background, or in a call whose caller does not want to know."""
-        if self.on_status:
-            self.on_status(status)
-        elif status:
-            log.info("%s", status)
-
-    async def _new_sandbox(self, preload: Sequence[str], report: OnStatus | None) -> Sandbox:
-        engine, image = await self.prepare(report)
-        try:
-            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
-        except EngineError:
-            self.engine = self.image = None  # look again next time: the image may have gone, or the engine changed
-            raise
-
-    # ── all sandboxes ──
-
-    @property
-    def running(self) -> int:
-        """The number of calls under way."""
-        calls = [sandbox.call for sandbox in self._held()]
-        return sum(call is not None and not call.ended.is_set() for call in calls)
-
-    def _held(self) -> list[Sandbox]:
-        """Return the sandboxes that this runner is connected to, or was."""
-        sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
-        return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
-
-    async def list_sandboxes(self) -> list[SandboxInfo]:
-        """Return all sandboxes on this engine as they describe themselves, oldest first."""
-        engine = await self.find_engine()
-        names = await engine.sandboxes()
-        answers = await self._ask(engine, names, patience=LOOK_TIMEOUT)
-        infos = [info for info in answers if isinstance(info, SandboxInfo)]
-        if silent := set(names) - {info.name for info in infos}:
-            infos += [SandboxInfo(name) for name in sorted(silent & set(await engine.sandboxes()))]
-        return sorted(infos, key=lambda info: -info.age)
-
-    async def _ask(
-        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float | None = None
-    ) -> list[Sandbox | SandboxInfo]:
-        """Ask containers to describe themselves; take over those without a host that have the digest `settings`."""
-        answers: list[Sandbox | SandboxInfo] = []
-        at_once = anyio.CapacityLimiter(MAX_PLUGS)
-
-        async def ask(name: str) -> None:
-            async with at_once:
-                with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
-                    answer = await Sandbox.plug_in(
-                        engine, name, self.owner, self._tasks, settings=settings, patience=patience
-                    )
-                    if answer:
-                        answers.append(answer)
-
-        async with anyio.create_task_group() as tasks:
-            for name in names:
-                tasks.start_soon(ask, name)
-        return answers
-
-    async def prune(self) -> list[str]:
-        """Remove containers that do not run and did not some time ago either; return their names.
-
-        Running ones need nothing of the kind: unused sandboxes end by themselves.
-        """
-        engine = await self.find_engine()
-        if not (found := set(await engine.leftovers())):
-            return []
-        await anyio.sleep(PRUNE_PAUSE)
-        gone = sorted(found & set(await engine.leftovers()))
-        for name in gone:
-            await engine.run("rm", "--force", name, timeout=REMOVE_TIMEOUT)
-        return gone
-
-    async def _warm_up(self) -> None:
-        """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
-        with contextlib.suppress(SandboxError):  # the pool will meet the same error, and log it
-            engine, image = await self.prepare()
-            settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
-            names = await engine.sandboxes(f"--filter=label={LABEL}.settings={settings}")
-            unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
-            for sandbox in await self._ask(engine, unnamed, settings=settings):
-                if isinstance(sandbox, Sandbox):
-                    await self.pool.adopt(sandbox)
-        self.pool.keep_warm()
-
-    async def _tidy(self) -> None:
-        with contextlib.suppress(SandboxError):  # without an engine there is nothing to tidy up
-            engine = await self.find_engine()
-            problem = runc_problem(engine.runc)
-            if problem and self.config.docker.runtime in (None, "runc"):
-                log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
-            for name in await self.prune():
-                log.info("removed the container %s, which never ran", name)
-
-    async def _leave(self) -> None:
-        """Say farewell to everything: transient sandboxes end, sessions stay for the next host."""
-        self.pool.stop()
-        async with anyio.create_task_group() as tasks:
-            for sandbox in self._held():
-                tasks.start_soon(sandbox.leave)
+    return f"type=bind,source={source},target={target}" + ("" if mode == ":rw" else ",ro")
 
 
-@asynccontextmanager
-async def open_runner(
-    config: Config | None = None, *, warm: bool = False, on_status: Callable[[str], None] | None = None
-) -> AsyncIterator[Runner]:
-    """Provide a Runner for an `async with`.
-
-    It starts nothing until the first call, unless it is `warm`: then it prepares the image and a pool of sandboxes in
-    the background, while calls can already be made. `on_status` is called with what takes long in the background, or
-    in a call without an `on_status` of its own, and with "" when that is over.
-
-    At the end sessions are left detached: their containers wait `session.idle_timeout` seconds for the next host.
-    """
-    async with open_tasks() as tasks:
-        runner = Runner(config or Config(), tasks, on_status)
-        if warm:
-            tasks.start_soon(runner._warm_up)
-            tasks.start_soon(runner._tidy)
-        try:
-            yield runner
-        finally:
-            with anyio.CancelScope(shield=True):
-                await runner._leave()
+def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
+    """Split a mount into the host path as written, the host path resolved, the container path and the mode."""
+    match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
+    if not match:
+        raise ValueError(
+            f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw after it to let code write"
+        )
+    target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
+    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # resolved, as the engine follows links
 
 
-async def ignore_output(_: Text | Rich | Omitted) -> None:
-    """Drop what a call without code may write."""
+def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
+    """Raise ConfigError if a mount would show the user's code the configuration, which may hold passwords."""
+    for mount in mounts:
+        place, source, _, _ = split_mount(mount)
+        if is_within(file.resolve(), source):
+            raise ConfigError(f"docker.mounts: {place!r} is refused, as the configuration {file} is in it.")
 
 
-@asynccontextmanager
-async def interruptible(sandbox: Callable[[], Sandbox | None], interrupt: anyio.Event | None) -> AsyncIterator[None]:
-    """Interrupt the code in the sandbox when `interrupt` is set within the block."""
-
-    async def interrupt_when_set(event: anyio.Event) -> None:
-        await event.wait()
-        while True:  # repeatedly, as the call may not have begun; the supervisor heeds only the first after that
-            if target := sandbox():
-                await target.interrupt()
-            await anyio.sleep(GRACE / 4)
-
-    if interrupt is None:
-        yield
-        return
-    async with open_tasks() as tasks:
-        tasks.start_soon(interrupt_when_set, interrupt)
-        yield
+def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
+    """Yield each container path that no mount may hide, and whether mounts below it are refused, too."""
+    for path in ("/proc", "/sys", "/dev", PACKAGES):
+        yield path, True
+    for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
+        yield path, False
+    for prefix in ("/usr", "/usr/local"):  # Python itself
+        yield f"{prefix}/bin", False
+        yield f"{prefix}/lib", False
 
 
-@asynccontextmanager
-async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
-    """Provide a task group that is cancelled at the end of the block, whose own error is raised as it is."""
-    error: BaseException | None = None
-    async with anyio.create_task_group() as tasks:
-        try:
-            yield tasks
-        except anyio.get_cancelled_exc_class():
-            raise
-        except BaseException as raised:
-            error = raised
-        tasks.cancel_scope.cancel()
-    if error:
-        raise error
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder, or below it."""
+    return Path(path).is_relative_to(folder)
+
+
+def why_not_mounted(source: Path) -> str | None:
+    """Return why the user's code may not see this host path, or None if it may. `source` must be resolved."""
+    for place, what, all_of_it in host_paths_to_keep():
+        place = place.expanduser().resolve()
+        if is_within(place, source):
+            return f"it is {what}" if place == source else f"{what} is in it ({place})"
+        if all_of_it and is_within(source, place):
+            return f"it is part of {what} ({place})"
+    entries = [source]
+    with contextlib.suppress(OSError):  # `source` is not a folder, or this user can't list it
+        entries += source.iterdir()
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                return f"{entry} is a socket that a program on this host listens on"
+    return None
+
+
+def host_paths_to_keep() -> Iterator[tuple[Path, str, bool]]:
+    """Yield each host path that must stay hidden, its description, and whether paths below it must, too."""
+    yield Path("/"), "the host's root", False
+    yield Path.home(), "the home directory", False
+    yield Path("/etc"), "the host's configuration", False
+    for system in ("/proc", "/sys", "/dev"):
+        yield Path(system), "the host's kernel interface", True
+    yield CONFIG_PATH.parent, "this server's own configuration", True
+    data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share")
+    for root in (Path("/var/lib"), data):
+        for engine in ("docker", "containers", "containerd"):
+            yield root / engine, "the engine's own data", True
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    for folder in ("/run", "/var/run", *([runtime] if runtime else []), "~/.docker/run", "~/.docker/desktop"):
+        yield Path(folder), "the folder of this host's sockets", False
+    for variable in ("DOCKER_HOST", "CONTAINER_HOST"):
+        scheme, _, path = os.environ.get(variable, "").partition("://")
+        if scheme == "unix" and path:
+            yield Path(path), f"the engine's socket ({variable})", False
 
 
 # ── command line ──
