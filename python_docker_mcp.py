@@ -62,6 +62,7 @@ from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 from sandbox_runner import (
     BASE_LABEL,
     CONFIG_HELP,
+    IMAGE_SIDE,
     PACKAGES,
     RUNC_REMEDY,
     WRITABLE_FOLDERS,
@@ -114,13 +115,12 @@ STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the
 STATE_UNASKED = 4_000  # the same, if the caller did not
 RESULT_LIMIT = 900_000  # bytes of the whole result as JSON
 IMAGE_LIMIT = 20  # images
-IMAGE_SIDE = 2000  # pixels
-FILE_LIMIT = 30  # files named in a result
+FILES_NAMED = 30  # files named in a result
 
 # Limits on what is kept and read for results that could not hold everything.
 OUTPUT_KEPT = 16 << 20  # characters of output, per session
 OUTPUT_KEPT_ALL = 64 << 20  # characters of output, over all sessions
-READ_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double that
+RESOURCE_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double that
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress notifications
 KEEP_ALIVE = 5.0  # seconds without news after which one is sent anyway: clients give up on silent calls
@@ -537,7 +537,7 @@ def render(
         "message": result.message,
         "state": variables,
         "not_in_state": missing,
-        "files": [file_fields(result, file) for file in result.files[:FILE_LIMIT]],
+        "files": [file_fields(result, file) for file in result.files[:FILES_NAMED]],
         "notes": background + notes,
         "session_id": result.session,
         "session_state": result.state,
@@ -865,7 +865,7 @@ def files_section(result: Result) -> Iterator[str]:
 
 def attachments(result: Result) -> Iterator[Section]:
     """Attach links to a session's files, or the small files of a transient call themselves."""
-    for file in result.files[: FILE_LIMIT if result.session else 0]:
+    for file in result.files[: FILES_NAMED if result.session else 0]:
         yield link(str(result.session), file)
     for path, data in result.contents.items():
         yield types.EmbeddedResource(resource=resource(f"sandbox:///{urllib.parse.quote(path)}", data))
@@ -873,8 +873,8 @@ def attachments(result: Result) -> Iterator[Section]:
 
 def listing(files: Sequence[FileInfo]) -> str:
     """List files by name and size."""
-    words = [f"{file.path} ({readable_size(file.size)})" for file in files[:FILE_LIMIT]]
-    return ", ".join(words) + (f" and {len(files) - FILE_LIMIT} more" if len(files) > FILE_LIMIT else "")
+    words = [f"{file.path} ({readable_size(file.size)})" for file in files[:FILES_NAMED]]
+    return ", ".join(words) + (f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else "")
 
 
 def file_fields(result: Result, file: FileInfo) -> dict[str, Any]:
@@ -1275,8 +1275,8 @@ async def read_resource(context: Context, params: types.ReadResourceRequestParam
             part = cut(text[offset:], length, f"{address} has {len(text)} characters")
             contents: Any = types.TextResourceContents(uri=params.uri, mime_type="text/plain", text=part)
         else:
-            data = await service.runner.read_file(session, rest, offset, (length or READ_LIMIT) + 1)
-            contents = resource(params.uri, cut(data, length, f"{rest} is larger than {READ_LIMIT} bytes"))
+            data = await service.runner.read_file(session, rest, offset, (length or RESOURCE_LIMIT) + 1)
+            contents = resource(params.uri, cut(data, length, f"{rest} is larger than {RESOURCE_LIMIT} bytes"))
     except SandboxError as error:
         raise MCPError(types.INVALID_PARAMS, str(error), {"uri": params.uri}) from error
     return types.ReadResourceResult(contents=[contents])
@@ -1297,8 +1297,8 @@ def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
     if set(given) - {"offset", "length"} or not all(re.fullmatch(r"\d{1,15}", value) for value in given.values()):
         raise RequestError("A range is ?offset=NUMBER&length=NUMBER, both from 0.")
     length = int(given["length"]) if "length" in given else None
-    if length is not None and not 0 < length <= READ_LIMIT:
-        raise RequestError(f"A length of {length} can't be read at once: ask for 1 to {READ_LIMIT}.")
+    if length is not None and not 0 < length <= RESOURCE_LIMIT:
+        raise RequestError(f"A length of {length} can't be read at once: ask for 1 to {RESOURCE_LIMIT}.")
     session, rest = urllib.parse.unquote(parts.netloc), urllib.parse.unquote(match[2])
     address = session_uri(session, "output" if match[1] == "output" else "files", rest)
     return address, session, match[1], rest, int(given.get("offset", 0)), length
@@ -1306,8 +1306,8 @@ def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
 
 def cut(data: Any, length: int | None, size: str) -> Any:
     """Cut data to the length asked for; without one, return all of it. Raises RequestError if that is too much."""
-    if length is None and len(data) > READ_LIMIT:
-        raise RequestError(f"{size}, too much for one answer: read parts of it with ?offset=0&length={READ_LIMIT}.")
+    if length is None and len(data) > RESOURCE_LIMIT:
+        raise RequestError(f"{size}, too much for one answer: read parts of it with ?offset=0&length={RESOURCE_LIMIT}.")
     return data if length is None else data[:length]
 
 

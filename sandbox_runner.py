@@ -272,7 +272,7 @@ CLOSING_TIME = 1.0  # seconds to wait for a session's previous call, or host, to
 FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
 HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
 MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
-RETRY_AFTER = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
+IMAGE_RETRY_PAUSE = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
 PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
 
 
@@ -543,7 +543,9 @@ class Runner:
         """
         call = session.call
         assert call is not None
-        with anyio.move_on_after(GRACE + SLACK if call.cancelled else None if can_wait else CLOSING_TIME):
+        with anyio.move_on_after(
+            INTERRUPT_GRACE + HOST_PATIENCE if call.cancelled else None if can_wait else CLOSING_TIME
+        ):
             while not call.ended.is_set():
                 if not call.placed:
                     await self._place(session, call)
@@ -838,7 +840,7 @@ class Runner:
             async with self._preparing:
                 engine, image = await self.find_engine(), self.image
                 if not image or (image.problem and time.monotonic() > self._retry_at):
-                    self._retry_at = time.monotonic() + RETRY_AFTER
+                    self._retry_at = time.monotonic() + IMAGE_RETRY_PAUSE
                     image = self.image = await derive_image(engine, self.config, self._report_to_all)
                 return engine, image
         except HangError as error:
@@ -885,7 +887,7 @@ class Runner:
         """Return all sandboxes on this engine as they describe themselves, oldest first."""
         engine = await self.find_engine()
         names = await engine.sandboxes()
-        answers = await self._ask(engine, names, patience=LOOK_TIMEOUT)
+        answers = await self._ask(engine, names, patience=STATUS_TIMEOUT)
         infos = [info for info in answers if isinstance(info, SandboxInfo)]
         if silent := set(names) - {info.name for info in infos}:
             infos += [SandboxInfo(name) for name in sorted(silent & set(await engine.sandboxes()))]
@@ -985,7 +987,7 @@ async def interruptible(sandbox: Callable[[], Sandbox | None], interrupt: anyio.
         while True:  # repeatedly, as the call may not have begun; the supervisor heeds only the first after that
             if target := sandbox():
                 await target.interrupt()
-            await anyio.sleep(GRACE / 4)
+            await anyio.sleep(INTERRUPT_GRACE / 4)
 
     if interrupt is None:
         yield
@@ -1015,7 +1017,7 @@ async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
 
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
 CODE_LIMIT = 256 << 10  # bytes of code in one call; less than LINE_LIMIT
-PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
+SHORT_PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
 PIECES_LIMIT = 100_000  # pieces of output in one result; more than a genuine supervisor lets through
 STREAM_LIMIT = 64  # pieces of output that wait for a slow caller before the sandbox has to wait
 JOINED_LIMIT = 1 << 20  # characters of output up to which all neighbouring pieces are joined at the end
@@ -1274,7 +1276,7 @@ class Call:
             isinstance(item, Text)
             and isinstance(last, Text)
             and item.stream == last.stream
-            and len(item.text) + len(last.text) < PIECE
+            and len(item.text) + len(last.text) < SHORT_PIECE
         ):
             self._output[-1] = Text(item.stream, last.text + item.text)
         elif len(self._output) < PIECES_LIMIT:
@@ -1291,7 +1293,7 @@ class Call:
     def go_on(self, told: int, left: float) -> None:
         """Go on over a new connection, after `told` bytes of output were sent over earlier ones."""
         self.begun = self.placed = True
-        self.deadline = anyio.current_time() + left + SLACK
+        self.deadline = anyio.current_time() + left + HOST_PATIENCE
         if told > self.received:
             self._keep(Omitted(told - self.received))
             self.received = told
@@ -1407,8 +1409,8 @@ class Session:
 
 # ── pool ──
 
-RENEW_AT = 0.8  # fraction of `pool.max_age` at which a ready sandbox is replaced
-RETRY_AT_MOST = 60  # seconds, at most, between attempts to keep a sandbox ready while the engine fails
+RENEWAL_AGE = 0.8  # fraction of `pool.max_age` at which a ready sandbox is replaced
+POOL_RETRY_LIMIT = 60  # seconds, at most, between attempts to keep a sandbox ready while the engine fails
 
 
 class Pool:
@@ -1495,8 +1497,8 @@ class Pool:
         """Replace ready sandboxes before they are too old, one after the other, as long as calls come."""
         while True:
             age = time.monotonic() - self.ready[0].created if self.ready else 0.0
-            await anyio.sleep(max(self._config.max_age * RENEW_AT - age, self._config.max_age / 50))
-            if not self.ready or time.monotonic() - self.ready[0].created < self._config.max_age * RENEW_AT:
+            await anyio.sleep(max(self._config.max_age * RENEWAL_AGE - age, self._config.max_age / 50))
+            if not self.ready or time.monotonic() - self.ready[0].created < self._config.max_age * RENEWAL_AGE:
                 continue
             oldest = self.ready[0]
             if self._is_used and self._missing() >= 0 and self.count < self._config.size:
@@ -1573,7 +1575,7 @@ class Pool:
                 except SandboxError as error:
                     if attempt == 0:
                         log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one says so, too
-                    await anyio.sleep(min(2**attempt, RETRY_AT_MOST))
+                    await anyio.sleep(min(2**attempt, POOL_RETRY_LIMIT))
                     if self.count >= self._config.size:
                         break  # the place was taken meanwhile; `_fill` runs again when one becomes free
                     self.count += 1
@@ -1619,11 +1621,11 @@ class Pool:
 
 START_TIMEOUT = 60  # seconds from `docker run` to the supervisor's greeting
 ATTACH_TIMEOUT = 15  # seconds from `docker exec` to the supervisor's greeting
-LOOK_TIMEOUT = 5  # seconds for the same, when a sandbox is only asked for its state
+STATUS_TIMEOUT = 5  # seconds for the same, when a sandbox is only asked for its state
 DOUBT_AFTER = 6  # seconds of silence before a sandbox, and then its engine, is asked whether it is there
 PONG_TIMEOUT = 3  # seconds for the sandbox to answer that question
-GRACE = 2.0  # seconds between interrupting the code and killing it
-SLACK = 10  # seconds the host waits past the supervisor's own deadline
+INTERRUPT_GRACE = 2.0  # seconds between interrupting the code and killing it
+HOST_PATIENCE = 10  # seconds the host waits past the supervisor's own deadline
 ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
 FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
 NOTES_LOGGED = 100  # notes of one sandbox that are logged
@@ -1662,7 +1664,7 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
         "writable_folders": WRITABLE_FOLDERS,
         "idle_timeout": config.session.idle_timeout,
         "adoption_time": ADOPTION_TIME,
-        "grace": GRACE,
+        "grace": INTERRUPT_GRACE,
         "allowed_modules": config.allowed_modules,
         "blocked_modules": config.blocked_modules,
         "preload": preload,
@@ -1721,7 +1723,7 @@ class Sandbox:
         tasks.start_soon(sandbox._serve, None)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                await sandbox._come_up(program(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
+                await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
             if sandbox.greeting is None:
                 raise EngineError(
                     f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
@@ -1923,7 +1925,7 @@ class Sandbox:
         log.debug("call %s of %s in the container %s", call.id, call.request.session or "no session", self.name)
         call.attempts += 1
         call.placed, call.begun, call.unfit = True, False, False
-        call.deadline = anyio.current_time() + call.request.timeout + GRACE + SLACK
+        call.deadline = anyio.current_time() + call.request.timeout + INTERRUPT_GRACE + HOST_PATIENCE
         if call.request.recycle:
             self._clean, self._recycled = False, anyio.Event()
         self.call = call
@@ -1942,9 +1944,8 @@ class Sandbox:
             await wait_or_doubt(functools.partial(call.wait, on_output, until_begun=True), self._require_answer)
             await call.wait(on_output)
         if call.placed and not call.ended.is_set():
-            message = (
-                f"the sandbox itself did not answer for {SLACK:g} seconds, and was removed: is the host overloaded?"
-            )
+            silence = f"the sandbox itself did not answer for {HOST_PATIENCE:g} seconds"
+            message = f"{silence}, and was removed: is the host overloaded?"
             call.end(dataclasses.replace(call.died(message), status="timeout"))
             await self.remove()
 
@@ -2337,8 +2338,8 @@ LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a ho
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # shared: json.dumps() would make one per frame
-HIGH_WATER = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
-BREATH = 0.002  # seconds that output waits for more: waking each process that relays it costs more than the bytes do
+OUTBOX_LIMIT = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
+OUTPUT_DELAY = 0.002  # seconds that output waits for more: waking each process on its way costs more than the bytes
 EARLIER_LIMIT = 1 << 16  # bytes kept of the output written while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while the session is detached
 VALUE_LIMIT = 32_000  # characters of a value's repr
@@ -2673,7 +2674,7 @@ class Supervisor:
                 self._import_next()
             elif not self.worker:
                 self._fork()
-            congested = self.channel is not None and len(self.channel.outbox) > HIGH_WATER
+            congested = self.channel is not None and len(self.channel.outbox) > OUTBOX_LIMIT
             resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
             readers = [fd for fd in self.sources if fd not in resting]
             writers = [channel.writer for channel in channels if channel.outbox]
@@ -2944,7 +2945,7 @@ class Supervisor:
         if self.waiting:
             self._read_all_output()
         else:
-            self.waiting, self.waits_until = stream, time.monotonic() + (0.0 if self.flows else BREATH)
+            self.waiting, self.waits_until = stream, time.monotonic() + (0.0 if self.flows else OUTPUT_DELAY)
 
     def _read_all_output(self) -> None:
         for stream in sorted(self.pipes, key=lambda stream: stream != self.waiting):
@@ -4439,7 +4440,7 @@ async def find_engine(command: str | None = None) -> Engine:
 
     async def ask(path: str) -> None:
         try:
-            answers[path] = await _probe(path)
+            answers[path] = await _identify(path)
         except EngineError as error:
             answers[path] = error
         answered[path].set()
@@ -4473,7 +4474,7 @@ def find_program(name: str) -> str | None:
     return os.path.abspath(found) if found else None  # commands run in another directory
 
 
-async def _probe(path: str) -> Engine:
+async def _identify(path: str) -> Engine:
     """Ask a command line for its engine's kind and version. Raises EngineError if that engine can't be used."""
     try:
         code, output, errors = await run_command([path, "version", "--format={{json .}}"], ANSWER_TIMEOUT)
@@ -4999,7 +5000,7 @@ async def helper_container(
         async with open_tasks() as tasks:
             tasks.start_soon(keep_tail, process.stderr, errors)
             try:
-                shipped = program(INSTALLER_SOURCE, "run_installer", installer_task(package, task))
+                shipped = shipment(INSTALLER_SOURCE, "run_installer", installer_task(package, task))
                 tasks.start_soon(send_quietly, process.stdin, shipped)
                 lines = BufferedByteReceiveStream(process.stdout)
                 step = 0
@@ -5080,7 +5081,7 @@ def host_certificates(package: PackageConfig) -> tuple[str, bool]:
 
 # ════════ installer: from here to the closing line, shipped into helper containers with network access ════════
 
-TOOLS = "/opt/python-docker-mcp"  # in the derived image: the installer itself, and Matplotlib's font cache
+INSTALLER_FOLDER = "/opt/python-docker-mcp"  # in the derived image: the installer itself, and Matplotlib's font cache
 PACKAGES = "/packages"  # where the volume with installed packages is mounted, in sandboxes read-only
 CERTIFICATES = "/dev/shm/certificates.pem"  # in memory, so that the host's certificates never stay in an image
 UNUSED_AFTER = 30 * 86400  # seconds after which a set of packages is pruned if no installation asks for it
@@ -5158,7 +5159,7 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
     subprocess.call([sys.executable, "-m", "compileall", "-q", "-q", "-j", "0", "-x", "[/]tests?[/]", *sorted(folders)])
     if any(os.path.isdir(f"{folder}/matplotlib") for folder in folders):
         tell("progress", text="listing fonts for Matplotlib", step=4)
-        environment = {**os.environ, "MPLCONFIGDIR": f"{TOOLS}/matplotlib"}
+        environment = {**os.environ, "MPLCONFIGDIR": f"{INSTALLER_FOLDER}/matplotlib"}
         subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
     for entry in os.scandir("/tmp"):  # Podman would copy its contents into every sandbox
         shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
@@ -5283,8 +5284,8 @@ def run_tool(command: list[str]) -> str:
 
 def installer_command(task: dict[str, Any]) -> list[str]:
     """Return the command line of uv or pip, fetching the tool unless the image or an earlier helper has it."""
-    place = TOOLS if task["task"] == "build" else f"{PACKAGES}/.tools"
-    for folder in (TOOLS, f"{PACKAGES}/.tools"):
+    place = INSTALLER_FOLDER if task["task"] == "build" else f"{PACKAGES}/.tools"
+    for folder in (INSTALLER_FOLDER, f"{PACKAGES}/.tools"):
         if task["installer"] == "uv" and os.path.exists(f"{folder}/uv"):
             return [f"{folder}/uv", "pip"]
         if task["installer"] == "pip" and os.path.exists(f"{folder}/pip.whl"):
@@ -5392,7 +5393,7 @@ names[entry.decode()](settings.decode())
 BOOTSTRAP_ARGUMENTS = ("-I", "-c", BOOTSTRAP)
 
 
-def program(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
+def shipment(source: str, entry: str, settings: Mapping[str, Any]) -> bytes:
     """Encode what BOOTSTRAP reads from standard input: the source, the function to call, and its argument."""
     parts = (source.encode(), entry.encode(), json.dumps(settings).encode())
     return b"".join(b"%08x%s" % (len(part), part) for part in parts)
@@ -5730,7 +5731,7 @@ def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
     """Yield each container path that no mount may hide, and whether mounts below it are refused, too."""
     for path in ("/proc", "/sys", "/dev", PACKAGES):
         yield path, True
-    for path in (working_dir, "/tmp", TOOLS, "/etc", "/bin", "/lib", "/lib64"):
+    for path in (working_dir, "/tmp", INSTALLER_FOLDER, "/etc", "/bin", "/lib", "/lib64"):
         yield path, False
     for prefix in ("/usr", "/usr/local"):  # Python itself
         yield f"{prefix}/bin", False

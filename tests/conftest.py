@@ -310,7 +310,7 @@ def docker(
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable in (*sandbox_runner.ENVIRONMENT, "PYTHON_DOCKER_MCP_CONFIG"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(sandbox_runner, "GRACE", 0.6)
+    monkeypatch.setattr(sandbox_runner, "INTERRUPT_GRACE", 0.6)
     monkeypatch.setattr(sandbox_runner, "WRITABLE_FOLDERS", ())  # none of this machine's are to be emptied
     yield engine
     engine.close()

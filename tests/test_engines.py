@@ -567,7 +567,7 @@ async def test_a_call_goes_on_after_a_pause_of_its_container(runner: Runner, ses
 async def test_a_container_that_stays_paused_is_given_up_and_replaced(
     runner: Runner, session: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_runner, "SLACK", 0.5)
+    monkeypatch.setattr(sandbox_runner, "HOST_PATIENCE", 0.5)
     await runner.execute("x = 1", session=session)
     name = await engine.container_of(runner)
     await engine("pause", name)

@@ -48,9 +48,9 @@ from sandbox_runner import (
     collect_state,
     filter_program,
     plug,
-    program,
     refuse_input,
     rich_forms,
+    shipment,
 )
 
 # ── the guards ──
@@ -636,7 +636,7 @@ class Guest:
         self.prepared = 0  # how often it has told that it is
         self.begun: list[str] = []  # the calls of which it has told that they begin
         try:
-            shipped = program(GUEST_SOURCE, "supervise", self.settings)
+            shipped = shipment(GUEST_SOURCE, "supervise", self.settings)
             while shipped:
                 shipped = shipped[os.write(self.channel.writer, shipped) :]
             self.greeting = next(self.frames)

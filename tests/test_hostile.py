@@ -558,7 +558,7 @@ def fixed(config: Config) -> Config:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less time between an interruption and the kill, of which there are many here."""
-    monkeypatch.setattr(sandbox_runner, "GRACE", 0.4)
+    monkeypatch.setattr(sandbox_runner, "INTERRUPT_GRACE", 0.4)
 
 
 @pytest.fixture

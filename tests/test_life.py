@@ -522,8 +522,8 @@ class Life(RuleBasedStateMachine):
             self.world.engine.run("unpause", known.container)
             return
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sandbox_runner, "GRACE", 0.1)
-            patch.setattr(sandbox_runner, "SLACK", 0.1)
+            patch.setattr(sandbox_runner, "INTERRUPT_GRACE", 0.1)
+            patch.setattr(sandbox_runner, "HOST_PATIENCE", 0.1)
             result = self.world.call(host.runner.execute, "1", session=name, timeout=0.1)
         assert (result.status, result.state) == ("timeout", "lost")
         known.dies()
@@ -645,7 +645,7 @@ def world(docker: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     clock = Clock(tmp_path / "clock")
     monkeypatch.setattr(sandbox_runner, "time", clock)
     monkeypatch.setattr(sandbox_runner, "GUEST_SOURCE", clock.rule_over(sandbox_runner.GUEST_SOURCE))
-    monkeypatch.setattr(sandbox_runner, "RETRY_AT_MOST", 0.2)
+    monkeypatch.setattr(sandbox_runner, "POOL_RETRY_LIMIT", 0.2)
     monkeypatch.setattr(sandbox_runner, "CLOSING_TIME", 0.1)
     config = Config(
         docker=DockerConfig(command=docker.command, working_dir=str(tmp_path / "work")),
@@ -859,7 +859,7 @@ async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_othe
 async def test_a_pool_whose_engine_refuses_says_so_and_fills_itself_again_within_its_size(
     docker: FakeEngine, settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_runner, "RETRY_AT_MOST", 0.2)
+    monkeypatch.setattr(sandbox_runner, "POOL_RETRY_LIMIT", 0.2)
     docker.script(run={"exit": 125, "stderr": "write /var/lib/docker: no space left on device\n"})
     config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=()))
     hears = Hears()

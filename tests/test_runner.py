@@ -328,8 +328,8 @@ async def test_a_time_out_loses_them_if_it_does_not_and_the_next_call_works(runn
 async def test_a_sandbox_that_does_not_answer_is_removed(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_runner, "GRACE", 0.1)
-    monkeypatch.setattr(sandbox_runner, "SLACK", 0.1)
+    monkeypatch.setattr(sandbox_runner, "INTERRUPT_GRACE", 0.1)
+    monkeypatch.setattr(sandbox_runner, "HOST_PATIENCE", 0.1)
     docker.script(run={"program": hostile("")})
     result = await runner.execute("1", session="s", timeout=0.1)
     assert (result.status, result.state) == ("timeout", "lost")
