@@ -96,7 +96,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.memory import MemoryObjectSendStream
 from typing_extensions import TypedDict
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = [
     "open_runner",
     "Runner",
@@ -5530,7 +5530,7 @@ class PoolConfig:
     max_age: float = 300.0
     max_concurrent_creations: int = 5
     warm: int = 2
-    preload: tuple[str, ...] = ("numpy", "pandas")
+    preload: tuple[str, ...] = ("numpy", "pandas", "matplotlib.pyplot")
     reuse: bool = False
 
     def __post_init__(self) -> None:
