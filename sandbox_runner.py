@@ -2693,7 +2693,7 @@ class Supervisor:
         """Import one of the modules to preload; workers forked later have it at no cost."""
         name = self.preload.pop(0)
         try:
-            importlib.import_module(name)
+            import_ahead(name)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -3103,6 +3103,16 @@ class Supervisor:
         self.worker, self.control, self.worker_fds, self.pipes, self.waiting = 0, None, set(), {}, None
 
 
+def import_ahead(name: str) -> None:
+    """Import a module before code needs it; of pyplot draw a figure, too, as the first takes several times longer."""
+    module = importlib.import_module(name)
+    if name == "matplotlib.pyplot":
+        figure = module.figure()
+        figure.subplots().set(title="T", xlabel="$x$", ylabel="y")
+        figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")
+        module.close(figure)
+
+
 def package_folders(root: str, own: str | None) -> list[str]:
     """Return the existing folders of packages installed for a session (`own`) and for all sessions, in this order."""
     shared = None
@@ -3470,7 +3480,7 @@ class Worker:
             if select.select([self.control.reader], [], [], 0)[0]:
                 break
             with contextlib.suppress(Exception):  # code that imports it will get the error itself
-                importlib.import_module(name)
+                import_ahead(name)
 
     def rehearse(self) -> None:
         """Run an empty call, so that the first real one need not wait for copy-on-write of the pages it writes to.
