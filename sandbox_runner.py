@@ -466,14 +466,18 @@ class Runner:
         try:
             with anyio.CancelScope(deadline=deadline):
                 async with interruptible(lambda: session.sandbox, interrupt):
-                    while not call.ended.is_set():
-                        if not call.placed:
-                            await self._place(session, call)
-                        elif session.sandbox:
-                            await session.sandbox.finish(call, on_output)
+                    await self._pursue(session, call, on_output)
         finally:
             call.on_status = None
         return self._tell(session, call)
+
+    async def _pursue(self, session: Session, call: Call, on_output: OnOutput | None = None) -> None:
+        """Wait until the session's call has ended, placing it as often as its connection ends or a sandbox does."""
+        while not call.ended.is_set():
+            if call.placed and session.sandbox and session.sandbox.call is call:
+                await session.sandbox.finish(call, on_output)
+            else:
+                await self._place(session, call)
 
     def _tell(self, session: Session, call: Call) -> Result:
         """Return what there is to tell of a call and, with its end, of what became of the session before it."""
@@ -519,8 +523,10 @@ class Runner:
         if session.sandbox is None and was_begun:
             call.end(call.died(f"the container ended during the call ({call.why_cut})"))
             session.lost = None  # as this call tells it
-        elif was_begun:
-            call.end(self._end_of_cut(session, call))
+        elif was_begun and session.sandbox:
+            kept = session.sandbox.greeting is not None and session.sandbox.greeting["kept"]
+            message = "the connection to the container was cut, and the end of the call with it"
+            call.end(call.died(message, kept=kept))
         elif call.attempts >= FIRST_CALL_ATTEMPTS:
             call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
         else:
@@ -528,12 +534,6 @@ class Runner:
                 await self._create(session, call, bare)
             if session.sandbox:
                 await session.sandbox.begin(call)
-
-    @staticmethod
-    def _end_of_cut(session: Session, call: Call) -> Result:
-        """Return the result of a call whose end went into a connection that was cut."""
-        kept = session.sandbox is not None and session.sandbox.greeting is not None and session.sandbox.greeting["kept"]
-        return call.died("the connection to the container was cut, and the end of the call with it", kept=kept)
 
     async def _require_end(self, session: Session, *, can_wait: bool = False) -> None:
         """Wait for the end of the session's call, as it may be just ending; for one that was cancelled, forget it.
@@ -543,14 +543,9 @@ class Runner:
         """
         call = session.call
         assert call is not None
-        with anyio.move_on_after(
-            INTERRUPT_GRACE + HOST_PATIENCE if call.cancelled else None if can_wait else CLOSING_TIME
-        ):
-            while not call.ended.is_set():
-                if not call.placed:
-                    await self._place(session, call)
-                elif session.sandbox:
-                    await session.sandbox.finish(call)
+        patience = INTERRUPT_GRACE + HOST_PATIENCE if call.cancelled else None if can_wait else CLOSING_TIME
+        with anyio.move_on_after(patience):
+            await self._pursue(session, call)
         if not call.ended.is_set():
             raise SessionError(
                 f"In the session {session.name!r} the code of an earlier call is still running: wait for it by a "
