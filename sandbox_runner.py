@@ -491,7 +491,10 @@ class Runner:
     async def _place(self, session: Session, call: Call) -> None:
         """Place the session's call in its sandbox or, in the background, in one that is made for it."""
         if session.placing is None:
-            if session.is_attached and session.sandbox and session.sandbox.call is not call:
+            if call.cancelled and not call.begun:
+                call.fail(SessionError(f"The call in the session {session.name!r} was cancelled before it began."))
+                return
+            if session.is_attached and session.sandbox and not call.begun and not call.unfit:
                 await session.sandbox.begin(call)
                 return
             session.placing, session.placed = anyio.CancelScope(), anyio.Event()
