@@ -500,11 +500,13 @@ class Life(RuleBasedStateMachine):
         holder, runner = known.holder, self.hosts[known.holder].runner
         cut = runner.sessions[name].sandbox
         os.kill(self.hosts[known.holder].client(name), signal.SIGKILL)
-        if known.running:  # then the host is back at once
-            self.world.until(lambda: runner.sessions[name].sandbox not in (cut, None))
+        assert cut
+        self.world.until(cut.gone.is_set)
+        if known.running:  # the next call comes back to it
+            still = self.hosts[holder].execute("", session=name, answer_within=0)
+            assert (still.status, still.stdout) == ("running", ""), still
+            assert runner.sessions[name].sandbox is not cut
         else:
-            assert cut
-            self.world.until(cut.gone.is_set)
             self.is_left_alone(known)
         if is_used_then:
             self.call(holder, name)
