@@ -1055,10 +1055,11 @@ class Request:
             )
         if not 0 < self.timeout < math.inf:
             raise RequestError(f"A timeout of {self.timeout!r} seconds can't be: give a number above zero.")
-        self.encoded_state()
+        _ = self.encoded_state
 
+    @functools.cached_property
     def encoded_state(self) -> bytes | None:
-        """Return the variables as JSON. Raises RequestError if they can't be passed."""
+        """The variables as JSON. Raises RequestError if they can't be passed."""
         if self.state is None:
             return None
         variables = {}
@@ -1095,7 +1096,7 @@ class Request:
             "packages": self.packages,
             "recycle": self.recycle,
         }
-        if (state := self.encoded_state()) is None:
+        if (state := self.encoded_state) is None:
             return encoded(run)
         give: GiveState = {"op": "state", "id": call_id, "data": state}
         return encoded(give) + encoded(run)
@@ -1177,21 +1178,24 @@ class Call:
             self.ended.set()
             self._news.set()
 
-    async def wait(self, on_output: OnOutput | None = None, *, until_begun: bool = False) -> None:
-        """Wait until it has ended, or is not placed any more; or `until_begun`. Pass on its output meanwhile."""
-        self._streams = on_output is not None
-        try:
-            while True:
-                while self._stream and on_output and not until_begun:
-                    await on_output(self._stream.popleft())
-                    self._room.set()
-                if self.ended.is_set() or not self.placed or (until_begun and self.begun):
-                    return
-                self._news = anyio.Event()
+    def listen(self, listens: bool) -> None:
+        """Note whether a caller takes the output as it comes."""
+        self._streams = listens
+        self._room.set()
+
+    async def wait(self, on_output: OnOutput | None = None) -> None:
+        """Wait until it has ended, is not placed any more, or is silent for DOUBT_AFTER; pass on output meanwhile."""
+        while True:
+            while self._stream and on_output:
+                await on_output(self._stream.popleft())
+                self._room.set()
+            if self.ended.is_set() or not self.placed:
+                return
+            self._news = anyio.Event()
+            with anyio.move_on_after(DOUBT_AFTER) as silence:
                 await self._news.wait()
-        finally:
-            self._streams = until_begun and self._streams
-            self._room.set()
+            if silence.cancelled_caught:
+                return
 
     def tell(self) -> Result:
         """Return the result or, as long as there is none, the output so far. No output is told twice.
@@ -1236,9 +1240,8 @@ class Call:
             self.unfit = True
             self.cut("it had preloaded other packages")
             return
-        if not self.begun:
-            self.begun = True
-            self._news.set()
+        self.begun = True
+        self._news.set()
 
     def _count(self, data: bytes) -> None:
         self._data_left -= len(data) + FRAME_COST
@@ -1262,7 +1265,7 @@ class Call:
             self._keep(item)
         if self._streams:
             self._stream.append(item)
-            self._news.set()
+            self._news.set()  # ahead of the end of `take`, which waits for room
             while self._streams and len(self._stream) > STREAM_LIMIT:
                 self._room = anyio.Event()
                 await self._room.wait()
@@ -1936,11 +1939,17 @@ class Sandbox:
     async def finish(self, call: Call, on_output: OnOutput | None = None) -> None:
         """Wait until the call that was placed here has ended, or is cut from here. Give it up when it is overdue.
 
-        Raises HangError if neither the sandbox nor the engine answers.
+        Raises HangError if the call is silent, and neither the supervisor nor the engine answers.
         """
-        with anyio.CancelScope(deadline=call.deadline):
-            await wait_or_doubt(functools.partial(call.wait, on_output, until_begun=True), self._require_answer)
-            await call.wait(on_output)
+        call.listen(on_output is not None)
+        try:
+            with anyio.CancelScope(deadline=call.deadline):
+                while call.placed and not call.ended.is_set():
+                    await call.wait(on_output)
+                    if call.placed and not call.ended.is_set():
+                        await self._require_answer()
+        finally:
+            call.listen(False)
         if call.placed and not call.ended.is_set():
             silence = f"the sandbox itself did not answer for {HOST_PATIENCE:g} seconds"
             message = f"{silence}, and was removed: is the host overloaded?"

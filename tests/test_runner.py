@@ -889,6 +889,36 @@ async def test_an_engine_that_stands_still_with_its_containers_is_told_of_and_co
     assert docker.containers() == [container]
 
 
+async def test_an_engine_that_stands_still_in_the_middle_of_a_call_is_told_of_and_the_call_goes_on_when_it_does(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, settings: Config
+) -> None:
+    for name in ("DOUBT_AFTER", "PONG_TIMEOUT", "ANSWER_TIMEOUT"):
+        monkeypatch.setattr(sandbox_runner, name, 0.4)
+    verbs = ("version", "ps", "exec", "kill", "rm", "container_inspect", "run")
+
+    class Pause(Hears):
+        async def __call__(self, _item: Text | Rich | Omitted) -> None:
+            docker.run("pause", *docker.containers())
+            docker.script(**{verb: {"hang": True} for verb in verbs})
+
+    with pytest.raises(EngineError, match="the engine hangs"):
+        await runner.execute(f"{WAIT_FOR_GO}7", session="s", on_output=Pause())
+    docker.script(**{verb: {} for verb in verbs})
+    docker.run("unpause", *docker.containers())
+    go(settings)
+    result = await runner.execute("", session="s")
+    assert (result.status, result.value, result.state) == ("ok", "7", "preserved")
+
+
+async def test_code_that_is_silent_for_long_is_not_taken_for_a_sandbox_that_is(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "DOUBT_AFTER", 0.05)
+    hears = Hears()
+    result = await runner.execute("import time\ntime.sleep(0.4); print('off')", session="s", on_output=hears)
+    assert (result.status, result.stdout, hears.text) == ("ok", "off\n", "off\n")
+
+
 async def test_a_session_is_not_said_to_have_ended_nor_a_package_to_be_coming_by_an_engine_that_hangs(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
