@@ -100,6 +100,7 @@ from sandbox_runner import (
     size_in_bytes,
     source_lines,
     split_mount,
+    until_signal,
 )
 
 gc.freeze()  # later collections skip those objects too
@@ -1753,7 +1754,7 @@ async def examine(config: Config) -> list[Finding]:
     config = dataclasses.replace(config, docker=within_trial(config.docker))
     session = f"doctor-{secrets.token_hex(8)}"
     findings: list[Finding] = []
-    async with open_runner(config, on_status=show_status) as runner:
+    async with open_runner(config, on_status=show_status) as runner, until_signal():
         try:
             where = "engine"
             await runner.find_engine()
@@ -1914,7 +1915,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
 
 async def _build(options: argparse.Namespace) -> int:
     """Make the image ahead of time, and print its name."""
-    async with open_runner(load_config(options.config), on_status=show_status) as runner:
+    async with open_runner(load_config(options.config), on_status=show_status) as runner, until_signal():
         _, image = await runner.prepare()
     if image.problem:
         why = image.problem.rstrip(".")
@@ -1925,7 +1926,7 @@ async def _build(options: argparse.Namespace) -> int:
 
 async def _install(options: argparse.Namespace) -> int:
     """Install a package for a session, or for every later execution."""
-    async with open_runner(load_config(options.config), on_status=show_status) as runner:
+    async with open_runner(load_config(options.config), on_status=show_status) as runner, until_signal():
         installation = await runner.install(options.requirement, session=options.session)
     stream = sys.stdout if installation.ok else sys.stderr
     for text in filter(None, (installation.message, installation.output, hint_on_installation(installation))):
@@ -1935,7 +1936,7 @@ async def _install(options: argparse.Namespace) -> int:
 
 async def _list(options: argparse.Namespace) -> int:
     """Print the sandboxes on this engine."""
-    async with open_runner(load_config(options.config)) as runner:
+    async with open_runner(load_config(options.config)) as runner, until_signal():
         sandboxes = await runner.list_sandboxes()
     if options.json:
         print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
@@ -1971,7 +1972,7 @@ def duration(seconds: float) -> str:
 async def _remove(options: argparse.Namespace) -> int:
     """End sessions; exit status 1 if one of them was not there."""
     missing = 0
-    async with open_runner(load_config(options.config)) as runner:
+    async with open_runner(load_config(options.config)) as runner, until_signal():
         for name in options.sessions:
             if not await runner.close_session(name):
                 missing = 1

@@ -5825,7 +5825,9 @@ def run_to_exit(program: str, command: Callable[[], Awaitable[int]]) -> NoReturn
     set_up_logging(f"{clear_status}%(message)s", logging.INFO)
     try:
         try:
-            code = anyio.run(_until_signal, command)
+            code = anyio.run(command)
+        except SignalError as error:
+            code = 128 + int(error.args[0])
         except SandboxError as error:
             print(f"{clear_status}{program}: {error}", file=sys.stderr)
             code = 2 if isinstance(error, (ConfigError, RequestError)) else 125
@@ -5838,8 +5840,16 @@ def run_to_exit(program: str, command: Callable[[], Awaitable[int]]) -> NoReturn
     sys.exit(code)
 
 
-async def _until_signal(command: Callable[[], Awaitable[int]]) -> int:
-    """Run a command; a signal ends it in good order, with the exit status that a shell reports for that signal."""
+class SignalError(Exception):
+    """A signal has ended a command. Its argument is the signal's number."""
+
+
+@asynccontextmanager
+async def until_signal() -> AsyncIterator[None]:
+    """Cancel the block when SIGINT or SIGTERM comes, and raise SignalError at its end.
+
+    To be used within `open_runner`, which needs its own tasks to end what the block began.
+    """
     received: list[int] = []
 
     async def watch(scope: anyio.CancelScope) -> None:
@@ -5850,8 +5860,9 @@ async def _until_signal(command: Callable[[], Awaitable[int]]) -> int:
 
     async with open_tasks() as tasks:
         tasks.start_soon(watch, tasks.cancel_scope)
-        return await command()
-    return 128 + received[-1]
+        yield
+    if received:
+        raise SignalError(received[-1])
 
 
 def set_up_logging(form: str, level: int) -> None:
