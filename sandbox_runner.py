@@ -1933,7 +1933,8 @@ class Sandbox:
         if self.gone.is_set():
             self._lose(call)
         else:
-            with anyio.CancelScope(deadline=call.deadline):
+            # Shielded: a caller that stops waiting just now must not leave a call placed that was never sent.
+            with anyio.move_on_after(ATTACH_TIMEOUT, shield=True):
                 await self._write(call.request.frames(call.id))
 
     async def finish(self, call: Call, on_output: OnOutput | None = None) -> None:
