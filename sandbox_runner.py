@@ -90,6 +90,7 @@ from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar, get_
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import pydantic
 import pydantic_core
 from anyio.streams.buffered import BufferedByteReceiveStream
@@ -437,6 +438,7 @@ class Runner:
                 await self._require_end(session, can_wait=deadline == math.inf)
                 if session.call:
                     earlier = self._tell(session, session.call)
+            await anyio.lowlevel.checkpoint_if_cancelled()  # from here on, the call is sent even if no caller waits
             session.call = call
             try:
                 result = await self._answer(session, on_output, call.on_status, interrupt, deadline)
@@ -5872,6 +5874,8 @@ def set_up_logging(form: str, level: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine(f"%(asctime)s.%(msecs)03d {form}" if debug else form, "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # It warns of a child whose end subprocess.Popen noticed before asyncio did, which happens when one is killed.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     log.setLevel(logging.DEBUG if debug else level)
 
 
