@@ -97,11 +97,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EachEngineBy
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """With `-n auto`, half as many again as there are cores: much of the time a test waits for other processes."""
-    return (os.cpu_count() or 1) * 3 // 2
-
-
 @pytest.fixture(scope="session")
 def engine_command(request: pytest.FixtureRequest) -> str:
     """The command of a real engine that answers."""
