@@ -1453,6 +1453,11 @@ PROBE: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 
+def probe_source() -> str:
+    """Return the source of the probe, whose annotations are not evaluated in the sandbox."""
+    return "\n".join(["from __future__ import annotations", f"import {PROBE_MODULES}", *map(inspect.getsource, PROBE)])
+
+
 # The judges
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -1807,14 +1812,13 @@ async def attempt(check: Check, runner: Runner, session: str) -> Result:
     """Evaluate a check's expression in the session's sandbox."""
     if not check.expression:
         return Result("ok")
-    probe = "\n".join([f"import {PROBE_MODULES}", *map(inspect.getsource, PROBE)])
     names = {
         "docker": runner.config.docker,
         "modules": [import_name(requirement) for requirement in runner.config.package.preinstalled],
         "folders": [*dict.fromkeys(("/tmp", runner.config.docker.working_dir, "/dev/shm"))],
         "packages": repr(PACKAGES),
     }
-    code = f"from typing import *\n{probe}\nseen = {check.expression.format(**names)}"
+    code = f"{probe_source()}\nseen = {check.expression.format(**names)}"
     try:
         return await runner.execute(code, session=session, state={}, timeout=check.timeout)
     except SandboxError as error:

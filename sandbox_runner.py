@@ -279,7 +279,7 @@ PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created 
 
 @asynccontextmanager
 async def open_runner(
-    config: Config | None = None, *, warm: bool = False, on_status: Callable[[str], None] | None = None
+    config: Config | None = None, *, warm: bool = False, on_status: OnStatus | None = None
 ) -> AsyncIterator[Runner]:
     """Provide a Runner for an `async with`.
 
@@ -401,7 +401,7 @@ class Runner:
                 if not call.ended.is_set():
                     if call.attempts < FIRST_CALL_ATTEMPTS:
                         continue
-                    call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
+                    call.give_up()
                 result = call.tell()
                 reuse = call.request.recycle and result.status in ("ok", "error")
                 return result
@@ -533,7 +533,7 @@ class Runner:
             message = "the connection to the container was cut, and the end of the call with it"
             call.end(call.died(message, kept=kept))
         elif call.attempts >= FIRST_CALL_ATTEMPTS:
-            call.end(call.died(f"{call.attempts} sandboxes ended before the code could begin"))
+            call.give_up()
         else:
             if session.sandbox is None:
                 await self._create(session, call, bare)
@@ -572,12 +572,8 @@ class Runner:
         """
         if session.is_attached or (session.sandbox is None and session.is_fresh):
             return
-        had, session.sandbox = session.sandbox, None
-        try:
-            session.sandbox = await self._find(session)
-        except BaseException:
-            session.sandbox = had  # to look for it again
-            raise
+        had = session.sandbox
+        session.sandbox = await self._find(session)  # if it can't be found out, the next call looks again
         if session.sandbox is None and had:
             idle = f"it was not used for {self.config.session.idle_timeout:g} seconds"
             session.lost = idle if had.expired else "its container ended"
@@ -733,7 +729,7 @@ class Runner:
         if not entry.is_attached and not entry.placing:
             async with entry.lock:
                 await self._attach(entry)
-        if entry.sandbox is None or entry.sandbox.gone.is_set():
+        if entry.sandbox is None or not entry.is_attached:
             raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
         return await entry.sandbox.read_file(path, offset, length)
 
@@ -1172,6 +1168,10 @@ class Call:
             self._result = result
             self.ended.set()
             self._news.set()
+
+    def give_up(self) -> None:
+        """End it because no sandbox that it was placed in lasted until it began."""
+        self.end(self.died(f"{self.attempts} sandboxes ended before the code could begin"))
 
     def fail(self, error: Exception) -> None:
         """End it with an error for whoever asks for its result."""
@@ -2158,12 +2158,11 @@ class ExceptionFields(TypedDict):
     missing: str | None
 
 
-class Report(TypedDict):
-    """How the code ended. The worker leaves out what does not apply."""
+class EndOfCall(TypedDict):
+    """The fields of a report that the supervisor passes on as they are. The worker leaves out what does not apply."""
 
     kind: Literal["done"]
     id: str
-    status: Literal["ok", "error"]
     cpu: Seconds
     memory: NotRequired[Count | None]
     value: NotRequired[str]
@@ -2172,6 +2171,12 @@ class Report(TypedDict):
     exception: NotRequired[ExceptionFields]
     stale: NotRequired[list[str]]
     files: NotRequired[list[tuple[str, Count]]]
+
+
+class Report(EndOfCall):
+    """How the code ended."""
+
+    status: Literal["ok", "error"]
 
 
 FromWorker = Display | State | Content | Report
@@ -2252,25 +2257,15 @@ class Piece(TypedDict):
     problem: str | None
 
 
-class Done(TypedDict):
+class Done(EndOfCall):
     """The end of a call: the worker's report, or the supervisor's if the worker is gone."""
 
-    kind: Literal["done"]
-    id: str
     status: Literal["ok", "error", "timeout", "out_of_memory", "cancelled", "died"]
-    cpu: Seconds
     wall: Seconds
     oom_kills: Count
     lost: bool  # whether the worker is gone, with all that it held
     lost_before: str | None  # why the last one was gone before this call
     message: NotRequired[str | None]
-    memory: NotRequired[Count | None]
-    value: NotRequired[str]
-    value_length: NotRequired[Count]
-    exit_code: NotRequired[Number]
-    exception: NotRequired[ExceptionFields]
-    stale: NotRequired[list[str]]
-    files: NotRequired[list[tuple[str, Count]]]
 
 
 OfCall = Answer | Output | Gap | Display | State | Content | Done
@@ -2343,7 +2338,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
-PROTOCOL = 1  # version of the frames and the plug; raised by a change that older sandboxes would not understand
+PROTOCOL = 2  # version of the frames and the plug; raised by a change that older sandboxes would not understand
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
@@ -2891,9 +2886,8 @@ class Supervisor:
 
     def _start(self, request: Run) -> None:
         self._reap()  # a worker that has just died must not be given the call
-        folders = package_folders(self.settings["packages"], request["packages"])
-        if self.begun is None and self.settings["preload"] and self.installed != folders:
-            self._tell({"id": request["id"], "kind": "unfit"})  # this code is not to import what it preloaded
+        if self.begun is None and not self._fits(request):
+            self._tell({"id": request["id"], "kind": "unfit"})
             return
         self.session = request["session"]
         self.packages = request["packages"] = request["packages"] or self.packages
@@ -2908,6 +2902,11 @@ class Supervisor:
         self._tell({"id": request["id"], "kind": "begun"})
         self.unread = self.begun = self.call.id
         self.worker_used = True
+
+    def _fits(self, request: Run) -> bool:
+        """Whether the sandbox has preloaded nothing but what this code is to import."""
+        folders = package_folders(self.settings["packages"], request["packages"])
+        return not self.settings["preload"] or self.installed == folders
 
     def _read_file(self, request: Read) -> None:
         """Send a piece of a file in the working directory."""

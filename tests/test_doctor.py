@@ -1,12 +1,10 @@
 """The doctor: what it makes of what it sees, that it sees missing walls, and that real engines' walls hold."""
 
 from __future__ import annotations
-import __future__
 
 import builtins
 import dataclasses
 import dis
-import inspect
 import json
 import re
 import signal
@@ -25,7 +23,6 @@ import python_docker_mcp
 import sandbox_runner
 from python_docker_mcp import (
     CHECKS,
-    PROBE,
     PROBE_MODULES,
     Finding,
     Patient,
@@ -34,6 +31,7 @@ from python_docker_mcp import (
     import_name,
     judge,
     print_table,
+    probe_source,
     within_trial,
 )
 from sandbox_runner import (
@@ -258,8 +256,7 @@ def test_the_name_that_is_imported_is_known_for_what_is_preinstalled() -> None:
 
 
 def test_the_probe_refers_to_nothing_but_itself_and_what_it_imports() -> None:
-    source = "\n".join([f"import {PROBE_MODULES}", *map(inspect.getsource, PROBE)])
-    module = compile(source, "probe", "exec", dont_inherit=True, flags=__future__.annotations.compiler_flag)
+    module = compile(probe_source(), "probe", "exec", dont_inherit=True)
     defined = {*names_stored(module), *vars(builtins)}
     for code in code_objects(module):
         used = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
