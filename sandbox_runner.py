@@ -44,8 +44,10 @@ import difflib
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
@@ -1664,6 +1666,7 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
     """Return a supervisor's settings, with a digest of all that distinguishes its sandbox from others."""
     settings = {
         "working_dir": config.docker.working_dir,
+        "cpus": math.ceil(config.docker.cpu_limit),
         "writable_folders": WRITABLE_FOLDERS,
         "idle_timeout": config.session.idle_timeout,
         "adoption_time": ADOPTION_TIME,
@@ -2360,6 +2363,9 @@ STATE_DEPTH = 64
 PLAIN_TYPES = {type(None), bool, str, int, float, list, tuple, dict}
 NAME_LIMIT = 1000  # characters of a variable's name
 CALL_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes that a call returns besides its output and report
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+PICTURES_SHOWN = 4  # of those that a call saved
+PICTURE_LIMIT = 2 << 20  # bytes of such a picture
 FILES_LISTED = 100  # of the files that a call made or changed
 FILES_SEEN = 5000  # files in the working directory; any more are not looked at
 FILE_LIMIT = 64 << 10  # bytes of a new or changed file that is returned when its sandbox ends with the call
@@ -3470,9 +3476,12 @@ class Worker:
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
         self._teach_inspect()
-        sys.modules["sandbox_backend"] = self._matplotlib_backend()
-        sys.meta_path.insert(0, MatplotlibHook)
-        MatplotlibHook.find_spec("matplotlib.pyplot")
+        self.pictures = Pictures(self)
+        self.notebook = builtins.__notebook__ = Notebook(self)  # type: ignore[attr-defined]  # for translated code
+        sys.breakpointhook = refuse_debugger
+        sys.modules["sandbox_backend"] = self.pictures.backend()
+        sys.meta_path[:] = [Adapter(self), *sys.meta_path, StandIn(self.display)]
+        fit_to_share(settings["cpus"])
         if "numpy.random" in sys.modules:  # else every worker forked from here would draw the same numbers
             sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
         self.packages_root: str = settings["packages"]
@@ -3543,7 +3552,7 @@ class Worker:
             if not is_same_file(fd, self.spares[fd]):
                 with contextlib.suppress(OSError):
                     os.dup2(self.spares[fd], fd)
-                    self._note(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
+                    self.note(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
             if real is None or real.closed:
                 raw = io.FileIO(fd, "w", closefd=False)
                 real = self.streams[name] = Stream(
@@ -3558,9 +3567,9 @@ class Worker:
                     is_closed = stream is None or bool(stream.closed)
                 if not is_closed:
                     kind = class_name(stream)
-                    self._note(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
+                    self.note(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
 
-    def _flush_streams(self) -> None:
+    def flush_streams(self) -> None:
         """Flush the standard streams: what the code has put in their place, and the real ones."""
         for name, real in self.streams.items():
             for stream in (getattr(sys, name, real), real):
@@ -3578,6 +3587,7 @@ class Worker:
         self.calls += 1
         self.call = request["id"]
         self.rich_left = RICH_LIMIT
+        self.pictures.begin()
         signal.signal(signal.SIGINT, self._on_interrupt)
         resets = reset_peak_memory()
         started = cpu_seconds()
@@ -3591,8 +3601,8 @@ class Worker:
         for purpose, step in self._steps_after(request, state is not None, report):
             if error := self._attempt(step):
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
-                self._attempt(self._note, f"{purpose} {how}")
-        self._attempt(self._flush_streams)
+                self._attempt(self.note, f"{purpose} {how}")
+        self._attempt(self.flush_streams)
         with self.lock:
             self.call = None
             report["cpu"] = cpu_seconds() - started
@@ -3651,7 +3661,7 @@ class Worker:
             report["value"], report["value_length"] = clip(text, VALUE_LIMIT), len(text)
             bundle = self._forms(value)
             if bundle:
-                self._publish(bundle, True)
+                self.publish(bundle, True)
 
     def _steps_after(
         self, request: Run, with_state: bool, report: Report
@@ -3659,7 +3669,7 @@ class Worker:
         """Yield the steps that follow the code, however it ended, each with a description for notes."""
         if request["final"]:  # as at the end of a script
             yield "waiting for threads", threading._shutdown  # type: ignore[attr-defined]
-        yield "showing the figures", self._show_figures
+        yield "showing the figures", self.pictures.show_figures
         if with_state:
             yield "collecting the state", self._send_state
         if request["final"]:
@@ -3675,7 +3685,7 @@ class Worker:
         if "exception" in report and report["exception"]["type"] != "SystemExit":
             with contextlib.suppress(BaseException):
                 sys.stderr.write(report["exception"]["traceback"])
-        self._attempt(self._flush_streams)
+        self._attempt(self.flush_streams)
         os._exit(report.get("exit_code", int(report["status"] != "ok")))
 
     def _use_packages(self, folders: list[str]) -> list[str]:
@@ -3723,6 +3733,7 @@ class Worker:
         changed = [path for path in sorted(self.files) if self.files[path] != before.get(path) and len(path) <= 200]
         changed = [path for path in changed if path.isprintable()][:FILES_LISTED]
         report["files"] = [(path, self.files[path][1]) for path in changed]
+        self.pictures.show_saved(changed)
         left = FILES_LIMIT
         for path in changed if final else ():
             if self.files[path][1] <= min(left, FILE_LIMIT):
@@ -3737,7 +3748,11 @@ class Worker:
         self.codes[filename] = code
         linecache.cache[filename] = (len(code), None, source_lines(code), filename)
         flags = self.flags
-        tree = compile(code, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
+
+        def parse(code: str) -> Any:
+            return compile(code, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
+
+        code, tree, context = self.notebook.parse(code, parse)
         self.policy.check(tree, filename)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr) and not code.rstrip().endswith(";"):
@@ -3745,9 +3760,9 @@ class Worker:
         body = compile(tree, filename, "exec", flags, dont_inherit=True)
         for feature in __future__.all_feature_names:
             self.flags |= body.co_flags & getattr(__future__, feature).compiler_flag
-        return self._execute(
-            [body, *([compile(last, filename, "eval", self.flags, dont_inherit=True)] if last else [])]
-        )
+        steps = [body, *([compile(last, filename, "eval", self.flags, dont_inherit=True)] if last else [])]
+        with context:
+            return self._execute(steps)
 
     def _execute(self, steps: list[types.CodeType]) -> Any:
         """Run one piece after another, all in the event loop if any has an await; return the last one's value."""
@@ -3868,27 +3883,37 @@ class Worker:
 
     # ── rich output ──
 
-    def display(self, *values: Any) -> None:
-        """Show values in the result at this point, as images, HTML or other rich forms if they have any."""
+    def display(self, *values: Any, raw: bool = False, display_id: Any = None, **_options: Any) -> Any:
+        """Show values in the result at this point, as images, HTML or other rich forms if they have any.
+
+        With `raw`, they are forms by MIME type. Returns a handle if `display_id` is given, as IPython's does.
+        """
         for value in values:
-            forms = self._forms(value)
-            if forms is not None:
-                self._publish({"text/plain": clip(describe(value), VALUE_LIMIT), **forms})
+            if raw:
+                self.publish(encode_forms(value))
+            elif (forms := self._forms(value)) is not None:
+                self.publish({"text/plain": clip(describe(value), VALUE_LIMIT), **forms})
+        if display_id:
+            return types.SimpleNamespace(display_id=display_id, display=self.display, update=self.display)
+        return None
 
     def _forms(self, value: Any) -> dict[str, str] | None:
-        """Return a value's rich forms, or None and a note in the output for a figure that can't be drawn."""
+        """Return a value's forms; or note that it is a figure that can't be drawn, and return None."""
         try:
-            return rich_forms(value)
+            forms = self.pictures.draw(value) if is_figure(value) else rich_forms(value)
         except Exception as error:
             name = f"figure {getattr(value, 'number', '')}".rstrip()
-            self._note(f"{name} could not be drawn: {failure_of(error)}")
+            self.note(f"{name} could not be drawn: {failure_of(error)}")
             return None
+        with contextlib.suppress(Exception):
+            self.pictures.note_shown(value, forms)
+        return forms
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """Put a note from the worker, in brackets, into the output."""
-        self._publish({"text/plain": f"[{clip(text, 500)}]"})
+        self.publish({"text/plain": f"[{clip(text, 500)}]"})
 
-    def _publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
+    def publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
         if self.rich_left < 0:
             return  # a note has already said so
         data = json.dumps(bundle)
@@ -3898,7 +3923,7 @@ class Worker:
             note = f"[rich output of {len(data)} characters left out: the limit is {limit}]"
             data = json.dumps({"text/plain": note})
         self.rich_left -= len(data) + FRAME_COST
-        self._flush_streams()
+        self.flush_streams()
         self._send("display", data.encode(), is_value=is_value)
 
     def _send(self, kind: str, data: bytes, **fields: Any) -> None:
@@ -3918,7 +3943,631 @@ class Worker:
                 self.interrupted = False
                 self._on_interrupt()
 
-    def _matplotlib_backend(self) -> types.ModuleType:
+
+# ── what code expects of a notebook, and of libraries ──
+
+FENCE = re.compile(r"\s*(```|~~~)")
+SHELL_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?(!!?)(?!=)[ \t]*(.+)")
+MAGIC_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?%(\w+)[ \t]*(.*)")
+CELL_MAGIC = re.compile(r"%%(\w+|!)[ \t]*(.*)")
+QUESTION = re.compile(r"([ \t]*)(?:\?\??[ \t]*([\w.]+)|([\w.]+)(\?\??))[ \t]*;?[ \t]*")
+PIP = re.compile(r"(?:(?:\S*python[\d.]*|\{sys\.executable\})[ \t]+-m[ \t]+)?((?:pip[\d.]*|conda|mamba|uv)\b.*)")
+
+# What is translated: a magic, to what it becomes, with {0} for its arguments as a literal; and one for all of the code,
+# with {1} for the code.
+LINE_MAGICS = {
+    **dict.fromkeys("autoreload config gui load_ext matplotlib reload_ext unload_ext xmode".split(), "pass"),
+    **{name: f"__notebook__.shell('{name} ' + {{0}})" for name in "cat cp head ls mkdir mv rm rmdir tail".split()},
+    **dict.fromkeys(("env", "set_env"), "__notebook__.env({0})"),
+    **dict.fromkeys(("system", "sx"), "__notebook__.lines({0})"),
+    "cd": "__notebook__.cd({0})",
+    "pwd": "__notebook__.cd('.')",
+    "run": "__notebook__.run({0})",
+    "timeit": "__notebook__.timeit({0})",
+}
+CELL_MAGICS = {
+    **dict.fromkeys(("!", "sh", "system", "sx"), "__notebook__.script({1}, 'sh')"),
+    **dict.fromkeys(("writefile", "file"), "__notebook__.write({0}, {1})"),
+    "bash": "__notebook__.script({1}, 'bash')",
+    "script": "__notebook__.script({1}, {0})",
+    "html": "display({{'text/html': {1}}}, raw=True)",
+    "latex": "display({{'text/latex': {1}}}, raw=True)",
+    "markdown": "display({{'text/markdown': {1}}}, raw=True)",
+    "svg": "display({{'image/svg+xml': {1}}}, raw=True)",
+    "timeit": "__notebook__.timeit({0}, {1})",
+}
+NO_CONTEXT = contextlib.nullcontext()
+
+
+class Notebook:
+    """IPython's ways of writing code: shell lines, magics and questions, as calls of the builtin `__notebook__`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.timing = Timing
+
+    # Translation
+
+    def parse(self, code: str, parse: Callable[[str], Any]) -> tuple[str, Any, Any]:
+        """Return code as Python accepts it, its syntax tree, and the context to run it in.
+
+        Code that Python accepts stays as it is. Else a byte-order mark, a fence around the code and its indentation are
+        taken off, and those of its lines translated that Python points at. Every line keeps its number.
+
+        Raises:
+            SyntaxError: Python refuses something else.
+        """
+        context: Any = NO_CONTEXT
+        with contextlib.suppress(SyntaxError):
+            return code, parse(code), context
+        lines = [line.rstrip("\n") for line in source_lines(code.lstrip("\ufeff"))]
+        if FENCE.match(next(filter(str.strip, lines), "")):
+            lines = inside_fences(lines)
+        first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
+        indentation = re.match(r"\s*", "".join(lines[first : first + 1]))[0]  # type: ignore[index]  # it matches anything
+        lines = [line.removeprefix(indentation) for line in lines]
+        if first < len(lines) and (found := CELL_MAGIC.fullmatch(lines[first])):
+            context = self._translate_cell(lines, first, *found.groups())
+        while True:
+            text = "\n".join(lines)
+            try:
+                return text, parse(text), context
+            except SyntaxError as error:
+                if not self._translate_line(lines, (error.lineno or 0) - 1):
+                    raise
+
+    def _translate_line(self, lines: list[str], at: int) -> bool:
+        """Put a call in place of a shell line, a magic or a question; return whether the line is one."""
+        line = lines[at] if 0 <= at < len(lines) else ""
+        if found := SHELL_LINE.fullmatch(line):
+            indentation, target, mark, command = found.groups()
+            end = at + 1
+            while command.endswith("\\") and end < len(lines):
+                command, lines[end] = f"{command}\n{lines[end]}", ""
+                end += 1
+            if pip := PIP.fullmatch(command):
+                call = f"__notebook__.pip({pip[1]!r})"
+            else:
+                call = f"__notebook__.{'lines' if target or mark == '!!' else 'shell'}({command!r})"
+        elif found := MAGIC_LINE.fullmatch(line):
+            indentation, target, name, arguments = found.groups()
+            if PIP.fullmatch(name):
+                call = f"__notebook__.pip({f'{name} {arguments}'!r})"
+            elif name == "time":
+                call = timed(arguments)
+            else:
+                call = self._magic(LINE_MAGICS, name, line, at).format(repr(arguments))
+        elif found := QUESTION.fullmatch(line):
+            indentation, target, name = found[1], None, found[2] or found[3]
+            call = f"__notebook__.explain({name!r}, {name}, {found[4] == '??'})"
+        else:
+            return False
+        lines[at] = f"{indentation}{f'{target} = ' if target else ''}{call}"
+        return True
+
+    def _translate_cell(self, lines: list[str], at: int, name: str, arguments: str) -> Any:
+        """Translate a magic that is for all of the code; return the context to run the code in."""
+        line, lines[at] = lines[at], ""
+        if name in ("time", "capture", "python", "python3", "py"):  # the code stays as it is
+            return Timing() if name == "time" else self._capture(arguments) if name == "capture" else NO_CONTEXT
+        call = self._magic(CELL_MAGICS, name, line, at).format(repr(arguments), repr("\n".join([*lines[at + 1 :], ""])))
+        lines[at:] = [call, *[""] * (len(lines) - at - 1)]
+        return NO_CONTEXT
+
+    def _magic(self, table: dict[str, str], name: str, line: str, at: int) -> str:
+        """Return what a magic becomes. Raises SyntaxError if it is not in the table."""
+        if name in table:
+            return table[name]
+        sign = "%%" if table is CELL_MAGICS else "%"
+        message = f"{sign}{name} is a magic of IPython that is not available here: write it in Python"
+        raise SyntaxError(message, (self.worker.filename, at + 1, 1, line)) from None
+
+    # Shell lines
+
+    def shell(self, command: str) -> None:
+        """Run a command line, with the code's variables in the places of {name} and $name."""
+        self.script(expanded(command, sys._getframe(1)), "sh")
+
+    def lines(self, command: str) -> list[str]:
+        """Run a command line in the same way, and return the lines of its standard output."""
+        return self._run(expanded(command, sys._getframe(1)), "sh", True).splitlines()
+
+    def script(self, script: str, program: str) -> None:
+        """Have a shell, or another program that takes scripts by `-c`, run a script; its output is the code's."""
+        redirected = sys.stdout is not self.worker.streams["stdout"]
+        if output := self._run(script, program.partition(" ")[0], redirected):
+            sys.stdout.write(output)
+
+    def _run(self, script: str, program: str, captures: bool) -> str:
+        import subprocess
+
+        if refusal := self.worker.policy.refusal("subprocess"):
+            raise refusal
+        self.worker.flush_streams()
+        output = subprocess.PIPE if captures else None
+        try:
+            done = subprocess.run([program, "-c", script], stdin=subprocess.DEVNULL, stdout=output, check=False)
+        except FileNotFoundError:
+            raise OSError(f"there is no {program} in this image: use Python instead") from None
+        if done.returncode:
+            why = ": there is no such command in this image" if done.returncode == 127 else ""
+            self.worker.note(f"exit status {done.returncode}{why}")
+        return (done.stdout or b"").decode(errors="replace")
+
+    def pip(self, command: str) -> None:
+        """Say which packages are there already. Raises ModuleNotFoundError for others, as code can't install them."""
+        import importlib.metadata
+
+        words = re.split(r"(?:^|\s)\d?[<>|;&]", command)[0].replace("'", "").replace('"', "").split()
+        if {"list", "freeze"} & set(words[:3]):
+            found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+            print("\n".join(f"{name}=={found[name]}" for name in sorted(found, key=str.lower)))
+            return
+        installs = [at for at, word in enumerate(words[:3]) if word in ("install", "add")]
+        wanted = [word for word in words[installs[0] + 1 :] if word[0].isalnum()] if installs else []
+        absent = []
+        for requirement in wanted:
+            name, version = re.match(r"([\w.-]+)(?:\[.*\])?(?:==([\w.]+)$)?", requirement).groups()  # type: ignore[union-attr]
+            try:
+                if version not in (None, importlib.metadata.version(name)):
+                    absent.append(requirement)
+            except importlib.metadata.PackageNotFoundError:
+                absent.append(requirement)
+        if absent or not wanted:
+            raise ModuleNotFoundError(f"code can't run `{' '.join(words)}` in a sandbox", name=" ".join(absent))
+        self.worker.note(f"installed already: {', '.join(wanted)}")
+
+    # Magics
+
+    def cd(self, folder: str) -> str:
+        """Change the working directory, and return it."""
+        os.chdir(os.path.expanduser(folder.strip("'\" ") or self.worker.home))
+        return os.getcwd()
+
+    def env(self, text: str) -> Any:
+        """Set an environment variable, or return one, or all."""
+        name, _, value = (text.replace("=", " ", 1) if "=" in text.partition(" ")[0] else text).partition(" ")
+        if value:
+            os.environ[name] = value
+        return (os.environ.get(name) if name else dict(os.environ)) if not value else None
+
+    def run(self, arguments: str) -> None:
+        """Run a file as a script, and keep its variables."""
+        import runpy
+
+        sys.argv = arguments.split()
+        self.worker.names.update(runpy.run_path(sys.argv[0], run_name="__main__"))
+
+    def write(self, arguments: str, text: str) -> None:
+        """Write a file, or append to it."""
+        *options, path = arguments.split()
+        with open(path, "a" if "-a" in options else "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def explain(self, name: str, value: Any, with_source: bool) -> None:
+        """Print how a function is called and what it does, or its source."""
+        if with_source:
+            with contextlib.suppress(Exception):
+                print(inspect.getsource(value))
+                return
+        with contextlib.suppress(Exception):
+            print(f"{name}{inspect.signature(value)}\n")
+        print(inspect.getdoc(value) or "no documentation")
+
+    def timed(self, timing: Timing, value: Any) -> Any:
+        """Tell how long an expression took, and return its value."""
+        timing.__exit__()
+        return value
+
+    def timeit(self, arguments: str, code: str = "") -> None:
+        """Print how long a statement takes, or all of the code, as IPython does."""
+        import statistics
+        import timeit
+
+        options, statement = re.fullmatch(r"((?:-\S+ *(?:\d+ +)?)*)(.*)", arguments, re.DOTALL).groups()  # type: ignore[union-attr]
+        given = {name: int(value) for name, value in re.findall(r"-([nr]) *(\d+)", options)}
+        caller = sys._getframe(1)
+        setup, statement = (statement, code) if code else ("pass", statement)
+        timer = timeit.Timer(statement, setup or "pass", globals={**caller.f_globals, **caller.f_locals})
+        loops = given.get("n") or timer.autorange()[0]
+        each = [seconds / loops for seconds in timer.repeat(given.get("r", 7), loops)]
+        spread = readable_seconds(statistics.pstdev(each))
+        print(
+            f"{readable_seconds(statistics.fmean(each))} ± {spread} per loop "
+            f"(mean ± std. dev. of {len(each)} runs, {loops:,} loops each)"
+        )
+
+    @contextlib.contextmanager
+    def _capture(self, arguments: str) -> Iterator[None]:
+        """Keep what the code writes and displays, in the variable that is named or nowhere."""
+        captured, worker = Captured(), self.worker
+        publish, worker.publish = worker.publish, captured.outputs.append  # type: ignore[assignment]
+        output, errors = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                yield
+        finally:
+            worker.publish = publish  # type: ignore[method-assign]
+            captured.stdout, captured.stderr = output.getvalue(), errors.getvalue()
+            for name in [word for word in arguments.split() if word.isidentifier()]:
+                worker.names[name] = captured
+
+
+class Timing:
+    """Context that tells what time passes in it."""
+
+    def __init__(self) -> None:
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+    def __enter__(self) -> None:
+        self.__init__()  # type: ignore[misc]  # the time starts now
+
+    def __exit__(self, *_: object) -> None:
+        cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
+        print(f"CPU time: {readable_seconds(cpu)}, wall time: {readable_seconds(wall)}")
+
+
+class Captured:
+    """What %%capture keeps."""
+
+    def __init__(self) -> None:
+        self.stdout = self.stderr = ""
+        self.outputs: list[dict[str, str]] = []
+
+    def __str__(self) -> str:
+        return self.stdout
+
+    def show(self) -> None:
+        """Write and display what was kept."""
+        sys.stdout.write(self.stdout)
+        sys.stderr.write(self.stderr)
+        for bundle in self.outputs:
+            builtins.display(bundle, raw=True)  # type: ignore[attr-defined]  # see Worker
+
+    __call__ = show
+
+
+def inside_fences(lines: list[str]) -> list[str]:
+    """Return lines with all that is not between fences left empty."""
+    inside = False
+    kept = []
+    for line in lines:
+        is_fence = FENCE.match(line) is not None
+        inside ^= is_fence
+        kept.append(line if inside and not is_fence else "")
+    return kept
+
+
+def timed(statement: str) -> str:
+    """Return a line that runs a statement and tells the time it took; an expression keeps its value."""
+    try:
+        expression = ast.unparse(ast.parse(statement.strip(), mode="eval"))
+    except SyntaxError:
+        return f"with __notebook__.timing(): {statement}"
+    return f"__notebook__.timed(__notebook__.timing(), {expression})"
+
+
+def expanded(command: str, caller: types.FrameType) -> str:
+    """Return a command line with the caller's variables in the places of {expression} and $name, as IPython does.
+
+    Whatever is not such an expression, or is a function, stays: it is the shell's, or awk's.
+    """
+    names = {**caller.f_globals, **caller.f_locals}
+
+    def value_of(found: re.Match[str]) -> str:
+        try:
+            value = eval(found[1] or found[2], names)
+        except Exception:
+            return found[0]
+        return found[0] if callable(value) else str(value)
+
+    return re.sub(r"(?<!\$)\{([A-Za-z_][^{}]*)\}|\$([A-Za-z_]\w*)", value_of, command)
+
+
+def readable_seconds(seconds: float) -> str:
+    """Format a time with three digits."""
+    unit, factor = next((each for each in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * each[1] >= 1), ("ns", 1e9))
+    return f"{seconds * factor:.3g} {unit}"
+
+
+# IPython, where it is not installed
+
+DISPLAY_CLASSES = {
+    "HTML": "text/html",
+    "JSON": "application/json",
+    "Latex": "text/latex",
+    "Markdown": "text/markdown",
+    "SVG": "image/svg+xml",
+}
+
+
+class Shown:
+    """A value that is shown as text of a MIME type, or as an image: the base of what IPython.display has."""
+
+    mime = ""
+
+    def __init__(self, data: Any = None, url: str | None = None, filename: Any = None, **_options: Any) -> None:
+        named = filename if filename is not None else url
+        if named is None and isinstance(data, str) and (self.mime == "" or data.endswith(".svg")):
+            named = data
+        if named is not None and not str(named).startswith(("http:", "https:")):
+            with open(named, "rb") as file:
+                data = file.read()
+        elif named is not None:
+            data = f'<img src="{named}">' if self.mime == "" else f"{named} can't be fetched from here"
+        self.data = data
+
+    def _repr_mimebundle_(self, *_: object, **__: object) -> dict[str, Any]:
+        data, mime = self.data, self.mime
+        if mime == "application/json":
+            data = json.dumps(data)
+        elif mime == "":
+            mime = "text/html" if isinstance(data, str) else image_type(data) or "application/octet-stream"
+        elif isinstance(data, bytes):
+            data = data.decode(errors="replace")
+        return {mime: data}
+
+    def __repr__(self) -> str:
+        return (
+            json.dumps(self.data)
+            if self.mime == "application/json"
+            else f"<IPython.core.display.{type(self).__name__} object>"
+        )
+
+
+class StandIn:
+    """Finder of modules named IPython that have `display` and its like, if no other finder has them."""
+
+    modules = ("IPython", "IPython.core", "IPython.core.display", "IPython.core.getipython", "IPython.display")
+
+    def __init__(self, display: Callable[..., Any]) -> None:
+        classes = {name: type(name, (Shown,), {"mime": mime}) for name, mime in DISPLAY_CLASSES.items()}
+        self.names: dict[str, Any] = {
+            **classes,
+            "Image": type("Image", (Shown,), {}),
+            "display": display,
+            "update_display": display,
+            "clear_output": lambda **_: None,
+            "get_ipython": lambda: None,
+        }
+
+    def find_spec(self, name: str, *_: object) -> Any:
+        """Find a module by its name."""
+        loader: Any = self
+        is_package = name in ("IPython", "IPython.core")
+        return importlib.machinery.ModuleSpec(name, loader, is_package=is_package) if name in self.modules else None
+
+    def create_module(self, _spec: Any) -> None:
+        """Have an ordinary module made."""
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Give a module its names."""
+        vars(module).update(self.names, __version__="9.0.0", version_info=(9, 0, 0))
+
+
+# Libraries, changed as they are imported
+
+
+class Adapter:
+    """Import hook that changes libraries: so that their pictures are shown, and that they know the sandbox's limits."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.changes: dict[str, Callable[[Any], None]] = {
+            "IPython.core.display_functions": self._change_ipython,
+            "PIL.Image": self._change_image,
+            "PIL.ImageShow": self._change_image_show,
+            "getpass": lambda module: vars(module).update(getpass=refuse_input),
+            "matplotlib": self._change_matplotlib,
+            "matplotlib._text_helpers": self._change_text_helpers,
+            "matplotlib.backend_bases": self._change_backend_bases,
+            "matplotlib.font_manager": self._change_font_manager,
+            "matplotlib.pyplot": self._change_pyplot,
+            "multiprocessing.context": self._change_multiprocessing,
+            "multiprocessing.pool": self._change_pool,
+            "pandas": self._change_pandas,
+            "pdb": lambda module: vars(module).update(set_trace=refuse_debugger),
+        }
+        for name in self.changes:
+            if name in sys.modules:  # preloaded
+                self._change(sys.modules[name])
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Find a module that is to be changed as others find it, and change it once it has run."""
+        if name not in self.changes:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                self._change(module)
+
+            vars(spec.loader)["exec_module"] = exec_module
+        return spec
+
+    def _change(self, module: types.ModuleType) -> None:
+        with contextlib.suppress(Exception):  # another version of it may have other names: then it stays as it is
+            self.changes[module.__name__](module)
+
+    def _change_ipython(self, module: Any) -> None:
+        """Have the real IPython's `display` show what ours shows; outside its shell it would print a repr."""
+        module.display = module.update_display = self.worker.display
+        module.clear_output = lambda **_: None
+
+    def _change_image_show(self, module: Any) -> None:
+        module.show = lambda image, *_, **__: self.worker.display(image) or True
+
+    def _change_matplotlib(self, module: Any) -> None:
+        """Choose the backend, whatever the code asks for: there is no other screen."""
+        module.rcParams["backend"] = "module://sandbox_backend"
+        module.use = lambda *_, **__: None
+
+    def _change_font_manager(self, module: Any) -> None:
+        """Draw in another font what a font lacks, if there is one, and complain of each font once."""
+        find = module.FontManager._find_fonts_by_props
+
+        @functools.wraps(find)
+        def finds(manager: Any, *arguments: Any, **options: Any) -> list[str]:
+            fonts = find(manager, *arguments, **options)
+            return [*fonts, *(font for font in self.worker.pictures.more_fonts(manager) if font not in fonts)]
+
+        module.FontManager._find_fonts_by_props = finds
+        said: set[str] = set()
+
+        def is_new(record: Any) -> bool:
+            """Whether a complaint about a font has not been made before; Matplotlib makes it for every text."""
+            count = len(said)
+            said.add(record.getMessage())
+            return len(said) > count
+
+        module._log.addFilter(is_new)
+
+    def _change_text_helpers(self, module: Any) -> None:
+        """Collect characters that a font lacks; Matplotlib warns of each."""
+        module.warn_on_missing_glyph = lambda codepoint, *_: self.worker.pictures.without_glyph.add(chr(codepoint))
+
+    def _change_backend_bases(self, module: Any) -> None:
+        """Note which figures are saved where, so that none is shown twice."""
+        save = module.FigureCanvasBase.print_figure
+        module.FigureCanvasBase.print_figure = self.worker.pictures.noting(save, lambda canvas: canvas.figure)
+
+    def _change_image(self, module: Any) -> None:
+        """Note which images are saved where, likewise."""
+        module.Image.save = self.worker.pictures.noting(module.Image.save, lambda image: image)
+
+    def _change_pyplot(self, module: Any) -> None:
+        """Have savefig() after show(), which closed the figure, save that figure instead of a new and empty one."""
+        savefig = module.savefig
+
+        @functools.wraps(savefig)
+        def saves(*arguments: Any, **options: Any) -> Any:
+            last = None if module.get_fignums() else self.worker.pictures.last_figure
+            return last.savefig(*arguments, **options) if last else savefig(*arguments, **options)
+
+        module.savefig = saves
+        switch_backend = module.switch_backend
+        module.switch_backend = lambda _: switch_backend("module://sandbox_backend")
+
+    def _change_multiprocessing(self, module: Any) -> None:
+        """Start processes by fork, also where Python would not: others can't import what the code defined."""
+        module._default_context._default_context = module._concrete_contexts["fork"]
+
+    def _change_pool(self, module: Any) -> None:
+        """Refuse the code's functions in a pool whose processes are not forked: they would die, again and again."""
+        for name in ("apply_async", "_map_async", "imap", "imap_unordered"):
+            setattr(module.Pool, name, forked_only(getattr(module.Pool, name), module.ThreadPool))
+
+    def _change_pandas(self, module: Any) -> None:
+        """Show all of a table's columns, in several parts if it is wide."""
+        module.set_option("display.max_columns", 100, "display.width", 120)
+
+
+def refuse_input(_prompt: object = "", /) -> str:
+    """Stand in for input(), which has no one to answer it in a sandbox."""
+    raise EOFError("input() can't be answered in the sandbox; put the value into the code instead")
+
+
+def refuse_debugger(*_: object, **__: object) -> None:
+    """Stand in for breakpoint(), likewise."""
+    raise RuntimeError("a debugger can't be answered in the sandbox; print what you need to see")
+
+
+def forked_only(method: Callable[..., Any], threads: type) -> Callable[..., Any]:
+    """Have a pool's method refuse what its processes can't find, as they were not forked from this one."""
+
+    @functools.wraps(method)
+    def checked(pool: Any, function: Any, *arguments: Any, **options: Any) -> Any:
+        inner = function
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        kind = pool._ctx.get_start_method()
+        if kind != "fork" and getattr(inner, "__module__", "") == "__main__" and not isinstance(pool, threads):
+            raise RuntimeError(
+                f"processes started by {kind} can't find {inner.__name__}, which this code defined: "
+                'use multiprocessing.get_context("fork"), or threads'
+            )
+        return method(pool, function, *arguments, **options)
+
+    return checked
+
+
+def fit_to_share(cpus: int) -> None:
+    """Have Python count as many processors as the sandbox's share of CPU time feeds, and none to spare for joblib's."""
+    affinity = os.sched_getaffinity
+    os.sched_getaffinity = lambda pid: set(sorted(affinity(pid))[:cpus])
+    os.cpu_count = lambda: cpus
+    if hasattr(os, "process_cpu_count"):
+        os.process_cpu_count = os.cpu_count
+    if cpus == 1:  # each of joblib's processes would import everything anew, for no gain
+        os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
+
+
+# ── pictures ──
+
+CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
+
+
+class Pictures:
+    """The pictures of a call, each shown once: figures, images that it displays, and files that it saves."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.fonts: tuple[tuple[str, ...], list[str]] | None = None  # more fonts, by the packages that are installed
+        self.last_figure: Any = None  # the last one shown: savefig() may come after show()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the pictures of the previous call."""
+        self.shown: set[Any] = set()  # marks of figures and images, hashes of what was shown, and paths
+        self.saved: dict[str, bytes] = {}  # marks of figures and images, by path
+        self.without_glyph: set[str] = set()  # characters that no font has
+
+    def noting(self, save: Callable[..., Any], picture_of: Callable[[Any], Any]) -> Callable[..., Any]:
+        """Return a library's method `save` with a note of what it saves where."""
+
+        @functools.wraps(save)
+        def noted(owner: Any, path: Any, *arguments: Any, **options: Any) -> Any:
+            result = save(owner, path, *arguments, **options)
+            if isinstance(path, (str, os.PathLike)):
+                self.saved[os.path.abspath(path)] = self._mark(picture_of(owner))
+            return result
+
+        return noted
+
+    def note_shown(self, value: Any, forms: Mapping[str, str]) -> None:
+        """Remember that a value was shown, so that the file with the same picture need not be."""
+        if module_name(value).startswith(("PIL.", "matplotlib.")):
+            self.shown |= {self._mark(value), os.path.abspath(getattr(value, "filename", None) or "")}
+        self.shown |= {hash(form) for form in forms.values()}
+
+    def _mark(self, picture: Any) -> bytes:
+        return vars(picture).setdefault("_sandbox_mark", os.urandom(8))  # type: ignore[no-any-return]
+
+    def draw(self, figure: Any) -> dict[str, str]:
+        """Return a Matplotlib figure as PNG, if it has anything, and close it, so that it is not shown again."""
+        image = io.BytesIO()
+        if is_blank(figure):
+            return {}
+        try:
+            figure.savefig(image, format="png", bbox_inches="tight")
+        finally:
+            if "matplotlib.pyplot" in sys.modules:
+                sys.modules["matplotlib.pyplot"].close(figure)
+        return {"image/png": encode_image(image.getvalue())}
+
+    def more_fonts(self, manager: Any) -> list[str]:
+        """Return fonts for Chinese, Japanese and Korean, of installed packages or the image, as Matplotlib has none."""
+        folders = tuple(self.worker.packages)
+        if self.fonts is None or self.fonts[0] != folders:
+            packages = [path for folder in folders for path in glob.glob(f"{folder}/*/fonts/*.[ot]t[fc]")]
+            found = [path for path in [*packages, *(font.fname for font in manager.ttflist)] if CJK_FONT.search(path)]
+            self.fonts = (folders, sorted(found, key=lambda path: "SansCJK" not in path)[:2])  # it has all three
+        return self.fonts[1]
+
+    def backend(self) -> types.ModuleType:
         """Return a Matplotlib backend whose `show()` puts open figures into the result; using it imports Matplotlib."""
         backend = types.ModuleType("sandbox_backend")
 
@@ -3927,34 +4576,71 @@ class Worker:
                 raise AttributeError(name)
             from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-            vars(backend).update(FigureCanvas=FigureCanvasAgg, show=lambda *_, **__: self._show_figures())
+            vars(backend).update(FigureCanvas=FigureCanvasAgg, show=lambda *_, **__: self.show_figures())
             return FigureCanvasAgg
 
         backend.__getattr__ = find  # type: ignore[method-assign]  # a module's own __getattr__: PEP 562
         return backend
 
-    def _show_figures(self) -> None:
-        """Put every open Matplotlib figure into the result, and close it."""
-        pyplot = sys.modules.get("matplotlib.pyplot")
+    def show_figures(self) -> None:
+        """Put every open Matplotlib figure into the result, unless nothing is drawn in it, and close it."""
+        pyplot: Any = sys.modules.get("matplotlib.pyplot")
         for number in pyplot.get_fignums() if pyplot else ():
-            figure = pyplot.figure(number)  # type: ignore[union-attr]  # there are numbers only if there is pyplot
-            self.display(figure)
+            figure = pyplot.figure(number)
+            if is_blank(figure):
+                pyplot.close(figure)
+            else:
+                self.last_figure = figure
+                self.worker.display(figure)
+
+    def show_saved(self, changed: Sequence[str]) -> None:
+        """Show the pictures among the files that the call changed or Matplotlib saved; name the characters left out."""
+        inside = [os.path.join(self.worker.home, path) for path in changed]
+        paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
+        left = PICTURES_SHOWN
+        for path in paths:
+            with contextlib.suppress(OSError):
+                if left and not {path, self.saved.get(path)} & self.shown and os.stat(path).st_size <= PICTURE_LIMIT:
+                    with open(path, "rb") as file:
+                        data = file.read(PICTURE_LIMIT)
+                    if (mime := image_type(data)) and hash(image := encode_image(data)) not in self.shown:
+                        left -= 1
+                        self.worker.note(f"saved as {os.path.relpath(path, self.worker.home)}")
+                        self.worker.publish({"text/plain": os.path.basename(path), mime: image})
+        if self.without_glyph:
+            text = clip(" ".join(sorted(self.without_glyph)), 100)
+            self.worker.note(f"boxes stand for {text}: for a font that has them install mplfonts, then run this again")
 
 
-class MatplotlibHook:
-    """Import hook that gives pyplot the sandbox's backend; MPLBACKEND would be inherited by the code's children."""
-
-    @staticmethod
-    def find_spec(name: str, *_: Any) -> None:
-        """Find nothing, but set the backend when pyplot is about to be imported."""
-        if name == "matplotlib.pyplot" and "matplotlib" in sys.modules:
-            sys.modules["matplotlib"].rcParams["backend"] = "module://sandbox_backend"
+def is_figure(value: Any) -> bool:
+    """Whether a value is a Matplotlib figure."""
+    return module_name(value) == "matplotlib.figure" and hasattr(value, "savefig")
 
 
-def refuse_input(_prompt: object = "", /) -> str:
-    """Stand in for input(), which has no one to answer it in a sandbox."""
-    raise EOFError("input() can't be answered in the sandbox; put the value into the code instead")
+def is_blank(figure: Any) -> bool:
+    """Whether a Matplotlib figure has nothing in it but its background."""
+    with contextlib.suppress(Exception):  # it may be of the code's own class
+        return len(figure.get_children()) <= 1
+    return False
 
+
+def image_type(data: bytes) -> str | None:
+    """Return the MIME type of an image that clients can show, or None."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif"
+    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def encode_image(data: bytes) -> str:
+    """Return an image in base64, scaled down if need be."""
+    return base64.b64encode(fit_image(data)).decode("ascii")
+
+
+# ── rich output ──
 
 RICH_FORMS = (
     ("image/png", "_repr_png_"),
@@ -3967,44 +4653,33 @@ RICH_FORMS = (
 
 
 def rich_forms(value: Any) -> dict[str, str]:
-    """Return a value's forms other than plain text, by MIME type, binary ones in base64 (IPython's protocol).
-
-    Raises whatever Matplotlib raises if a figure can't be drawn; any other form that can't be made is left out.
-    """
-    kind = type(value)
-    if issubclass(kind, type):
+    """Return a value's forms other than plain text, by MIME type, as its class makes them (IPython's protocol)."""
+    forms: dict[str, Any] = {}
+    if issubclass(type(value), type):
         return {}
-    if module_name(value) == "matplotlib.figure" and hasattr(value, "savefig"):
-        return {"image/png": draw(value)}
-    forms: dict[Any, Any] = {}
     for mime, method in RICH_FORMS:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # a form that can't be made is left out
             make = getattr(value, method)
             forms[mime] = make() if callable(make) else None
     with contextlib.suppress(Exception):
         bundle = value._repr_mimebundle_()
         forms.update(bundle[0] if isinstance(bundle, tuple) else bundle)
+    forms.pop("text/plain", None)
+    return encode_forms(forms)
+
+
+def encode_forms(forms: Mapping[Any, Any]) -> dict[str, str]:
+    """Return forms as they are sent: binary ones in base64, without those that are no text."""
     rich: dict[str, str] = {}
     for mime, form in list(forms.items())[:FORMS_LIMIT]:
         if isinstance(form, tuple) and form:
             form = form[0]  # some return (data, metadata)
         if isinstance(form, bytes):
-            form = base64.b64encode(fit_image(bytes(form))).decode("ascii")
+            form = encode_image(bytes(form))
         mime, form = exact(mime), exact(form)
-        if 0 < len(mime) <= 200 and form and mime != "text/plain":
+        if 0 < len(mime) <= 200 and form:
             rich[mime] = form
     return rich
-
-
-def draw(figure: Any) -> str:
-    """Return a Matplotlib figure as base64 PNG, and close it, so that the end of the call does not show it again."""
-    image = io.BytesIO()
-    try:
-        figure.savefig(image, format="png", bbox_inches="tight")
-    finally:
-        if "matplotlib.pyplot" in sys.modules:
-            sys.modules["matplotlib.pyplot"].close(figure)
-    return base64.b64encode(fit_image(image.getvalue())).decode("ascii")
 
 
 def fit_image(data: bytes) -> bytes:
@@ -4147,7 +4822,7 @@ class ImportPolicy:
                 if function in ("__import__", "import_module") and isinstance(node.args[0].value, str):
                     names = [node.args[0].value]
             for name in names:
-                refusal = self._refusal(name)
+                refusal = self.refusal(name)
                 if refusal:
                     # Raise from the import's own position, so that line and traceback are as for any error.
                     statement = ast.parse("raise refusal").body[0]
@@ -4156,7 +4831,7 @@ class ImportPolicy:
                     code = compile(ast.Module([statement], []), filename, "exec", dont_inherit=True)
                     exec(code, {"refusal": refusal})
 
-    def _refusal(self, name: str) -> ImportError | None:
+    def refusal(self, name: str) -> ImportError | None:
         top = name.partition(".")[0]
         if top == "__future__":
             return None
@@ -4196,7 +4871,7 @@ class ImportPolicy:
 
     def _require(self, name: str, asking: dict[str, Any], level: int) -> None:
         if level == 0 and isinstance(name, str) and self._is_users(asking):
-            refusal = self._refusal(name)
+            refusal = self.refusal(name)
             if refusal:
                 raise refusal
 
@@ -5372,7 +6047,7 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 # ── shipping ──
 
 GUEST_MODULES = (
-    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc importlib inspect io json "
+    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc glob importlib inspect io json "
     "linecache math os re select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (

@@ -610,6 +610,7 @@ class Guest:
             "owner": "us",
             "digest": "d",
             "working_dir": str(home),
+            "cpus": 1,
             "writable_folders": [],
             "idle_timeout": 60.0,
             "adoption_time": 60.0,

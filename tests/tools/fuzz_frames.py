@@ -146,6 +146,7 @@ class TamedSupervisor(Supervisor):
             "packages": "/nowhere",
             "grace": 2.0,
             "working_dir": "/nowhere",
+            "cpus": 1,
             "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
         }
         self.host, theirs = os.pipe()
