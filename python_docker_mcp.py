@@ -53,6 +53,7 @@ from typing import IO, Annotated, Any, ClassVar, Literal, get_args
 import anyio
 import mcp_types as types
 import pydantic
+import pydantic_core
 from mcp.server import Server, ServerRequestContext
 from mcp.server.session import ServerSession
 from mcp.server.stdio import stdio_server
@@ -88,6 +89,7 @@ from sandbox_runner import (
     clip,
     component_version,
     host_image_name,
+    is_within,
     load_config,
     open_runner,
     open_tasks,
@@ -98,7 +100,6 @@ from sandbox_runner import (
     set_up_logging,
     show_status,
     size_in_bytes,
-    source_lines,
     split_mount,
     until_signal,
 )
@@ -151,6 +152,24 @@ def without_default(schema: dict[str, Any]) -> None:
     del schema["default"]
 
 
+def in_text(meaning: Callable[[str], Any]) -> pydantic.BeforeValidator:
+    """Return a validator that takes a text for what it means; `meaning` returns the text itself if that is unclear."""
+    return pydantic.BeforeValidator(lambda given: meaning(given) if isinstance(given, str) else given)
+
+
+def object_in(text: str) -> Any:
+    """Return the JSON object that a text is, or else the text."""
+    with contextlib.suppress(ValueError):
+        found = pydantic_core.from_json(text, allow_inf_nan=False)
+        return found if isinstance(found, dict) else text
+    return text
+
+
+def number_in(text: str) -> float | str:
+    """Return the number that a text is in plain digits, or else the text."""
+    return float(text) if re.fullmatch(r"\s*[0-9]{1,15}(\.[0-9]{1,15})?\s*", text) else text
+
+
 Code = Annotated[
     str,
     pydantic.Field(
@@ -160,9 +179,11 @@ Code = Annotated[
     ),
 ]
 SessionId = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+OptionalSessionId = Annotated[SessionId | SkipJsonSchema[None], in_text(lambda text: text if text.strip() else None)]
 Seconds = Annotated[float, pydantic.Field(gt=0)]
 Timeout = Annotated[
     Seconds | SkipJsonSchema[None],
+    in_text(number_in),
     pydantic.Field(json_schema_extra=without_default, description="Seconds the code may take."),
 ]
 
@@ -198,7 +219,7 @@ class ExecuteTransient(Tool):
     runs_code = True
 
     code: Code
-    state: dict[str, Any] | SkipJsonSchema[None] = pydantic.Field(
+    state: Annotated[dict[str, Any] | SkipJsonSchema[None], in_text(object_in)] = pydantic.Field(
         default=None,
         json_schema_extra=without_default,
         description='Variables the code starts with, as JSON values by name: {"x": 1, "rows": [[1, 2], [3, 4]]}. '
@@ -242,14 +263,16 @@ class ExecutePersistent(Tool):
         description="Python source code. print() what you want to see, or end with an expression; top-level await "
         'works. Empty ("") to wait for code that is still running in the session.',
     )
-    session_id: SessionId | SkipJsonSchema[None] = pydantic.Field(
+    session_id: OptionalSessionId = pydantic.Field(
         default=None,
         json_schema_extra=without_default,
         description="The session to go on in, or a name of your own for a new one (letters, digits, dots, dashes, "
         "underscores). Left out: a new session, whose id the result tells.",
     )
     timeout: Timeout = None
-    interrupt: bool | SkipJsonSchema[None] = pydantic.Field(
+    interrupt: Annotated[
+        bool | SkipJsonSchema[None], in_text(lambda text: {"true": True, "false": False}.get(text, text))
+    ] = pydantic.Field(
         default=None,
         json_schema_extra=without_default,
         description="true, with empty code: stop the code that is still running, instead of waiting for it.",
@@ -302,7 +325,7 @@ class InstallPackage(Tool):
         description="One requirement as pip takes it: a name as on PyPI, if need be with extras and versions, such as "
         "polars, beautifulsoup4, httpx[http2] or networkx>=3.2,<4.",
     )
-    session_id: SessionId | SkipJsonSchema[None] = pydantic.Field(
+    session_id: OptionalSessionId = pydantic.Field(
         default=None,
         json_schema_extra=without_default,
         description="The session that needs the package. Left out: it is installed for every execution from now on.",
@@ -310,10 +333,9 @@ class InstallPackage(Tool):
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # inherited
         """Install the package, and report the outcome."""
-        installation = await service.runner.install(
-            self.package_name, session=self.session_id, on_status=progress.on_status
-        )
-        return render_installation(installation, self.session_id)
+        requirement, note = package_meant(self.package_name)
+        installation = await service.runner.install(requirement, session=self.session_id, on_status=progress.on_status)
+        return render_installation(installation, self.session_id, note)
 
 
 class CleanupSession(Tool):
@@ -476,6 +498,36 @@ def seconds(asked: float | None, most: float) -> float | None:
             "steps, in a session."
         )
     return asked
+
+
+INSTALL_COMMAND = re.compile(
+    r"[!%$]?\s*(?:(?:python[\d.]*|py|\{?sys\.executable\}?)\s+-m\s+)?"
+    r"(?:(?:uv\s+)?pip[\d.]*\s+install|uv\s+add|(?:conda|mamba)\s+install)\s+"
+)
+QUOTES = "'\"`"
+NEEDLESS_OPTIONS = frozenset(
+    "-q -qq -U -y --quiet --upgrade --user --yes --system --no-cache-dir --break-system-packages".split()
+)
+
+
+def package_meant(asked: str) -> tuple[str, str | None]:
+    """Return the requirement that a text asks for, be it a whole command, and a note if it named an import instead.
+
+    Raises:
+        RequestError: it is none, or more than one.
+    """
+    text = asked.strip().strip(QUOTES)
+    if command := INSTALL_COMMAND.match(text):
+        words = [word.strip(QUOTES) for word in text[command.end() :].split() if word not in NEEDLESS_OPTIONS]
+        if not any(word.startswith("-") for word in words):  # other options change what would be installed
+            text = " ".join(words)
+    name, requirement = parse_requirement(text)
+    known = {re.sub(r"[_.]", "-", module).lower(): package for module, package in DISTRIBUTIONS.items()}
+    package = known.get(name)
+    written, rest = re.findall(r"^([\w.-]+)(.*)", requirement)[0]
+    if not package or (rest and not re.fullmatch(r"[\w.-]+", package)):
+        return requirement, None  # the package brings extras or versions of its own
+    return package + rest, f"{written} is the name of the import; the package is called {package}."
 
 
 def new_session_id() -> str:
@@ -915,8 +967,10 @@ def resource(uri: str, data: bytes) -> types.TextResourceContents | types.BlobRe
     return types.BlobResourceContents(uri=uri, mime_type=mime or "application/octet-stream", blob=blob)
 
 
-def render_installation(installation: Installation, session: str | None) -> types.CallToolResult:
-    """Render an installation for a model."""
+def render_installation(
+    installation: Installation, session: str | None, note: str | None = None
+) -> types.CallToolResult:
+    """Render an installation for a model; `note` is on what was asked for."""
     output = clip(as_shown(installation.output), VALUE_BUDGET).strip()
     hint = hint_on_installation(installation)
     structured = {
@@ -924,80 +978,238 @@ def render_installation(installation: Installation, session: str | None) -> type
         "message": installation.message,
         "installed": [{"name": name, "version": version} for name, version in installation.installed],
         "output": output,
+        "note": note,
         "hint": hint,
         "session_id": session,
         "seconds": round(installation.seconds, 3),
     }
-    sections = [section for section in (f"{installation.message}.", output, hint and f"Hint: {hint}") if section]
-    return answer(sections, structured, is_error=not installation.ok)
+    sections = (f"{installation.message}.", output, note and f"Note: {note}", hint and f"Hint: {hint}")
+    return answer([section for section in sections if section], structured, is_error=not installation.ok)
 
 
 # What to do about a failure
 
-# Import names whose distribution is called otherwise, among those that people ask for.
+# Names that people import or ask for, whose distribution is called otherwise.
 DISTRIBUTIONS = {
-    "attr": "attrs", "bs4": "beautifulsoup4", "Bio": "biopython", "Crypto": "pycryptodome", "cv2":
-    "opencv-python-headless", "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv",
-    "fitz": "PyMuPDF", "git": "GitPython", "google.protobuf": "protobuf", "jwt": "PyJWT", "magic": "python-magic",
-    "MySQLdb": "mysqlclient", "nacl": "PyNaCl", "OpenSSL": "pyOpenSSL", "PIL": "Pillow", "pptx": "python-pptx",
-    "psycopg2": "psycopg2-binary", "serial": "pyserial", "skimage": "scikit-image", "sklearn": "scikit-learn",
-    "slugify": "python-slugify", "usb": "pyusb", "yaml": "PyYAML", "zmq": "pyzmq",
+    "attr": "attrs", "barcode": "python-barcode", "Bio": "biopython", "bs4": "beautifulsoup4", "cairo": "pycairo",
+    "community": "python-louvain", "Crypto": "pycryptodome", "cv2": "opencv-python-headless",
+    "dateutil": "python-dateutil", "decouple": "python-decouple", "discord": "discord.py", "docx": "python-docx",
+    "dotenv": "python-dotenv", "faiss": "faiss-cpu", "fitz": "PyMuPDF", "gi": "PyGObject", "git": "GitPython",
+    "google.generativeai": "google-generativeai", "google.protobuf": "protobuf", "jwt": "PyJWT", "ldap": "python-ldap",
+    "magic": "python-magic", "mpl_toolkits": "matplotlib", "mpl_toolkits.basemap": "basemap",
+    "mysql": "mysql-connector-python", "MySQLdb": "mysqlclient", "nacl": "PyNaCl", "nmap": "python-nmap",
+    "odf": "odfpy", "OpenGL": "PyOpenGL", "OpenSSL": "pyOpenSSL", "osgeo": "GDAL", "PIL": "Pillow",
+    "pkg_resources": "setuptools<82", "pptx": "python-pptx", "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary", "pwn": "pwntools", "pylab": "matplotlib", "pytables": "tables",
+    "rest_framework": "djangorestframework", "ruamel": "ruamel.yaml", "serial": "pyserial", "shapefile": "pyshp",
+    "skimage": "scikit-image", "sklearn": "scikit-learn", "slugify": "python-slugify",
+    "snowflake": "snowflake-connector-python", "speech_recognition": "SpeechRecognition", "stdnum": "python-stdnum",
+    "tabula": "tabula-py", "talib": "TA-Lib", "telegram": "python-telegram-bot", "umap": "umap-learn", "usb": "pyusb",
+    "win32api": "pywin32", "wx": "wxPython", "Xlib": "python-xlib", "yaml": "PyYAML", "zmq": "pyzmq",
 }  # fmt: skip
+
+# Hints that are too long for a row.
+NO_GRAPHICS = (
+    "opencv-python needs a graphics library that this image lacks: call install-package with package_name "
+    '"opencv-python-headless", in a fresh session.'
+)
+NO_LIBRARY = (
+    "The system library {0} is missing, and can't be added from code: have the operator set docker.image to an image "
+    "that has it."
+)
+NO_IPYTHON_DISPLAY = (
+    "IPython.display has only display, HTML, Markdown, Image, SVG, Latex, JSON and clear_output here: use one of them."
+)
+NO_POOL = (
+    "The pool's processes could not run the code, or memory ran out: use mp_context=multiprocessing.get_context("
+    '"fork"), or threads.'
+)
+NO_FILE = "There is no file: the working directory is {docker.working_dir}; use paths relative to it."
+NO_IPYTHON = "This is plain Python, not IPython: leave it out. Shell lines (!ls) and figures work without it."
+DISK_FULL = "Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
+OUT_OF_MEMORY = "Work on less data at a time, or have the operator raise docker.memory_limit."
+SYSTEM_FOLDERS = ("/bin", "/dev", "/etc", "/lib", "/opt", "/proc", "/run", "/sys", "/usr", "/var")  # the image's own
+
+# What stands between the words of a command, in a text for a shell or in a list of texts.
+_GAP = r"""(?:\s+['"]?|['"]\s*,\s*['"])"""
+PIP_INSTALL = re.compile(rf"""\bpip[\d.]*{_GAP}install((?:{_GAP}[^\s'";|&()]+)+)""")
+PIP_FAILED = re.compile(r"No module named pip\b|\bpip[\d.]*: (?:command )?not found|No matching distribution found for")
+REQUIREMENT = r"\w[\w-]*(?:\.[\w-]+)*(?:\[[\w,-]+\])?(?:[<>=!~]=[\w.]*\w)?"
+PATH = r"""((?:[/~]|[A-Za-z]:[\\/])[^'"]*)"""  # one that is not relative
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of the code's, with what a hint on it may draw on."""
+
+    error: ExceptionInfo
+    code: str
+    config: Config
+    in_session: bool
+    lacking: str | None  # why the image has not all packages
+
+
+Words = str | Callable[[re.Match[str], Failure], str | None]
 
 
 def hint_on(result: Result, code: str, config: Config, lacking: str | None = None) -> str | None:
     """Return what to do about a failure that has a usual cause; `lacking` says why the image has not all packages."""
     if result.status == "out_of_memory":
-        return "Work on less data at a time, or have the operator raise docker.memory_limit."
+        return OUT_OF_MEMORY
     if result.status == "timeout":
         return "Allow it more time with `timeout`, or do less in one call."
-    if (exception := result.exception) is None:
+    if (error := result.exception) is None:
+        return hint_on_pip(code) if result.status == "ok" and any(map(is_from_pip, result.output)) else None
+    failure = Failure(error, code, config, result.session is not None, lacking)
+    for kind, message, words in HINTS:
+        if re.fullmatch(kind, error.type) and (found := re.search(message, error.message)):
+            if isinstance(words, str):
+                return words.format(*found.groups(), docker=config.docker)
+            if advice := words(found, failure):
+                return advice
+    return None
+
+
+def is_from_pip(item: Text | Rich | Omitted) -> bool:
+    """Whether this output tells that pip could not install something."""
+    if not isinstance(item, Text) or item.stream != "stderr":
+        return False
+    return ("pip" in item.text or "No matching" in item.text) and bool(PIP_FAILED.search(item.text))
+
+
+def hint_on_pip(command: str) -> str:
+    """Return what to do instead of running pip, for the packages that a command line, or code with one, asks for."""
+    found = PIP_INSTALL.search(command)
+    words = re.findall(r"""[^\s'"]+""", re.sub(r"""['"]\s*,\s*['"]""", " ", found[1])) if found else []
+    names = [word for word in words if re.fullmatch(r"\w[\w.\[\],<>=!~-]*", word)]
+    asked = calls_to_install(names) if names and "-r" not in words else "call install-package, with one package a call"
+    return f"pip does not work in code here: {asked}."
+
+
+def calls_to_install(packages: Sequence[str]) -> str:
+    """Say which calls install these packages."""
+    each = ", ".join(f'package_name "{name}"' for name in packages)
+    return f"call install-package {'with' if len(packages) == 1 else 'for each of them:'} {each}"
+
+
+def hint_on_missing(_: re.Match[str], failure: Failure) -> str | None:
+    """Return where a module that could not be imported, or packages that were asked for, come from."""
+    module = failure.error.missing
+    if not module:
         return None
-    if exception.missing:
-        return hint_on_missing(exception.missing) + (f" ({lacking})" if lacking else "")
-    return hint_on_syntax(exception, code) or hint_on_walls(exception.message, config.docker)
-
-
-def hint_on_missing(module: str) -> str:
-    """Return where a module that could not be imported comes from."""
+    if len(packages := module.split()) > 1:
+        asked = calls_to_install([DISTRIBUTIONS.get(name, name) for name in packages])
+        return f"{', '.join(packages)} are not installed: {asked}."
+    if module in ("google", "google.cloud") and (found := re.search(r"\bgoogle\.(?:cloud\.)?\w+", failure.code)):
+        module = found[0]  # the exception names but the namespace
     top = module.partition(".")[0]
+    if module.startswith("google.colab"):
+        folder = failure.config.docker.working_dir
+        return (
+            f"google.colab exists only in Google Colab: leave it out. Files go through the working directory {folder}."
+        )
+    if top == "pip":
+        return hint_on_pip(failure.code)
     if top in sys.stdlib_module_names:
         return (
             f"{top} belongs to Python's standard library, but this image was built without it: do without it, or "
             "have the operator set docker.image to one that has it."
         )
     package = DISTRIBUTIONS.get(module) or DISTRIBUTIONS.get(top)
-    called = f": the package is called {package}" if package else ""
-    return f"{top} is not installed. Install it with install-package{called}."
+    called = f"; its package is called {package}" if package else ""
+    if top == "google":
+        top = module
+    package = package or top.replace(".", "-")
+    reason = f" ({failure.lacking})" if failure.lacking else ""
+    return f'{top} is not installed{called}. Install it with install-package, package_name "{package}".{reason}'
 
 
-def hint_on_syntax(exception: ExceptionInfo, code: str) -> str | None:
-    """Return what to write in place of a line that IPython would take."""
-    lines = source_lines(code)
-    if exception.type != "SyntaxError" or not 0 < (exception.line or 0) <= len(lines):
+def hint_on_optional(found: re.Match[str], _: Failure) -> str:
+    """Return how to install a package that another one needs for this."""
+    package = DISTRIBUTIONS.get(found[1], found[1])
+    return f'Another package is needed: call install-package with package_name "{package}", then run this again.'
+
+
+def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
+    """Return how data gets in without a network, if there is none."""
+    if not failure.config.docker.network_disabled:
         return None
-    line = lines[(exception.line or 0) - 1].strip()
-    if re.match(r"[!%]\s*(uv\s+)?(pip|conda|mamba)\b", line):
-        return "Packages are not installed from code here: use install-package, then import them."
-    if re.match(r"!\s*\w", line):
-        return "Shell commands are not part of Python: use subprocess.run([...])."
-    if re.match(r"%%?[a-z]", line):
-        return "IPython's magic commands are not available here: leave the line out. Figures are shown without it."
+    return (
+        "Code here has no network (docker.network_disabled): put the data into the code, or have the operator make a "
+        "folder with it visible (docker.mounts)."
+    )
+
+
+def hint_on_read_only(_: re.Match[str], failure: Failure) -> str | None:
+    """Return what can be written to, if not everything can."""
+    docker = failure.config.docker
+    return f"Only {docker.working_dir} and /tmp can be written to (docker.read_only)." if docker.read_only else None
+
+
+def hint_on_path(found: re.Match[str], failure: Failure) -> str | None:
+    """Return which folders code sees, if a file was looked for outside of them."""
+    docker = failure.config.docker
+    mounted = [split_mount(mount)[2] for mount in docker.mounts]
+    known = (docker.working_dir, *WRITABLE_FOLDERS, *SYSTEM_FOLDERS, *mounted)
+    if any(is_within(found[1], folder) for folder in known):
+        return None
+    if mounted:
+        return f"Of the host, code sees only what is in {', '.join(mounted)}: name the file by its path there."
+    return (
+        f"Code sees only its own working directory {docker.working_dir}: pass the data in the code"
+        f"{'' if failure.in_session else ' or as `state`'}, or have the operator make a folder visible (docker.mounts)."
+    )
+
+
+def hint_on_permission(found: re.Match[str], failure: Failure) -> str | None:
+    """Return what to do where a mounted folder's permissions are in the way."""
+    docker = failure.config.docker
+    for folder in (split_mount(mount)[2] for mount in docker.mounts):
+        if is_within(found[1], folder):
+            return (
+                f"The sandbox's user (uid 65534) has no permission for this in {folder}: write to "
+                f"{docker.working_dir}, or have the operator chmod the folder on the host."
+            )
     return None
 
 
-def hint_on_walls(message: str, docker: DockerConfig) -> str | None:
-    """Return what to do where code ran against the sandbox's walls: by error number, as exceptions' types vary."""
-    if docker.network_disabled and re.search(r"\[Errno (-2|-3|101)\]", message):
-        return (
-            "Code here has no network (docker.network_disabled): put the data into the code, or have the operator make "
-            "a folder with it visible (docker.mounts)."
-        )
-    if "[Errno 30]" in message and docker.read_only:
-        return f"Only {docker.working_dir} and /tmp can be written to (docker.read_only)."
-    if "[Errno 28]" in message:
-        return f"Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
-    return None
+# Each row: the exception's type, what its message matches, and the hint, in which {0} is the match's first group. A
+# function may still find that its row does not fit, and return None. The first row that fits wins.
+HINTS: tuple[tuple[str, str, Words], ...] = (
+    (r".*", r"", hint_on_missing),
+    # packages that others need: pandas 2 and 3 in their words, then what libraries say in general
+    (r".*", r"Unable to find a usable engine; tried using: '([\w-]+)", hint_on_optional),
+    (r".*", r"Missing optional dependency '([\w-]+)", hint_on_optional),
+    (r".*", r"`Import ([\w-]+)[\w.-]*` failed", hint_on_optional),
+    (r".*", r"Could not find plotting backend '([\w-]+)", hint_on_optional),
+    (r".*", r"accessor requires ([\w-]+)", hint_on_optional),
+    (r"CalledProcessError", r"\bpip[\d.]*['\", ]+install", lambda found, _: hint_on_pip(found.string)),
+    (r"FileNotFoundError", r"directory: '(?:\S*/)?pip[\d.]*'", lambda _, failure: hint_on_pip(failure.code)),
+    (r".*", rf"\b(?:pip[\d.]*|conda)\s+install\s+(?:-c\s+\w\S*\s+|-\S+\s+)*['\"`]?({REQUIREMENT})", hint_on_optional),
+    (r"ImportError", r"^'?([\w-]+)'? (?:not found, please install|is not installed)", hint_on_optional),
+    (r"ImportError", r"^([\w-]+)(?:[<>=!~]+[\w.]+)? is required for", hint_on_optional),
+    (r"ImportError", r"\brequires '([\w-]+)' version", hint_on_optional),
+    (r"ImportError", r"\bwithout ([\w-]+) installed", hint_on_optional),
+    (r"ImportError", r"(?i)\bplease,? install (?:the )?['`\"]?(?!it\b|or\b|the\b|a\b|an\b)([\w-]+)", hint_on_optional),
+    # what this image and plain Python lack
+    (r"ImportError", r"^lib(?:GL|gthread|glib)\b.* cannot open shared object file", NO_GRAPHICS),
+    (r"ImportError", r"^(\S+): cannot open shared object file", NO_LIBRARY),
+    (r"ImportError", r"cannot import name '\w+' from 'IPython\.display'(?! \(/)", NO_IPYTHON_DISPLAY),
+    (r"NameError", r"name '__file__'", NO_FILE),
+    (r"NameError", r"name 'get_ipython'", NO_IPYTHON),
+    # nobody is there
+    (r"BdbQuit", r"", "Nobody can answer a debugger here: print() what you need to see."),
+    (r"EOFError", r"EOF when reading a line", "Nobody can answer a prompt here: put the value into the code."),
+    # the walls: by error number, as exceptions' types vary
+    (r".*", r"\[Errno (?:-2|-3|101)\]|Temporary failure in name resolution", hint_on_network),
+    (r".*", r"\[Errno 30\]", hint_on_read_only),
+    (r".*", r"\[Errno 28\]", DISK_FULL),
+    (r"FileNotFoundError", rf"No such file or directory: ['\"]?{PATH}", hint_on_path),
+    (r"FileNotFoundError", rf"^{PATH} not found", hint_on_path),
+    (r"PermissionError", rf"\[Errno 13\][^'\"]*['\"]{PATH}", hint_on_permission),
+    (r"(?:_Array)?MemoryError", r"", OUT_OF_MEMORY),
+    (r"BrokenProcessPool", r"", NO_POOL),
+)
 
 
 def hint_on_installation(installation: Installation) -> str | None:
@@ -1009,11 +1221,7 @@ def hint_on_installation(installation: Installation) -> str | None:
         )
     if installation.needs_build:
         return "Something has no wheel for this Python. To have it built from source, set package.wheels_only: false."
-    known = {name.lower(): package for name, package in DISTRIBUTIONS.items()}
-    package = known.get(installation.name) or known.get(installation.name.replace("-", "_"))
-    if installation.ok or not package:
-        return None
-    return f"{installation.name} is the name of an import; the package is called {package}."
+    return None
 
 
 # The whole result
@@ -1828,7 +2036,9 @@ async def attempt(check: Check, runner: Runner, session: str) -> Result:
 def import_name(requirement: str) -> str:
     """Return the module to import of a distribution."""
     name = re.split(r"[\[<>=!~]", parse_requirement(requirement)[1])[0]
-    known = {distribution.lower(): module for module, distribution in DISTRIBUTIONS.items()}
+    known = {distribution.lower(): module for module, distribution in DISTRIBUTIONS.items()} | {
+        "matplotlib": "matplotlib"
+    }
     return known.get(name.lower(), name.replace("-", "_"))
 
 
@@ -1931,9 +2141,10 @@ async def _build(options: argparse.Namespace) -> int:
 async def _install(options: argparse.Namespace) -> int:
     """Install a package for a session, or for every later execution."""
     async with open_runner(load_config(options.config), on_status=show_status) as runner, until_signal():
-        installation = await runner.install(options.requirement, session=options.session)
+        requirement, note = package_meant(options.requirement)
+        installation = await runner.install(requirement, session=options.session)
     stream = sys.stdout if installation.ok else sys.stderr
-    for text in filter(None, (installation.message, installation.output, hint_on_installation(installation))):
+    for text in filter(None, (installation.message, installation.output, note, hint_on_installation(installation))):
         print(text, file=stream)
     return 0 if installation.ok else 1
 

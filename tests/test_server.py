@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -52,6 +53,7 @@ from python_docker_mcp import (
     make_server,
     measure,
     new_session_id,
+    package_meant,
     render,
     render_installation,
     telling_form,
@@ -112,35 +114,276 @@ def test_standard_error_is_marked_as_such_and_kept_in_order() -> None:
     assert result.structured_content["stderr"] == "careful"
 
 
+def advice_on(
+    kind: str, message: str, *, missing: str | None = None, code: str = "", config: Config | None = None, **more: Any
+) -> str | None:
+    """The hint on an exception."""
+    error = ExceptionInfo(kind, message, 1, "", missing)
+    return hint_on(Result("error", exception=error, **more), code, config or Config())
+
+
 @pytest.mark.parametrize(
-    ("kind", "missing", "code", "hint"),
+    ("missing", "code", "hint"),
     [
         (
-            "ModuleNotFoundError",
-            "cv2",
+            "bs4",
             "",
-            "cv2 is not installed. Install it with install-package: the package is called opencv",
+            (
+                "bs4 is not installed; its package is called beautifulsoup4. "
+                'Install it with install-package, package_name "beautifulsoup4".'
+            ),
         ),
-        ("ModuleNotFoundError", "rich.text", "", "rich is not installed. Install it with install-package."),
-        ("ModuleNotFoundError", "tkinter", "", "tkinter belongs to Python's standard library, but"),
-        ("SyntaxError", None, "!pip install x", "Packages are not installed from code here: use install-package"),
-        ("SyntaxError", None, "%pip install x", "Packages are not installed from code here: use install-package"),
-        ("SyntaxError", None, "!ls -l", "Shell commands are not part of Python: use subprocess"),
-        ("SyntaxError", None, "%matplotlib inline", "IPython's magic commands are not available here"),
-        ("SyntaxError", None, "x = = 1", None),
-        ("ValueError", None, "!pip", None),
+        ("rich.text", "", 'rich is not installed. Install it with install-package, package_name "rich".'),
+        (
+            "foo PIL",
+            "",
+            (
+                "foo, PIL are not installed: call install-package for each of them: "
+                'package_name "foo", package_name "Pillow".'
+            ),
+        ),
+        ("tkinter", "", "tkinter belongs to Python's standard library, but"),
+        ("IPython", "", 'IPython is not installed. Install it with install-package, package_name "IPython".'),
+        ("pip", "import pip", "pip does not work in code here: call install-package, with one package a call."),
+        ("google.colab", "", "google.colab exists only in Google Colab: leave it out."),
+        ("google", "from google.colab import drive", "google.colab exists only in Google Colab: leave it out."),
+        ("google", "import google.protobuf as pb", "google.protobuf is not installed; its package is called protobuf."),
+        (
+            "google.cloud",
+            "from google.cloud.storage import Client",
+            (
+                "google.cloud.storage is not installed. "
+                'Install it with install-package, package_name "google-cloud-storage".'
+            ),
+        ),
     ],
 )
-def test_a_failure_with_a_usual_cause_has_a_hint(kind: str, missing: str | None, code: str, hint: str | None) -> None:
-    result = Result("error", exception=ExceptionInfo(kind, "", 1, "", missing))
-    advice = hint_on(result, code, Config())
-    assert advice == hint if hint is None else (advice or "").startswith(hint)
+def test_a_module_that_is_missing_has_a_hint_with_the_call_that_installs_it(missing: str, code: str, hint: str) -> None:
+    assert (advice_on("ModuleNotFoundError", "", missing=missing, code=code) or "").startswith(hint)
+
+
+PANDAS_3 = "Use pip, conda, or your preferred package management tool to install the"
+NO_ENGINE = (
+    "Unable to find a usable engine; tried using: 'pyarrow', 'fastparquet'.\n"
+    "A suitable version of pyarrow or fastparquet is required for parquet support.\n"
+    "Trying to import the above resulted in these errors:\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "package"),
+    [
+        # as pandas 2.3.3 says it
+        ("ImportError", "Missing optional dependency 'tabulate'.  Use pip or conda to install tabulate.", "tabulate"),
+        ("ImportError", "Missing optional dependency 'pytables'.  Use pip or conda to install pytables.", "tables"),
+        ("ImportError", "Missing optional dependency 'Jinja2'. DataFrame.style requires jinja2.", "Jinja2"),
+        (
+            "ImportError",
+            "Missing optional dependency 'pyarrow.orc'.  Use pip or conda to install pyarrow.orc.",
+            "pyarrow",
+        ),
+        (
+            "ImportError",
+            (
+                "Missing optional dependency 'xlrd'. Install xlrd >= 2.0.1 for xls Excel support Use pip or conda to "
+                "install xlrd."
+            ),
+            "xlrd",
+        ),
+        (
+            "ImportError",
+            f"{NO_ENGINE} - Missing optional dependency 'pyarrow'. pyarrow is required for parquet support.",
+            "pyarrow",
+        ),
+        ("ImportError", "Using URI string without sqlalchemy installed.", "sqlalchemy"),
+        # as pandas 3.1.1 says it
+        ("ImportError", f"`Import tabulate` failed.  {PANDAS_3} tabulate package.", "tabulate"),
+        ("ImportError", f"`Import lxml` failed.  {PANDAS_3} lxml package.", "lxml"),
+        ("ImportError", f"`Import python-calamine` failed.  {PANDAS_3} python-calamine package.", "python-calamine"),
+        ("ImportError", f"`Import pytables` failed.  {PANDAS_3} pytables package.", "tables"),
+        ("ImportError", f"`Import pyarrow.orc` failed.  {PANDAS_3} pyarrow.orc package.", "pyarrow"),
+        (
+            "ImportError",
+            f"`Import scipy` failed. cubic interpolation requires SciPy. {PANDAS_3} scipy package.",
+            "scipy",
+        ),
+        ("ImportError", f"{NO_ENGINE} - `Import pyarrow` failed. pyarrow is required", "pyarrow"),
+        ("ImportError", "Using a URI string requires 'sqlalchemy' version '2.0.42' or newer.", "sqlalchemy"),
+        ("ImportError", "pyarrow>=16.0.0 is required for ArrowDtype", "pyarrow"),
+        # as both do
+        ("AttributeError", "The '.style' accessor requires jinja2", "jinja2"),
+        ("ImportError", "lxml not found, please install or use the etree parser.", "lxml"),
+        (
+            "ImportError",
+            (
+                "'numexpr' is not installed or an unsupported version. Cannot use engine='numexpr' for query/eval if "
+                "'numexpr' is not installed"
+            ),
+            "numexpr",
+        ),
+        (
+            "ImportError",
+            'matplotlib is required for plotting when the default backend "matplotlib" is selected.',
+            "matplotlib",
+        ),
+        (
+            "ValueError",
+            (
+                "Could not find plotting backend 'plotly'. Ensure that you've installed the package providing the "
+                "'plotly' entrypoint, or that the package has a top-level `.plot` method."
+            ),
+            "plotly",
+        ),
+        # others
+        ("ImportError", "html5lib not found, please install it", "html5lib"),
+        ("ImportError", "Please install openpyxl", "openpyxl"),
+        ("ImportError", "Foo needs bar. Please install the bar package.", "bar"),
+        ("RuntimeError", "You can install it with `pip install -q -U transformers[torch]`.", "transformers[torch]"),
+        ("ValueError", "Run: conda install -c conda-forge 'ruamel.yaml>=0.17'.", "ruamel.yaml>=0.17"),
+        ("ImportError", "pip3 install --upgrade nbformat.", "nbformat"),
+    ],
+)
+def test_a_package_that_another_one_needs_has_a_hint_with_the_call_that_installs_it(
+    kind: str, message: str, package: str
+) -> None:
+    wanted = f'Another package is needed: call install-package with package_name "{package}", then run this again.'
+    assert advice_on(kind, message) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "code", "calls"),
+    [
+        (
+            "CalledProcessError",
+            "Command '['/usr/bin/python3', '-m', 'pip', 'install', '-q', 'x']' returned non-zero exit status 1.",
+            "",
+            'call install-package with package_name "x"',
+        ),
+        (
+            "CalledProcessError",
+            "Command 'pip install x y[a,b]' returned non-zero exit status 127.",
+            "",
+            'call install-package for each of them: package_name "x", package_name "y[a,b]"',
+        ),
+        (
+            "CalledProcessError",
+            "Command '['pip', 'install', '-r', 'needed.txt']' returned non-zero exit status 1.",
+            "",
+            "call install-package, with one package a call",
+        ),
+        (
+            "FileNotFoundError",
+            "[Errno 2] No such file or directory: 'pip'",
+            "subprocess.run(['pip', 'install', 'x'])",
+            'call install-package with package_name "x"',
+        ),
+    ],
+)
+def test_pip_in_code_has_a_hint_with_the_call_to_make_instead(kind: str, message: str, code: str, calls: str) -> None:
+    assert advice_on(kind, message, code=code) == f"pip does not work in code here: {calls}."
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "calls"),
+    [
+        ("/usr/bin/python3: No module named pip\n", "os.system('pip install -U x')", 'with package_name "x"'),
+        ("sh: 1: pip: not found\n", "os.system(\"pip install 'x>=2'\")", 'with package_name "x>=2"'),
+        ("sh: pip3: command not found\n", "os.system(f'pip3 install {name}')", ", with one package a call"),
+        ("ERROR: No matching distribution found for x\n", "run(['pip', 'install', name])", ", with one package a call"),
+        ("No module named pipeline\n", "", None),
+        ("a pip: found", "", None),
+    ],
+)
+def test_pip_in_code_that_did_not_mind_has_the_same_hint(text: str, code: str, calls: str | None) -> None:
+    advice = hint_on(Result("ok", output=(Text("stderr", text),)), code, Config())
+    assert advice == (
+        calls and f"pip does not work in code here: call install-package{' ' * calls.startswith('with')}{calls}."
+    )
+    assert hint_on(Result("ok", output=(Text("stdout", text), Omitted(1))), code, Config()) is None
+
+
+VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'tests' / 'tools'}:/out:rw")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "words"),
+    [
+        (
+            "ImportError",
+            "libGL.so.1: cannot open shared object file: No such file or directory",
+            'install-package with package_name "opencv-python-headless", in a fresh session',
+        ),
+        (
+            "ImportError",
+            "libpango-1.0.so.0: cannot open shared object file: No such file or directory",
+            "The system library libpango-1.0.so.0 is missing",
+        ),
+        ("ImportError", "cannot import name 'Audio' from 'IPython.display' (unknown location)", "clear_output here"),
+        ("ImportError", "cannot import name 'Audio' from 'IPython.display' (/packages/IPython/display.py)", None),
+        ("ImportError", "import of os is not allowed", None),
+        ("NameError", "name '__file__' is not defined", "the working directory is /app;"),
+        ("NameError", "name 'get_ipython' is not defined", "This is plain Python, not IPython"),
+        ("NameError", "name 'x' is not defined", None),
+        ("BdbQuit", "", "Nobody can answer a debugger"),
+        ("EOFError", "EOF when reading a line", "Nobody can answer a prompt"),
+        ("EOFError", "input() can't be answered in the sandbox; put the value into the code instead", None),
+        ("EOFError", "Ran out of input", None),
+        ("RuntimeError", "breakpoint() can't be answered in the sandbox", None),
+        ("MemoryError", "", "docker.memory_limit"),
+        ("_ArrayMemoryError", "Unable to allocate 7.28 TiB for an array", "docker.memory_limit"),
+        ("BrokenProcessPool", "A process in the process pool was terminated abruptly", 'get_context("fork")'),
+        ("SyntaxError", "invalid syntax", None),
+        ("RecursionError", "maximum recursion depth exceeded", None),
+        ("KeyboardInterrupt", "", None),
+        ("CalledProcessError", "Command 'pipeline' returned non-zero exit status 1.", None),
+    ],
+)
+def test_a_failure_with_a_usual_cause_has_a_hint(kind: str, message: str, words: str | None) -> None:
+    advice = advice_on(kind, message)
+    assert words in advice if words and advice else advice is words
+
+
+@pytest.mark.parametrize(
+    ("path", "config", "words"),
+    [
+        (
+            "/mnt/data/sales.csv",
+            Config(),
+            "Code sees only its own working directory /app: pass the data in the code or",
+        ),
+        ("C:\\Users\\x\\a.csv", Config(), "have the operator make a folder visible (docker.mounts)"),
+        ("~/a.csv", Config(), "Code sees only its own working directory"),
+        ("/home/me/a.csv", VISIBLE, "code sees only what is in /data, /out: name the file by its path there"),
+        ("/data/a.csv", VISIBLE, None),
+        ("/app/a.csv", Config(), None),
+        ("/tmp/a.csv", Config(), None),
+        ("/usr/bin/ffmpeg", Config(), None),
+        ("a.csv", Config(), None),
+    ],
+)
+def test_a_file_outside_of_what_code_sees_has_a_hint(path: str, config: Config, words: str | None) -> None:
+    for message in (str(FileNotFoundError(2, "No such file or directory", path)), f"{path} not found."):
+        advice = advice_on("FileNotFoundError", message, config=config)
+        assert words in advice if words and advice else advice is words
+
+
+def test_only_where_a_call_has_a_state_it_is_named_as_a_way_for_data() -> None:
+    message = "[Errno 2] No such file or directory: '/mnt/x'"
+    assert "`state`" in (advice_on("FileNotFoundError", message) or "")
+    assert "`state`" not in (advice_on("FileNotFoundError", message, session="s") or "`state`")
+
+
+def test_a_mounted_folder_that_the_sandbox_may_not_use_has_a_hint() -> None:
+    words = "has no permission for this in /out: write to /app"
+    assert words in (advice_on("PermissionError", "[Errno 13] Permission denied: '/out/x'", config=VISIBLE) or "")
+    assert advice_on("PermissionError", "[Errno 13] Permission denied: '/root/x'", config=VISIBLE) is None
 
 
 @pytest.mark.parametrize(
     ("message", "docker", "words"),
     [
         ("<urlopen error [Errno -3] Temporary failure in name resolution>", {}, "no network (docker.network_disabled)"),
+        ("host x ssl:default [Temporary failure in name resolution]", {}, "no network (docker.network_disabled)"),
         ("[Errno 101] Network is unreachable", {}, "no network (docker.network_disabled)"),
         ("[Errno 101] Network is unreachable", {"network_disabled": False}, None),
         ("[Errno 30] Read-only file system: '/etc/x'", {}, "Only /app and /tmp can be written to"),
@@ -150,8 +393,7 @@ def test_a_failure_with_a_usual_cause_has_a_hint(kind: str, missing: str | None,
     ],
 )
 def test_code_that_runs_against_a_wall_is_told_which(message: str, docker: dict[str, Any], words: str | None) -> None:
-    result = Result("error", exception=ExceptionInfo("OSError", message, 1, ""))
-    advice = hint_on(result, "", Config(DockerConfig(**docker)))
+    advice = advice_on("OSError", message, config=Config(DockerConfig(**docker)))
     assert words in advice if words and advice else advice is words
 
 
@@ -160,20 +402,133 @@ def test_limits_that_were_met_have_a_hint_and_what_the_image_lacks_is_said() -> 
     assert "`timeout`" in (hint_on(Result("timeout"), "", Config()) or "")
     missing = Result("error", exception=ExceptionInfo("ModuleNotFoundError", "", 1, "", "numpy"))
     assert (hint_on(missing, "", Config(), "numpy could not be preinstalled: no index") or "").endswith(
-        "Install it with install-package. (numpy could not be preinstalled: no index)"
+        'package_name "numpy". (numpy could not be preinstalled: no index)'
     )
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["pip install " + "-a " * 1300, "pip install" + " -c" * 1300, "-" * 4000, "pip install " * 300, "/" * 4000],
+)
+def test_no_message_is_expensive_to_find_a_hint_for(message: str) -> None:
+    started = time.monotonic()
+    for kind in ("ImportError", "CalledProcessError", "FileNotFoundError", "PermissionError"):
+        advice_on(kind, message)
+    assert time.monotonic() - started < PATIENCE / 10
 
 
 def test_an_installation_has_a_hint_where_something_is_to_be_known() -> None:
     assert hint_on_installation(Installation("polars", True, "Installed polars 1.0")) is None
     assert hint_on_installation(Installation("nonesuch", False, "nonesuch could not be installed")) is None
     for installation, words in (
-        (Installation("cv2", False, "", ()), "the package is called opencv-python-headless"),
-        (Installation("pil", False, "", ()), "the package is called Pillow"),
         (Installation("x", False, "", needs_build=True), "set package.wheels_only: false"),
         (Installation("x", True, "", stale=("x",)), "x had been imported before, in another version"),
     ):
         assert words in (hint_on_installation(installation) or "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("requests", "requests"),
+        (" pandas[excel] >= 2, < 3 ", "pandas[excel]>=2,<3"),
+        ("`requests`", "requests"),
+        ("pip install requests", "requests"),
+        ("`pip install requests`", "requests"),
+        ("!pip install -q requests", "requests"),
+        ("%pip install requests --upgrade", "requests"),
+        ("python -m pip install requests", "requests"),
+        ("!{sys.executable} -m pip install requests", "requests"),
+        ("uv pip install requests", "requests"),
+        ("pip3 install -U 'requests>=2'", "requests>=2"),
+        ("uv add requests", "requests"),
+        ("conda install -y requests", "requests"),
+        ("pip", "pip"),
+    ],
+)
+def test_a_command_that_installs_one_package_is_taken_for_the_package(asked: str, meant: str) -> None:
+    assert package_meant(asked) == (meant, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("pip install numpy pandas", "'numpy pandas' is not a package's name with extras and versions: ask for one"),
+        ("pip install -r needed.txt", "'pip install -r needed.txt' is not a package's name"),
+        ("pip install -i https://x.y requests", "'pip install -i https://x.y requests' is not a package's name"),
+        ("pip install --pre requests", "'pip install --pre requests' is not a package's name"),
+        ("pip install -q", "'' is not a package's name"),
+    ],
+)
+def test_a_command_that_installs_anything_else_is_refused(asked: str, words: str) -> None:
+    with pytest.raises(sandbox_runner.RequestError, match=f"^{re.escape(words)}"):
+        package_meant(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant", "name"),
+    [
+        ("sklearn", "scikit-learn", "sklearn"),
+        ("pip install sklearn==1.5", "scikit-learn==1.5", "sklearn"),
+        ("pil", "Pillow", "pil"),
+        ("CV2>=4,<5", "opencv-python-headless>=4,<5", "CV2"),
+        ("docx[x]", "python-docx[x]", "docx"),
+        ("google.protobuf", "protobuf", "google.protobuf"),
+        ("rest-framework", "djangorestframework", "rest-framework"),
+        ("psycopg", "psycopg[binary]", "psycopg"),
+        ("psycopg[c]", "psycopg[c]", None),
+        ("beautifulsoup4", "beautifulsoup4", None),
+    ],
+)
+def test_the_name_of_an_import_is_taken_for_its_package_and_that_is_said(
+    asked: str, meant: str, name: str | None
+) -> None:
+    note = name and f"{name} is the name of the import; the package is called {meant.partition('=')[0].rstrip('>')}."
+    requirement, said = package_meant(asked)
+    assert requirement == meant
+    assert said == (note.replace("python-docx[x]", "python-docx") if note else None)
+    rendered = text_of(render_installation(Installation("x", True, "Installed x 1"), None, said))
+    assert rendered == "Installed x 1." + (f"\n\nNote: {said}" if said else "")
+
+
+def test_every_package_in_the_table_is_a_requirement() -> None:
+    for package in python_docker_mcp.DISTRIBUTIONS.values():
+        assert package_meant(package)[0].startswith(package.split("[")[0])
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "field", "value"),
+    [
+        ("execute-transient", {"code": "1", "state": '{"x": [1]}'}, "state", {"x": [1]}),
+        ("execute-transient", {"code": "1", "timeout": "60"}, "timeout", 60),
+        ("execute-persistent", {"code": "1", "timeout": " 1.5 "}, "timeout", 1.5),
+        ("execute-persistent", {"code": "1", "session_id": ""}, "session_id", None),
+        ("execute-persistent", {"code": "", "interrupt": "true"}, "interrupt", True),
+        ("execute-persistent", {"code": "", "interrupt": "false"}, "interrupt", False),
+        ("install-package", {"package_name": "x", "session_id": " "}, "session_id", None),
+    ],
+)
+def test_an_argument_that_came_as_text_is_taken_for_what_it_means(
+    tool: str, arguments: dict[str, Any], field: str, value: Any
+) -> None:
+    taken = getattr(python_docker_mcp.parse(tool, arguments), field)
+    assert taken == value
+    assert type(taken) is (float if field == "timeout" else type(value))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "text", "wanted"),
+    [
+        *[("state", text, 'an object such as {"x": 1}') for text in ("", "[1]", "null", "{'x': 1}", '{"x": NaN}')],
+        ("state", '{"x":' * 9999, 'an object such as {"x": 1}'),
+        *[("timeout", text, "a number") for text in ("", "inf", "nan", "1e400", "0x10", "1_000", "-1", "9" * 400, "٣")],
+        *[("interrupt", text, "true or false") for text in ("", "yes", "1")],
+    ],
+)
+def test_a_text_of_more_meanings_or_none_is_refused(parameter: str, text: str, wanted: str) -> None:
+    tool = "execute-transient" if parameter == "state" else "execute-persistent"
+    with pytest.raises(sandbox_runner.RequestError, match=f"^{parameter} must be {re.escape(wanted)}, not text.$"):
+        python_docker_mcp.parse(tool, {"code": "1", parameter: text})
 
 
 def test_a_call_without_anything_to_see_says_so() -> None:
@@ -426,10 +781,7 @@ def test_an_installation_tells_what_is_there_now_or_why_it_is_not() -> None:
     assert done.structured_content["session_id"] == "s"
     failed = render_installation(Installation("yaml", False, "yaml could not be installed", (), "error: no yaml"), None)
     assert failed.is_error
-    assert text_of(failed) == (
-        "yaml could not be installed.\n\nerror: no yaml\n\n"
-        "Hint: yaml is the name of an import; the package is called PyYAML."
-    )
+    assert text_of(failed) == "yaml could not be installed.\n\nerror: no yaml"
 
 
 def test_kept_output_is_bounded_for_a_session_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +825,24 @@ def test_each_tool_has_exactly_the_parameters_of_the_contract() -> None:
         for about in schema["properties"].values():
             assert isinstance(about["type"], str)
             assert about["description"]
-            assert "title" not in about
+            assert set(about) <= {
+                "type",
+                "description",
+                "pattern",
+                "minimum",
+                "maximum",
+                "exclusiveMinimum",
+                "default",
+            } | {"additionalProperties"}
+    types_shown = {name: about["type"] for schema in schemas.values() for name, about in schema["properties"].items()}
+    assert types_shown == {
+        "code": "string",
+        "state": "object",
+        "timeout": "number",
+        "session_id": "string",
+        "interrupt": "boolean",
+        "package_name": "string",
+    }
 
 
 def test_descriptions_tell_the_limits_that_are_configured() -> None:
@@ -559,13 +928,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("execute-transient", {"code": 1}, "code must be text, not a number."),
     ("execute-transient", {"code": " \n"}, "code is empty; pass this: Python source code."),
     ("execute-transient", {"code": "#" * 300_000}, "The code is 300000 bytes long; the limit is 262144."),
-    ("execute-transient", {"code": "1", "state": "{}"}, 'state must be an object such as {"x": 1}, not text.'),
+    ("execute-transient", {"code": "1", "state": "x"}, 'state must be an object such as {"x": 1}, not text.'),
     (
         "execute-transient",
         {"code": "1", "state": {"a b": 1}},
         "'a b' can't be the name of a variable: use an identifier",
     ),
-    ("execute-transient", {"code": "1", "timeout": "5"}, "timeout must be a number, not text."),
+    ("execute-transient", {"code": "1", "timeout": "5 s"}, "timeout must be a number, not text."),
     ("execute-transient", {"code": "1", "timeout": 0}, "timeout is 0: it must be a number of seconds above 0."),
     ("execute-transient", {"code": "1", "timeout": 301}, "A timeout of 301 seconds is more than the 300 allowed"),
     ("execute-persistent", {"code": "1", "timeout": 1801}, "A timeout of 1801 seconds is more than the 1800 allowed"),
