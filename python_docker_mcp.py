@@ -1093,13 +1093,10 @@ def calls_to_install(packages: Sequence[str]) -> str:
 
 
 def hint_on_missing(_: re.Match[str], failure: Failure) -> str | None:
-    """Return where a module that could not be imported, or packages that were asked for, come from."""
+    """Return where a module that could not be imported comes from."""
     module = failure.error.missing
     if not module:
         return None
-    if len(packages := module.split()) > 1:
-        asked = calls_to_install([DISTRIBUTIONS.get(name, name) for name in packages])
-        return f"{', '.join(packages)} are not installed: {asked}."
     if module in ("google", "google.cloud") and (found := re.search(r"\bgoogle\.(?:cloud\.)?\w+", failure.code)):
         module = found[0]  # the exception names but the namespace
     top = module.partition(".")[0]
@@ -1177,6 +1174,7 @@ def hint_on_permission(found: re.Match[str], failure: Failure) -> str | None:
 # function may still find that its row does not fit, and return None. The first row that fits wins.
 HINTS: tuple[tuple[str, str, Words], ...] = (
     (r".*", r"", hint_on_missing),
+    (r"ModuleNotFoundError", r"^code can't install packages: ", lambda found, _: hint_on_pip(found.string)),
     # packages that others need: pandas 2 and 3 in their words, then what libraries say in general
     (r".*", r"Unable to find a usable engine; tried using: '([\w-]+)", hint_on_optional),
     (r".*", r"Missing optional dependency '([\w-]+)", hint_on_optional),

@@ -4104,7 +4104,9 @@ class Notebook:
             print("\n".join(f"{name}=={found[name]}" for name in sorted(found, key=str.lower)))
             return
         installs = [at for at, word in enumerate(words[:3]) if word in ("install", "add")]
-        wanted = [word for word in words[installs[0] + 1 :] if word[0].isalnum()] if installs else []
+        wanted = (
+            [word for word in words[installs[0] + 1 :] if word[0].isalnum()] if installs and "-r" not in words else []
+        )
         absent = []
         for requirement in wanted:
             name, version = re.match(r"([\w.-]+)(?:\[.*\])?(?:==([\w.]+)$)?", requirement).groups()  # type: ignore[union-attr]
@@ -4114,7 +4116,8 @@ class Notebook:
             except importlib.metadata.PackageNotFoundError:
                 absent.append(requirement)
         if absent or not wanted:
-            raise ModuleNotFoundError(f"code can't run `{' '.join(words)}` in a sandbox", name=" ".join(absent))
+            command = f"pip install {' '.join(absent)}" if absent else " ".join(words)
+            raise ModuleNotFoundError(f"code can't install packages: {command}")
         self.worker.note(f"installed already: {', '.join(wanted)}")
 
     # Magics

@@ -1508,3 +1508,262 @@ def test_a_session_that_nobody_comes_back_to_ends_by_itself(
     guest.process.kill()
     guest.process.communicate()
     wait_until(lambda: docker.containers() == [])
+
+
+# ── code as it comes ──
+
+FENCED = "```python\nx = 1\n{}\n```"
+
+
+@pytest.mark.parametrize(
+    ("code", "output"),
+    [
+        (FENCED.format("print(x)"), "1\n"),
+        ("\n~~~\nprint(2)\n~~~\n", "2\n"),
+        ("```\nprint(3)", "3\n"),
+        ("```py\na = 4\n```\nThen print it:\n```\nprint(a)\n```", "4\n"),
+        ("\ufeffprint(5)", "5\n"),
+        ("    y = 6\n    if y:\n        print(y)\n", "6\n"),
+        ("\tprint('''a\n\tb''')", "a\nb\n"),
+        (
+            FENCED.format("!echo $x {x} {x:2} ${HOME+y} '{\"x\": 1}' {print} {no}"),
+            '1 1 {x:2} y {"x": 1} {print} {no}\n',
+        ),
+        ("!echo 'it'\"'\"'s'\nprint(7)", "it's\n7\n"),
+        ("!echo a \\\n  b\nprint(8)", "a b\n8\n"),
+        ("for i in (1, 2):\n    !echo {i}", "1\n2\n"),
+        ("def f(here):\n    !echo $here\nf(9)", "9\n"),
+        ("lines = !echo a; echo b\nprint(lines)", "['a', 'b']\n"),
+        ("%matplotlib inline\n%load_ext autoreload\n%autoreload 2\nprint(10)", "10\n"),
+        ("%%sh\necho $((5 + 6))", "11\n"),
+        ("%%script sh\necho 12", "12\n"),
+        ("%%writefile a.txt\nline\n", ""),
+        ("%%capture out\nprint(13)\n!echo 14", ""),
+        ("%%python\nprint(15)", "15\n"),
+        ("len?", "len(obj, /)\n\nReturn the number of items in a container.\n"),
+        ("def f():\n    return 16\nf??", "def f():\n    return 16\n\n"),
+        ("print(17 if 5\n%3 else 0)", "17\n"),
+        ("s = '''\n!ls\n%time\n```\n'''\nprint(len(s))", "15\n"),
+    ],
+)
+def test_code_runs_as_it_comes(guest: Guest, code: str, output: str) -> None:
+    told = guest.run(code)
+    assert told.status == "ok", told.done
+    assert (told.stdout, told.stderr) == (output, "")
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "message"),
+    [
+        (FENCED.format("1 / 0"), 3, "division by zero"),
+        ("    x = 1\n    1 / 0", 2, "division by zero"),
+        ("\ufeff\n1 / 0", 2, "division by zero"),
+        ("!true\n1 / 0", 2, "division by zero"),
+        ("!true \\\n  x\n1 / 0", 3, "division by zero"),
+        ("%%capture\n1 / 0", 2, "division by zero"),
+        (FENCED.format("y = ="), 3, "invalid syntax"),
+        ("x = 1\n%sql select", 2, "%sql is a magic of IPython that is not available here: write it in Python"),
+        ("%%sql\nselect", 1, "%%sql is a magic of IPython that is not available here: write it in Python"),
+        ("def broken(:\n    !ls", 1, "invalid syntax"),
+        ("x = 1\nx != !ls", 2, "invalid syntax"),
+        (
+            "!pip install -q nonesuch==1 'other>=2' 2>/dev/null | tail",
+            1,
+            "code can't install packages: pip install nonesuch==1 other>=2",
+        ),
+        ("x = 1\n%pip install -r requirements.txt", 2, "code can't install packages: pip install -r requirements.txt"),
+        ("!{sys.executable} -m pip install nonesuch", 1, "code can't install packages: pip install nonesuch"),
+        ("breakpoint()", 1, "a debugger can't be answered in the sandbox; print what you need to see"),
+        ("import pdb\npdb.set_trace()", 2, "a debugger can't be answered in the sandbox; print what you need to see"),
+        (
+            "import getpass\ngetpass.getpass()",
+            2,
+            "input() can't be answered in the sandbox; put the value into the code instead",
+        ),
+    ],
+)
+def test_an_error_is_on_the_line_that_was_sent(guest: Guest, code: str, line: int, message: str) -> None:
+    told = guest.run(code)
+    assert (told.exception["message"].split(" (")[0], told.exception["line"]) == (message, line)
+    assert told.stdout == ""
+
+
+def test_a_shell_line_that_fails_is_told_and_ends_nothing(guest: Guest) -> None:
+    told = guest.run("!exit 3\n!nonesuch\nx = !nonesuch\nprint(x)")
+    assert (told.status, told.stdout) == ("ok", "[]\n")
+    absent = "[exit status 127: there is no such command in this image]"
+    assert [bundle["text/plain"] for bundle in told.shown] == ["[exit status 3]", absent, absent]
+    assert "nonesuch" in told.stderr
+
+
+def test_a_shell_line_is_stopped_with_its_call_and_streams(guest: Guest) -> None:
+    call = guest.start("x = 1\n!echo begun; sleep 50\nprint('never')", timeout=60)
+    first = next(guest.frames)
+    assert (first["kind"], first["data"]) == ("stdout", b"begun\n")
+    guest.channel.send({"op": "interrupt", "id": call})
+    told = guest.wait(call)
+    assert (told.status, told.done["lost"]) == ("cancelled", False)
+    assert guest.run("!echo $x").stdout == "1\n"
+
+
+def test_a_shell_line_obeys_the_import_policy(make_guest: MakeGuest) -> None:
+    guest = make_guest(blocked_modules=["subprocess"])
+    assert "blocked_modules" in guest.run("!echo hi").exception["message"]
+
+
+def test_packages_that_are_there_need_no_installation(guest: Guest) -> None:
+    told = guest.run(
+        "import os, sys\nos.makedirs('lib/there-2.0.dist-info')\n"
+        "open('lib/there-2.0.dist-info/METADATA', 'w').write('Name: there\\nVersion: 2.0\\n')\nsys.path.append('lib')\n"
+        "!pip install there\n%pip install -U 'there[more]>=1' there==2.0 > /dev/null\n!pip list\n%pip install there==3"
+    )
+    assert "there==2.0\n" in told.stdout
+    notes = [bundle["text/plain"] for bundle in told.shown]
+    assert notes == ["[installed already: there]", "[installed already: there[more]>=1, there==2.0]"]
+    assert told.exception["message"] == "code can't install packages: pip install there==3"
+
+
+def test_magics_that_time_tell_the_time_and_keep_the_value(guest: Guest) -> None:
+    told = guest.run("async def f(): return 5\n%time x = 3\n%time await f() + x")
+    assert told.value == "8"
+    assert re.fullmatch(r"(CPU time: \S+ \S+, wall time: \S+ \S+\n){2}", told.stdout)
+    told = guest.run("%%time\nx += 1\nx")
+    assert (told.value, told.stdout.count("wall time")) == ("4", 1)
+    for code in ("%timeit -n 10 -r 3 x + 1", "%%timeit -n 10 -r 3 y = x\ny + 1"):
+        pattern = r"\S+ \S+ ± \S+ \S+ per loop \(mean ± std. dev. of 3 runs, 10 loops each\)\n"
+        assert re.fullmatch(pattern, guest.run(code).stdout)
+
+
+def test_other_magics_do_what_ipythons_do(guest: Guest) -> None:
+    guest.run("%%writefile script.py\nprint('ran')\ny = __name__\n")
+    told = guest.run("%run script.py\n%env WORD=value\n%cd /\nprint(y)\n%env WORD")
+    assert (told.stdout, told.value) == ("ran\n__main__\n", "'value'")
+    assert guest.run("%pwd").value == "'/'"
+    assert guest.run("%cd").value == repr(str(guest.home))
+    guest.run("%%writefile -a script.py\nprint('more')")
+    assert guest.run("%cat script.py").stdout == "print('ran')\ny = __name__\nprint('more')\n"
+    guest.run("%%capture out\nprint('kept')\ndisplay(7)")
+    told = guest.run("print(out.stdout, end='')\nout.show()")
+    assert (told.stdout, told.shown) == ("kept\nkept\n", [{"text/plain": "7"}])
+    assert guest.run("%%html\n<b>").shown == [{"text/html": "<b>\n"}]
+
+
+# ── IPython, where it is not installed ──
+
+
+def test_ipythons_display_works_without_ipython(guest: Guest) -> None:
+    told = guest.run(
+        "from IPython.display import HTML, JSON, SVG, Image, Latex, Markdown, clear_output, display\n"
+        "from IPython import get_ipython\nfrom IPython.core.display import HTML as Old\n"
+        "open('a.png', 'wb').write(b'\\x89PNG\\r\\n\\x1a\\n' + bytes(20))\n"
+        "handle = display(HTML('<b>'), display_id='x')\nhandle.update(Markdown('*m*'))\nclear_output(wait=True)\n"
+        "display(JSON({'a': [1]}), Latex('$x$'), SVG('<svg/>'), Image('a.png'), Image(url='https://x/y.png'))\n"
+        "display({'text/html': '<i>'}, raw=True)\nprint(get_ipython())"
+    )
+    assert told.status == "ok", told.done
+    assert told.stdout == "None\n"
+    png = "iVBORw0KGgoAAAAAAAAAAAAAAAAAAAAAAAAAAA=="
+    forms = [{mime: form for mime, form in bundle.items() if mime != "text/plain"} for bundle in told.shown]
+    assert forms == [
+        {"text/html": "<b>"},
+        {"text/markdown": "*m*"},
+        {"application/json": '{"a": [1]}'},
+        {"text/latex": "$x$"},
+        {"image/svg+xml": "<svg/>"},
+        {"image/png": png},
+        {"text/html": '<img src="https://x/y.png">'},
+        {"text/html": "<i>"},
+    ]
+    assert told.shown[2]["text/plain"] == '{"a": [1]}'
+
+
+def test_the_real_ipython_is_preferred_and_displays_as_ours(guest: Guest) -> None:
+    told = guest.run(
+        "import os, sys\nos.makedirs('lib/IPython/core')\nopen('lib/IPython/__init__.py', 'w').write('real = True')\n"
+        "open('lib/IPython/core/__init__.py', 'w').close()\n"
+        "open('lib/IPython/core/display_functions.py', 'w').write('def display(*values): print(values)')\n"
+        "open('lib/IPython/display.py', 'w').write('from IPython.core.display_functions import *')\n"
+        "sys.path.insert(0, 'lib')\nimport IPython\nfrom IPython.display import display\ndisplay(7)\nIPython.real"
+    )
+    assert (told.value, told.stdout, told.shown) == ("True", "", [{"text/plain": "7"}])
+
+
+# ── libraries and limits ──
+
+
+def test_code_counts_as_many_processors_as_it_may_use(guest: Guest) -> None:
+    told = guest.run(
+        "import multiprocessing, os\n(os.cpu_count(), multiprocessing.cpu_count(), len(os.sched_getaffinity(0)))"
+    )
+    assert told.value == "(1, 1, 1)"
+    assert guest.run("os.environ['JOBLIB_MULTIPROCESSING']").value == "'0'"
+
+
+SPAWN = "pool = multiprocessing.get_context('spawn').Pool(1)\ntry:\n    print(pool.{})\nfinally:\n    pool.terminate()"
+
+
+def test_processes_are_forked_and_others_are_refused_what_they_can_not_find(guest: Guest) -> None:
+    told = guest.run(
+        "import functools, math, multiprocessing, multiprocessing.pool\ndef f(x): return x + 1\n"
+        "with multiprocessing.Pool(1) as pool: print(pool.map(f, [1]))\n"
+        "multiprocessing.get_start_method()"
+    )
+    assert (told.stdout, told.value) == ("[2]\n", "'fork'")
+    for use in ("map(f, [1])", "apply(functools.partial(f, 1))", "starmap(f, [(1,)])", "imap(f, [1])"):
+        told = guest.run(SPAWN.format(use))
+        assert told.exception["message"].startswith("processes started by spawn can't find f, which this code defined")
+    assert guest.run(SPAWN.format("map(math.sqrt, [4])")).stdout == "[2.0]\n"
+    told = guest.run(
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        "with multiprocessing.pool.ThreadPool(1) as pool: print(pool.map(f, [1]))"
+    )
+    assert told.stdout == "[2]\n"
+
+
+# ── pictures ──
+
+LIBRARY = """
+import os, sys
+def library(name, text):
+    path = "lib/" + name.replace(".", "/") + ".py"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "w").write(text)
+sys.path.insert(0, "lib")
+PNG = b"\\x89PNG\\r\\n\\x1a\\n"
+"""
+
+
+def test_pictures_that_a_call_saves_are_shown_once(guest: Guest) -> None:
+    told = guest.run(
+        f"{LIBRARY}\nfor name in 'edcba': open(f'{{name}}.png', 'wb').write(PNG + name.encode())\n"
+        "open('no.png', 'w').write('text')\nopen('big.png', 'wb').write(PNG + bytes(3 << 20))\n"
+        "open('same.png', 'wb').write(PNG + b'shown')\n"
+        "class Picture:\n    def _repr_png_(self): return PNG + b'shown'\ndisplay(Picture())"
+    )
+    notes = [bundle["text/plain"] for bundle in told.shown if bundle["text/plain"][0] == "["]
+    assert notes == [f"[saved as {name}.png]" for name in "abcd"]
+    assert len([bundle for bundle in told.shown if "image/png" in bundle]) == 5
+    assert guest.run("open('a.png', 'rb').read()[:0]").shown == []
+    assert [bundle["text/plain"] for bundle in guest.run("open('a.png', 'ab').write(b'more')\nNone").shown] == [
+        "[saved as a.png]",
+        "a.png",
+    ]
+
+
+IMAGE = """
+class Image:
+    def save(self, path): open(path, "wb").write(b"\\x89PNG\\r\\n\\x1a\\n1")
+    def _repr_png_(self): return b"\\x89PNG2"
+    def show(self):
+        from PIL import ImageShow
+        return ImageShow.show(self)
+"""
+
+
+def test_an_image_is_shown_by_its_show_and_not_again_as_a_file(guest: Guest) -> None:
+    told = guest.run(
+        f"{LIBRARY}\nlibrary('PIL.ImageShow', 'def show(image, **_): raise OSError')\nlibrary('PIL.Image', {IMAGE!r})\n"
+        "from PIL.Image import Image\nimage = Image()\nimage.save('a.png')\nimage.show()\nImage().save('b.png')"
+    )
+    assert told.value is None
+    assert [bundle["text/plain"][:15] for bundle in told.shown] == ["<PIL.Image.Imag", "[saved as b.png", "b.png"]

@@ -134,14 +134,6 @@ def advice_on(
             ),
         ),
         ("rich.text", "", 'rich is not installed. Install it with install-package, package_name "rich".'),
-        (
-            "foo PIL",
-            "",
-            (
-                "foo, PIL are not installed: call install-package for each of them: "
-                'package_name "foo", package_name "Pillow".'
-            ),
-        ),
         ("tkinter", "", "tkinter belongs to Python's standard library, but"),
         ("IPython", "", 'IPython is not installed. Install it with install-package, package_name "IPython".'),
         ("pip", "import pip", "pip does not work in code here: call install-package, with one package a call."),
