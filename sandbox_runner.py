@@ -4005,7 +4005,7 @@ class Notebook:
             lines = inside_fences(lines)
         first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
         indentation = re.match(r"\s*", "".join(lines[first : first + 1]))[0]  # type: ignore[index]  # it matches anything
-        lines = [line.removeprefix(indentation) for line in lines]
+        lines = [line[line.startswith(indentation) and len(indentation) :] for line in lines]
         if first < len(lines) and (found := CELL_MAGIC.fullmatch(lines[first])):
             context = self._translate_cell(lines, first, *found.groups())
         while True:
@@ -4243,11 +4243,13 @@ def inside_fences(lines: list[str]) -> list[str]:
 
 def timed(statement: str) -> str:
     """Return a line that runs a statement and tells the time it took; an expression keeps its value."""
+    call = f"__notebook__.timed(__notebook__.timing(), ({statement}))"
     try:
-        expression = ast.unparse(ast.parse(statement.strip(), mode="eval"))
+        ast.parse(statement.strip(), mode="eval")
+        ast.parse(call)  # it fails if the statement ends with a comment
     except SyntaxError:
         return f"with __notebook__.timing(): {statement}"
-    return f"__notebook__.timed(__notebook__.timing(), {expression})"
+    return call
 
 
 def expanded(command: str, caller: types.FrameType) -> str:
@@ -4369,6 +4371,8 @@ class Adapter:
             "multiprocessing.context": self._change_multiprocessing,
             "multiprocessing.pool": self._change_pool,
             "pandas": self._change_pandas,
+            "plotly.basedatatypes": self._change_plotly,
+            "tqdm.notebook": self._change_tqdm,
             "pdb": lambda module: vars(module).update(set_trace=refuse_debugger),
         }
         for name in self.changes:
@@ -4462,6 +4466,15 @@ class Adapter:
         """Refuse the code's functions in a pool whose processes are not forked: they would die, again and again."""
         for name in ("apply_async", "_map_async", "imap", "imap_unordered"):
             setattr(module.Pool, name, forked_only(getattr(module.Pool, name), module.ThreadPool))
+
+    def _change_plotly(self, module: Any) -> None:
+        """Show a figure's data: it is drawn by a browser, and there is none."""
+        module.BaseFigure.show = lambda figure, *_, **__: self.worker.publish({"text/plain": describe(figure)})
+
+    def _change_tqdm(self, module: Any) -> None:
+        """Draw progress bars as text: there are no widgets."""
+        module.tqdm = module.tqdm_notebook = module.std_tqdm
+        module.trange = module.tnrange = lambda *arguments, **options: module.std_tqdm(range(*arguments), **options)
 
     def _change_pandas(self, module: Any) -> None:
         """Show all of a table's columns, in several parts if it is wide."""
@@ -4565,9 +4578,10 @@ class Pictures:
         """Return fonts for Chinese, Japanese and Korean, of installed packages or the image, as Matplotlib has none."""
         folders = tuple(self.worker.packages)
         if self.fonts is None or self.fonts[0] != folders:
-            packages = [path for folder in folders for path in glob.glob(f"{folder}/*/fonts/*.[ot]t[fc]")]
+            pattern = "*/fonts/**/*.[ot]t[fc]"
+            packages = [path for folder in folders for path in glob.glob(f"{folder}/{pattern}", recursive=True)]
             found = [path for path in [*packages, *(font.fname for font in manager.ttflist)] if CJK_FONT.search(path)]
-            self.fonts = (folders, sorted(found, key=lambda path: "SansCJK" not in path)[:2])  # it has all three
+            self.fonts = (folders, sorted(found, key=lambda path: not re.search("SansCJK.*Regular", path))[:2])
         return self.fonts[1]
 
     def backend(self) -> types.ModuleType:
@@ -4612,7 +4626,7 @@ class Pictures:
                         self.worker.publish({"text/plain": os.path.basename(path), mime: image})
         if self.without_glyph:
             text = clip(" ".join(sorted(self.without_glyph)), 100)
-            self.worker.note(f"boxes stand for {text}: for a font that has them install mplfonts, then run this again")
+            self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
 
 
 def is_figure(value: Any) -> bool:
