@@ -62,6 +62,7 @@ from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
 from sandbox_runner import (
     BASE_LABEL,
+    CGROUP_REMEDY,
     CONFIG_HELP,
     IMAGE_SIDE,
     PACKAGES,
@@ -1920,10 +1921,7 @@ def unkept(patient: Patient, flag: str) -> str:
             f"{patient.runtime[0]} in /etc/docker/daemon.json, and restart Docker."
         )
     if by_cgroup and patient.is_rootless:
-        return (
-            "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu "
-            "cpuset io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
-        )
+        return CGROUP_REMEDY
     if patient.is_gvisor:
         return f"This gVisor does not keep to {flag}: update it, and see https://gvisor.dev/docs for what it supports."
     return (

@@ -385,7 +385,10 @@ class Runner:
         """Return the result with a word on what happened, where the sandbox could not know it."""
         message = result.message
         if result.status == "out_of_memory":
-            message = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
+            limit = self.config.docker.memory_limit
+            message = (
+                f"the code needed more memory than the sandbox may have ({limit}){f'; {message}' if message else ''}"
+            )
         elif result.status == "timeout" and not message:
             limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"
             message = f"the code did not end {limit}"
@@ -1731,10 +1734,14 @@ class Sandbox:
             with anyio.fail_after(START_TIMEOUT):
                 await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
             if sandbox.greeting is None:
-                raise EngineError(
-                    f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}. The image {image.name} "
-                    "needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at everything else."
+                words = sandbox._last_words().rstrip(".")
+                remedy = (
+                    CGROUP_REMEDY
+                    if re.search("cgroup controller|cgroup is not mounted", words)
+                    else f"The image {image.name} needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at "
+                    "everything else."
                 )
+                raise EngineError(f"A sandbox could not be started: {words}. {remedy}")
         except HangError:
             raise
         except TimeoutError:
@@ -2988,8 +2995,11 @@ class Supervisor:
         if self.call and (text := self.call.admit(stream, text)):
             self._tell({"id": self.call.id, "kind": stream, "data": text.encode()})
 
-    def _conclude(self, report: Report, lost: bool = False, message: str | None = None) -> None:
-        """End the call with the worker's report or, if the worker is gone (`lost`), with the supervisor's own."""
+    def _conclude(self, report: Report, lost: bool = False, message: str | None = None, others: int = 0) -> None:
+        """End the call with the worker's report or, if the worker is gone (`lost`), with the supervisor's own.
+
+        `others` is how many processes there were besides the worker.
+        """
         call = self.call
         assert call is not None
         for stream, decoder in self.decoders.items():
@@ -3015,6 +3025,8 @@ class Supervisor:
             done["status"] = call.stopped_for
         elif lost:
             done["status"] = "out_of_memory" if oom_kills else "died"
+        if others and done["status"] == "out_of_memory":
+            done["message"] = f"it ran in {others + 1} processes"
         self.call = self.lost = None
         self.kept = not lost
         self.active = time.monotonic()
@@ -3096,6 +3108,7 @@ class Supervisor:
 
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
         """Clean up after a dead worker: kill all that it started and conclude its call; `run` forks the next one."""
+        others = len(other_processes())
         kill_all_others(self.grace)
         self._read_all_output()
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
@@ -3104,7 +3117,7 @@ class Supervisor:
             memory = usage.ru_maxrss * 1024
             report: Report = {"id": self.call.id, "kind": "done", "status": "error", "cpu": cpu}
             report["memory"], report["exit_code"] = memory, code
-            self._conclude(report, lost=True, message=message)
+            self._conclude(report, lost=True, message=message, others=others)
         elif not self.worker_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
@@ -5241,12 +5254,23 @@ def runc_problem(version: str) -> str | None:
     return ", ".join(problems) or None
 
 
+CGROUP_REMEDY = (
+    "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu cpuset "
+    "io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
+)
 RUNC_REMEDY = "Update runc to 1.2.8, 1.3.3 or 1.4.0 or later, unless your distribution has backported the fixes."
+
+
+def path_for(program: str) -> str:
+    """Return PATH for an engine's command: its helpers, such as those for credentials, may stand only beside it."""
+    folders = map(os.path.dirname, (program, os.path.realpath(program)))
+    return os.pathsep.join(dict.fromkeys([os.environ.get("PATH", os.defpath), *folders]))
 
 
 async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
     """Start an engine command in its own session, so that signals to this program's process group don't reach it."""
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
+    environment["PATH"] = path_for(command[0])
     if command[1] == "pull":  # the only command that may need a proxy itself
         environment |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     log.debug("starting: %s", shlex.join(clip(part, 200) for part in command))
