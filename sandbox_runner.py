@@ -5952,12 +5952,20 @@ def read_set(folder: str | None) -> dict[str, str]:
     return requirements
 
 
+# Packages that open windows, and so need libraries of a desktop; the same for servers, which has the same versions.
+WITHOUT_WINDOWS = {
+    "opencv-python": "opencv-python-headless",
+    "opencv-contrib-python": "opencv-contrib-python-headless",
+}
+
+
 def make_set(folder: str, wanted: dict[str, str], command: list[str], task: dict[str, Any]) -> None:
     """Install what the image lacks of `wanted` in a temporary folder, and rename that to `folder` once complete."""
     aside = f"{os.path.dirname(folder)}/.new-{os.urandom(8).hex()}"
     os.mkdir(aside)
     try:
-        missing = resolve(command, [*task["options"], *wanted.values()])
+        found = resolve(command, [*task["options"], *wanted.values()])
+        missing = sorted({WITHOUT_WINDOWS.get(name, name): version for name, version in found}.items())
         if missing:
             pinned = [f"{name}=={version}" for name, version in missing]
             run_tool([*command, "install", *task["options"], "--no-deps", "--target", aside, *pinned])

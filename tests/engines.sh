@@ -2,8 +2,8 @@
 # Makes sure that container engines are there and work:
 #
 #   sh tests/engines.sh demo    one of them: Docker, else Podman; if there is none, installs Docker
-#   sh tests/engines.sh test    both, gVisor for Docker, and npx; installs what is missing, starts Docker's daemon if it is
-#                               down. Without gVisor its tests are skipped, which ends nothing
+#   sh tests/engines.sh test    both, gVisor for Docker, an image with a new Python, and npx; installs what is missing, starts
+#                               Docker's daemon if it is down. Without gVisor or that image their tests are skipped
 #
 # Installing and starting needs root, installing also Debian or Ubuntu. Silent when all is there; when it cannot go on, one
 # line on stderr says what to do, and the exit status is 1.
@@ -149,6 +149,23 @@ podman_works() {
     echo "$settings" >.engines/env.$$ && mv .engines/env.$$ .engines/env
 }
 
+# --- an image with a Python that is newer than most hosts'
+
+get_newest_python() {
+    name=localhost/python-docker-mcp-tests:3.14
+    if ! docker image inspect "$name" >/dev/null 2>&1; then
+        if within 120 docker pull -q python:3.14-slim >.engines/python.log 2>&1; then
+            docker tag python:3.14-slim "$name"
+        elif has mmdebstrap || (install "no image with Python 3.14" mmdebstrap); then
+            within 180 mmdebstrap --aptopt='Acquire::Check-Valid-Until "false"' --variant=minbase --include=python3 sid - \
+                2>.engines/python.log | docker import - "$name" >/dev/null 2>&1
+        fi
+    fi
+    docker image inspect "$name" >/dev/null 2>&1 ||
+        { say "no image with Python 3.14 ($(last_line .engines/python.log)): its tests will be skipped"; return; }
+    podman image exists "$name" || docker save "$name" | podman load -q >/dev/null
+}
+
 # ---
 
 case ${1-} in
@@ -163,6 +180,7 @@ test)
     has podman || install "no podman" podman runc
     podman_works || { ! has runc && install "no working Podman" runc && podman_works; } ||
         die "podman cannot run a container, with its own settings nor with tests/containers.conf: $(last_line .engines/podman.log)"
+    get_newest_python
     has npx || install "no npx, which runs the MCP Inspector for one of the tests" npm
     ;;
 *) die "usage: sh tests/engines.sh demo|test" ;;

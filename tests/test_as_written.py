@@ -1,0 +1,183 @@
+"""Code and calls as models write them, on real Docker and real Podman, with real libraries: what a model reads.
+
+Each row stands for its kind. The kinds come from public bug reports of similar products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from mcp_types import ImageContent, TextContent
+
+from python_docker_mcp import hint_on, render
+from sandbox_runner import (
+    Config,
+    DockerConfig,
+    ImageError,
+    PackageConfig,
+    PoolConfig,
+    Result,
+    Rich,
+    Runner,
+    open_runner,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.anyio]
+
+NEWEST = "localhost/python-docker-mcp-tests:3.14"  # made by engines.sh
+
+
+@pytest.fixture(scope="module")
+async def runner(engine_command: str) -> AsyncIterator[Runner]:
+    """A runner with the image that users have."""
+    async with open_runner(Config(docker=DockerConfig(command=engine_command, image="host"))) as runner:
+        yield runner
+
+
+class Read:
+    """What a model reads of a call's result: the text, and how many pictures there are."""
+
+    def __init__(self, result: Result, code: str, runner: Runner) -> None:
+        blocks = render(result, hint=hint_on(result, code, runner.config)).content
+        self.text = "\n\n".join(block.text for block in blocks if isinstance(block, TextContent))
+        self.pictures = sum(isinstance(block, ImageContent) for block in blocks)
+
+
+async def read(runner: Runner, code: str) -> Read:
+    """Run code, and render what came of it."""
+    return Read(await runner.execute(code), code, runner)
+
+
+PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.title('t')\n"
+ARRAY = "import numpy as np, pandas as pd\ndf = pd.DataFrame(np.arange(72).reshape(3, 24)).add_prefix('column_')\n"
+
+PICTURES = [  # code, pictures, what its text has, and what not
+    (
+        f"{PLOT}plt.show()\nplt.savefig('p.png')\nimport os\nos.path.getsize('p.png') > 9000",
+        1,
+        "Value: True",
+        "saved as",
+    ),
+    ("import matplotlib.pyplot as plt\nplt.figure()\nplt.show()\nplt.figure()", 0, "with 0 Axes", "image"),
+    ("from PIL import Image\nImage.new('RGB', (60, 40), 'red').show()", 1, "", "Value"),
+    (f"{PLOT}plt.savefig('chart.png')\nplt.close()", 1, "[saved as chart.png]", "Value"),
+    (f"{PLOT}plt.savefig('/tmp/chart.png')\nplt.close()", 1, "[saved as ../tmp/chart.png]", "Value"),
+    (f"{PLOT}plt.savefig('chart.png')\nNone", 1, "Files written: chart.png", "saved as"),
+    (
+        "from PIL import Image\nim = Image.new('RGB', (9, 9))\nim.save('x.png')\nim.save('x.jpg')\nim",
+        1,
+        "x.jpg",
+        "saved as",
+    ),
+    ("from PIL import Image\nImage.new('RGB', (9, 9)).save('x.webp')", 1, "[saved as x.webp]", "Value"),
+    (f"{PLOT}plt.savefig('c.png')\nplt.close()\nfrom PIL import Image\nImage.open('c.png')", 1, "c.png", "saved as"),
+    (f"import matplotlib\nmatplotlib.use('TkAgg')\n{PLOT}plt.show()\nprint('after')", 1, "after", "Warning"),
+    (PLOT.replace("'t'", "'売上 매출 销售'"), 1, "boxes stand for 上 售 売 销 매 출: for a font", "Glyph"),
+    ("import matplotlib.pyplot as plt\nplt.rcParams['font.sans-serif'] = ['SimHei']\n" + PLOT, 1, "SimHei", "image"),
+    ("import plotly.express", 0, 'install-package, package_name "plotly"', ""),
+    (f"{ARRAY}print(df)", 0, "column_23", "..."),
+    (f"{ARRAY}df.describe()", 0, "column_23", "..."),
+]
+
+
+@pytest.mark.parametrize(("code", "pictures", "there", "absent"), PICTURES)
+async def test_pictures_and_tables_are_seen_whole_and_once(
+    runner: Runner, code: str, pictures: int, there: str, absent: str
+) -> None:
+    seen = await read(runner, code)
+    assert (seen.pictures, there in seen.text, absent != "" and absent in seen.text) == (pictures, True, False), (
+        seen.text
+    )
+    assert seen.text.count("findfont") <= 1
+
+
+LEARNING_CURVE = """
+from sklearn.datasets import load_digits
+from sklearn.model_selection import learning_curve
+from sklearn.naive_bayes import GaussianNB
+[part.shape for part in learning_curve(GaussianNB(), *load_digits(return_X_y=True), n_jobs=4)]
+"""
+SPAWN = """
+import multiprocessing
+def f(x): return x
+multiprocessing.get_context('spawn').Pool(2).map(f, [1])
+"""
+TOO_MUCH = """
+import multiprocessing, time
+pool = multiprocessing.Pool(3)
+pool.map_async(time.sleep, [60] * 3)
+x = bytearray(400_000_000)
+"""
+PIP = "import subprocess, sys\nsubprocess.check_call([sys.executable, '-m', 'pip', 'install', 'nonesuch'])"
+IPYTHON = "from IPython.display import display, HTML, Markdown, Image, clear_output\n"
+
+CODE = [  # code, and what its text has
+    ("```python\nx = 40\nprint(x + 2)\n```", "42"),
+    ("\ufeffprint(40 + 2)", "42"),
+    ("    x = 40\n    print(x + 2)", "42"),
+    ("!echo $((40 + 2))", "42"),
+    ("n = 40\nx = !echo $n; echo 2\nx", "['40', '2']"),
+    ("!false", "[exit status 1]"),
+    ("!nonesuch", "[exit status 127: there is no such command in this image]"),
+    ("%matplotlib inline\n%load_ext autoreload\n%autoreload 2\n%time 40 + 2", "Value: 42"),
+    ("%%time\nx = 40\nx + 2", "wall time"),
+    ("%timeit -n 9 -r 2 40 + 2", "9 loops each"),
+    ("%sql select", "%sql is a magic of IPython that is not available here"),
+    ("!pip install -q pandas && echo 42", "[installed already: pandas]"),
+    ("!pip install nonesuch", 'call install-package with package_name "nonesuch".'),
+    ("%pip install nonesuch 'other>=2'", 'package_name "nonesuch", package_name "other>=2".'),
+    (PIP, 'call install-package with package_name "nonesuch".'),
+    ("import os\nos.system('pip install nonesuch')", 'call install-package with package_name "nonesuch".'),
+    (f"{IPYTHON}display(HTML('<b>42</b>'))", "<b>42</b>"),
+    ("from IPython.display import Audio", "IPython.display has only display, HTML"),
+    (f"from IPython import get_ipython\nprint(get_ipython())\n{PLOT}", "None\n"),
+    ("get_ipython().system('ls')", "This is plain Python, not IPython"),
+    ("len?", "len(obj, /)"),
+    ("from google.colab import drive", "google.colab exists only in Google Colab"),
+    ("__file__", "There is no file: the working directory is /app"),
+    ("breakpoint()", "a debugger can't be answered in the sandbox"),
+    ("import getpass\ngetpass.getpass()", "input() can't be answered in the sandbox"),
+    ("import pandas as pd\npd.DataFrame({'a': [1]}).to_markdown()", 'package_name "tabulate"'),
+    ("import pandas as pd\npd.DataFrame({'a': [1]}).to_parquet('x')", 'package_name "pyarrow"'),
+    ("import pandas as pd\npd.DataFrame({'a': [1]}).style", 'package_name "jinja2"'),
+    ("import io, pandas as pd\npd.read_html(io.StringIO('<table><tr><td>1</table>'))", 'package_name "lxml"'),
+    ("import pandas as pd\npd.read_csv('/mnt/data/sales.csv')", "Code sees only its own working directory /app"),
+    ("import os\n(os.cpu_count(), len(os.sched_getaffinity(0)))", "Value: (1, 1)"),
+    ("import multiprocessing\ndef f(x): return x + 2\nmultiprocessing.Pool(2).map(f, [40])", "Value: [42]"),
+    (SPAWN, "processes started by spawn can't find f"),
+    (LEARNING_CURVE, "Value: [(5,), (5, 5), (5, 5)]"),
+    (TOO_MUCH, "(256m); it ran in 4 processes."),
+]
+
+
+@pytest.mark.parametrize(("code", "there"), CODE)
+async def test_code_runs_as_models_write_it_or_says_what_to_do(runner: Runner, code: str, there: str) -> None:
+    seen = await read(runner, code)
+    assert there in seen.text
+
+
+async def test_a_figure_of_an_earlier_call_can_still_be_saved(runner: Runner, session: str) -> None:
+    shown = await runner.execute(PLOT, session=session)
+    assert [list(item.forms) for item in shown.output if isinstance(item, Rich)] == [["text/plain", "image/png"]]
+    saved = await runner.execute("plt.savefig('later.png')", session=session)
+    assert saved.files[0].size > 9000
+    await runner.close_session(session)
+
+
+async def test_the_newest_python_starts_processes_as_others_do(engine_command: str) -> None:
+    docker = DockerConfig(command=engine_command, image=NEWEST)
+    config = Config(docker=docker, package=PackageConfig(preinstalled=()), pool=PoolConfig(preload=()))
+    code = (
+        "import multiprocessing, sys\nfrom concurrent.futures import ProcessPoolExecutor\ndef f(x): return x + 2\n"
+        "with multiprocessing.Pool(2) as pool: print(pool.map(f, [40]))\n"
+        "with ProcessPoolExecutor(2) as pool: print(list(pool.map(f, [40])))\n"
+        "%time sys.version_info[:2] >= (3, 14)"
+    )
+    async with open_runner(config) as runner:
+        try:
+            seen = await read(runner, code)
+        except ImageError:
+            pytest.skip("tests/engines.sh could not make the image")
+    assert "[42]\n[42]\n" in seen.text
+    assert "Value: True" in seen.text
