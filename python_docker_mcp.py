@@ -1012,7 +1012,7 @@ DISTRIBUTIONS = {
 # Hints that are too long for a row.
 NO_GRAPHICS = (
     "opencv-python needs a graphics library that this image lacks: call install-package with package_name "
-    '"opencv-python-headless", in a fresh session.'
+    '"opencv-python-headless".'
 )
 NO_LIBRARY = (
     "The system library {0} is missing, and can't be added from code: have the operator set docker.image to an image "
