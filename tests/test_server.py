@@ -303,7 +303,7 @@ VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'test
         (
             "ImportError",
             "libGL.so.1: cannot open shared object file: No such file or directory",
-            'install-package with package_name "opencv-python-headless", in a fresh session',
+            'install-package with package_name "opencv-python-headless"',
         ),
         (
             "ImportError",
