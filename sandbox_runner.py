@@ -3919,7 +3919,7 @@ class Worker:
             self.note(f"{name} could not be drawn: {failure_of(error)}")
             return None
         with contextlib.suppress(Exception):
-            self.pictures.note_shown(value, forms)
+            self.pictures.note_shown(value)
         return forms
 
     def note(self, text: str) -> None:
@@ -3929,6 +3929,7 @@ class Worker:
     def publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
         if self.rich_left < 0:
             return  # a note has already said so
+        self.pictures.shown.update(map(hash, bundle.values()))
         data = json.dumps(bundle)
         most = min(DATA_LIMIT, self.rich_left - FRAME_COST)
         if len(data) > most:
@@ -4396,7 +4397,8 @@ class Adapter:
         """Find a module that is to be changed as others find it, and change it once it has run."""
         if name not in self.changes:
             return None
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -4469,7 +4471,7 @@ class Adapter:
 
         module.savefig = saves
         switch_backend = module.switch_backend
-        module.switch_backend = lambda _: switch_backend("module://sandbox_backend")
+        module.switch_backend = lambda *_, **__: switch_backend("module://sandbox_backend")
 
     def _change_multiprocessing(self, module: Any) -> None:
         """Start processes by fork, also where Python would not: others can't import what the code defined."""
@@ -4508,8 +4510,8 @@ def forked_only(method: Callable[..., Any], threads: type) -> Callable[..., Any]
     """Have a pool's method refuse what its processes can't find, as they were not forked from this one."""
 
     @functools.wraps(method)
-    def checked(pool: Any, function: Any, *arguments: Any, **options: Any) -> Any:
-        inner = function
+    def checked(pool: Any, *arguments: Any, **options: Any) -> Any:
+        inner: Any = arguments[0] if arguments else options.get("func")
         while isinstance(inner, functools.partial):
             inner = inner.func
         kind = pool._ctx.get_start_method()
@@ -4518,14 +4520,14 @@ def forked_only(method: Callable[..., Any], threads: type) -> Callable[..., Any]
                 f"processes started by {kind} can't find {inner.__name__}, which this code defined: "
                 'use multiprocessing.get_context("fork"), or threads'
             )
-        return method(pool, function, *arguments, **options)
+        return method(pool, *arguments, **options)
 
     return checked
 
 
 def fit_to_share(cpus: int) -> None:
     """Have Python count as many processors as the sandbox's share of CPU time feeds, and none to spare for joblib's."""
-    affinity = os.sched_getaffinity
+    affinity, cpus = os.sched_getaffinity, min(cpus, os.cpu_count() or 1)
     os.sched_getaffinity = lambda pid: set(sorted(affinity(pid))[:cpus])
     os.cpu_count = lambda: cpus
     if hasattr(os, "process_cpu_count"):
@@ -4558,19 +4560,19 @@ class Pictures:
         """Return a library's method `save` with a note of what it saves where."""
 
         @functools.wraps(save)
-        def noted(owner: Any, path: Any, *arguments: Any, **options: Any) -> Any:
-            result = save(owner, path, *arguments, **options)
-            if isinstance(path, (str, os.PathLike)):
+        def noted(owner: Any, *arguments: Any, **options: Any) -> Any:
+            result = save(owner, *arguments, **options)
+            with contextlib.suppress(Exception):  # that it is a buffer, for one
+                path: Any = arguments[0] if arguments else options.get("filename", options.get("fp"))
                 self.saved[os.path.abspath(path)] = self._mark(picture_of(owner))
             return result
 
         return noted
 
-    def note_shown(self, value: Any, forms: Mapping[str, str]) -> None:
+    def note_shown(self, value: Any) -> None:
         """Remember that a value was shown, so that the file with the same picture need not be."""
         if module_name(value).startswith(("PIL.", "matplotlib.")):
             self.shown |= {self._mark(value), os.path.abspath(getattr(value, "filename", None) or "")}
-        self.shown |= {hash(form) for form in forms.values()}
 
     def _mark(self, picture: Any) -> bytes:
         return vars(picture).setdefault("_sandbox_mark", os.urandom(8))  # type: ignore[no-any-return]
