@@ -3965,7 +3965,12 @@ SHELL_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?(!!?)(?!=)[ \t]
 MAGIC_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?%(\w+)[ \t]*(.*)")
 CELL_MAGIC = re.compile(r"%%(\w+|!)[ \t]*(.*)")
 QUESTION = re.compile(r"([ \t]*)(?:\?\??[ \t]*([\w.]+)|([\w.]+)(\?\??))[ \t]*;?[ \t]*")
-PIP = re.compile(r"(?:(?:\S*python[\d.]*|\{sys\.executable\})[ \t]+-m[ \t]+)?((?:pip[\d.]*|conda|mamba|uv)\b.*)")
+PIP = re.compile(
+    r"(?:\S*python[\d.]*\s+-m\s+|\{sys\.executable\}\s+-m\s+)?(?:pip[\d.]*|conda|mamba|uv\s+pip|uv)"
+    r"\s+(install|add|list|freeze)\b((?:'[^']*'|\"[^\"]*\"|[<>]=|(?!\s\d?[<>][^=])[^;&|<>'\"])*)"
+    r"(?:\d?[<>]+\s*[^\s;&|]+|\|[^;&|]*|\s)*(?:;|&&|$)(.*)",  # redirections, filters, and the rest of the line
+    re.DOTALL,
+)
 
 # What is translated: a magic, to what it becomes, with {0} for its arguments as a literal; and one for all of the code,
 # with {1} for the code.
@@ -4040,13 +4045,13 @@ class Notebook:
                 command, lines[end] = f"{command}\n{lines[end]}", ""
                 end += 1
             if pip := PIP.fullmatch(command):
-                call = f"__notebook__.pip({pip[1]!r})"
+                call = f"__notebook__.pip{pip.groups()}"
             else:
                 call = f"__notebook__.{'lines' if target or mark == '!!' else 'shell'}({command!r})"
         elif found := MAGIC_LINE.fullmatch(line):
             indentation, target, name, arguments = found.groups()
-            if PIP.fullmatch(name):
-                call = f"__notebook__.pip({f'{name} {arguments}'!r})"
+            if pip := PIP.fullmatch(f"{name} {arguments}"):
+                call = f"__notebook__.pip{pip.groups()}"
             elif name == "time":
                 call = timed(arguments)
             else:
@@ -4108,31 +4113,29 @@ class Notebook:
             self.worker.note(f"exit status {done.returncode}{why}")
         return (done.stdout or b"").decode(errors="replace")
 
-    def pip(self, command: str) -> None:
-        """Say which packages are there already. Raises ModuleNotFoundError for others, as code can't install them."""
+    def pip(self, verb: str, arguments: str, rest: str) -> None:
+        """Say which packages are there already, and run the rest of the line.
+
+        Raises:
+            ModuleNotFoundError: others are asked for, and code can't install them.
+        """
         import importlib.metadata
 
-        words = re.split(r"(?:^|\s)\d?[<>|;&]", command)[0].replace("'", "").replace('"', "").split()
-        if {"list", "freeze"} & set(words[:3]):
-            found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
-            print("\n".join(f"{name}=={found[name]}" for name in sorted(found, key=str.lower)))
-            return
-        installs = [at for at, word in enumerate(words[:3]) if word in ("install", "add")]
-        wanted = (
-            [word for word in words[installs[0] + 1 :] if word[0].isalnum()] if installs and "-r" not in words else []
-        )
-        absent = []
-        for requirement in wanted:
-            name, version = re.match(r"([\w.-]+)(?:\[.*\])?(?:==([\w.]+)$)?", requirement).groups()  # type: ignore[union-attr]
-            try:
-                if version not in (None, importlib.metadata.version(name)):
-                    absent.append(requirement)
-            except importlib.metadata.PackageNotFoundError:
-                absent.append(requirement)
-        if absent or not wanted:
-            command = f"pip install {' '.join(absent)}" if absent else " ".join(words)
-            raise ModuleNotFoundError(f"code can't install packages: {command}")
-        self.worker.note(f"installed already: {', '.join(wanted)}")
+        words = arguments.replace("'", "").replace('"', "").split()
+        wanted = [word for word in words if word[0].isalnum()] if "-r" not in words else []
+        there = {plain_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
+        found = {word: there.get(plain_name(re.split(r"[[<>=!~]", word)[0])) for word in wanted}
+        absent = [word for word in wanted if found[word] is None or word.partition("==")[2] not in ("", found[word])]
+        if verb in ("list", "freeze"):
+            print("\n".join(f"{package}=={version}" for package, version in sorted(there.items())))
+        elif absent or not wanted:
+            raise ModuleNotFoundError(
+                f"code can't install packages: pip {verb} {' '.join(absent) or arguments.strip()}"
+            )
+        else:
+            self.worker.note(f"installed already: {', '.join(wanted)}")
+        if rest.strip():
+            self.script(rest, "sh")
 
     # Magics
 
@@ -4281,6 +4284,11 @@ def expanded(command: str, caller: types.FrameType) -> str:
         return found[0] if callable(value) else str(value)
 
     return re.sub(r"(?<!\$)\{([A-Za-z_][^{}]*)\}|\$([A-Za-z_]\w*)", value_of, command)
+
+
+def plain_name(package: str) -> str:
+    """Return a package's name as the index compares names (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def readable_seconds(seconds: float) -> str:
