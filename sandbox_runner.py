@@ -1861,7 +1861,7 @@ class Sandbox:
             while True:
                 frame = await receive(lines, FROM_SANDBOX)
                 if frame["kind"] == "ready" or frame["kind"] == "status":
-                    if self.greeting:
+                    if self.greeting or self.call:  # it is the first thing that a supervisor sends
                         raise ProtocolError("a second greeting")
                     self._greet(frame, call)
                 elif frame["kind"] == "farewell":

@@ -21,7 +21,7 @@ import mcp_types as types
 import pytest
 from conftest import GREETING, PATIENCE, FakeEngine
 from fuzz_frames import CALL, FRAMES, REPORT, VALUES, as_host, as_supervisor, finish, lines_from, tamed, wire
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mcp import Client
 from mcp.shared.exceptions import MCPError
@@ -204,6 +204,7 @@ greetings = st.dictionaries(st.sampled_from(sorted(GREETING)), some_value, max_s
 
 @settings(max_examples=100)
 @given(st.lists(lines | greetings, max_size=4).map(b"".join), st.integers(1, 5000))
+@example(json.dumps({**GREETING, "unread": "x"}).encode() + b"\n", 1)
 def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece: int) -> None:
     async def run() -> Call:
         container: Any = Container(said, piece)
