@@ -4534,14 +4534,12 @@ def forked_only(method: Callable[..., Any], threads: type) -> Callable[..., Any]
 
 
 def fit_to_share(cpus: int) -> None:
-    """Have Python count as many processors as the sandbox's share of CPU time feeds, and none to spare for joblib's."""
+    """Have Python count as many processors as the sandbox's share of CPU time feeds."""
     affinity, cpus = os.sched_getaffinity, min(cpus, os.cpu_count() or 1)
     os.sched_getaffinity = lambda pid: set(sorted(affinity(pid))[:cpus])
     os.cpu_count = lambda: cpus
     if hasattr(os, "process_cpu_count"):
         os.process_cpu_count = os.cpu_count
-    if cpus == 1:  # each of joblib's processes would import everything anew, for no gain
-        os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
 
 
 # ── pictures ──
@@ -5012,6 +5010,8 @@ class Engine:
         }
         for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
             environment[f"{library}_NUM_THREADS"] = "1"  # forking needs a single thread, and half a core feeds no more
+        if docker.cpu_limit <= 1:  # each of joblib's processes would import everything anew, for no gain
+            environment["JOBLIB_MULTIPROCESSING"] = "0"
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
         if self.kind == "docker":  # runc before 1.2 keeps the mount point's own mode, so the owner has to grant access
             tmpfs += ",uid=65534,gid=65534"  # (Podman neither knows nor needs these two)

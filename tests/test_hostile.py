@@ -439,7 +439,7 @@ ATTACKS = [
         "looks for the host's environment",
         "API keys of the server",
         "sorted(set(os.environ) - {'PATH', 'HOSTNAME', 'TERM', 'container', 'HOME', 'TMPDIR', 'LANG', 'MPLBACKEND', "
-        "'MPLCONFIGDIR'} - {name for name in os.environ if name.endswith('_NUM_THREADS')} "
+        "'MPLCONFIGDIR', 'JOBLIB_MULTIPROCESSING'} - {name for name in os.environ if name.endswith('_NUM_THREADS')} "
         "- {name for name in os.environ if name.lower().endswith('_proxy') and not os.environ[name]})",
         "[]",
         Defence("--env"),
