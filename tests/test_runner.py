@@ -471,6 +471,21 @@ async def test_an_image_without_python_is_an_error_in_the_engines_words(runner: 
         await runner.execute("1")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error: OCI runtime error: crun: the requested cgroup controller `cpu` is not available",
+        "NanoCPUs can not be set, as your kernel does not support CPU CFS scheduler or the cgroup is not mounted.",
+    ],
+)
+async def test_a_rootless_engine_without_controllers_is_told_with_what_to_do(
+    runner: Runner, docker: FakeEngine, said: str
+) -> None:
+    docker.script(run={"exit": 125, "stderr": f"{said}\n"})
+    with pytest.raises(EngineError, match=r"could not be started: .*\. A rootless engine needs cgroup version 2"):
+        await runner.execute("1")
+
+
 # ── calls that go on after they were answered ──
 
 
@@ -995,6 +1010,15 @@ async def test_an_engine_is_found_in_the_usual_places_when_path_is_short(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sandbox_runner, "USUAL_PLACES", [str(docker.folder)])
     assert (await find_engine()).command == docker.command
+
+
+def test_an_engine_finds_its_helpers_beside_it_and_where_it_really_is(
+    docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "/bin")
+    link = tmp_path / "docker"
+    link.symlink_to(docker.command)
+    assert sandbox_runner.path_for(str(link)) == f"/bin:{tmp_path}:{docker.folder}"
 
 
 async def test_podman_is_taken_if_docker_does_not_answer(
