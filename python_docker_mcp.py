@@ -253,7 +253,8 @@ class ExecutePersistent(Tool):
         "Run Python code in a session, where variables, functions, imports and files stay for the next call. Leave "
         "session_id out to start a session, then pass the session_id that the result names to go on in it. Returns "
         "what the code printed, the value of an expression at its end, and every Matplotlib figure as an image. After "
-        "a time-out or a crash the result says whether the session's variables were kept. Code that takes long goes on "
+        "a time-out or a crash the result says whether the session's variables were kept, restored to what they were "
+        "before the call, or lost. Code that takes long goes on "
         "after the call was answered: the result then says that it is running, and a call with the same session_id and "
         "empty code waits for the rest."
     )
@@ -856,6 +857,8 @@ def session_section(result: Result, new_session: bool) -> Iterator[str]:
     words = f"Session: {result.session}"
     if result.state == "lost":
         words += " (its variables, functions and imports are lost: the next call starts without them)"
+    elif result.state == "restored":
+        words += " (restored: its variables are as they were before this call; files are as the code left them)"
     elif new_session:
         words += f' (new; pass session_id "{result.session}" to go on in it)'
     else:

@@ -131,6 +131,8 @@ T = TypeVar("T")
 
 # ── what a call returns ──
 
+# Variables are restored to what they were before a call that crashed, if there was a copy of them; else they are lost.
+Variables = Literal["preserved", "restored", "lost"]
 Status = Literal["ok", "error", "timeout", "cancelled", "out_of_memory", "died", "running"]
 
 
@@ -186,11 +188,11 @@ class Result:
     value_omitted: int = 0  # characters left out of the value
     exception: ExceptionInfo | None = None
     exit_code: int | None = None  # of SystemExit or of the ended worker; negative signal number if one killed it
-    lost: bool = False  # whether the process that ran the code is gone, with everything it held
+    lost: bool = False  # whether the process that ran the code is gone
     message: str | None = None  # one sentence on what happened, unless the code simply ended
     session: str | None = None
     is_new: bool = False  # whether the session began with this call
-    state: Literal["preserved", "lost"] | None = None  # fate of the session's variables; None while code runs
+    state: Variables | None = None  # fate of the session's variables; None while code runs
     lost_before: str | None = None  # reason the variables were lost between the previous call and this one, if so
     earlier: str = ""  # output since the last call from work that earlier calls left running
     unread: Result | None = None  # end of the previous call, if no caller waited for it
@@ -534,9 +536,9 @@ class Runner:
             call.end(call.died(f"the container ended during the call ({call.why_cut})"))
             session.lost = None  # as this call tells it
         elif was_begun and session.sandbox:
-            kept = session.sandbox.greeting is not None and session.sandbox.greeting["kept"]
+            assert session.sandbox.greeting is not None
             message = "the connection to the container was cut, and the end of the call with it"
-            call.end(call.died(message, kept=kept))
+            call.end(call.died(message, session.sandbox.greeting["state"]))
         elif call.attempts >= FIRST_CALL_ATTEMPTS:
             call.give_up()
         else:
@@ -1296,7 +1298,7 @@ class Call:
     @property
     def was_lost(self) -> bool:
         """Whether its end cost the session the variables."""
-        return self._result is not None and self._result.lost
+        return self._result is not None and self._result.state == "lost"
 
     def go_on(self, told: int, left: float) -> None:
         """Go on over a new connection, after `told` bytes of output were sent over earlier ones."""
@@ -1306,12 +1308,10 @@ class Call:
             self._keep(Omitted(told - self.received))
             self.received = told
 
-    def died(self, message: str, *, kept: bool = False) -> Result:
+    def died(self, message: str, state: Variables = "lost") -> Result:
         """Return the result of a call whose end the sandbox can't tell."""
-        state: Literal["preserved", "lost"] | None = None
-        if self.request.session:
-            state = "preserved" if kept else "lost"
-        return Result("died", joined(self._output), message=message, session=self.request.session, state=state)
+        session = self.request.session
+        return Result("died", joined(self._output), message=message, session=session, state=state if session else None)
 
     def _conclude(self, done: Done) -> Result:
         exit_code, value, session = done.get("exit_code"), done.get("value"), self.request.session
@@ -1329,7 +1329,7 @@ class Call:
             lost=done["lost"],
             message=message,
             session=session,
-            state=("lost" if done["lost"] else "preserved") if session else None,
+            state=done["state"] if session else None,
             lost_before=done["lost_before"],
             earlier=self._earlier,
             variables=self._variables,
@@ -1670,6 +1670,7 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
     settings = {
         "working_dir": config.docker.working_dir,
         "cpus": math.ceil(config.docker.cpu_limit),
+        "copied_memory": size_in_bytes(config.docker.memory_limit) // 3 if config.session.restore else 0,
         "writable_folders": WRITABLE_FOLDERS,
         "idle_timeout": config.session.idle_timeout,
         "adoption_time": ADOPTION_TIME,
@@ -2128,6 +2129,16 @@ class PlugRequest(TypedDict):
     owner: str
 
 
+# From the supervisor to the worker
+
+
+class WorkerOrder(TypedDict):
+    """Go on after a display; or leave a copy of yourself, which will name this key."""
+
+    op: Literal["displayed", "copy"]
+    key: NotRequired[str]
+
+
 # From the worker, which runs the user's code, to the supervisor, and on to the host
 
 
@@ -2204,7 +2215,7 @@ class Greeting(TypedDict):
     owner: str
     unread: str | None  # id of the last call, until a host has been sent its end
     told: Count  # bytes of that call's output sent to a host
-    kept: bool  # whether the variables survived the last call
+    state: Variables  # fate of the variables in the last call
     packages: str | None
     busy: bool
     ran: Seconds
@@ -2273,7 +2284,8 @@ class Done(EndOfCall):
     status: Literal["ok", "error", "timeout", "out_of_memory", "cancelled", "died"]
     wall: Seconds
     oom_kills: Count
-    lost: bool  # whether the worker is gone, with all that it held
+    lost: bool  # whether the worker is gone
+    state: Variables
     lost_before: str | None  # why the last one was gone before this call
     message: NotRequired[str | None]
 
@@ -2348,7 +2360,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
-PROTOCOL = 2  # version of the frames and the plug; raised by a change that older sandboxes would not understand
+PROTOCOL = 3  # version of the frames and the plug; raised by a change that older sandboxes would not understand
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
@@ -2380,6 +2392,7 @@ FILES_LIMIT = 256 << 10  # bytes of all such files
 READ_LIMIT = 1 << 20  # bytes per read of a file
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
+COPY_ADDRESS = "\0python-docker-mcp-copy"
 PLUG_UID = 65533  # `docker exec` can run as this user; the code, being 65534 without capabilities, can't
 
 # System calls that exploits start from and the code can do without, with their numbers on x86_64 and on aarch64.
@@ -2627,6 +2640,59 @@ def check_worker_frame(frame: Any, schemas: dict[str, dict[str, Any]]) -> None:
         raise ValueError("a frame that is too long")
 
 
+class Copy:
+    """A sleeping copy of the session's worker, from after its last call, as the supervisor knows it.
+
+    none ── asked for (a key) ── asleep (a process) ── awake: it is the worker, and leaves a copy of itself
+    """
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.process = 0
+        self.connection: socket.socket | None = None  # it wakes when it gets descriptors, and ends when this is closed
+        self.address: socket.socket | None = None  # where copies are announced
+
+    def listen(self) -> int:
+        """Have copies announced; return the descriptor that is readable when one has been."""
+        self.address = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.address.bind(COPY_ADDRESS)
+        self.address.setblocking(False)
+        return self.address.fileno()
+
+    def admit(self) -> None:
+        """Accept the copy that was asked for, if it has been announced."""
+        with contextlib.suppress(BlockingIOError):
+            while self.address:
+                message, descriptors = receive_descriptors(self.address)
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # the code's own nonsense
+                    told = json.loads(message)
+                    if self.key and told["key"] == self.key and told["process"] > 1:
+                        self.process, self.connection = told["process"], socket.socket(fileno=descriptors.pop())
+                        self.key = None
+                for fd in descriptors:
+                    os.close(fd)
+
+    def end(self) -> None:
+        """Let the copy end, or one that comes later."""
+        if self.connection:
+            self.connection.close()
+        self.key, self.process, self.connection = None, 0, None
+
+
+def announce_copy(key: str, process: int, connection: socket.socket) -> None:
+    """Tell the supervisor of a copy, and pass it its end of the connection."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        message = json.dumps({"key": key, "process": process}).encode()
+        descriptor = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", connection.fileno()))]
+        sender.sendmsg([message], descriptor, socket.MSG_DONTWAIT, COPY_ADDRESS)
+
+
+def receive_descriptors(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive a message and the descriptors that came with it."""
+    message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(16))
+    return message, [fd for *_, data in ancillary for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4])]
+
+
 class Supervisor:
     """Process 1 of the sandbox: holds the channel to the host, and forks, watches and replaces the worker.
 
@@ -2646,7 +2712,7 @@ class Supervisor:
         self.begun: str | None = None  # id of the last call
         self.unread: str | None = None  # the same, until a host has been sent its end
         self.told = 0  # bytes of that call's output sent to a host
-        self.kept = True  # whether the variables survived the last call
+        self.state: Variables = "preserved"  # fate of the variables in the last call
         self.backlog: deque[FromSandbox] = deque()
         self.backlog_left = BACKLOG_LIMIT
         self.plug: socket.socket | None = None
@@ -2658,6 +2724,7 @@ class Supervisor:
         self.waits_until = math.inf
         self.flows = False  # whether the last output filled a whole read, so that waiting gains nothing
         self.decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
+        self.copy = Copy()
         self.worker_used = False
         self.worker_cpu = 0.0  # CPU seconds up to the worker's last report
         self.lost: str | None = None  # why the session's variables were lost while no call was running
@@ -2758,7 +2825,7 @@ class Supervisor:
             "owner": self.owner,
             "unread": self.unread,
             "told": self.told,
-            "kept": self.kept,
+            "state": self.state,
             "packages": self.packages,
             "busy": self.call is not None,
             "ran": now - self.call.started if self.call else 0.0,  # seconds
@@ -2826,6 +2893,7 @@ class Supervisor:
         listener.bind(PLUG_ADDRESS)
         listener.listen()
         self.sources[listener.fileno()] = lambda: self._admit(listener)
+        self.sources[self.copy.listen()] = self.copy.admit
 
     def _admit(self, listener: socket.socket) -> None:
         """Answer a plug: take over its standard input and output as the channel, or tell it the supervisor's status."""
@@ -2835,9 +2903,8 @@ class Supervisor:
             uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             if uid != PLUG_UID:
                 return
-            message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(8))
+            message, (reader, writer) = receive_descriptors(connection)
             request = json.loads(message)
-            reader, writer = struct.unpack("2i", ancillary[0][2])
             if self.channel or not self._is_meant(request):
                 os.write(writer, head(self._status("status")))
                 os.close(reader)
@@ -2861,25 +2928,29 @@ class Supervisor:
 
     def _fork(self) -> None:
         """Fork a worker, in its own setsid() session, with /dev/null, two pipes and a socket to the supervisor only."""
-        out, err = os.pipe(), os.pipe()
-        ours, theirs = socket.socketpair()
+        ends = self._connect()
         self.worker = os.fork()
         if self.worker == 0:
             try:
-                become_worker((os.open(os.devnull, os.O_RDWR), out[1], err[1], theirs.fileno()))
+                become_worker((os.open(os.devnull, os.O_RDWR), *ends))
                 worker = Worker(Channel(3, 3), self.settings)
                 if self.installed and self.settings["preload"] and self.session is None:
                     worker.preload(self.installed, self.settings["preload"])
                 if not self.prepared:  # once: every frame wakes each process that relays it
                     worker.rehearse()
                     worker.control.send({"kind": "prepared"})
+                worker.memory = private_memory()
                 worker.serve()
             finally:
                 os._exit(70)
-        theirs.close()
-        os.close(out[1])
-        os.close(err[1])
+        for fd in ends:
+            os.close(fd)
         self.worker_used, self.worker_cpu = False, 0.0
+
+    def _connect(self) -> tuple[int, int, int]:
+        """Make pipes and a socket for a worker; return its ends: standard output, errors and control."""
+        out, err = os.pipe(), os.pipe()
+        ours, theirs = socket.socketpair()
         fd = ours.detach()
         self.control = Channel(fd, fd)
         self.control.set_blocking(False)
@@ -2890,6 +2961,34 @@ class Supervisor:
         for stream, pipe in self.pipes.items():
             os.set_blocking(pipe, False)
             self.sources[pipe] = functools.partial(self._await_output, stream)
+        return out[1], err[1], theirs.detach()
+
+    def _restore(self) -> bool:
+        """Have the copy, if there is one, go on in the place of the worker, which is gone; return whether it does."""
+        process, connection = self.copy.process, self.copy.connection
+        if connection is None:
+            return False
+        ends = self._connect()
+        try:
+            connection.settimeout(self.grace)
+            connection.sendmsg([b"wake"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("3i", *ends))])
+            self.worker = process if connection.recv(1) else 0
+        except OSError:
+            self.worker = 0
+        for fd in ends:
+            os.close(fd)
+        self.copy.end()
+        if not self.worker:
+            self._forget_worker()
+        self.worker_cpu = 0.0
+        return self.worker != 0
+
+    def _renew_copy(self) -> None:
+        """Have the worker leave a copy of itself in the place of the last one."""
+        self.copy.end()
+        if self.session is not None and self.control and self.settings["copied_memory"]:
+            self.copy.key = os.urandom(16).hex()
+            self._to_worker({"op": "copy", "key": self.copy.key})
 
     def _to_worker(self, frame: Mapping[str, Any]) -> None:
         if self.control is None:
@@ -2995,21 +3094,27 @@ class Supervisor:
         if self.call and (text := self.call.admit(stream, text)):
             self._tell({"id": self.call.id, "kind": stream, "data": text.encode()})
 
-    def _conclude(self, report: Report, lost: bool = False, message: str | None = None, others: int = 0) -> None:
-        """End the call with the worker's report or, if the worker is gone (`lost`), with the supervisor's own.
+    def _flush_decoders(self) -> None:
+        for stream, decoder in self.decoders.items():
+            self._pass_on(stream, decoder.decode(b"", True))
 
-        `others` is how many processes there were besides the worker.
+    def _conclude(
+        self, report: Report, state: Variables = "preserved", message: str | None = None, others: int = 0
+    ) -> None:
+        """End the call with the worker's report or, if the worker is gone, with the supervisor's own.
+
+        `others` is how many processes there were besides that worker.
         """
         call = self.call
         assert call is not None
-        for stream, decoder in self.decoders.items():
-            self._pass_on(stream, decoder.decode(b"", True))
+        self._flush_decoders()
         if call.omitted:
             self._tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
         for stream, data in call.tail:
             self._tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
         oom_kills, self.oom_kills = self.oom_kills, count_oom_kills(self.memory_events)
         oom_kills = self.oom_kills - oom_kills
+        lost = state != "preserved"
         if not lost:
             self.worker_cpu += report["cpu"]
         done: Done = {
@@ -3018,6 +3123,7 @@ class Supervisor:
             "wall": time.monotonic() - call.started,
             "oom_kills": oom_kills,
             "lost": lost,
+            "state": state,
             "lost_before": self.lost,
             "message": message,
         }
@@ -3028,12 +3134,15 @@ class Supervisor:
         if others and done["status"] == "out_of_memory":
             done["message"] = f"it ran in {others + 1} processes"
         self.call = self.lost = None
-        self.kept = not lost
+        self.state = state
         self.active = time.monotonic()
         self._tell(done)
-        if self.channel and call.recycle and done["status"] in ("ok", "error"):
+        if self.channel:
             self.channel.flush()  # the result first
+        if self.channel and call.recycle and done["status"] in ("ok", "error"):
             self._recycle(call.id)
+        else:
+            self._renew_copy()
 
     def _recycle(self, call_id: str) -> None:
         """Undo whatever a call may have left, check whether anything remains, and tell the host."""
@@ -3105,24 +3214,31 @@ class Supervisor:
                     break
                 if pid == self.worker:
                     self._replace_worker(status, usage, None)
+                elif pid == self.copy.process:
+                    self.copy.end()
 
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
         """Clean up after a dead worker: kill all that it started and conclude its call; `run` forks the next one."""
-        others = len(other_processes())
-        kill_all_others(self.grace)
+        self.copy.admit()
+        others = len(other_processes()) - bool(self.copy.process)
+        kill_all_others(self.grace, self.copy.process)
         self._read_all_output()
+        self._flush_decoders()
+        self._forget_worker()
+        restored = self._restore()
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         if self.call:
             cpu = max(0.0, usage.ru_utime + usage.ru_stime - self.worker_cpu)
             memory = usage.ru_maxrss * 1024
             report: Report = {"id": self.call.id, "kind": "done", "status": "error", "cpu": cpu}
             report["memory"], report["exit_code"] = memory, code
-            self._conclude(report, lost=True, message=message, others=others)
+            self._conclude(report, "restored" if restored else "lost", message, others)
+        elif restored:
+            self._renew_copy()
         elif not self.worker_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
             self.lost = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-        self._forget_worker()
 
     def _forget_worker(self) -> None:
         for fd in self.worker_fds:
@@ -3195,13 +3311,19 @@ def open_inside(folder: str, path: str) -> int:
     return fd
 
 
-def kill_all_others(patience: float) -> None:
-    """Kill all that process 1 may kill (not itself, nor the plug), and reap them for up to `patience` seconds."""
+def kill_all_others(patience: float, spared: int = 0) -> None:
+    """Kill all that process 1 may kill (not itself, nor the plug), and reap them for up to `patience` seconds.
+
+    One process may be spared: then all are stopped first, so that none can fork while they are killed one by one.
+    """
     with contextlib.suppress(ProcessLookupError):
-        os.kill(-1, signal.SIGKILL)
+        os.kill(-1, signal.SIGSTOP if spared else signal.SIGKILL)
+    for pid in other_processes() if spared else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT if pid == spared else signal.SIGKILL)
     end = time.monotonic() + patience
     with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < end:
+        while time.monotonic() < end and {*other_processes()} - {spared}:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 time.sleep(0.001)
 
@@ -3260,8 +3382,13 @@ def become_worker(descriptors: tuple[int, int, int, int]) -> None:
             with contextlib.suppress(OSError):
                 os.close(fd)
     allow_inspection(True)
-    with contextlib.suppress(OSError):  # killed first when memory runs out, so that the supervisor lives to report it
-        write_kernel_file("/proc/self/oom_score_adj", b"1000")
+    set_oom_score(900)  # killed first when memory runs out, so that the supervisor lives to report it
+
+
+def set_oom_score(score: int) -> None:
+    """Set how soon the kernel kills this process when memory runs out; the container starts with 500."""
+    with contextlib.suppress(OSError):
+        write_kernel_file("/proc/self/oom_score_adj", b"%d" % score)
 
 
 def allow_inspection(allowed: bool) -> None:
@@ -3360,6 +3487,12 @@ def write_kernel_file(path: str, text: bytes) -> None:
         os.write(fd, text)
     finally:
         os.close(fd)
+
+
+def private_memory() -> int:
+    """Return the bytes of memory that this process has and no file."""
+    resident, shared = read_kernel_file("/proc/self/statm").split()[1:3]
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
 
 def memory_in_use() -> int | None:
@@ -3501,6 +3634,8 @@ class Worker:
         self.packages: list[str] = []
         self.had_packages: list[str] = []
         self.files = self._list_files()
+        self.memory = 0  # bytes of its own before its first call
+        self.copied_memory: int = settings["copied_memory"]
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
 
@@ -3542,6 +3677,10 @@ class Worker:
         for frame in self.frames:
             if frame["op"] == "state":
                 given = frame
+            elif frame["op"] == "copy":
+                if self._can_be_copied():
+                    with contextlib.suppress(OSError):  # that there may be no more processes
+                        self._leave_copy(frame["key"])
             elif frame["op"] == "run":
                 state = given["data"] if given and given["id"] == frame["id"] else None
                 given = None
@@ -3554,6 +3693,96 @@ class Worker:
         with contextlib.suppress(EOFError):
             while True:
                 yield from self.control.receive()
+
+    # ── the copy ──
+
+    def _can_be_copied(self) -> bool:
+        """Whether a fork has all that the variables depend on, and memory does for two that write to it."""
+        if len(os.listdir("/proc/self/task")) > 1 or private_memory() - self.memory > self.copied_memory:
+            return False
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return False  # it has children
+        if any(signal.getitimer(timer)[0] for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
+            return False
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            if re.search(r"^\S+ rw.s ", maps.read(), re.MULTILINE):
+                return False  # shared memory
+        loop = {part.fileno() for part in self._parts_of_loop()}
+        if loop and (self.loop._ready or self.loop._scheduled or sys.modules["asyncio"].all_tasks(self.loop)):
+            return False
+        others = set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, 3, *self.spares.values(), *loop}
+        for fd in others:
+            with contextlib.suppress(OSError):  # it was that of the listing
+                mode = os.fstat(fd).st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode)):
+                    return False  # a pipe or socket, whose other end would miss that it is closed here
+        return True
+
+    def _parts_of_loop(self) -> list[Any]:
+        """Return what of asyncio's event loop has a descriptor."""
+        if self.loop is None or self.loop.is_closed():
+            return []
+        return [self.loop._selector, self.loop._ssock, self.loop._csock]
+
+    def _leave_copy(self, key: str) -> None:
+        """Fork a sleeping copy of this process, as a child of process 1, which code does not notice.
+
+        Returns in the copy, too, once it is to go on as the worker.
+        """
+        random = sys.modules.get("random")
+        random_state = random and random.getstate()  # a fork reseeds it
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            middle = os.fork()
+            if middle:
+                os.waitpid(middle, 0)
+                return
+            try:
+                ours, theirs = socket.socketpair()
+                if copy := os.fork():
+                    announce_copy(key, copy, theirs)  # before the worker goes on: it may crash at once
+                    os._exit(0)
+                theirs.close()
+                self._sleep(ours)
+            except BaseException:
+                os._exit(1)
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
+        if random:
+            random.setstate(random_state)
+
+    def _sleep(self, supervisor: socket.socket) -> None:
+        """Wait until the supervisor sends descriptors, then be the worker; end if it closes the connection."""
+        os.setsid()
+        set_oom_score(1000)  # if little memory is left, the copy goes before the worker
+        allow_inspection(False)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2, 3, *self.spares.values()):  # the pipes are not the copy's to hold open
+            os.dup2(null, fd, inheritable=fd < 3)
+        os.close(null)
+        loop = self._parts_of_loop()
+        for part in loop:
+            part.close()
+        _, descriptors = receive_descriptors(supervisor)
+        if not descriptors:
+            os._exit(0)
+        for target, fd in enumerate(descriptors, 1):
+            os.dup2(fd, target, inheritable=target < 3)
+            os.close(fd)
+        for fd, spare in self.spares.items():
+            os.dup2(fd, spare, inheritable=False)
+        if loop:
+            new = sys.modules["asyncio"].new_event_loop()
+            vars(self.loop).update(vars(new))
+            new._closed = True  # its parts are the other one's now
+        allow_inspection(True)
+        set_oom_score(900)
+        self.control.__init__(3, 3)  # type: ignore[misc]  # without what it had received
+        self.process = os.getpid()
+        self.files = self._list_files()  # the code's call changed them
+        supervisor.send(b"1")
+        supervisor.close()
 
     def _restore_streams(self) -> None:
         """Restore sys.stdout and sys.stderr as text streams over descriptors 1 and 2.
@@ -6232,6 +6461,7 @@ class SessionConfig:
     evict: bool = False
     max_timeout: float = 1800.0
     answer_within: float = 50.0
+    restore: bool = True
 
     def __post_init__(self) -> None:
         """Refuse limits that are not above zero."""
@@ -6852,6 +7082,8 @@ def _print_end(result: Result, value: bool) -> None:
     if result.unread:
         print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)
         notes.append(f"(that was the end of the session's previous call, left running: {result.unread.status})")
+    if result.state == "restored":
+        notes.append(f"the variables of the session {result.session} are as they were before this call")
     if result.state == "lost":
         notes.append(f"the variables of the session {result.session} are lost; its next call starts afresh")
     if result.lost_before:

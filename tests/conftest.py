@@ -382,7 +382,7 @@ GREETING: dict[str, Any] = {
     "unread": None,
     "packages": None,
 }
-GREETING |= {"busy": False, "age": 0, "idle": 0, "memory": None, "told": 0, "kept": True, "ran": 0, "left": 0}
+GREETING |= {"busy": False, "age": 0, "idle": 0, "memory": None, "told": 0, "state": "preserved", "ran": 0, "left": 0}
 
 
 def code_objects(code: types.CodeType) -> Iterator[types.CodeType]:

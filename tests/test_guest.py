@@ -10,6 +10,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import re
 import runpy
 import select
@@ -611,6 +612,7 @@ class Guest:
             "digest": "d",
             "working_dir": str(home),
             "cpus": 1,
+            "copied_memory": 0,
             "writable_folders": [],
             "idle_timeout": 60.0,
             "adoption_time": 60.0,
@@ -687,6 +689,8 @@ class Guest:
 
     def close(self) -> None:
         """Let the guest see the end of file, or kill it."""
+        if self.process.poll() is not None:
+            return
         self.channel.send({"op": "end"})
         try:
             self.process.communicate(timeout=5)
@@ -1780,3 +1784,156 @@ def test_an_image_is_shown_by_its_show_and_not_again_as_a_file(guest: Guest) -> 
     )
     assert told.value is None
     assert [bundle["text/plain"][:15] for bundle in told.shown] == ["<PIL.Image.Imag", "[saved as b.png", "b.png"]
+
+
+# ── restoring a session ──
+
+CRASHES = {
+    "ends its process": "import os; os._exit(3)",
+    "crashes": "import ctypes; ctypes.string_at(0)",
+    "aborts": "import os; os.abort()",
+    "kills itself": "import os; os.kill(os.getpid(), 9)",
+    "becomes another program": "import os; os.execv('/bin/sh', ['sh', '-c', 'exit 4'])",
+    "ignores the interruption": "import time\nwhile True:\n    try: time.sleep(9)\n    except KeyboardInterrupt: pass",
+    "breaks the protocol": "import os; os.write(3, b'nonsense\\n'); __import__('time').sleep(60)",
+    "kills all that it can": "import os; os.kill(-1, 9); os._exit(1)",
+}
+VARIABLES = """
+import os, random, sys
+x, numbers = 1, [1, 2, 3]
+def f(y): return x + y
+class A: z = 5
+random.seed(7); random.random()
+os.makedirs("folder"); os.chdir("folder")
+log = open("log", "w+")
+open("before", "w").write("kept")
+"""
+SAME = "(x, numbers, f(1), A.z, random.random(), os.getcwd()[-6:], log.write('more'), sorted(os.listdir('.')))"
+
+
+@pytest.fixture
+def restoring(make_guest: MakeGuest) -> Iterator[Guest]:
+    """A guest that restores sessions; it is of no use to other tests."""
+    guest = make_guest(copied_memory=64 << 20, unique=next(Guest.numbers))
+    yield guest
+    guest.close()
+
+
+def copy_of(guest: Guest) -> str:
+    """The id of the worker's sleeping copy, once it is there and the intermediate process is gone."""
+    wait_until(lambda: len(guest.worker()) == 2)
+    return guest.worker()[1]
+
+
+@pytest.mark.parametrize("crash", [name for name in CRASHES if name != "kills all that it can"])
+def test_a_call_that_crashes_costs_its_session_nothing_again_and_again(restoring: Guest, crash: str) -> None:
+    restoring.run(VARIABLES)
+    for _ in range(2):
+        copy_of(restoring)
+        told = restoring.run(f"x = 2; numbers.clear(); open('after', 'w').close()\n{CRASHES[crash]}", timeout=1)
+        assert (told.done["state"], told.done["lost"], told.done["lost_before"]) == ("restored", True, None)
+        assert told.status == ("timeout" if "interruption" in crash else "died")
+    expected = random.Random(7)
+    assert expected.random() < 1
+    told = restoring.run(SAME)
+    assert told.value == repr((1, [1, 2, 3], 2, 5, expected.random(), "folder", 4, ["after", "before", "log"]))
+    assert told.done["state"] == "preserved"
+    assert told.done["lost_before"] is None
+
+
+def test_code_does_not_notice_the_copy(restoring: Guest) -> None:
+    restoring.run("import os, signal\nheard = []\nsignal.signal(signal.SIGCHLD, lambda *_: heard.append(1))")
+    copy = copy_of(restoring)
+    assert restoring.run("try: os.wait()\nexcept ChildProcessError: print('none')\nheard").stdout == "none\n"
+    assert restoring.run("heard").value == "[]"
+    assert restoring.run("sorted(map(int, os.listdir('/proc/self/fd')))[:4]").value == "[0, 1, 2, 3]"
+    wait_until(lambda: copy not in restoring.worker())
+
+    def held() -> list[str]:
+        with contextlib.suppress(OSError):  # it is on its way
+            descriptors = Path(f"/proc/{copy_of(restoring)}/fd").iterdir()
+            return sorted(os.readlink(path).partition(":")[0] for path in descriptors)
+        return []
+
+    wait_until(lambda: held() == ["/dev/null"] * 6 + ["socket"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import threading, time; threading.Thread(target=time.sleep, args=[60], daemon=True).start()",
+        "x = bytearray(80 << 20)",
+        "import subprocess; p = subprocess.Popen(['/bin/sh', '-c', 'while :; do :; done'])",
+        "import os; ends = os.pipe()",
+        "import socket; s = socket.socket()",
+        "import mmap; shared = mmap.mmap(-1, 4096)",
+        "import signal; signal.setitimer(signal.ITIMER_REAL, 60)",
+        "import asyncio\ntask = asyncio.ensure_future(asyncio.sleep(60))\nawait asyncio.sleep(0)",
+    ],
+)
+def test_no_copy_is_made_where_it_would_not_be_a_true_one(restoring: Guest, code: str) -> None:
+    restoring.run("x = 1")
+    copy_of(restoring)
+    restoring.run(code)
+    told = restoring.run("import os; os._exit(3)")
+    assert (told.done["state"], told.status) == ("lost", "died")
+    restoring.run("x = 1")
+    copy_of(restoring)
+
+
+def test_a_session_that_has_used_asyncio_can_do_so_after_it_was_restored(restoring: Guest) -> None:
+    restoring.run("import asyncio\nasync def f(x):\n    await asyncio.sleep(0.01)\n    return x\nawait f(1)")
+    copy_of(restoring)
+    assert restoring.run("import os; os._exit(3)").done["state"] == "restored"
+    copy_of(restoring)
+    assert restoring.run("import gc; gc.collect()\nawait asyncio.gather(f(1), f(2))").value == "[1, 2]"
+    assert restoring.run("await f(3)").value == "3"
+
+
+def test_who_kills_the_copy_loses_only_what_it_was_for(restoring: Guest) -> None:
+    restoring.run("x = 1")
+    os.kill(int(copy_of(restoring)), 9)
+    assert restoring.run("x += 1; x").value == "2"
+    copy_of(restoring)
+    assert restoring.run(CRASHES["kills all that it can"]).done["state"] == "lost"
+    assert restoring.run("'x' in globals()").value == "False"
+
+
+def test_a_worker_that_dies_between_calls_is_restored_without_a_word(restoring: Guest) -> None:
+    restoring.run("x = 1")
+    copy = copy_of(restoring)
+    os.kill(int(restoring.worker()[0]), 9)
+    wait_until(lambda: copy in restoring.worker()[:1])
+    told = restoring.run("x")
+    assert (told.value, told.done["lost_before"]) == ("1", None)
+
+
+def test_what_a_killed_call_left_running_is_gone(restoring: Guest) -> None:
+    restoring.run("import os, subprocess")
+    copy_of(restoring)
+    told = restoring.run(
+        "command = ['/bin/sh', '-c', 'while :; do :; done']\n"
+        "[subprocess.Popen(command, start_new_session=True) for _ in 'abc']\nos._exit(1)"
+    )
+    assert told.done["state"] == "restored"
+    copy_of(restoring)
+    assert len(restoring.worker()) == 2
+
+
+def test_code_can_not_forge_a_copy_with_a_key_that_it_does_not_know(restoring: Guest) -> None:
+    told = restoring.run(
+        "import array, json, os, socket\n"
+        "with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s, socket.socket() as other:\n"
+        "    for key in (None, '', 0, 'x' * 32):\n"
+        "        for said in (json.dumps({'key': key, 'process': 7}), 'x', '[]', '7', json.dumps({'key': key})):\n"
+        "            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [other.fileno()] * 3))\n"
+        "            s.sendmsg([said.encode()], [rights], 0, '\\0python-docker-mcp-copy')\n"
+        "os._exit(3)"
+    )
+    assert told.done["state"] == "lost", told.done
+    assert restoring.run("1").value == "1"
+
+
+def test_a_session_is_not_restored_where_that_is_switched_off(guest: Guest) -> None:
+    guest.run("x = 1")
+    assert guest.run("import os; os._exit(3)").done["state"] == "lost"

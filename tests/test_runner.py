@@ -612,7 +612,7 @@ async def test_who_plugs_into_a_session_is_told_whether_its_last_call_left_the_v
     assert again
     assert again is not sandbox
     assert again.greeting
-    assert again.greeting["kept"] == kept
+    assert (again.greeting["state"] == "preserved") == kept
 
 
 # ── hostile sandboxes ──
@@ -622,6 +622,7 @@ DONE: dict[str, Any] = {
     "kind": "done",
     "status": "ok",
     "lost": False,
+    "state": "preserved",
     "lost_before": None,
     "wall": 0.1,
     "cpu": 0,

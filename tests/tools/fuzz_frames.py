@@ -33,6 +33,7 @@ DONE: dict[str, Any] = {
     "kind": "done",
     "status": "ok",
     "lost": False,
+    "state": "preserved",
     "lost_before": None,
     "wall": 0.5,
     "cpu": 0.25,
@@ -46,7 +47,7 @@ DONE: dict[str, Any] = {
     "stale": [],
     "exception": {"type": "E", "message": "m", "line": 1, "traceback": "t", "missing": None},
 }
-HOST_ONLY = ("lost", "lost_before", "wall", "oom_kills", "message")  # what the supervisor adds
+HOST_ONLY = ("lost", "state", "lost_before", "wall", "oom_kills", "message")  # what the supervisor adds
 REPORT = {name: value for name, value in DONE.items() if name not in HOST_ONLY}
 FRAMES: list[dict[str, Any]] = [
     {"id": CALL, "kind": "stdout", "data": b"a"},
@@ -147,6 +148,7 @@ class TamedSupervisor(Supervisor):
             "grace": 2.0,
             "working_dir": "/nowhere",
             "cpus": 1,
+            "copied_memory": 0,
             "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
         }
         self.host, theirs = os.pipe()
