@@ -14,7 +14,8 @@ The guest is the middle part of this file, shipped as source over the pipe. It i
 holds the channel, and runs neither the user's code nor packages installed for it; and a worker, forked from the
 supervisor, which runs both. So whatever the user's code does to its own process, the supervisor survives to report it:
 the status of a `Result`, and whether a session's variables were kept, follow from what the worker did, not from what
-it printed.
+it printed. After each call in a session the worker leaves a sleeping copy of itself, with which the session goes on
+should the next call cost it the worker (see `Copy`).
 
 A session outlives its host: on a farewell the supervisor detaches and waits for the next host, which plugs itself in
 with one `docker exec` (see `plug`). Running code outlives the host too, and its result waits. A session that no host
@@ -532,6 +533,8 @@ class Runner:
             await self._attach(session)
         if call.placed:
             return  # it goes on
+        if session.sandbox is None and call.is_new and not was_begun:
+            session.lost = None  # nothing had run in it
         if session.sandbox is None and was_begun:
             call.end(call.died(f"the container ended during the call ({call.why_cut})"))
             session.lost = None  # as this call tells it
@@ -3591,7 +3594,12 @@ def passes_on(stream: Any, real: Stream) -> bool:
 
 
 class Worker:
-    """The process that runs the code: a read-eval-print loop around a real `__main__` module."""
+    """The process that runs the code: a read-eval-print loop around a real `__main__` module.
+
+    forked ── ready ──call──> runs code ──its end──> ready, and leaves a copy ──> ...
+                                  │ crash, kill, out of memory
+                                  └────> gone: the copy is the worker, or else a new one, without variables
+    """
 
     def __init__(self, control: Channel, settings: dict[str, Any]) -> None:
         self.control = control

@@ -200,11 +200,11 @@ async def test_3_mb_of_state_go_in_and_come_out_and_what_is_too_much_is_named(ru
         pytest.param("raise SystemExit(3)", "error", 3, "preserved", id="exits"),
         pytest.param("import time\ntime.sleep(60)", "timeout", None, "preserved", id="sleeps too long"),
         pytest.param("while True: pass", "timeout", None, "preserved", id="loops for ever"),
-        pytest.param(STUBBORN, "timeout", -signal.SIGKILL, "lost", id="ignores the interruption"),
-        pytest.param("b'x' * (1 << 30)", "out_of_memory", -signal.SIGKILL, "lost", id="needs too much memory"),
-        pytest.param("import os\nos._exit(3)", "died", 3, "lost", id="ends its process"),
-        pytest.param("import ctypes\nctypes.string_at(0)", "died", -signal.SIGSEGV, "lost", id="crashes"),
-        pytest.param("import os\nos.kill(os.getpid(), 9)", "died", -signal.SIGKILL, "lost", id="kills itself"),
+        pytest.param(STUBBORN, "timeout", -signal.SIGKILL, "restored", id="ignores the interruption"),
+        pytest.param("b'x' * (1 << 30)", "out_of_memory", -signal.SIGKILL, "restored", id="needs too much memory"),
+        pytest.param("import os\nos._exit(3)", "died", 3, "restored", id="ends its process"),
+        pytest.param("import ctypes\nctypes.string_at(0)", "died", -signal.SIGSEGV, "restored", id="crashes"),
+        pytest.param("import os\nos.kill(os.getpid(), 9)", "died", -signal.SIGKILL, "restored", id="kills itself"),
         pytest.param(
             "import os, time\nos.fork() or os.kill(-1, 9)\ntime.sleep(60)",
             "died",
@@ -212,7 +212,9 @@ async def test_3_mb_of_state_go_in_and_come_out_and_what_is_too_much_is_named(ru
             "lost",
             id="has a child that kills all it can",
         ),
-        pytest.param("import os\nos.execv('/bin/sh', ['sh', '-c', 'exit 4'])", "died", 4, "lost", id="becomes another"),
+        pytest.param(
+            "import os\nos.execv('/bin/sh', ['sh', '-c', 'exit 4'])", "died", 4, "restored", id="becomes another"
+        ),
     ],
 )
 async def test_a_session_works_on_after_code_that(
@@ -222,7 +224,7 @@ async def test_a_session_works_on_after_code_that(
     result = await runner.execute(code, session=session, timeout=0.5 if status == "timeout" else 30)
     assert (result.status, result.exit_code, result.state) == (status, exit_code, state)
     result = await runner.execute("globals().get('kept')", session=session)
-    assert (result.status, result.value) == ("ok", "41" if state == "preserved" else None)
+    assert (result.status, result.value) == ("ok", None if state == "lost" else "41")
 
 
 async def test_a_child_of_the_code_that_runs_out_of_memory_is_told_of_and_costs_no_variables(
@@ -268,12 +270,33 @@ async def test_cancelling_the_task_stops_the_code_and_the_session_keeps_its_vari
     assert (result.value, result.lost_before) == ("42", None)
 
 
-async def test_variables_lost_in_a_cancelled_call_are_told_of_by_the_next_one(runner: Runner, session: str) -> None:
-    await runner.execute("kept = 41", session=session)
-    await cancel_once_begun(runner, STUBBORN, session)
-    result = await runner.execute("'kept' in globals()", session=session)
-    assert result.value == "False"
-    assert result.lost_before is not None
+@pytest.mark.parametrize("restore", [True, False])
+async def test_variables_lost_in_a_cancelled_call_are_told_of_by_the_next_one(
+    config: Config, session: str, restore: bool
+) -> None:
+    settings = dataclasses.replace(config, session=dataclasses.replace(config.session, restore=restore))
+    async with open_runner(settings) as runner:
+        await runner.execute("kept = 41", session=session)
+        await cancel_once_begun(runner, STUBBORN, session)
+        result = await runner.execute("'kept' in globals()", session=session)
+        assert (result.value, result.lost_before is None) == (str(restore), restore)
+        await runner.close_session(session)
+
+
+async def test_a_session_is_restored_after_its_host_was_killed_and_again_right_after_that(
+    config: Config, command_line: CommandLine, session: str
+) -> None:
+    async with command_line("--session", session, "-c", f"x = 1\nprint('begun', flush=True)\n{WAIT}") as program:
+        await program.says("begun")
+        program.process.kill()
+    async with open_runner(config) as runner:
+        await (Engine(config.docker.command or "docker")).let_go(sandbox_runner.session_container(session))
+        assert (await runner.execute("x", session=session)).value == "1"
+        for _ in range(3):
+            result = await runner.execute("x = 2\nimport os; os._exit(3)", session=session)
+            assert (result.status, result.state) == ("died", "restored")
+        assert (await runner.execute("x", session=session)).value == "1"
+        await runner.close_session(session)
 
 
 async def test_nothing_is_left_of_a_cancelled_transient_call(runner: Runner, engine: Engine) -> None:

@@ -57,7 +57,8 @@ class Defence:
 
 
 FILTER = Defence("unfiltered = filter_system_calls()", "unfiltered = None")
-HIDING = Defence("allow_inspection(False)", "pass")
+HIDING = Defence("allow_inspection(False)\n        unfiltered", "unfiltered")
+SLEEPING = Defence("allow_inspection(False)\n        null", "null")
 CLOSING = Defence("\n        if fd > 3:", "\n        if False:")
 PLUG_UID_CHECK = Defence("if uid != PLUG_UID:", "if False:")
 BOTH = ("docker", "podman")
@@ -109,6 +110,14 @@ def in_child(action):
 def status(field):
     return dict(line.rstrip().split(":\\t", 1) for line in open("/proc/self/status"))[field]
 
+def into_the_copy():
+    copy = max(int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, os.getpid()))
+    for _ in range(100):  # it may still be falling asleep
+        said = [attempt(open, f"/proc/{copy}/mem", "r+b"), attempt(os.listdir, f"/proc/{copy}/fd")]
+        if "done" not in said: break
+        time.sleep(0.02)
+    return said
+
 buffer = ctypes.create_string_buffer(4096)
 """
 
@@ -142,6 +151,14 @@ ATTACKS = [
         "attempt(os.listdir, '/proc/1/fd'), {attempt(os.open, f'/proc/1/fd/{n}', os.O_RDWR) for n in range(16)}",
         "('EACCES', {'EACCES'})",
         HIDING,
+        gvisor=False,
+    ),
+    Attack(
+        "looks into the sleeping copy of the worker",
+        "it could be changed, or its connection to process 1 used, while it sleeps",
+        "into_the_copy()",
+        "['EACCES', 'EACCES']",
+        SLEEPING,
         gvisor=False,
     ),
     Attack(
@@ -598,6 +615,7 @@ async def test_every_attack_of_the_table_comes_to_nothing(runner: Runner, sessio
 async def what_comes_through(attacks: Sequence[Attack], runner: Runner, session: str) -> dict[str, object]:
     """The attacks that do not come to nothing, all in one session: what one of them breaks, the next ones would see."""
     came_through: dict[str, object] = {}
+    await evaluate(runner, "1 + 1", session)
     for attack in attacks:
         result = await runner.execute(PRELUDE + attack.code, session=session, timeout=PATIENCE)
         if result.value != attack.held or result.lost_before:
@@ -617,6 +635,7 @@ async def test_without_its_defence_an_attack_succeeds(
     remove(defence, monkeypatch)
     held = []
     async with run_closed(config, session) as runner:
+        await evaluate(runner, "1 + 1", session)
         for attack in attacks:
             result = await runner.execute(PRELUDE + attack.code, session=session, timeout=PATIENCE)
             if result.value == attack.held:
@@ -716,19 +735,21 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "forge(mine, kind='display', data=b'x')",
         "while True: forge(mine, kind='content', path='x', data=b'x' * 65536)",
     ]
+    await evaluate(runner, "1", session)
     for attack in attacks:
         code = f"{FORGE}import time\nkept = 1\n{attack}\ntime.sleep(60)"
         result = await runner.execute(code, session=session)
-        assert (result.status, result.state) == ("died", "lost"), attack
+        assert (result.status, result.state) == ("died", "restored"), attack
         assert result.message
         assert await evaluate(runner, "'kept' in globals()", session) == "False"
 
 
 async def test_a_worker_that_lets_go_of_its_descriptors_is_told_of_and_replaced(runner: Runner, session: str) -> None:
     """Otherwise: nobody would ever answer, neither to this call nor to later ones."""
+    await evaluate(runner, "1", session)
     for code, status in (("os.closerange(0, 100)", "died"), ("os.close(3)\nwhile True: pass", "timeout")):
         result = await runner.execute(f"import os\n{code}", session=session, timeout=0.5 if status == "timeout" else 30)
-        assert (result.status, result.state) == (status, "lost")
+        assert (result.status, result.state) == (status, "restored")
         assert await evaluate(runner, "6 * 7", session) == "42"
 
 
@@ -788,20 +809,23 @@ while True:
             pass
 
 
-async def test_whatever_code_does_to_its_interpreter_what_is_said_of_the_call_is_true(
-    runner: Runner, session: str
-) -> None:
-    """Otherwise: a call that hangs, ends its process or loses the variables could be told as one that went well."""
-    poison = """
+POISON = """
 import atexit, builtins, json, os, signal, sys, threading, time
 def lie(*_, **__):
     return '{"status": "ok"}'
 """
+
+
+@pytest.mark.parametrize("restore", [False, True])
+async def test_whatever_code_does_to_its_interpreter_what_is_said_of_the_call_is_true(
+    config: Config, session: str, restore: bool
+) -> None:
+    """Otherwise: a call that hangs, ends its process or loses the variables could be told as one that went well."""
     attacks = [  # poison, what the next call does, how both have to be told, whether the variables are still there
         ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "while True: pass", "ok timeout", True),
         ("signal.signal = signal.pthread_sigmask = lie", "time.sleep(60)", "ok timeout", True),
         ("time.monotonic = time.time = time.sleep = lie", "while True: pass", "ok timeout", True),
-        ("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))", "while True: pass", "ok timeout", True),
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))", "while True: pass", "ok timeout", False),
         ("pass", "os.kill(os.getpid(), signal.SIGSTOP)", "ok timeout", True),
         ("sys.settrace(lie); sys.setprofile(lie)", "os._exit(0)", "error died", False),
         ("json.JSONEncoder.encode = lie", "1", "timeout ok", False),
@@ -812,13 +836,17 @@ def lie(*_, **__):
         ("sys.modules.clear()", "os._exit(1)", "ok died", False),
         ("sys.setrecursionlimit(60); sys.stdout = sys.stderr = None", "os.abort()", "ok died", False),
     ]
-    for change, then, statuses, kept in attacks:
-        await evaluate(runner, "kept = 1\n0", session)
-        first = await runner.execute(f"{poison}{change}", session=session, timeout=0.5)
-        second = await runner.execute(then, session=session, timeout=0.3)
-        told = (f"{first.status} {second.status}", "lost" not in (first.state, second.state))
-        assert told == (statuses, kept), (change, first, second)
-        assert await evaluate(runner, "'kept' in globals()", session) == str(kept), change
+    settings = dataclasses.replace(fixed(config), session=SessionConfig(idle_timeout=300, restore=restore))
+    async with open_runner(settings) as runner:
+        for change, then, statuses, kept in attacks:
+            await evaluate(runner, "kept = 1\n0", session)
+            first = await runner.execute(f"{POISON}{change}", session=session, timeout=0.5)
+            second = await runner.execute(then, session=session, timeout=0.3)
+            are_kept = "lost" not in (first.state, second.state) and second.lost_before is None
+            if not restore:
+                assert (f"{first.status} {second.status}", are_kept) == (statuses, kept), (change, first, second)
+            assert await evaluate(runner, "'kept' in globals()", session) == str(are_kept), (change, first, second)
+            await runner.close_session(session)
 
 
 async def test_hooks_at_the_end_of_a_script_can_neither_hang_it_nor_change_its_result(runner: Runner) -> None:
@@ -874,7 +902,7 @@ async def test_files_count_as_memory_and_the_session_goes_on(runner: Runner, ses
     code = "\n".join(f"open('{folder}/x', 'wb').write(bytes(63 << 20))" for folder in ("/tmp", "/app", "/dev/shm"))
     await evaluate(runner, f"{code}\n1", session)
     result = await runner.execute("x = bytearray(b'x') * (100 << 20)", session=session)
-    assert (result.status, result.state) == ("out_of_memory", "lost")
+    assert (result.status, result.state) == ("out_of_memory", "restored")
     assert await evaluate(runner, "6 * 7", session) == "42"
 
 
