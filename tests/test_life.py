@@ -307,6 +307,10 @@ class Life(RuleBasedStateMachine):
         said = f"{result}, of {known}"
         assert (result.status, result.stdout, result.state) == ("ok", f"{token}\n", "preserved"), said
         assert result.value == str(known.n), said
+        self.check_told(result, slot, known, said)
+
+    def check_told(self, result: Result, slot: int, known: Known, said: str) -> None:
+        """The result must tell of a loss before it, and of nothing else."""
         assert not (slot in known.must_tell and not result.lost_before), said
         assert not (result.lost_before and slot not in known.must_tell | known.may_tell), said
         known.must_tell.discard(slot)
@@ -340,6 +344,19 @@ class Life(RuleBasedStateMachine):
             assert result.unread is None
         self.begins(slot, known)
         self.check(result, slot, known, token)
+
+    @rule(slot=st.sampled_from(SLOTS), name=st.sampled_from(NAMES))
+    def crash(self, slot: int, name: str) -> None:
+        host, known = self.host(slot), self.sessions[name]
+        if known.running or self.refused(host, slot, known):
+            return
+        has_copy = known.alive and known.n > 0
+        result = host.execute("n = globals().get('n', 0) + 100\nimport os; os._exit(3)", session=name)
+        said = f"{result}, of {known}"
+        assert (result.status, result.state) == ("died", "restored" if has_copy else "lost"), said
+        self.begins(slot, known)
+        known.n -= 1
+        self.check_told(result, slot, known, said)
 
     @rule(slot=st.sampled_from(SLOTS))
     def call_without_session(self, slot: int) -> None:

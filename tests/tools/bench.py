@@ -581,6 +581,29 @@ def recovery(bench: Bench) -> Iterator[Measured]:
 
 
 @row
+def restore(bench: Bench) -> Iterator[Measured]:
+    """A call in a session that can be restored, beside one in a session that can't; and what the copy takes."""
+    servers = {
+        "ours": bench.server(),
+        "without": bench.server(session={"restore": False, "idle_timeout": 7200 + secrets.randbelow(10_000)}),
+    }
+    names = {which: unique(which) for which in servers}
+    start = "import numpy as np, pandas as pd\n"
+    for held, more in (("", ""), (" with 50 MB", "df = pd.DataFrame(np.ones((65_536, 100)))\n")):
+        for which, server in servers.items():
+            server.settle(3)
+            server.persistent(names[which], start + more)
+            time.sleep(1)
+        sizes = {which: [bench.memory_of(session_container(name))] for which, name in names.items()}
+        yield Measured(f"idle session{held}", "MB", sizes["ours"], (Beside("without a copy", sizes["without"]),))
+        for how, pause in (("after a pause", 0.2), ("back to back", 0.0)):
+            ways = {which: functools.partial(server.persistent, names[which]) for which, server in servers.items()}
+            taken = interleave(bench.rounds, functools.partial(time.sleep, pause), **ways)
+            beside = Beside("without a copy", taken["without"], at_most=1.05 if pause else None)
+            yield Measured(f"call in a session{held}, {how}", "ms", taken["ours"], (beside,))
+
+
+@row
 def memory(bench: Bench) -> Iterator[Measured]:
     """Growth of the server's resident memory in 10,000 calls, half of them in a session; the first 500 not counted."""
     server, name = bench.server(pool={"reuse": True}), unique("memory")
