@@ -2395,6 +2395,7 @@ FILES_LIMIT = 256 << 10  # bytes of all such files
 READ_LIMIT = 1 << 20  # bytes per read of a file
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
+COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
 COPY_ADDRESS = "\0python-docker-mcp-copy"
 PLUG_UID = 65533  # `docker exec` can run as this user; the code, being 65534 without capabilities, can't
 
@@ -2476,6 +2477,10 @@ class Channel:
         self._inbox += data
         while (frame := self._next()) is not None:
             yield frame
+
+    def has_more(self) -> bool:
+        """Whether there is something to receive."""
+        return bool(self._inbox or select.select([self.reader], [], [], 0)[0])
 
     def _next(self) -> dict[str, Any] | None:
         """Return the first frame received, or None if it is not complete yet."""
@@ -2646,10 +2651,12 @@ def check_worker_frame(frame: Any, schemas: dict[str, dict[str, Any]]) -> None:
 class Copy:
     """A sleeping copy of the session's worker, from after its last call, as the supervisor knows it.
 
-    none ── asked for (a key) ── asleep (a process) ── awake: it is the worker, and leaves a copy of itself
+    none ── due ── asked for (a key) ── asleep (a process) ── awake: it is the worker, and a copy of it is due
+                                          └── due: a call has ended since, so it is out of date
     """
 
     def __init__(self) -> None:
+        self.due = math.inf  # when to ask for one, or at the next call if that comes first
         self.key: str | None = None
         self.process = 0
         self.connection: socket.socket | None = None  # it wakes when it gets descriptors, and ends when this is closed
@@ -2679,7 +2686,7 @@ class Copy:
         """Let the copy end, or one that comes later."""
         if self.connection:
             self.connection.close()
-        self.key, self.process, self.connection = None, 0, None
+        self.due, self.key, self.process, self.connection = math.inf, None, 0, None
 
 
 def announce_copy(key: str, process: int, connection: socket.socket) -> None:
@@ -2986,12 +2993,17 @@ class Supervisor:
         self.worker_cpu = 0.0
         return self.worker != 0
 
-    def _renew_copy(self) -> None:
-        """Have the worker leave a copy of itself in the place of the last one."""
-        self.copy.end()
-        if self.session is not None and self.control and self.settings["copied_memory"]:
+    def _want_copy(self) -> None:
+        """See that there will be a copy of the worker as it is now."""
+        if self.session is not None and self.settings["copied_memory"]:
+            self.copy.due = time.monotonic() + COPY_DELAY
+
+    def _ask_for_copy(self) -> None:
+        """Have the worker leave a copy of itself, if one is due; the last one ends."""
+        if self.copy.due < math.inf and self.control:
+            self.copy.end()
             self.copy.key = os.urandom(16).hex()
-            self._to_worker({"op": "copy", "key": self.copy.key})
+            self.control.queue({"op": "copy", "key": self.copy.key})
 
     def _to_worker(self, frame: Mapping[str, Any]) -> None:
         if self.control is None:
@@ -3011,6 +3023,7 @@ class Supervisor:
             text = self.earlier.decode("utf-8", "replace")
             self._tell({"id": request["id"], "kind": "earlier", "data": text.encode()})
             self.earlier.clear()
+        self._ask_for_copy()
         self.call = RunningCall(request, self.grace)
         self.told = 0
         self._to_worker(request)
@@ -3145,7 +3158,7 @@ class Supervisor:
         if self.channel and call.recycle and done["status"] in ("ok", "error"):
             self._recycle(call.id)
         else:
-            self._renew_copy()
+            self._want_copy()
 
     def _recycle(self, call_id: str) -> None:
         """Undo whatever a call may have left, check whether anything remains, and tell the host."""
@@ -3169,8 +3182,8 @@ class Supervisor:
             return 0.0
         if self.call:
             return max(0.0, self.call.next_due() - time.monotonic())
-        end = self._end()
-        return None if end == math.inf else max(0.0, end - time.monotonic())
+        due = min(self._end(), self.copy.due)
+        return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _end(self) -> float:
         """Return when the sandbox ends by itself if it stays unused."""
@@ -3185,6 +3198,8 @@ class Supervisor:
                 if self.channel:  # tell the host that a call already on its way has not begun
                     self.channel.send({"kind": "expired"})
                 os._exit(0)
+            if now >= self.copy.due:
+                self._ask_for_copy()
         elif now >= self.call.kill_at:
             self._abandon(None)
         elif now >= self.call.nudge:
@@ -3223,6 +3238,8 @@ class Supervisor:
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
         """Clean up after a dead worker: kill all that it started and conclude its call; `run` forks the next one."""
         self.copy.admit()
+        if self.copy.due < math.inf:
+            self.copy.end()  # it is out of date
         others = len(other_processes()) - bool(self.copy.process)
         kill_all_others(self.grace, self.copy.process)
         self._read_all_output()
@@ -3237,7 +3254,7 @@ class Supervisor:
             report["memory"], report["exit_code"] = memory, code
             self._conclude(report, "restored" if restored else "lost", message, others)
         elif restored:
-            self._renew_copy()
+            self._want_copy()
         elif not self.worker_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
@@ -3640,6 +3657,7 @@ class Worker:
             sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
         self.packages_root: str = settings["packages"]
         self.packages: list[str] = []
+        self.packages_of_session: str | None = None
         self.had_packages: list[str] = []
         self.files = self._list_files()
         self.memory = 0  # bytes of its own before its first call
@@ -3651,16 +3669,17 @@ class Worker:
         """Import these modules, with these package folders on the path, until a call arrives."""
         self._use_packages(folders)
         for name in modules:
-            if select.select([self.control.reader], [], [], 0)[0]:
+            if self.control.has_more():
                 break
             with contextlib.suppress(Exception):  # code that imports it will get the error itself
                 import_ahead(name)
 
     def rehearse(self) -> None:
-        """Run an empty call, so that the first real one need not wait for copy-on-write of the pages it writes to.
+        """Run an empty call after a fork, so that the next real one need not wait for the pages that it writes to.
 
         The supervisor ignores the report, which belongs to none of its calls.
         """
+        calls, filename = self.calls, self.filename
         nothing: Run = {
             "op": "run",
             "id": "",
@@ -3671,13 +3690,13 @@ class Worker:
             "filename": None,
             "argv": [],
             "output_limit": None,
-            "packages": None,
+            "packages": self.packages_of_session,
             "recycle": False,
         }
         self._serve_call(nothing, None)
-        self.calls = 0
         linecache.cache.pop(self.filename)
         del self.codes[self.filename]
+        self.calls, self.filename = calls, filename
 
     def serve(self) -> None:
         """Run one request after another until the supervisor is gone."""
@@ -3689,6 +3708,9 @@ class Worker:
                 if self._can_be_copied():
                     with contextlib.suppress(OSError):  # that there may be no more processes
                         self._leave_copy(frame["key"])
+                        streams = (sys.stdout, sys.stderr) == tuple(self.streams.values())
+                        if streams and not self.control.has_more():
+                            self.rehearse()
             elif frame["op"] == "run":
                 state = given["data"] if given and given["id"] == frame["id"] else None
                 given = None
@@ -3899,6 +3921,7 @@ class Worker:
         sys.argv = [name, *request["argv"]]
         self._restore_streams()
         self.names["__builtins__"] = builtins
+        self.packages_of_session = request["packages"]
         report["stale"] = self._use_packages(package_folders(self.packages_root, request["packages"]))
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
@@ -4180,8 +4203,8 @@ class Worker:
     def _send(self, kind: str, data: bytes, **fields: Any) -> None:
         """Send a frame of the running call, whole even if an interruption arrives meanwhile."""
         with self.lock:
-            if self.call is None:
-                return  # from a thread that outlived its call: there is no result to put this into
+            if not self.call:
+                return  # from a thread that outlived its call, or a rehearsal: there is no result to put this into
             self.shielded = threading.current_thread() is threading.main_thread()
             try:
                 self.control.send({"id": self.call, "kind": kind, **fields, "data": data})

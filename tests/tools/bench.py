@@ -588,12 +588,13 @@ def restore(bench: Bench) -> Iterator[Measured]:
         "without": bench.server(session={"restore": False, "idle_timeout": 7200 + secrets.randbelow(10_000)}),
     }
     names = {which: unique(which) for which in servers}
+    for server in servers.values():
+        server.settle(2)
     start = "import numpy as np, pandas as pd\n"
     for held, more in (("", ""), (" with 50 MB", "df = pd.DataFrame(np.ones((65_536, 100)))\n")):
         for which, server in servers.items():
-            server.settle(3)
             server.persistent(names[which], start + more)
-            time.sleep(1)
+            server.settle(3)
         sizes = {which: [bench.memory_of(session_container(name))] for which, name in names.items()}
         yield Measured(f"idle session{held}", "MB", sizes["ours"], (Beside("without a copy", sizes["without"]),))
         for how, pause in (("after a pause", 0.2), ("back to back", 0.0)):
