@@ -3705,12 +3705,8 @@ class Worker:
             if frame["op"] == "state":
                 given = frame
             elif frame["op"] == "copy":
-                if self._can_be_copied():
-                    with contextlib.suppress(OSError):  # that there may be no more processes
-                        self._leave_copy(frame["key"])
-                        streams = (sys.stdout, sys.stderr) == tuple(self.streams.values())
-                        if streams and not self.control.has_more():
-                            self.rehearse()
+                with contextlib.suppress(Exception):  # too many processes, or what the code did to modules used here
+                    self._copy(frame["key"])
             elif frame["op"] == "run":
                 state = given["data"] if given and given["id"] == frame["id"] else None
                 given = None
@@ -3725,6 +3721,14 @@ class Worker:
                 yield from self.control.receive()
 
     # ── the copy ──
+
+    def _copy(self, key: str) -> None:
+        """Leave a copy, if it would be a true one, and warm up again, unless the next call is there already."""
+        if self._can_be_copied():
+            self._leave_copy(key)
+            has_streams = sys.stdout is self.streams["stdout"] and sys.stderr is self.streams["stderr"]
+            if has_streams and not self.control.has_more():  # else the next call tells that one was replaced
+                self.rehearse()
 
     def _can_be_copied(self) -> bool:
         """Whether a fork has all that the variables depend on, and memory does for two that write to it."""

@@ -1934,6 +1934,27 @@ def test_code_can_not_forge_a_copy_with_a_key_that_it_does_not_know(restoring: G
     assert restoring.run("1").value == "1"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "os.fork = None",
+        "os.fork = lambda: 0",
+        "os.waitid = os.listdir = None",
+        "sys.modules['random'] = 7",
+        "signal.signal = signal.getitimer = None",
+        "os.register_at_fork(before=lambda: 1 / 0, after_in_child=lambda: 1 / 0)",
+        "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0)); resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))",
+    ],
+)
+def test_whatever_code_does_to_what_copies_need_the_next_call_is_told_truly(restoring: Guest, change: str) -> None:
+    restoring.run(f"import os, random, resource, signal, sys\nx = 1\n{change}")
+    told = restoring.run("x", timeout=1)
+    assert told.status != "ok" or told.done["lost_before"] or told.value == "1"
+    told = restoring.run("import os; os._exit(3)", timeout=1)
+    after = restoring.run("'x' in globals()")
+    assert after.status != "ok" or (after.value == "True") == (told.done["state"] != "lost")
+
+
 def test_a_session_is_not_restored_where_that_is_switched_off(guest: Guest) -> None:
     guest.run("x = 1")
     assert guest.run("import os; os._exit(3)").done["state"] == "lost"

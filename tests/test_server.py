@@ -559,6 +559,7 @@ def test_whatever_is_not_ok_is_an_error_and_says_what_happened(result: Result, w
         (Result("timeout", session="s", state="preserved"), "Session: s (its variables are kept)"),
         (Result("timeout", session="s", state="preserved", is_new=True), "Session: s (new: there was no"),
         (Result("died", session="s", state="lost"), "Session: s (its variables, functions and imports are lost"),
+        (Result("died", session="s", state="restored"), "Session: s (restored: its variables are as they were before"),
         (Result("ok", session="s", state="preserved"), "Session: s"),
     ],
 )

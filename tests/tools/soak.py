@@ -5,8 +5,9 @@
 Each client is a server process of its own and speaks lines with it, as real clients do. Two workers of each make calls
 of all kinds, with and without a session, while a third party kills servers, the engine's command lines and containers,
 and pauses containers. Of every call it is known what it must come to; of every session, which numbers its counter may
-have; and its state may be lost only where its code or the soak did that. The first server is never killed: its memory
-has to stay level. At the end no container and no command line of the soak's may be left.
+have; and its state may be lost only where the soak did that, or its code in the very first call: else it is restored.
+The first server is never killed: its memory has to stay level. At the end no container and no command line of the
+soak's may be left.
 
 All that is random follows from the seed, though not in which order the tasks run. A line a minute tells how it goes,
 each violation is told at once and again at the end, and `trace.log`, in the folder that is named first, has every call.
@@ -483,9 +484,15 @@ class Worker:
             self._compare(session, int(found[1]), before, answer)
         elif NEW in answer.text:
             self._begin_anew(session, answer)
+        if answer.state == "restored":
+            self.soak.fates[f"restored: {name}"] += 1
+            session.counts = {int(found[1]) - 1} if found else before
+            if not (kind.loses or session.risk or self.soak.excuse(started)):
+                self.soak.violation(f"{session.name} is restored, and its code did not need that: {answer}")
         if answer.state == "lost":
             paused = kind.stops and self.soak.has_paused(session, started)
-            reason = "its code" if kind.loses else "paused while it was to be stopped" if paused else None
+            first = kind.loses and (0 in before or not found)
+            reason = "its code" if first else "paused while it was to be stopped" if paused else None
             self._lose(session, answer, started, reason)
         if session.risk and started > session.risk_until and found:
             session.risk = None
