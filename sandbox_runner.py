@@ -2686,7 +2686,7 @@ class Copy:
         """Let the copy end, or one that comes later."""
         if self.connection:
             self.connection.close()
-        self.due, self.key, self.process, self.connection = math.inf, None, 0, None
+        self.key, self.process, self.connection = None, 0, None
 
 
 def announce_copy(key: str, process: int, connection: socket.socket) -> None:
@@ -2995,14 +2995,14 @@ class Supervisor:
 
     def _want_copy(self) -> None:
         """See that there will be a copy of the worker as it is now."""
-        if self.session is not None and self.settings["copied_memory"]:
+        if self.session is not None and self.control and self.settings["copied_memory"]:
             self.copy.due = time.monotonic() + COPY_DELAY
 
     def _ask_for_copy(self) -> None:
         """Have the worker leave a copy of itself, if one is due; the last one ends."""
         if self.copy.due < math.inf and self.control:
             self.copy.end()
-            self.copy.key = os.urandom(16).hex()
+            self.copy.due, self.copy.key = math.inf, os.urandom(16).hex()
             self.control.queue({"op": "copy", "key": self.copy.key})
 
     def _to_worker(self, frame: Mapping[str, Any]) -> None:
@@ -3240,6 +3240,7 @@ class Supervisor:
         self.copy.admit()
         if self.copy.due < math.inf:
             self.copy.end()  # it is out of date
+            self.copy.due = math.inf
         others = len(other_processes()) - bool(self.copy.process)
         kill_all_others(self.grace, self.copy.process)
         self._read_all_output()

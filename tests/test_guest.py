@@ -1949,10 +1949,11 @@ def test_code_can_not_forge_a_copy_with_a_key_that_it_does_not_know(restoring: G
 def test_whatever_code_does_to_what_copies_need_the_next_call_is_told_truly(restoring: Guest, change: str) -> None:
     restoring.run(f"import os, random, resource, signal, sys\nx = 1\n{change}")
     told = restoring.run("x", timeout=1)
-    assert told.status != "ok" or told.done["lost_before"] or told.value == "1"
+    assert told.status != "ok" or told.value == "1"
+    was_there = told.value == "1"
     told = restoring.run("import os; os._exit(3)", timeout=1)
     after = restoring.run("'x' in globals()")
-    assert after.status != "ok" or (after.value == "True") == (told.done["state"] != "lost")
+    assert after.status != "ok" or (after.value == "True") == (was_there and told.done["state"] != "lost")
 
 
 def test_a_session_is_not_restored_where_that_is_switched_off(guest: Guest) -> None:

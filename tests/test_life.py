@@ -311,7 +311,8 @@ class Life(RuleBasedStateMachine):
 
     def check_told(self, result: Result, slot: int, known: Known, said: str) -> None:
         """The result must tell of a loss before it, and of nothing else."""
-        assert not (slot in known.must_tell and not result.lost_before), said
+        is_told = result.lost_before or (result.unread and result.unread.state == "lost")
+        assert not (slot in known.must_tell and not is_told), said
         assert not (result.lost_before and slot not in known.must_tell | known.may_tell), said
         known.must_tell.discard(slot)
         known.may_tell.discard(slot)
@@ -341,7 +342,7 @@ class Life(RuleBasedStateMachine):
         if known.running:
             self.check_end(result.unread, known)
         else:
-            assert result.unread is None
+            assert result.unread is None or result.unread.state == "lost"
         self.begins(slot, known)
         self.check(result, slot, known, token)
 

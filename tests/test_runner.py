@@ -268,7 +268,7 @@ async def test_a_call_that_is_cancelled_while_it_looks_for_its_session_leaves_no
 
 
 @pytest.mark.slow
-async def test_cancelling_code_that_does_not_stop_loses_the_variables_and_the_next_call_says_so(runner: Runner) -> None:
+async def test_cancelling_code_that_does_not_stop_costs_the_session_only_that_call(runner: Runner) -> None:
     await runner.execute("x = 1", session="s")
     hears = Hears()
     async with anyio.create_task_group() as tasks:
@@ -276,9 +276,7 @@ async def test_cancelling_code_that_does_not_stop_loses_the_variables_and_the_ne
         await hears.first.wait()
         tasks.cancel_scope.cancel()
     result = await runner.execute("'x' in globals()", session="s")
-    assert result.value == "False"
-    assert result.lost_before == "a call was cancelled, and its code did not stop in time"
-    assert (await runner.execute("1", session="s")).lost_before is None
+    assert (result.value, result.lost_before) == ("True", None)
 
 
 async def test_a_call_that_waits_in_the_queue_can_be_cancelled(runner: Runner, settings: Config) -> None:
