@@ -689,7 +689,10 @@ class Guest:
 
     def close(self) -> None:
         """Let the guest see the end of file, or kill it."""
-        if self.process.poll() is not None:
+        if self.process.poll() is not None:  # it has ended by itself, or this is the second time
+            for stream in (self.process.stdin, self.process.stdout):
+                assert stream
+                stream.close()
             return
         self.channel.send({"op": "end"})
         try:
