@@ -1807,7 +1807,11 @@ def judge_root(_: Patient, __: Result, seen: Any) -> Judgement:
     powers += [name for name, reason in refused.items() if not reason]
     if {own["NoNewPrivs"], first.get("NoNewPrivs", "1")} != {"1"}:
         powers.append("rights gained by programs such as sudo")
-    return ("failed", ", ".join(powers)) if powers else ("ok", f"none: {users[0]}, {', '.join(refused)} are refused")
+    return (
+        ("failed", ", ".join(powers))
+        if powers
+        else ("ok", f"no power of root's: the user is {users[0]}; {' and '.join(refused)} are refused")
+    )
 
 
 def judge_system_calls(patient: Patient, _: Result, seen: Any) -> Judgement:

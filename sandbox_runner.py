@@ -3468,7 +3468,7 @@ def filter_system_calls() -> str | None:
     """Install `filter_program` for this process and all that it will fork; return the reason if that fails."""
     code = filter_program(os.uname().machine)
     if code is None:
-        return f"its numbers are not known for {os.uname().machine}"
+        return f"their numbers are not known for {os.uname().machine}"
     prctl = libc().prctl
     steps = ctypes.create_string_buffer(code)
     program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))

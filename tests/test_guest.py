@@ -543,7 +543,7 @@ def test_the_filter_knows_the_numbers_that_this_system_has() -> None:
 
 def test_a_kind_of_machine_whose_numbers_are_not_known_gets_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(machine="riscv64"))
-    assert sandbox_runner.filter_system_calls() == "its numbers are not known for riscv64"
+    assert sandbox_runner.filter_system_calls() == "their numbers are not known for riscv64"
 
 
 # ── the whole guest ──
