@@ -283,6 +283,20 @@ async def test_variables_lost_in_a_cancelled_call_are_told_of_by_the_next_one(
         await runner.close_session(session)
 
 
+@pytest.mark.parametrize(("megabytes", "state"), [(50, "restored"), (100, "lost")])
+async def test_what_fits_into_the_memory_without_a_copy_fits_with_one(
+    runner: Runner, session: str, megabytes: int, state: str
+) -> None:
+    await runner.execute(f"x = bytearray({megabytes} << 20)", session=session)
+    for number in range(3):
+        code = f"for at in range(0, len(x), 1024): x[at] = {number}\nx[0]"
+        result = await runner.execute(code, session=session)
+        assert (result.status, result.value, result.state) == ("ok", str(number), "preserved")
+    assert (await runner.execute("import os; os._exit(3)", session=session)).state == state
+    result = await runner.execute("x[0] if 'x' in globals() else None", session=session)
+    assert result.value == ("2" if state == "restored" else None)
+
+
 async def test_a_session_is_restored_after_its_host_was_killed_and_again_right_after_that(
     config: Config, command_line: CommandLine, session: str
 ) -> None:
