@@ -90,11 +90,13 @@ from sandbox_runner import (
     clip,
     component_version,
     host_image_name,
+    image_type,
     is_within,
     load_config,
     open_runner,
     open_tasks,
     parse_requirement,
+    plain_name,
     plain_text,
     run_to_exit,
     runc_problem,
@@ -254,9 +256,8 @@ class ExecutePersistent(Tool):
         "session_id out to start a session, then pass the session_id that the result names to go on in it. Returns "
         "what the code printed, the value of an expression at its end, and every Matplotlib figure as an image. After "
         "a time-out or a crash the result says whether the session's variables were kept, restored to what they were "
-        "before the call, or lost. Code that takes long goes on "
-        "after the call was answered: the result then says that it is running, and a call with the same session_id and "
-        "empty code waits for the rest."
+        "before the call, or lost. Code that takes long goes on after the call was answered: the result then says that "
+        "it is running, and a call with the same session_id and empty code waits for the rest."
     )
     runs_code = True
     keeps_sessions = True
@@ -524,7 +525,7 @@ def package_meant(asked: str) -> tuple[str, str | None]:
         if not any(word.startswith("-") for word in words):  # other options change what would be installed
             text = " ".join(words)
     name, requirement = parse_requirement(text)
-    known = {re.sub(r"[_.]", "-", module).lower(): package for module, package in DISTRIBUTIONS.items()}
+    known = {plain_name(module): package for module, package in DISTRIBUTIONS.items()}
     package = known.get(name)
     written, rest = re.findall(r"^([\w.-]+)(.*)", requirement)[0]
     if not package or (rest and not re.fullmatch(r"[\w.-]+", package)):
@@ -721,14 +722,15 @@ def measure(data: bytes) -> tuple[str, int, int]:
 
     An image that the client's model can't read may cost the client the whole conversation.
     """
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png", *struct.unpack(">II", data[16:24])
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "image/gif", *struct.unpack("<HH", data[6:10])
-    if data[:2] == b"\xff\xd8":
-        return "image/jpeg", *measure_jpeg(data)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp", *measure_webp(data)
+    kind = image_type(data)
+    if kind == "image/png":
+        return kind, *struct.unpack(">II", data[16:24])
+    if kind == "image/gif":
+        return kind, *struct.unpack("<HH", data[6:10])
+    if kind == "image/jpeg":
+        return kind, *measure_jpeg(data)
+    if kind == "image/webp":
+        return kind, *measure_webp(data)
     raise ValueError("not an image that clients can show")
 
 
@@ -1807,11 +1809,9 @@ def judge_root(_: Patient, __: Result, seen: Any) -> Judgement:
     powers += [name for name, reason in refused.items() if not reason]
     if {own["NoNewPrivs"], first.get("NoNewPrivs", "1")} != {"1"}:
         powers.append("rights gained by programs such as sudo")
-    return (
-        ("failed", ", ".join(powers))
-        if powers
-        else ("ok", f"no power of root's: the user is {users[0]}; {' and '.join(refused)} are refused")
-    )
+    if powers:
+        return "failed", ", ".join(powers)
+    return "ok", f"no power of root's: the user is {users[0]}; {' and '.join(refused)} are refused"
 
 
 def judge_system_calls(patient: Patient, _: Result, seen: Any) -> Judgement:

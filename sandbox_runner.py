@@ -388,10 +388,8 @@ class Runner:
         """Return the result with a word on what happened, where the sandbox could not know it."""
         message = result.message
         if result.status == "out_of_memory":
-            limit = self.config.docker.memory_limit
-            message = (
-                f"the code needed more memory than the sandbox may have ({limit}){f'; {message}' if message else ''}"
-            )
+            needed = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
+            message = f"{needed}; {message}" if message else needed
         elif result.status == "timeout" and not message:
             limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"
             message = f"the code did not end {limit}"
@@ -1320,7 +1318,8 @@ class Call:
         exit_code, value, session = done.get("exit_code"), done.get("value"), self.request.session
         fields = done.get("exception")
         message = done.get("message")
-        if done["lost"] and done["status"] == "died":
+        lost = done["state"] != "preserved"
+        if lost and done["status"] == "died":
             message = message or how_it_ended(exit_code)
         return Result(
             status=done["status"],
@@ -1329,7 +1328,7 @@ class Call:
             value_omitted=max(0, done.get("value_length", 0) - len(value)) if value else 0,
             exception=ExceptionInfo(**fields) if fields else None,
             exit_code=exit_code,
-            lost=done["lost"],
+            lost=lost,
             message=message,
             session=session,
             state=done["state"] if session else None,
@@ -1738,14 +1737,13 @@ class Sandbox:
             with anyio.fail_after(START_TIMEOUT):
                 await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
             if sandbox.greeting is None:
-                words = sandbox._last_words().rstrip(".")
-                remedy = (
-                    CGROUP_REMEDY
-                    if re.search("cgroup controller|cgroup is not mounted", words)
-                    else f"The image {image.name} needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at "
+                said = f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}."
+                if re.search("cgroup controller|cgroup is not mounted", said):
+                    raise EngineError(f"{said} {CGROUP_REMEDY}")
+                raise EngineError(
+                    f"{said} The image {image.name} needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at "
                     "everything else."
                 )
-                raise EngineError(f"A sandbox could not be started: {words}. {remedy}")
         except HangError:
             raise
         except TimeoutError:
@@ -2287,8 +2285,7 @@ class Done(EndOfCall):
     status: Literal["ok", "error", "timeout", "out_of_memory", "cancelled", "died"]
     wall: Seconds
     oom_kills: Count
-    lost: bool  # whether the worker is gone
-    state: Variables
+    state: Variables  # unless preserved, the worker that ran the code is gone
     lost_before: str | None  # why the last one was gone before this call
     message: NotRequired[str | None]
 
@@ -2673,12 +2670,15 @@ class Copy:
         """Accept the copy that was asked for, if it has been announced."""
         with contextlib.suppress(BlockingIOError):
             while self.address:
-                message, descriptors = receive_descriptors(self.address)
-                with contextlib.suppress(ValueError, LookupError, TypeError):  # the code's own nonsense
+                message, descriptors = receive_descriptors(self.address, 1)
+                with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # the code's own nonsense
                     told = json.loads(message)
-                    if self.key and told["key"] == self.key and told["process"] > 1:
-                        self.process, self.connection = told["process"], socket.socket(fileno=descriptors.pop())
-                        self.key = None
+                    if self.key and told["key"] == self.key:
+                        others = other_processes()
+                        process = others[others.index(told["process"])]
+                        self.connection = socket.socket(fileno=descriptors[0])
+                        self.process, self.key = process, None
+                        descriptors.pop(0)
                 for fd in descriptors:
                     os.close(fd)
 
@@ -2693,13 +2693,17 @@ def announce_copy(key: str, process: int, connection: socket.socket) -> None:
     """Tell the supervisor of a copy, and pass it its end of the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         message = json.dumps({"key": key, "process": process}).encode()
-        descriptor = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", connection.fileno()))]
-        sender.sendmsg([message], descriptor, socket.MSG_DONTWAIT, COPY_ADDRESS)
+        sender.sendmsg([message], rights(connection.fileno()), socket.MSG_DONTWAIT, COPY_ADDRESS)
 
 
-def receive_descriptors(connection: socket.socket) -> tuple[bytes, list[int]]:
+def rights(*descriptors: int) -> list[tuple[int, int, bytes]]:
+    """Return what sendmsg() takes to pass descriptors on with a message."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
+
+
+def receive_descriptors(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
     """Receive a message and the descriptors that came with it."""
-    message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(16))
+    message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(4 * most))
     return message, [fd for *_, data in ancillary for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4])]
 
 
@@ -2913,7 +2917,7 @@ class Supervisor:
             uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             if uid != PLUG_UID:
                 return
-            message, (reader, writer) = receive_descriptors(connection)
+            message, (reader, writer) = receive_descriptors(connection, 2)
             request = json.loads(message)
             if self.channel or not self._is_meant(request):
                 os.write(writer, head(self._status("status")))
@@ -2949,7 +2953,6 @@ class Supervisor:
                 if not self.prepared:  # once: every frame wakes each process that relays it
                     worker.rehearse()
                     worker.control.send({"kind": "prepared"})
-                worker.memory = private_memory()
                 worker.serve()
             finally:
                 os._exit(70)
@@ -2981,7 +2984,7 @@ class Supervisor:
         ends = self._connect()
         try:
             connection.settimeout(self.grace)
-            connection.sendmsg([b"wake"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("3i", *ends))])
+            connection.sendmsg([b"wake"], rights(*ends))
             self.worker = process if connection.recv(1) else 0
         except OSError:
             self.worker = 0
@@ -3138,7 +3141,6 @@ class Supervisor:
             "status": report["status"],
             "wall": time.monotonic() - call.started,
             "oom_kills": oom_kills,
-            "lost": lost,
             "state": state,
             "lost_before": self.lost,
             "message": message,
@@ -3344,8 +3346,10 @@ def kill_all_others(patience: float, spared: int = 0) -> None:
             os.kill(pid, signal.SIGCONT if pid == spared else signal.SIGKILL)
     end = time.monotonic() + patience
     with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < end and {*other_processes()} - {spared}:
+        while time.monotonic() < end:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                if spared and other_processes() == [spared]:
+                    break
                 time.sleep(0.001)
 
 
@@ -3702,7 +3706,8 @@ class Worker:
     def serve(self) -> None:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
-        for frame in self.frames:
+        self.memory = private_memory()
+        while frame := next(self.frames, None):  # a copy that goes on has others
             if frame["op"] == "state":
                 given = frame
             elif frame["op"] == "copy":
@@ -3799,7 +3804,7 @@ class Worker:
         loop = self._parts_of_loop()
         for part in loop:
             part.close()
-        _, descriptors = receive_descriptors(supervisor)
+        _, descriptors = receive_descriptors(supervisor, 3)
         if not descriptors:
             os._exit(0)
         for target, fd in enumerate(descriptors, 1):
@@ -3813,7 +3818,8 @@ class Worker:
             new._closed = True  # its parts are the other one's now
         allow_inspection(True)
         set_oom_score(900)
-        self.control.__init__(3, 3)  # type: ignore[misc]  # without what it had received
+        self.control = Channel(3, 3)
+        self.frames = self._receive()
         self.process = os.getpid()
         self.files = self._list_files()  # the code's call changed them
         supervisor.send(b"1")
@@ -4012,6 +4018,7 @@ class Worker:
         changed = [path for path in changed if path.isprintable()][:FILES_LISTED]
         report["files"] = [(path, self.files[path][1]) for path in changed]
         self.pictures.show_saved(changed)
+        self.pictures.tell_of_boxes()
         left = FILES_LIMIT
         for path in changed if final else ():
             if self.files[path][1] <= min(left, FILE_LIMIT):
@@ -4481,11 +4488,9 @@ class Notebook:
 class Timing:
     """Context that tells what time passes in it."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Timing:
         self.cpu, self.wall = time.process_time(), time.perf_counter()
-
-    def __enter__(self) -> None:
-        self.__init__()  # type: ignore[misc]  # the time starts now
+        return self
 
     def __exit__(self, *_: object) -> None:
         cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
@@ -4525,7 +4530,7 @@ def inside_fences(lines: list[str]) -> list[str]:
 
 def timed(statement: str) -> str:
     """Return a line that runs a statement and tells the time it took; an expression keeps its value."""
-    call = f"__notebook__.timed(__notebook__.timing(), ({statement}))"
+    call = f"__notebook__.timed(__notebook__.timing().__enter__(), ({statement}))"
     try:
         ast.parse(statement.strip(), mode="eval")
         ast.parse(call)  # it fails if the statement ends with a comment
@@ -4897,7 +4902,7 @@ class Pictures:
                 self.worker.display(figure)
 
     def show_saved(self, changed: Sequence[str]) -> None:
-        """Show the pictures among the files that the call changed or Matplotlib saved; name the characters left out."""
+        """Show the pictures among the files that the call changed or Matplotlib saved."""
         inside = [os.path.join(self.worker.home, path) for path in changed]
         paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
         left = PICTURES_SHOWN
@@ -4910,6 +4915,9 @@ class Pictures:
                         left -= 1
                         self.worker.note(f"saved as {os.path.relpath(path, self.worker.home)}")
                         self.worker.publish({"text/plain": os.path.basename(path), mime: image})
+
+    def tell_of_boxes(self) -> None:
+        """Say which characters no font has, if there are any."""
         if self.without_glyph:
             text = clip(" ".join(sorted(self.without_glyph)), 100)
             self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
@@ -6694,7 +6702,7 @@ def parse_requirement(text: str) -> tuple[str, str]:
         raise RequestError(
             f"{textwrap.shorten(repr(text), 80)} is not a package's name with extras and versions: {advice}."
         )
-    return re.sub(r"[-_.]+", "-", match[1]).lower(), match[0].replace(" ", "")
+    return plain_name(match[1]), match[0].replace(" ", "")
 
 
 @functools.cache

@@ -588,6 +588,11 @@ class Told:
         return str(self.done["status"])
 
     @property
+    def lost(self) -> bool:
+        """Whether the worker that ran the code is gone."""
+        return bool(self.done["state"] != "preserved")
+
+    @property
     def value(self) -> str | None:
         """The value of the last expression."""
         return self.done.get("value")
@@ -883,7 +888,7 @@ def test_unittest_main_ends_the_call_and_not_the_session(guest: Guest) -> None:
     told = guest.run(
         "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.fail()\nunittest.main(argv=['x'])"
     )
-    assert (told.status, told.done["exit_code"], told.done["lost"]) == ("error", 1, False)
+    assert (told.status, told.done["exit_code"], told.lost) == ("error", 1, False)
     assert "FAILED (failures=1)" in told.stderr
     assert guest.run("x").value == "1"
 
@@ -1265,7 +1270,7 @@ def test_a_time_out_keeps_the_state_of_code_that_can_be_interrupted(make_guest: 
     guest = make_guest(grace=3.0)  # the interruption is meant, and not how long a busy machine takes for it
     guest.run("x = 1")
     told = guest.run(code, timeout=0.1)
-    assert (told.status, told.done["lost"]) == ("timeout", False)
+    assert (told.status, told.lost) == ("timeout", False)
     assert guest.run("x").value == "1"
 
 
@@ -1279,7 +1284,7 @@ def test_a_time_out_keeps_the_state_of_code_that_can_be_interrupted(make_guest: 
 def test_a_time_out_loses_the_state_of_code_that_can_not_be_interrupted_and_says_so(guest: Guest, code: str) -> None:
     guest.run("x = 1")
     told = guest.run(code, timeout=0.1)
-    assert (told.status, told.done["lost"], told.done["exit_code"]) == ("timeout", True, -9)
+    assert (told.status, told.lost, told.done["exit_code"]) == ("timeout", True, -9)
     assert guest.run("x").exception["type"] == "NameError"
 
 
@@ -1288,7 +1293,7 @@ def test_an_interruption_that_the_host_asks_for_is_told_as_such(guest: Guest) ->
     assert next(guest.frames)["data"] == b"on\n"
     guest.channel.send({"op": "interrupt", "id": call})
     told = guest.wait(call)
-    assert (told.status, told.done["lost"], told.exception["type"]) == ("cancelled", False, "KeyboardInterrupt")
+    assert (told.status, told.lost, told.exception["type"]) == ("cancelled", False, "KeyboardInterrupt")
     assert guest.run("x").value == "1"
 
 
@@ -1314,7 +1319,7 @@ def test_code_that_ends_its_own_process_loses_the_state_and_the_next_call_works(
 ) -> None:
     guest.run("x = 1")
     told = guest.run(f"print('last words')\n{code}")
-    assert (told.status, told.done["lost"], told.done["exit_code"]) == ("died", True, exit_code)
+    assert (told.status, told.lost, told.done["exit_code"]) == ("died", True, exit_code)
     assert told.stdout == "last words\n"
     assert guest.run("'x' in globals()").value == "False"
 
@@ -1400,7 +1405,7 @@ def test_code_that_breaks_the_protocol_loses_its_process(guest: Guest, frame: by
     (guest.home / "frame").write_bytes(frame)
     code = "import os\ndata = open('frame', 'rb').read()\nwhile data: data = data[os.write(3, data):]\nwhile True: pass"
     told = guest.run(code)
-    assert (told.status, told.done["lost"]) == ("died", True)
+    assert (told.status, told.lost) == ("died", True)
     assert told.done["message"].startswith("the code broke the protocol between worker and supervisor: ")
     assert guest.run("1").value == "1"
 
@@ -1609,7 +1614,7 @@ def test_a_shell_line_is_stopped_with_its_call_and_streams(guest: Guest) -> None
     assert (first["kind"], first["data"]) == ("stdout", b"begun\n")
     guest.channel.send({"op": "interrupt", "id": call})
     told = guest.wait(call)
-    assert (told.status, told.done["lost"]) == ("cancelled", False)
+    assert (told.status, told.lost) == ("cancelled", False)
     assert guest.run("!echo $x").stdout == "1\n"
 
 
@@ -1834,7 +1839,7 @@ def test_a_call_that_crashes_costs_its_session_nothing_again_and_again(restoring
     for _ in range(2):
         copy_of(restoring)
         told = restoring.run(f"x = 2; numbers.clear(); open('after', 'w').close()\n{CRASHES[crash]}", timeout=1)
-        assert (told.done["state"], told.done["lost"], told.done["lost_before"]) == ("restored", True, None)
+        assert (told.done["state"], told.lost, told.done["lost_before"]) == ("restored", True, None)
         assert told.status == ("timeout" if "interruption" in crash else "died")
     expected = random.Random(7)
     assert expected.random() < 1
@@ -1957,6 +1962,24 @@ def test_whatever_code_does_to_what_copies_need_the_next_call_is_told_truly(rest
     told = restoring.run("import os; os._exit(3)", timeout=1)
     after = restoring.run("'x' in globals()")
     assert after.status != "ok" or (after.value == "True") == (was_there and told.done["state"] != "lost")
+
+
+@pytest.mark.parametrize("process", ["1 << 70", "2.5", "-1", "1", "[]", "None", "os.getpid()"])
+def test_who_steals_the_key_of_a_copy_can_not_end_the_supervisor(restoring: Guest, process: str) -> None:
+    restoring.run(
+        "import array, json, os, socket, sys\n"
+        "def steal():\n"
+        "    key = sys._getframe(1).f_locals['key']\n"
+        "    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s, open('/dev/null') as other:\n"
+        "        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [other.fileno()] * 3))\n"
+        f"        said = json.dumps({{'key': key, 'process': {process}}}).encode()\n"
+        "        s.sendmsg([said], [rights], 0, '\\0python-docker-mcp-copy')\n"
+        "    open('stolen', 'w').close()\n"
+        "os.register_at_fork(before=steal)"
+    )
+    wait_until((restoring.home / "stolen").exists)
+    assert restoring.run("import os; os._exit(3)").status == "died"
+    assert restoring.run("6 * 7").value == "42"
 
 
 def test_a_session_is_not_restored_where_that_is_switched_off(guest: Guest) -> None:

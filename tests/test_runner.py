@@ -619,7 +619,6 @@ async def test_who_plugs_into_a_session_is_told_whether_its_last_call_left_the_v
 DONE: dict[str, Any] = {
     "kind": "done",
     "status": "ok",
-    "lost": False,
     "state": "preserved",
     "lost_before": None,
     "wall": 0.1,

@@ -32,7 +32,6 @@ DONE: dict[str, Any] = {
     "id": CALL,
     "kind": "done",
     "status": "ok",
-    "lost": False,
     "state": "preserved",
     "lost_before": None,
     "wall": 0.5,
@@ -47,7 +46,7 @@ DONE: dict[str, Any] = {
     "stale": [],
     "exception": {"type": "E", "message": "m", "line": 1, "traceback": "t", "missing": None},
 }
-HOST_ONLY = ("lost", "state", "lost_before", "wall", "oom_kills", "message")  # what the supervisor adds
+HOST_ONLY = ("state", "lost_before", "wall", "oom_kills", "message")  # what the supervisor adds
 REPORT = {name: value for name, value in DONE.items() if name not in HOST_ONLY}
 FRAMES: list[dict[str, Any]] = [
     {"id": CALL, "kind": "stdout", "data": b"a"},
@@ -219,7 +218,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
     for frame in told:
         assert frame["id"] == CALL
         assert frame["kind"] in ("display", "state", "content", "done", "omitted", "stdout", "stderr")
-        assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["lost"] is False)
+        assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["state"] == "preserved")
     ended = told if told and told[-1]["kind"] == "done" else [*told, DONE]
     assert as_host(b"".join(map(wire, ended))) is not None
     return told
