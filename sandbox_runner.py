@@ -85,8 +85,8 @@ import urllib.request
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar, get_args
@@ -97,7 +97,7 @@ import anyio.lowlevel
 import pydantic
 import pydantic_core
 from anyio.streams.buffered import BufferedByteReceiveStream
-from anyio.streams.memory import MemoryObjectSendStream
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from typing_extensions import TypedDict
 
 __version__ = "1.0.0"
@@ -113,6 +113,7 @@ __all__ = [
     "DockerConfig",
     "SessionConfig",
     "PackageConfig",
+    "FilesConfig",
     "PoolConfig",
     "FileInfo",
     "Installation",
@@ -177,6 +178,7 @@ class FileInfo:
 
     path: str  # relative to the working directory, with slashes
     size: int  # bytes
+    saved: str | None = None  # path on the host that it was copied to
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ class Result:
     unread: Result | None = None  # end of the previous call, if no caller waited for it
     variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables that JSON can hold
     variables_left_out: Mapping[str, str] = field(default_factory=dict)  # the other variables: name to reason
-    files: tuple[FileInfo, ...] = ()  # files made or changed in the working directory by the call, at most 100
+    files: tuple[FileInfo, ...] = ()  # files made or changed in the working directory by the call, at most 1000
+    files_left_out: Mapping[str, str] = field(default_factory=dict)  # those not among them, or not saved: to reason
     contents: Mapping[str, bytes] = field(default_factory=dict)  # of small files, if the sandbox ends with the call
     stale: tuple[str, ...] = ()  # modules already imported when another version of them was installed
     wall: float = 0.0  # seconds
@@ -344,6 +347,8 @@ class Runner:
         arguments: Sequence[str] = (),
         is_new: bool = False,
         answer_within: float | None = None,
+        files: Sequence[str | os.PathLike[str] | InputFile] = (),
+        output: str | os.PathLike[str] | None = None,
     ) -> Result:
         """Run code: in a fresh sandbox of its own, or in the session's.
 
@@ -363,6 +368,8 @@ class Runner:
             is_new: whether the session's id was just drawn, so that looking for the session can be saved.
             answer_within: seconds after which a call in a session returns with the status `running` and the output so
                 far. The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
+            files: files on the host to copy into the working directory ahead of the code, under their base names.
+            output: folder on the host for the files that the code writes; by default, folders in `files.output`.
 
         Raises:
             RequestError: an argument can't be accepted.
@@ -373,16 +380,27 @@ class Runner:
         self.pool.touch()
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
-        recycle = session is None and self.config.pool.reuse
-        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, recycle=recycle)
+        if (files or output) and sys.platform == "win32":
+            raise RequestError("On Windows no files can be copied: make a folder visible by docker.mounts instead.")
+        given = await anyio.to_thread.run_sync(input_files, files, self.config) if files else ()
+        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, None, given, output)
         call = Call(request, streams=on_output is not None)
         call.on_status = on_status or self._report
         if session is None:
-            return self._explain(await self._execute_transient(call, on_output, interrupt), call)
+            return await self._execute_transient(call, on_output, interrupt)
         entry = self.sessions.setdefault(session, Session(session))
         entry.is_fresh = is_new
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
         return await self._execute_in_session(entry, call, on_output, interrupt, deadline)
+
+    async def _bring_out(self, sandbox: Sandbox | None, call: Call, result: Result) -> Result:
+        """Return the result of a call that has ended with its files saved, and with a word on what happened."""
+        if sandbox and result.files:
+            folder = output_folder(call, self.config.files)
+            call.report(f"saving {len(result.files)} files" if folder else "")
+            result = await bring_out(sandbox, result, folder, size_in_bytes(self.config.files.limit))
+            call.report("")
+        return self._explain(result, call)
 
     def _explain(self, result: Result, call: Call) -> Result:
         """Return the result with a word on what happened, where the sandbox could not know it."""
@@ -408,8 +426,8 @@ class Runner:
                     if call.attempts < FIRST_CALL_ATTEMPTS:
                         continue
                     call.give_up()
-                result = call.tell()
-                reuse = call.request.recycle and result.status in ("ok", "error")
+                result = await self._bring_out(sandbox, call, call.tell())
+                reuse = self.config.pool.reuse and result.status in ("ok", "error")
                 return result
             finally:
                 if reuse:
@@ -443,7 +461,7 @@ class Runner:
                     return await self._answer(session, on_output, call.on_status, interrupt, deadline)
                 await self._require_end(session, can_wait=deadline == math.inf)
                 if session.call:
-                    earlier = self._tell(session, session.call)
+                    earlier = await self._tell(session, session.call)
             await anyio.lowlevel.checkpoint_if_cancelled()  # from here on, the call is sent even if no caller waits
             session.call = call
             try:
@@ -475,9 +493,9 @@ class Runner:
             with anyio.CancelScope(deadline=deadline):
                 async with interruptible(lambda: session.sandbox, interrupt):
                     await self._pursue(session, call, on_output)
+            return await self._tell(session, call)
         finally:
             call.on_status = None
-        return self._tell(session, call)
 
     async def _pursue(self, session: Session, call: Call, on_output: OnOutput | None = None) -> None:
         """Wait until the session's call has ended, placing it as often as its connection ends or a sandbox does."""
@@ -487,12 +505,16 @@ class Runner:
             else:
                 await self._place(session, call)
 
-    def _tell(self, session: Session, call: Call) -> Result:
+    async def _tell(self, session: Session, call: Call) -> Result:
         """Return what there is to tell of a call and, with its end, of what became of the session before it."""
         if not call.ended.is_set():
             return call.tell()
-        session.call = None
-        result = self._explain(call.tell(), call)
+        result = None
+        try:
+            result = await self._bring_out(session.sandbox, call, call.tell())
+        finally:
+            if result or call.failed:  # else the caller has gone, and the next one is told
+                session.call = None
         lost, session.lost = result.lost_before or session.lost, None
         return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
 
@@ -502,7 +524,8 @@ class Runner:
             if call.cancelled and not call.begun:
                 call.fail(SessionError(f"The call in the session {session.name!r} was cancelled before it began."))
                 return
-            if session.is_attached and session.sandbox and not call.begun and not call.unfit:
+            is_ready = session.is_attached and not call.begun and not call.unfit
+            if session.sandbox and is_ready and not call.request.files:  # to copy those takes its time
                 await session.sandbox.begin(call)
                 return
             session.placing, session.placed = anyio.CancelScope(), anyio.Event()
@@ -565,6 +588,8 @@ class Runner:
                 "call with empty code, which can also interrupt it, or use another session."
             )
         if call.cancelled:
+            if not call.failed:
+                await self._bring_out(session.sandbox, call, call.tell())
             session.call = None
             if call.was_lost:
                 session.lost = "a call was cancelled, and its code did not stop in time"
@@ -1042,7 +1067,8 @@ class Request:
     arguments: Sequence[str] = ()
     output_limit: int | None = None  # bytes; None for no limit: the output is then streamed and not kept
     packages: str | None = None  # folder of the packages installed for the session, if it changes
-    recycle: bool = False  # whether other calls may use the sandbox if this one ends well
+    files: tuple[InputFile, ...] = ()  # for the working directory, ahead of the code
+    output: str | os.PathLike[str] | None = None  # folder on the host for the files that the code writes
 
     def __post_init__(self) -> None:
         """Refuse what can't be run, before anything is started for it. Raises RequestError."""
@@ -1100,7 +1126,6 @@ class Request:
             "argv": list(self.arguments),
             "output_limit": self.output_limit,
             "packages": self.packages,
-            "recycle": self.recycle,
         }
         if (state := self.encoded_state) is None:
             return encoded(run)
@@ -1152,7 +1177,6 @@ class Call:
         self._earlier = ""
         self._variables: dict[str, Any] | None = None
         self._left_out: dict[str, str] = {}
-        self._contents: dict[str, bytes] = {}
         self._keeps = request.output_limit is not None
         self._text_left = (request.output_limit or 0) + LINE_LIMIT
         self._data_left = CALL_LIMIT
@@ -1238,10 +1262,6 @@ class Call:
                 self._variables = parse_object(frame["data"])
             except ValueError as error:  # the user's code forged it: that costs the call its variables, and no more
                 self._variables, self._left_out = {}, {**self._left_out, "(all)": str(error)}
-        elif frame["kind"] == "content":
-            self._count(frame["data"])
-            if len(self._contents) < FILES_LISTED:
-                self._contents[frame["path"]] = frame["data"]
         elif frame["kind"] == "earlier":
             self._earlier = decoded(frame["data"])
         elif frame["kind"] == "done":
@@ -1297,6 +1317,11 @@ class Call:
             self._output[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
 
     @property
+    def failed(self) -> bool:
+        """Whether it ended with an error, and so has no result."""
+        return self._error is not None
+
+    @property
     def was_lost(self) -> bool:
         """Whether its end cost the session the variables."""
         return self._result is not None and self._result.state == "lost"
@@ -1336,8 +1361,8 @@ class Call:
             earlier=self._earlier,
             variables=self._variables,
             variables_left_out=self._left_out,
-            files=tuple(FileInfo(path, size) for path, size in done.get("files", ())),
-            contents=self._contents,
+            files=tuple(FileInfo(path, size) for path, size in done["files"]),
+            files_left_out=done["files_left_out"],
             stale=tuple(done.get("stale", ())),
             wall=done["wall"],
             cpu=done["cpu"],
@@ -1639,6 +1664,7 @@ HOST_PATIENCE = 10  # seconds the host waits past the supervisor's own deadline
 ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
 FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
 NOTES_LOGGED = 100  # notes of one sandbox that are logged
+QUESTIONS_AHEAD = 4  # pieces of a file asked for, or sent, before the first is there: so the pipe is never idle
 WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
 LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
 
@@ -1704,9 +1730,7 @@ class Sandbox:
         self._process = process
         self._errors = bytearray()
         self._greeted = anyio.Event()
-        self._answers: dict[str, MemoryObjectSendStream[Answer | Piece]] = {}  # by the id of the question
-        self._clean = False  # whether nothing was left of the last call
-        self._recycled = anyio.Event()
+        self._answers: dict[str, MemoryObjectSendStream[ToQuestion]] = {}  # by the questions' id
         self._fault: str | None = None  # what was wrong with a frame
 
     def __repr__(self) -> str:
@@ -1841,8 +1865,8 @@ class Sandbox:
             with anyio.CancelScope(shield=True):
                 await self._process.aclose()
             self.gone.set()
-            for event in (self._greeted, self.prepared, self._recycled):
-                event.set()
+            self._greeted.set()
+            self.prepared.set()
             for answer in self._answers.values():
                 answer.close()
             if self.call:
@@ -1873,16 +1897,18 @@ class Sandbox:
                     self.expired = True
                 elif frame["kind"] == "prepared":
                     self.prepared.set()
-                elif frame["kind"] == "recycled":
-                    self._clean = frame["clean"] and self.call is not None and frame["id"] == self.call.id
-                    self._recycled.set()
                 elif frame["kind"] == "note":
                     notes += 1
                     if notes <= NOTES_LOGGED:
                         log.warning("%s: %s", self.name, last_line(frame["text"]))
-                elif frame["kind"] == "pong" or frame["kind"] == "file":
-                    if answer := self._answers.pop(frame["id"], None):
-                        answer.send_nowait(frame)
+                elif (
+                    frame["kind"] == "pong"
+                    or frame["kind"] == "file"
+                    or frame["kind"] == "written"
+                    or frame["kind"] == "recycled"
+                ):
+                    if answers := self._answers.get(frame["id"]):
+                        answers.send_nowait(frame)
                 elif self.call and frame["id"] == self.call.id and not self.call.ended.is_set():
                     await self.call.take(frame)
                 else:
@@ -1891,8 +1917,8 @@ class Sandbox:
                         raise ProtocolError("too many frames that belong to no call")
         except (anyio.EndOfStream, anyio.IncompleteRead, anyio.ClosedResourceError, anyio.BrokenResourceError):
             pass
-        except (ProtocolError, anyio.DelimiterNotFound) as error:
-            self._fault = str(error)
+        except (ProtocolError, anyio.DelimiterNotFound, anyio.WouldBlock) as error:
+            self._fault = str(error) or "more answers than questions"
             if self.greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
                 log.error("the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, error)
 
@@ -1920,18 +1946,24 @@ class Sandbox:
         said = last_line(self._errors.decode("utf-8", "replace"))
         return said or f"its process ended with exit status {self._process.returncode}"
 
-    async def _ask(self, question: Read | Order) -> Answer | Piece:
+    async def _ask(self, question: Order) -> ToQuestion:
         """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
-        put, answers = anyio.create_memory_object_stream[Answer | Piece](1)
+        with self._answers_to(question["id"]) as answers:
+            await self._write(encoded(question))
+            return await answers.receive()
+
+    @contextmanager
+    def _answers_to(self, question: str) -> Iterator[MemoryObjectReceiveStream[ToQuestion]]:
+        """Provide the answers to questions with this id, of which QUESTIONS_AHEAD may be unanswered at a time."""
+        put, answers = anyio.create_memory_object_stream[ToQuestion](QUESTIONS_AHEAD)
         with put, answers:
-            self._answers[question["id"]] = put
+            self._answers[question] = put
             if self.gone.is_set():
                 put.close()
             try:
-                await self._write(encoded(question))
-                return await answers.receive()
+                yield answers
             finally:
-                self._answers.pop(question["id"], None)
+                del self._answers[question]
 
     # ── a call ──
 
@@ -1939,10 +1971,17 @@ class Sandbox:
         """Place a call in this sandbox, whose last one has ended."""
         log.debug("call %s of %s in the container %s", call.id, call.request.session or "no session", self.name)
         call.attempts += 1
+        if call.request.files:
+            call.report(f"copying {len(call.request.files)} files into the sandbox")
+            try:
+                await self.take_in(call.request.files)
+            except SandboxError as error:
+                if not self.gone.is_set():  # else another sandbox may take them
+                    call.fail(error)
+                    return
+            call.report("")
         call.placed, call.begun, call.unfit = True, False, False
         call.deadline = anyio.current_time() + call.request.timeout + INTERRUPT_GRACE + HOST_PATIENCE
-        if call.request.recycle:
-            self._clean, self._recycled = False, anyio.Event()
         self.call = call
         if self.gone.is_set():
             self._lose(call)
@@ -1981,26 +2020,71 @@ class Sandbox:
         with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
             await self.interrupt()
 
+    # ── files ──
+
     async def read_file(self, path: str, offset: int, length: int | None) -> bytes:
         """Return a part of a file in the working directory, also while code runs. Raises RequestError, SessionError."""
         content = bytearray()
-        while length is None or len(content) < length:
-            question: Read = {"op": "read", "id": secrets.token_hex(8), "path": path, "offset": offset + len(content)}
-            try:
-                with anyio.fail_after(ATTACH_TIMEOUT):
-                    piece = await self._ask(question)
-            except anyio.EndOfStream:
-                raise SessionError("The session's container ended, and its files are gone.") from None
-            except TimeoutError:
-                raise SessionError(f"The session's container did not answer within {ATTACH_TIMEOUT} seconds.") from None
-            if piece["kind"] != "file":
-                raise SessionError("The session's container did not answer as it should.")
-            if piece["problem"]:
-                raise RequestError(f"The file {last_line(path)!r} can't be read: {piece['problem']}.")
-            content += piece["data"]
-            if len(piece["data"]) < READ_LIMIT:
-                break
+        async with contextlib.aclosing(self.pieces(path, offset, length)) as pieces:
+            async for piece in pieces:
+                content += piece["data"]
         return bytes(content[:length])
+
+    async def pieces(self, path: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[Piece]:
+        """Yield the pieces of a file, to its end or to those with `length` bytes. Raises RequestError, SessionError."""
+        question = secrets.token_hex(8)
+
+        async def questions() -> AsyncGenerator[Read]:
+            for place in itertools.count(offset, PIECE_SIZE):
+                if length is not None and place >= offset + length:
+                    return
+                yield {"op": "read", "id": question, "path": path, "offset": place}
+
+        async with contextlib.aclosing(self._exchange(question, questions())) as answers:
+            async for piece in answers:
+                if piece["kind"] != "file":
+                    raise SessionError("The session's container did not answer as it should.")
+                if piece["problem"]:
+                    raise RequestError(f"The file {last_line(path)!r} can't be read: {piece['problem']}.")
+                yield piece
+                if len(piece["data"]) < PIECE_SIZE:
+                    return
+
+    async def take_in(self, files: Sequence[InputFile]) -> None:
+        """Put files of the host's into the working directory. Raises RequestError, SessionError."""
+        left = sum(file.size for file in files)
+        for file in files:
+            question = secrets.token_hex(8)
+            async with contextlib.aclosing(self._exchange(question, file.frames(question, left))) as answers:
+                async for answer in answers:
+                    if answer["kind"] != "written" or answer["problem"]:
+                        problem = answer["kind"] == "written" and answer["problem"]
+                        raise RequestError(f"The file {file.name} can't be put into the sandbox: {problem}.")
+            left -= file.size
+
+    async def _exchange(self, question: str, frames: AsyncGenerator[Read | Write]) -> AsyncGenerator[ToQuestion]:
+        """Send frames that are one question, some ahead of the answers, and yield those. Raises SessionError."""
+        unanswered, more = 0, True
+        try:
+            async with contextlib.aclosing(frames):
+                with self._answers_to(question) as answers:
+                    while True:
+                        with anyio.fail_after(ATTACH_TIMEOUT):
+                            while more and unanswered < QUESTIONS_AHEAD:
+                                if frame := await anext(frames, None):
+                                    await self._write(encoded(frame))
+                                    unanswered += 1
+                                else:
+                                    more = False
+                            if not unanswered:
+                                return
+                            answer = await answers.receive()
+                        unanswered -= 1
+                        yield answer
+        except anyio.EndOfStream:
+            raise SessionError("The session's container ended, and its files are gone.") from None
+        except TimeoutError:
+            raise SessionError(f"The session's container did not answer within {ATTACH_TIMEOUT} seconds.") from None
 
     # ── the end ──
 
@@ -2030,11 +2114,12 @@ class Sandbox:
             await self.gone.wait()
 
     async def recycle(self) -> bool:
-        """Wait until the sandbox is cleaned after a call with `recycle`; return whether nothing seems to be left."""
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await self._recycled.wait()
-        self.call = None
-        return self._clean and not self.gone.is_set()
+        """Have the sandbox undo what its last call may have left; return whether nothing seems to be left."""
+        with contextlib.suppress(anyio.EndOfStream), anyio.move_on_after(ATTACH_TIMEOUT):
+            answer = await self._ask({"op": "recycle", "id": secrets.token_hex(8)})
+            self.call = None
+            return answer["kind"] == "recycled" and answer["clean"]
+        return False
 
     async def rename(self, name: str) -> None:
         """Give the container another name. Raises EngineError if that one is taken."""
@@ -2046,6 +2131,257 @@ class Sandbox:
         with anyio.CancelScope(shield=True):
             await self.engine.remove(self.name)
             self._kill_client()
+
+
+# ── files ──
+#
+# Files come in ahead of a call, and go out after it, over the sandbox's pipe: the user's own rights decide on the host,
+# and no folder has to be shared with the engine. The host is not to believe the names that come out of a sandbox, nor
+# what it finds in a folder that code may reach by a mount: it looks folder by folder, and follows no link.
+
+CONTENT_LIMIT = 64 << 10  # bytes of a file whose content a result has, if it would be gone with the sandbox
+CONTENTS_LIMIT = 256 << 10  # bytes of all such files
+UNSETTLED_PAUSE = 0.03  # seconds until a file that has just been changed is read again,
+UNSETTLED_ATTEMPTS = 5  # and how often
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file on the host that a call is given."""
+
+    name: str  # that it has in the working directory
+    folder: Path  # without links in its path; none is followed below it
+    path: str  # relative to the folder
+    size: int = 0  # bytes
+
+    @classmethod
+    def find(cls, asked: str | os.PathLike[str], folders: Sequence[Path] | None = None) -> InputFile:
+        """Find a file by its path: of the whole host or, if `folders` are given, only in these. Raises RequestError."""
+        shown = textwrap.shorten(repr(os.fspath(asked)), 200)
+        try:
+            path = Path(asked).expanduser()
+            places = [folder / path for folder in folders or [Path()]]
+            place = next((place for place in places if os.path.lexists(place)), places[0])
+            file, inside = place.resolve(), [folder for folder in folders or () if is_within(place.absolute(), folder)]
+        except (OSError, ValueError, RuntimeError) as error:  # a null byte, an unknown user's home, links in a circle
+            raise RequestError(f"{shown} can't be the path of a file: {error}.") from None
+        folder = file.parent
+        if folders is not None:
+            known = [folder for folder in folders if is_within(file, folder)]
+            if not known:
+                how = "is a link that leads out of" if inside else "is not in"
+                names = " or ".join(map(str, folders))
+                raise RequestError(f"{shown} {how} {names}: only files in there may be used (files.inputs).")
+            folder = known[0]
+        found = cls(place.name, folder, file.relative_to(folder).as_posix())
+        try:
+            descriptor = found.open()
+        except FileNotFoundError:
+            raise RequestError(f"There is no file {shown} on the host{alike(place)}.") from None
+        except OSError as error:
+            what = "is a folder: name the files in it" if file.is_dir() else f"can't be read: {error.strerror or error}"
+            raise RequestError(f"{shown} {what}.") from None
+        try:
+            return dataclasses.replace(found, size=os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+
+    def open(self) -> int:
+        """Open it, and return the descriptor. Raises OSError."""
+        return open_inside(str(self.folder), self.path)
+
+    async def frames(self, question: str, needs: int) -> AsyncGenerator[Write]:
+        """Yield the frames that write it in a sandbox. Raises RequestError if it has changed since it was found."""
+        changed = f"The file {self.name} was changed while it was read: try again."
+        try:
+            descriptor = await anyio.to_thread.run_sync(self.open)
+        except OSError as error:
+            raise RequestError(f"The file {self.name} can't be read any more: {error.strerror or error}.") from None
+        try:
+            before = os.fstat(descriptor)
+            for offset in range(0, self.size or 1, PIECE_SIZE):
+                wanted = min(PIECE_SIZE, self.size - offset)
+                data = await anyio.to_thread.run_sync(os.pread, descriptor, wanted, offset)
+                now = os.fstat(descriptor)
+                if len(data) < wanted or (now.st_size, now.st_mtime_ns) != (self.size, before.st_mtime_ns):
+                    raise RequestError(changed)
+                yield {
+                    "op": "write",
+                    "id": question,
+                    "data": data,
+                    "name": self.name,
+                    "offset": offset,
+                    "needs": needs,
+                    "last": offset + wanted == self.size,
+                }
+        finally:
+            os.close(descriptor)
+
+
+def alike(place: Path) -> str:
+    """Return what a file that does not exist may have been meant to be, in words; "" if nothing is like it."""
+    with contextlib.suppress(OSError):
+        if found := difflib.get_close_matches(place.name, [entry.name for entry in place.parent.iterdir()], 1):
+            return f": did you mean {found[0]}?"
+    return ""
+
+
+def input_files(asked: Sequence[str | os.PathLike[str] | InputFile], config: Config) -> tuple[InputFile, ...]:
+    """Find the files that a call is given, and see that the sandbox can take them all. Raises RequestError."""
+    files = tuple(path if isinstance(path, InputFile) else InputFile.find(path) for path in asked)
+    names = [file.name for file in files]
+    if double := [name for name in names if names.count(name) > 1]:
+        raise RequestError(f"Two of the files are called {double[0]}: pass them in two calls, or rename one.")
+    size = sum(file.size for file in files)
+    for setting, limit in (("files.limit", config.files.limit), ("docker.disk_limit", config.docker.disk_limit)):
+        if size > size_in_bytes(limit):
+            raise RequestError(f"The files come to {size} bytes, which is more than {setting} ({limit}) lets in.")
+    return files
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder on the host that receives the files of a call: a place that the operator chose, or a folder in it."""
+
+    place: Path
+    inner: str = ""  # one name, or nothing
+
+    def full_path(self, path: str) -> str:
+        """Return where a file of the sandbox is saved."""
+        return str(self.place / self.inner / path)
+
+    def open(self, path: str) -> PartialFile:
+        """Start to save a file, making the folders that its path needs. Raises OSError."""
+        *parts, name = [*([self.inner] if self.inner else []), *path.split("/")]
+        if not path.isprintable() or {"", ".", ".."} & {*parts, name}:
+            raise OSError(errno.EINVAL, "no file can have this name")
+        self.place.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for part in parts:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=folder)
+                require_spelling(part, folder)
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            require_spelling(name, folder)
+            return PartialFile(folder, name)
+        except OSError:
+            os.close(folder)
+            raise
+
+
+def require_spelling(name: str, folder: int) -> None:
+    """Raise OSError if a file of another spelling is there that the host, such as macOS, takes for this one."""
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if name not in os.listdir(folder):
+            raise OSError(errno.EEXIST, "this host does not tell its name from that of another file")
+
+
+class PartialFile:
+    """A file on the host that is being written under another name, and then has its own at once."""
+
+    def __init__(self, folder: int, name: str) -> None:
+        """Create it. Raises OSError; otherwise the descriptor of the folder is its own, until `close`."""
+        self._aside = f".python-docker-mcp-{secrets.token_hex(8)}"
+        self._file = os.open(self._aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
+        self._folder = folder
+        self._name = name
+
+    def write(self, data: bytes) -> None:
+        """Write the next bytes. Raises OSError."""
+        while data:
+            data = data[os.write(self._file, data) :]
+
+    def keep(self) -> None:
+        """Give it its name, in place of what has that now. Raises OSError, for one if that is a folder."""
+        os.rename(self._aside, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+
+    def close(self) -> None:
+        """Close it; unless it was kept, it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._aside, dir_fd=self._folder)
+        os.close(self._file)
+        os.close(self._folder)
+
+
+def output_folder(call: Call, config: FilesConfig) -> OutputFolder | None:
+    """Return where a call's files are saved: in the folder that it names, or else in one for it in `files.output`."""
+    session = call.request.session
+    if call.request.output:
+        return OutputFolder(Path(call.request.output).expanduser())
+    if not config.output:
+        return None
+    inner = session or f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{call.id[:4]}"
+    if inner.startswith("."):
+        inner = f"session{inner}"  # else it might be hidden, or the folder itself, or the one around it
+    return OutputFolder(Path(config.output).expanduser(), inner)
+
+
+class UnsettledError(Exception):
+    """A file was changed while it was read."""
+
+
+async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most: int) -> int:
+    """Copy a sandbox's file to the host, in one state; return its size.
+
+    Raises:
+        OSError: the host can't take it; for one, it has more than `most` bytes.
+        UnsettledError: it was being changed. RequestError, SessionError: it can't be read.
+    """
+    if info.size > most:
+        raise OSError(errno.EFBIG, f"its {info.size} bytes are more than files.limit has left for this call")
+    file = await anyio.to_thread.run_sync(folder.open, info.path)
+    try:
+        version, size = None, 0
+        async with contextlib.aclosing(sandbox.pieces(info.path, 0, info.size + 1)) as pieces:
+            async for piece in pieces:
+                version = version or piece["version"]
+                if not piece["settled"] or piece["version"] != version:
+                    raise UnsettledError
+                await anyio.to_thread.run_sync(file.write, piece["data"])
+                size += len(piece["data"])
+        if size != info.size:
+            raise UnsettledError
+        await anyio.to_thread.run_sync(file.keep)
+        return size
+    finally:
+        file.close()
+
+
+async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | None, most: int) -> Result:
+    """Return the result with its files saved in the folder, `most` bytes of them, and reasons for those that are not.
+
+    Small files that are not saved come with the result, if the sandbox ends with it.
+    """
+    files: list[FileInfo] = []
+    left_out, contents, room = dict(result.files_left_out), {}, CONTENTS_LIMIT
+    for info in result.files:
+        for _ in range(UNSETTLED_ATTEMPTS if folder else 0):
+            assert folder is not None
+            try:
+                most -= await save_file(sandbox, info, folder, most)
+            except UnsettledError:
+                left_out[info.path] = "it was being changed while it was read"
+                await anyio.sleep(UNSETTLED_PAUSE)
+            except OSError as error:
+                left_out[info.path] = error.strerror or str(error)
+                break
+            except SandboxError as error:
+                left_out[info.path] = str(error).rstrip(".")
+                break
+            else:
+                left_out.pop(info.path, None)
+                info = dataclasses.replace(info, saved=folder.full_path(info.path))
+                break
+        files.append(info)
+        if not info.saved and result.session is None and info.size <= min(CONTENT_LIMIT, room):
+            with contextlib.suppress(SandboxError):
+                contents[info.path] = await sandbox.read_file(info.path, 0, info.size + 1)
+                room -= len(contents[info.path])
+    return dataclasses.replace(result, files=tuple(files), files_left_out=left_out, contents=contents)
 
 
 # ── protocol ──
@@ -2086,7 +2422,6 @@ class Run(TypedDict):
     argv: Sequence[str]
     output_limit: int | None
     packages: str | None
-    recycle: bool
 
 
 class GiveState(TypedDict):
@@ -2106,10 +2441,22 @@ class Read(TypedDict):
     offset: int
 
 
-class Order(TypedDict):
-    """Interrupt a call, or answer with a `pong`."""
+class Write(TypedDict):
+    """Write a piece of a file that the next call is given; answered by `written`. It is in its place after the last."""
 
-    op: Literal["interrupt", "ping"]
+    op: Literal["write"]
+    id: str
+    data: Data
+    name: str
+    offset: int
+    needs: int  # bytes of this file and of those that come after it
+    last: bool
+
+
+class Order(TypedDict):
+    """Interrupt a call; answer with a `pong`; or undo what the last call may have left, and answer `recycled`."""
+
+    op: Literal["interrupt", "ping", "recycle"]
     id: str
 
 
@@ -2119,7 +2466,7 @@ class Parting(TypedDict):
     op: Literal["farewell", "end"]
 
 
-ToSupervisor = Run | GiveState | Read | Order | Parting
+ToSupervisor = Run | GiveState | Read | Write | Order | Parting
 
 
 class PlugRequest(TypedDict):
@@ -2161,15 +2508,6 @@ class State(TypedDict):
     left_out: dict[str, str]
 
 
-class Content(TypedDict):
-    """A small file that the call made or changed."""
-
-    kind: Literal["content"]
-    id: str
-    data: Data
-    path: str
-
-
 class ExceptionFields(TypedDict):
     """The exception that ended the code, see ExceptionInfo."""
 
@@ -2192,7 +2530,6 @@ class EndOfCall(TypedDict):
     exit_code: NotRequired[Number]
     exception: NotRequired[ExceptionFields]
     stale: NotRequired[list[str]]
-    files: NotRequired[list[tuple[str, Count]]]
 
 
 class Report(EndOfCall):
@@ -2201,7 +2538,7 @@ class Report(EndOfCall):
     status: Literal["ok", "error"]
 
 
-FromWorker = Display | State | Content | Report
+FromWorker = Display | State | Report
 
 
 # From the supervisor to the host
@@ -2240,7 +2577,7 @@ class Note(TypedDict):
 
 
 class Recycled(TypedDict):
-    """The sandbox was cleaned after a call, and whether nothing was left of it."""
+    """The sandbox was cleaned after its last call, and whether nothing was left of that."""
 
     kind: Literal["recycled"]
     id: str
@@ -2270,6 +2607,14 @@ class Gap(TypedDict):
     bytes: Count
 
 
+class Written(TypedDict):
+    """A piece of a file was written, or why it can't be."""
+
+    kind: Literal["written"]
+    id: str
+    problem: str | None
+
+
 class Piece(TypedDict):
     """A piece of a file, or why it can't be read."""
 
@@ -2277,6 +2622,8 @@ class Piece(TypedDict):
     id: str
     data: Data
     problem: str | None
+    version: str  # changes whenever the file does
+    settled: bool  # whether the file was left alone for longer than its version could fail to change
 
 
 class Done(EndOfCall):
@@ -2288,10 +2635,13 @@ class Done(EndOfCall):
     state: Variables  # unless preserved, the worker that ran the code is gone
     lost_before: str | None  # why the last one was gone before this call
     message: NotRequired[str | None]
+    files: list[tuple[str, Count]]  # made or changed since the last call's end: path and size
+    files_left_out: dict[str, str]  # others: name to reason
 
 
-OfCall = Answer | Output | Gap | Display | State | Content | Done
-FromSandbox = Greeting | Notice | Note | Recycled | Piece | OfCall
+OfCall = Answer | Output | Gap | Display | State | Done
+ToQuestion = Answer | Recycled | Written | Piece
+FromSandbox = Greeting | Notice | Note | ToQuestion | OfCall
 
 
 # From the installer to the host
@@ -2360,7 +2710,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
-PROTOCOL = 3  # version of the frames and the plug; raised by a change that older sandboxes would not understand
+PROTOCOL = 4  # version of the frames and the plug; raised by a change that older sandboxes would not understand
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
@@ -2385,11 +2735,13 @@ CALL_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes that a call returns b
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 PICTURES_SHOWN = 4  # of those that a call saved
 PICTURE_LIMIT = 2 << 20  # bytes of such a picture
-FILES_LISTED = 100  # of the files that a call made or changed
-FILES_SEEN = 5000  # files in the working directory; any more are not looked at
-FILE_LIMIT = 64 << 10  # bytes of a new or changed file that is returned when its sandbox ends with the call
-FILES_LIMIT = 256 << 10  # bytes of all such files
-READ_LIMIT = 1 << 20  # bytes per read of a file
+FILES_LISTED = 1000  # of the files that a call made or changed
+FILES_UNLISTED = 20  # of those that are not: named, with the reason
+LISTING_LIMIT = 1 << 19  # bytes of their names
+PATH_LIMIT = 200  # characters of a file's path
+ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
+PIECE_SIZE = 1 << 18  # bytes of a file that are read or written at once
+SETTLED_AFTER = 20_000_000  # nanoseconds; two changes within one tick of the kernel's clock leave the same time
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
@@ -2561,7 +2913,6 @@ class RunningCall:
         self.stopped_for: StopReason | None = None  # "timeout" or "cancelled" once interrupted
         limit: int | None = request["output_limit"]
         self.limited = limit is not None
-        self.recycle: bool = request["recycle"]  # whether to clean up after it if the worker survives
         self.head_left = (limit or 0) * 3 // 4  # bytes of output that are still passed on at once
         self.tail_left = (limit or 0) - self.head_left
         self.tail: deque[tuple[Stdio, bytes]] = (
@@ -2752,6 +3103,8 @@ class Supervisor:
         self.prepared = False  # whether the host has been told that a worker with these modules is ready
         self.packages: str | None = None  # folder of the packages installed for the session
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
+        self.home: str = settings["working_dir"]
+        self.files, _ = list_files(self.home)
 
     def run(self) -> None:
         """Serve until the sandbox is no longer needed."""
@@ -2878,6 +3231,10 @@ class Supervisor:
                     self._interrupt("cancelled", frame["id"])
                 elif frame["op"] == "ping":
                     self._tell({"id": frame["id"], "kind": "pong"})
+                elif frame["op"] == "write":
+                    self._write_file(frame)
+                elif frame["op"] == "recycle":
+                    self._recycle(frame["id"])
                 elif frame["op"] == "farewell":
                     self.channel.send({"kind": "farewell"})
                     self._detach(self.session is not None)
@@ -3039,18 +3396,93 @@ class Supervisor:
         folders = package_folders(self.settings["packages"], request["packages"])
         return not self.settings["preload"] or self.installed == folders
 
+    # ── files ──
+
     def _read_file(self, request: Read) -> None:
         """Send a piece of a file in the working directory."""
-        data, problem = b"", None
         try:
-            fd = open_inside(self.settings["working_dir"], request["path"])
+            fd = open_inside(self.home, request["path"])
             try:
-                data = os.pread(fd, READ_LIMIT, request["offset"])
+                data = os.pread(fd, PIECE_SIZE, request["offset"])
+                state = os.fstat(fd)
             finally:
                 os.close(fd)
+            version = f"{state.st_ino} {state.st_ctime_ns} {state.st_size}"
+            settled, problem = time.time_ns() - state.st_ctime_ns > SETTLED_AFTER, None
         except OSError as error:
-            problem = os.strerror(error.errno) if error.errno else str(error)
-        self._tell({"id": request["id"], "kind": "file", "problem": problem, "data": data})
+            data, version, settled, problem = b"", "", True, error.strerror or str(error)
+        piece: Piece = {
+            "id": request["id"],
+            "kind": "file",
+            "data": data,
+            "problem": problem,
+            "version": version,
+            "settled": settled,
+        }
+        self._tell(piece)
+
+    def _write_file(self, request: Write) -> None:
+        """Write a piece of a file that the next call is given, at first under another name."""
+        aside, place = f"{self.home}/.{request['id']}", f"{self.home}/{request['name']}"
+        data, offset, problem = request["data"], request["offset"], None
+        try:
+            if offset == 0:
+                self._make_room(request["needs"], place)
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            try:
+                while data:
+                    written = os.pwrite(fd, data, offset)
+                    data, offset = data[written:], offset + written
+            finally:
+                os.close(fd)
+            if request["last"]:
+                os.rename(aside, place)
+                state = os.stat(place, follow_symlinks=False)
+                self.files[request["name"]] = (state.st_mtime_ns, state.st_size)  # as the call has not written it
+        except OSError as error:
+            problem = error.strerror or str(error)
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        self._tell({"id": request["id"], "kind": "written", "problem": problem})
+
+    def _make_room(self, needed: int, place: str) -> None:
+        """See that there is room for files, at the cost of the one that the first will replace. Raises OSError."""
+        folder, old = os.statvfs(self.home), 0
+        free = folder.f_bavail * folder.f_frsize
+        with contextlib.suppress(OSError):
+            old = os.stat(place, follow_symlinks=False).st_size
+        if free + old < needed:
+            raise OSError(errno.ENOSPC, f"there is room for {free + old} bytes, and {needed} are needed")
+        if free < needed:
+            os.unlink(place)
+
+    def _changed_files(self) -> tuple[list[tuple[str, int]], dict[str, str]]:
+        """Return the files made or changed since the last time: path and size; and others: name to reason."""
+        before = self.files
+        self.files, complete = list_files(self.home)
+        listed: list[tuple[str, int]] = []
+        left_out: dict[str, str] = {}
+        room, more = LISTING_LIMIT, 0
+        for path in sorted(self.files):
+            if self.files[path] == before.get(path):
+                continue
+            reason = ""
+            if len(path) > PATH_LIMIT:
+                reason = f"its path is longer than {PATH_LIMIT} characters"
+            elif not path.isprintable():
+                reason = "its name has characters that can't be shown"
+            room -= len(ENCODER.encode(path))
+            if reason and len(left_out) < FILES_UNLISTED:
+                left_out[clip(ascii(path)[1:-1], 100)] = reason
+            elif reason or room < 0 or len(listed) == FILES_LISTED:
+                more += 1
+            else:
+                listed.append((path, self.files[path][1]))
+        if more:
+            left_out[f"({more} more)"] = "there are too many to list"
+        if not complete:
+            left_out["(others)"] = f"only {ENTRIES_SEEN} files and folders are looked at"
+        return listed, left_out
 
     def _from_worker(self) -> None:
         assert self.control is not None
@@ -3144,6 +3576,8 @@ class Supervisor:
             "state": state,
             "lost_before": self.lost,
             "message": message,
+            "files": [],
+            "files_left_out": {},
         }
         if call.stopped_for:
             done["status"] = call.stopped_for
@@ -3151,30 +3585,27 @@ class Supervisor:
             done["status"] = "out_of_memory" if oom_kills else "died"
         if others and done["status"] == "out_of_memory":
             done["message"] = f"it ran in {others + 1} processes"
+        done["files"], done["files_left_out"] = self._changed_files()
         self.call = self.lost = None
         self.state = state
         self.active = time.monotonic()
         self._tell(done)
-        if self.channel:
-            self.channel.flush()  # the result first
-        if self.channel and call.recycle and done["status"] in ("ok", "error"):
-            self._recycle(call.id)
-        else:
-            self._want_copy()
+        self._want_copy()
 
-    def _recycle(self, call_id: str) -> None:
-        """Undo whatever a call may have left, check whether anything remains, and tell the host."""
+    def _recycle(self, question: str) -> None:
+        """Undo whatever the last call may have left, check whether anything remains, and tell the host."""
         kill_all_others(self.grace)
         self._forget_worker()
         self.earlier.clear()
         self.lost = self.packages = self.begun = None
-        folders = (self.settings["working_dir"], *self.settings["writable_folders"])
+        folders = (self.home, *self.settings["writable_folders"])
         for folder in folders:
             empty_folder(folder)
+        self.files, _ = list_files(self.home)
         clean = not any(os.listdir(folder) for folder in folders if os.path.isdir(folder))
         clean = clean and not other_processes() and not system_v_objects()
         prepare_caches()
-        self._tell({"id": call_id, "kind": "recycled", "clean": clean})
+        self._tell({"id": question, "kind": "recycled", "clean": clean})
 
     # ── time, interruption and death ──
 
@@ -3332,6 +3763,30 @@ def open_inside(folder: str, path: str) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file")
     return fd
+
+
+def list_files(home: str, endings: tuple[str, ...] = ("",)) -> tuple[dict[str, tuple[int, int]], bool]:
+    """Return a folder's files, except hidden ones and bytecode: path to modification time and size.
+
+    Only files with one of these `endings` are listed. The second value tells whether all entries were looked at.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    folders, left = [""], ENTRIES_SEEN
+    while folders:
+        folder = folders.pop()
+        with contextlib.suppress(OSError), os.scandir(f"{home}/{folder}") as entries:
+            for entry in entries:
+                left -= 1
+                if left < 0:
+                    return found, False
+                if entry.name.startswith(".") or entry.name == "__pycache__":
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{folder}{entry.name}/")
+                elif entry.name.lower().endswith(endings) and entry.is_file(follow_symlinks=False):
+                    state = entry.stat(follow_symlinks=False)
+                    found[folder + entry.name] = (state.st_mtime_ns, state.st_size)
+    return found, True
 
 
 def kill_all_others(patience: float, spared: int = 0) -> None:
@@ -3664,7 +4119,6 @@ class Worker:
         self.packages: list[str] = []
         self.packages_of_session: str | None = None
         self.had_packages: list[str] = []
-        self.files = self._list_files()
         self.memory = 0  # bytes of its own before its first call
         self.copied_memory: int = settings["copied_memory"]
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
@@ -3696,7 +4150,6 @@ class Worker:
             "argv": [],
             "output_limit": None,
             "packages": self.packages_of_session,
-            "recycle": False,
         }
         self._serve_call(nothing, None)
         linecache.cache.pop(self.filename)
@@ -3821,7 +4274,6 @@ class Worker:
         self.control = Channel(3, 3)
         self.frames = self._receive()
         self.process = os.getpid()
-        self.files = self._list_files()  # the code's call changed them
         supervisor.send(b"1")
         supervisor.close()
 
@@ -3870,7 +4322,7 @@ class Worker:
         self.calls += 1
         self.call = request["id"]
         self.rich_left = RICH_LIMIT
-        self.pictures.begin()
+        self._attempt(self.pictures.begin)
         signal.signal(signal.SIGINT, self._on_interrupt)
         resets = reset_peak_memory()
         started = cpu_seconds()
@@ -3881,7 +4333,7 @@ class Worker:
             self.interruptible = False
         if os.getpid() != self.process:
             self._end_child(report)
-        for purpose, step in self._steps_after(request, state is not None, report):
+        for purpose, step in self._steps_after(request, state is not None):
             if error := self._attempt(step):
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self._attempt(self.note, f"{purpose} {how}")
@@ -3947,9 +4399,7 @@ class Worker:
             if bundle:
                 self.publish(bundle, True)
 
-    def _steps_after(
-        self, request: Run, with_state: bool, report: Report
-    ) -> Iterator[tuple[str, Callable[[], object]]]:
+    def _steps_after(self, request: Run, with_state: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         """Yield the steps that follow the code, however it ended, each with a description for notes."""
         if request["final"]:  # as at the end of a script
             yield "waiting for threads", threading._shutdown  # type: ignore[attr-defined]
@@ -3958,7 +4408,7 @@ class Worker:
             yield "collecting the state", self._send_state
         if request["final"]:
             yield "running atexit callbacks", atexit._run_exitfuncs
-        yield "listing the files", lambda: self._report_files(report, request["final"])
+        yield "showing the pictures", self.pictures.show_saved
 
     def _send_state(self) -> None:
         variables, left_out = collect_state(self.names)
@@ -3993,38 +4443,6 @@ class Worker:
             if entry.endswith(".dist-info") and not any(elsewhere):
                 with contextlib.suppress(OSError), open(f"{folder}/{entry}/RECORD", encoding="utf-8") as record:
                     yield from {re.split(r"[/.,]", line)[0] for line in record}
-
-    def _list_files(self) -> dict[str, tuple[int, int]]:
-        """Return the working directory's files, except hidden ones and bytecode: path to modification time and size."""
-        found: dict[str, tuple[int, int]] = {}
-        folders = [""]
-        while folders and len(found) < FILES_SEEN:
-            folder = folders.pop()
-            with contextlib.suppress(OSError), os.scandir(f"{self.home}/{folder}") as entries:
-                for entry in entries:
-                    if entry.name.startswith(".") or entry.name == "__pycache__":
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(f"{folder}{entry.name}/")
-                    elif entry.is_file(follow_symlinks=False):
-                        state = entry.stat(follow_symlinks=False)
-                        found[folder + entry.name] = (state.st_mtime_ns, state.st_size)
-        return found
-
-    def _report_files(self, report: Report, final: bool) -> None:
-        """Report the new and changed files; if the sandbox ends with this call, send the small ones."""
-        before, self.files = self.files, self._list_files()
-        changed = [path for path in sorted(self.files) if self.files[path] != before.get(path) and len(path) <= 200]
-        changed = [path for path in changed if path.isprintable()][:FILES_LISTED]
-        report["files"] = [(path, self.files[path][1]) for path in changed]
-        self.pictures.show_saved(changed)
-        self.pictures.tell_of_boxes()
-        left = FILES_LIMIT
-        for path in changed if final else ():
-            if self.files[path][1] <= min(left, FILE_LIMIT):
-                left -= self.files[path][1]
-                with contextlib.suppress(OSError), open(f"{self.home}/{path}", "rb") as file:
-                    self._send("content", file.read(FILE_LIMIT), path=path)
 
     def _evaluate(self, code: str, filename: str) -> Any:
         """Run the code; return the value of the expression it ends with, or None."""
@@ -4824,9 +5242,15 @@ class Pictures:
         self.worker = worker
         self.fonts: tuple[tuple[str, ...], list[str]] | None = None  # more fonts, by the packages that are installed
         self.last_figure: Any = None  # the last one shown: savefig() may come after show()
-        self.begin()
+        self.before: dict[str, tuple[int, int]] = {}  # the working directory's pictures, as list_files() tells them
+        self.forget()
 
     def begin(self) -> None:
+        """Begin a call: forget the pictures of the previous one, and see which files there are."""
+        self.forget()
+        self.before, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
+
+    def forget(self) -> None:
         """Forget the pictures of the previous call."""
         self.shown: set[Any] = set()  # marks of figures and images, hashes of what was shown, and paths
         self.saved: dict[str, bytes] = {}  # marks of figures and images, by path
@@ -4901,9 +5325,11 @@ class Pictures:
                 self.last_figure = figure
                 self.worker.display(figure)
 
-    def show_saved(self, changed: Sequence[str]) -> None:
-        """Show the pictures among the files that the call changed or Matplotlib saved."""
-        inside = [os.path.join(self.worker.home, path) for path in changed]
+    def show_saved(self) -> None:
+        """Show the pictures that the call saved, and say which characters no font has, if there are any."""
+        now, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
+        changed = [path for path in sorted(now) if now[path] != self.before.get(path) and path.isprintable()]
+        inside = [f"{self.worker.home}/{path}" for path in changed]
         paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
         left = PICTURES_SHOWN
         for path in paths:
@@ -4915,9 +5341,6 @@ class Pictures:
                         left -= 1
                         self.worker.note(f"saved as {os.path.relpath(path, self.worker.home)}")
                         self.worker.publish({"text/plain": os.path.basename(path), mime: image})
-
-    def tell_of_boxes(self) -> None:
-        """Say which characters no font has, if there are any."""
         if self.without_glyph:
             text = clip(" ".join(sorted(self.without_glyph)), 100)
             self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
@@ -6549,6 +6972,38 @@ class PackageConfig:
 
 
 @dataclass(frozen=True)
+class FilesConfig:
+    """Folders of the host that files are copied to and from."""
+
+    output: str | None = None
+    inputs: tuple[str, ...] = ()
+    limit: str = "100m"
+
+    def __post_init__(self) -> None:
+        """Refuse folders that are not there, or that no file should come from or go to."""
+        try:
+            size_in_bytes(self.limit)
+        except ValueError as error:
+            raise ValueError(f"files.limit: {error}") from None
+        if (self.output or self.inputs) and sys.platform == "win32":
+            raise ValueError("files.output: on Windows no files can be copied, use docker.mounts instead")
+        for name, place in [("output", self.output), *(("inputs", place) for place in self.inputs)]:
+            if place is None:
+                continue
+            folder = Path(place).expanduser()
+            if not folder.is_absolute():
+                raise ValueError(f"files.{name}: {place!r} is not an absolute path, such as ~/Documents")
+            if not folder.is_dir() and (name == "inputs" or folder.exists()):
+                raise ValueError(f"files.{name}: {place!r} is not a folder on this host")
+            if reason := why_not_mounted(folder.resolve()):
+                raise ValueError(f"files.{name}: {place!r} is refused, as {reason}: name a folder that holds only data")
+
+    def folders(self) -> list[Path]:
+        """Return the folders whose files a call may be given, without links in their paths."""
+        return [Path(place).expanduser().resolve() for place in self.inputs]
+
+
+@dataclass(frozen=True)
 class PoolConfig:
     """Sandboxes kept ready, so that a call finds one running, with the usual modules imported."""
 
@@ -6579,6 +7034,7 @@ class Config:
     docker: DockerConfig = field(default_factory=DockerConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     package: PackageConfig = field(default_factory=PackageConfig)
+    files: FilesConfig = field(default_factory=FilesConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     allowed_modules: tuple[str, ...] = ()
     blocked_modules: tuple[str, ...] = ()
@@ -6592,6 +7048,8 @@ ENVIRONMENT = {  # variable: the setting it overrides
     "PYTHON_DOCKER_MCP_MAX_CONCURRENT_CREATIONS": "pool.max_concurrent_creations",
     "PYTHON_DOCKER_MCP_MEMORY_LIMIT": "docker.memory_limit",
     "PYTHON_DOCKER_MCP_CPU_LIMIT": "docker.cpu_limit",
+    "PYTHON_DOCKER_MCP_FILES_OUTPUT": "files.output",
+    "PYTHON_DOCKER_MCP_FILES_INPUTS": "files.inputs",
 }
 
 
@@ -6620,14 +7078,17 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
                 f"The configuration {file} is not YAML{where}: see config.yaml for an example."
             ) from error
         settings = {} if settings is None else settings
-    origin = {key: variable for variable, key in ENVIRONMENT.items() if variable in environ}
+    origin = {key: variable for variable, key in ENVIRONMENT.items() if environ.get(variable)}
     if isinstance(settings, dict):
         for key, variable in origin.items():
             section, _, name = key.partition(".")
+            value: Any = environ[variable]
+            if key == "files.inputs":
+                value = value.split(os.pathsep)
             if isinstance(settings.setdefault(section, {}) or {}, dict):
-                settings[section] = {**(settings[section] or {}), name: environ[variable]}
+                settings[section] = {**(settings[section] or {}), name: value}
     config = _validated(settings, file, origin) if settings else Config()
-    refuse_mounts_of(file, config.docker.mounts)
+    refuse_to_share(file, config)
     return config
 
 
@@ -6640,7 +7101,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
     """Make a Config from plain data; pydantic checks types, the classes check values. Raises ConfigError."""
     import pydantic
 
-    for cls in (Config, DockerConfig, SessionConfig, PackageConfig, PoolConfig):
+    for cls in (Config, DockerConfig, SessionConfig, PackageConfig, FilesConfig, PoolConfig):
         setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # mypy knows no such attribute
     settings = (
         {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
@@ -6656,6 +7117,7 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
             known += [f"docker.{item.name}" for item in dataclasses.fields(DockerConfig)]
             known += [f"session.{item.name}" for item in dataclasses.fields(SessionConfig)]
             known += [f"package.{item.name}" for item in dataclasses.fields(PackageConfig)]
+            known += [f"files.{item.name}" for item in dataclasses.fields(FilesConfig)]
             known += [f"pool.{item.name}" for item in dataclasses.fields(PoolConfig)]
             alike = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {alike[0]}?" if alike else f"the settings are {', '.join(known)}."
@@ -6746,12 +7208,14 @@ def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
     return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # resolved, as the engine follows links
 
 
-def refuse_mounts_of(file: Path, mounts: Sequence[str]) -> None:
-    """Raise ConfigError if a mount would show the user's code the configuration, which may hold passwords."""
-    for mount in mounts:
-        place, source, _, _ = split_mount(mount)
-        if is_within(file.resolve(), source):
-            raise ConfigError(f"docker.mounts: {place!r} is refused, as the configuration {file} is in it.")
+def refuse_to_share(file: Path, config: Config) -> None:
+    """Raise ConfigError if the user's code could get at the configuration, which may hold passwords."""
+    shared = [("docker.mounts", *split_mount(mount)[:2]) for mount in config.docker.mounts]
+    shared += [("files.inputs", place, Path(place).expanduser().resolve()) for place in config.files.inputs]
+    shared += [("files.output", place, Path(place).expanduser().resolve()) for place in [config.files.output] if place]
+    for setting, place, folder in shared:
+        if is_within(file.resolve(), folder):
+            raise ConfigError(f"{setting}: {place!r} is refused, as the configuration {file} is in it.")
 
 
 def container_paths_to_keep(working_dir: str) -> Iterator[tuple[str, bool]]:
@@ -6816,6 +7280,7 @@ examples:
   {program} script.py one two             run a script, with arguments
   {program} -c 'print(6 * 7)'             run a piece of code
   … | {program} -                         run what comes on standard input
+  {program} --in sales.csv --out . r.py   give it a file, and get those that it writes
   {program} --mount data:/data report.py  let it read a folder, and save its plots as figure-N.png
   {program} --session work -c 'x = 1'
   {program} --session work -c 'x + 1'     the session kept x
@@ -6936,6 +7401,15 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:CONTAINER[:rw]",
         help="make a folder or file visible inside",
     )
+    where.add_argument(
+        "--in",
+        action="append",
+        default=[],
+        metavar="FILE",
+        dest="inputs",
+        help="copy a file into the working directory",
+    )
+    where.add_argument("--out", metavar="DIR", help="copy the files that the code writes there into this folder")
     where.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
@@ -6973,6 +7447,8 @@ async def _run_script(options: argparse.Namespace) -> int:
             interrupt=interrupt,
             filename=name,
             arguments=arguments,
+            files=options.inputs,
+            output=options.out,
         )
     if result is None:
         return 128 + received[-1]
@@ -6998,8 +7474,9 @@ def _run_config(options: argparse.Namespace) -> Config:
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
-    refuse_mounts_of(config_file(options.config), docker.mounts)
-    return dataclasses.replace(config, docker=docker)
+    config = dataclasses.replace(config, docker=docker)
+    refuse_to_share(config_file(options.config), config)
+    return config
 
 
 async def _watch_signals(runner: Runner, interrupt: anyio.Event, scope: anyio.CancelScope, received: list[int]) -> None:
@@ -7120,7 +7597,9 @@ def _print_end(result: Result, value: bool) -> None:
     sys.stdout.flush()
     if result.exception and result.exception.type != "SystemExit":
         print(result.exception.traceback, end="", file=sys.stderr)
-    notes = [result.message]
+    notes = [f"saved {file.saved}" for file in result.files if file.saved]
+    notes += [f"not saved: {path} ({reason})" for path, reason in result.files_left_out.items()]
+    notes.append(result.message or "")
     if result.exception and result.exception.missing:
         notes.append(f"`python-docker-mcp install PACKAGE` installs what {result.exception.missing} is part of")
     if result.unread:

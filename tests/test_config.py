@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import socket
 from pathlib import Path
@@ -17,6 +18,7 @@ from sandbox_runner import (
     Config,
     ConfigError,
     DockerConfig,
+    FilesConfig,
     PackageConfig,
     PoolConfig,
     SessionConfig,
@@ -104,6 +106,8 @@ SAMPLES = {  # for each variable: text, and the value that it stands for
     "PYTHON_DOCKER_MCP_MAX_CONCURRENT_CREATIONS": ("3", 3),
     "PYTHON_DOCKER_MCP_MEMORY_LIMIT": ("1g", "1g"),
     "PYTHON_DOCKER_MCP_CPU_LIMIT": ("2", 2.0),
+    "PYTHON_DOCKER_MCP_FILES_OUTPUT": ("/srv/results", "/srv/results"),
+    "PYTHON_DOCKER_MCP_FILES_INPUTS": (f"/usr/share{os.pathsep}/usr/lib", ("/usr/share", "/usr/lib")),
 }
 
 
@@ -118,6 +122,10 @@ def test_a_variable_wins_over_the_file_and_changes_nothing_else(file: Path, vari
     changed = dataclasses.replace(getattr(Config(), section), **{name: value})
     for content in ("", f"{section}:", f"{section}: {{{name}: 32}}"):
         assert load(file, content, **{variable: text}) == dataclasses.replace(Config(), **{section: changed})
+
+
+def test_an_empty_variable_is_as_one_that_is_not_set(file: Path) -> None:
+    assert load(file, "docker: {memory_limit: 1g}", **dict.fromkeys(ENVIRONMENT, "")).docker.memory_limit == "1g"
 
 
 # ── what is refused ──
@@ -192,7 +200,6 @@ def test_a_wrong_file_is_refused_in_one_sentence_that_names_key_and_place(file: 
             "PYTHON_DOCKER_MCP_CPU_LIMIT: 'half' is not accepted: it must be a number.",
         ),
         ("PYTHON_DOCKER_MCP_CPU_LIMIT", "0", "PYTHON_DOCKER_MCP_CPU_LIMIT: 0.0 is not a number above zero."),
-        ("PYTHON_DOCKER_MCP_MEMORY_LIMIT", "", "PYTHON_DOCKER_MCP_MEMORY_LIMIT: '' is not a size such as 256m or 1g."),
         (
             "PYTHON_DOCKER_MCP_POOL_SIZE",
             "many",
@@ -381,7 +388,7 @@ def test_the_example_says_of_every_key_what_it_means() -> None:
     sections = [
         item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), item.name))
     ]
-    settings = [DockerConfig, SessionConfig, PackageConfig, PoolConfig]
+    settings = [DockerConfig, SessionConfig, PackageConfig, FilesConfig, PoolConfig]
     assert len(sections) == len(settings)
     assert len(keys) == len(dataclasses.fields(Config)) + sum(len(dataclasses.fields(item)) for item in settings)
     for index in keys:

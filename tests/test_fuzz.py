@@ -86,7 +86,8 @@ def test_what_is_right_is_believed() -> None:
     """Otherwise the tests below would test nothing."""
     result = as_host(b"".join(wire(frame) for frame in FRAMES))
     assert result is not None
-    assert (result.status, result.value, result.stdout, result.contents) == ("ok", "1", "a", {"a": b"hi"})
+    assert (result.status, result.value, result.stdout) == ("ok", "1", "a")
+    assert ([file.path for file in result.files], result.files_left_out) == (["a"], {"b": "why"})
     assert [frame["kind"] for frame in as_supervisor(wire(REPORT), True)] == ["done"]
 
 
@@ -123,7 +124,6 @@ def test_data_that_is_meant_to_harm_its_reader_is_refused(text: str) -> None:
     [
         {"kind": "display", "data": b"{}", "is_value": False},
         {"kind": "omitted", "bytes": 1},
-        {"kind": "content", "data": b"", "path": ""},
         {"kind": "state", "data": b"{}", "left_out": {}},
     ],
     ids=lambda frame: f"{frame['kind']}{len(frame.get('data', b''))}",
@@ -264,8 +264,8 @@ def test_what_a_worker_sends_is_passed_on_as_its_own_or_ends_it(data: bytes, att
 
 def test_what_a_worker_sends_while_nobody_is_attached_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_runner, "BACKLOG_LIMIT", 100_000)
-    for path, data in (("x" * 1000, b""), ("x", b"x" * 1000)):
-        frame = wire({"id": CALL, "kind": "content", "path": path, "data": data})
+    for name, data in (("x" * 1000, b""), ("x", b"x" * 1000)):
+        frame = wire({"id": CALL, "kind": "state", "left_out": {name: ""}, "data": data})
         assert 50 < len(as_supervisor(frame * 1000, attached=False)) < 100
 
 

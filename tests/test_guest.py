@@ -230,7 +230,7 @@ def test_reading_a_non_blocking_channel_that_has_nothing_yields_nothing(channel:
 
 
 def make_call(limit: int | None) -> RunningCall:
-    request: Any = {"id": "a", "timeout": 30.0, "output_limit": limit, "recycle": False}
+    request: Any = {"id": "a", "timeout": 30.0, "output_limit": limit}
     return RunningCall(request, 2.0)
 
 
@@ -673,8 +673,7 @@ class Guest:
         """Send a request, ahead of it the state; the call's id."""
         call_id = f"call-{next(self.numbers)}"
         request = {"op": "run", "id": call_id, "data": code.encode(), "session": "s", "final": False}
-        request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None}
-        request |= {"recycle": False, **fields}
+        request |= {"timeout": 20.0, "filename": None, "argv": [], "output_limit": 1 << 20, "packages": None, **fields}
         if state:
             self.channel.send({"op": "state", "id": call_id, "data": state.encode()})
         self.channel.send(request)
@@ -1194,13 +1193,14 @@ def test_the_state_of_a_call_that_was_never_made_is_not_the_next_ones(guest: Gue
     assert told.value == "[]"
 
 
-def test_what_a_call_leaves_is_removed_after_its_result_if_that_is_wanted_and_it_ended_well(guest: Guest) -> None:
+def test_what_a_call_leaves_is_removed_if_that_is_wanted(guest: Guest) -> None:
     for code, status in (("open('f', 'w').close(); x = 1", "ok"), ("x = 1; open('f', 'w').close(); 1 / 0", "error")):
-        assert guest.run(code, recycle=True).status == status
+        told = guest.run(code)
+        assert (told.status, told.done["files"]) == (status, [["f", 0]])
+        guest.channel.send({"op": "recycle", "id": "now"})
         recycled = next(guest.frames)
-        assert (recycled["kind"], list(guest.home.iterdir())) == ("recycled", [])
+        assert (recycled, list(guest.home.iterdir())) == ({"kind": "recycled", "id": "now", "clean": True}, [])
         assert guest.run("x").exception["type"] == "NameError"
-    assert guest.run("import os; os._exit(1)", recycle=True).status == "died"
     guest.run("open('f', 'w').close(); x = 1")
     assert guest.run("x").value == "1", "nobody asked for that to be removed"
     assert [path.name for path in guest.home.iterdir()] == ["f"]

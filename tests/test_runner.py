@@ -625,7 +625,7 @@ DONE: dict[str, Any] = {
     "cpu": 0,
     "oom_kills": 0,
 }
-DONE |= {"memory": None, "files": [], "stale": []}
+DONE |= {"memory": None, "files": [], "files_left_out": {}, "stale": []}
 
 
 def hostile(answer: str) -> str:

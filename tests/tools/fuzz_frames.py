@@ -43,17 +43,25 @@ DONE: dict[str, Any] = {
     "exit_code": 0,
     "message": None,
     "files": [["a", 1]],
+    "files_left_out": {"b": "why"},
     "stale": [],
     "exception": {"type": "E", "message": "m", "line": 1, "traceback": "t", "missing": None},
 }
-HOST_ONLY = ("state", "lost_before", "wall", "oom_kills", "message")  # what the supervisor adds
+HOST_ONLY = (
+    "state",
+    "lost_before",
+    "wall",
+    "oom_kills",
+    "message",
+    "files",
+    "files_left_out",
+)  # what the supervisor adds
 REPORT = {name: value for name, value in DONE.items() if name not in HOST_ONLY}
 FRAMES: list[dict[str, Any]] = [
     {"id": CALL, "kind": "stdout", "data": b"a"},
     {"id": CALL, "kind": "stderr", "data": b"b"},
     {"id": CALL, "kind": "display", "data": b'{"text/plain": "x", "image/png": "aGk="}', "is_value": True},
     {"id": CALL, "kind": "state", "data": b'{"x": [1, {"y": null}], "t": null}', "left_out": {"z": "too large"}},
-    {"id": CALL, "kind": "content", "data": b"hi", "path": "a"},
     {"id": CALL, "kind": "omitted", "bytes": 5},
     {"id": CALL, "kind": "earlier", "data": b"e"},
     DONE,
@@ -162,7 +170,7 @@ class TamedSupervisor(Supervisor):
         self.mouth.setblocking(False)
         self.sources[fd] = self._from_worker
         self.abandoned: str | None = None
-        request: Any = {"id": CALL, "timeout": 60, "output_limit": 1000, "recycle": False}
+        request: Any = {"id": CALL, "timeout": 60, "output_limit": 1000}
         self.call = RunningCall(request, 2.0)
         if not attached:
             self.channel.close()
@@ -217,7 +225,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
             told = list(unwire(sent + supervisor.channel.outbox))
     for frame in told:
         assert frame["id"] == CALL
-        assert frame["kind"] in ("display", "state", "content", "done", "omitted", "stdout", "stderr")
+        assert frame["kind"] in ("display", "state", "done", "omitted", "stdout", "stderr")
         assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["state"] == "preserved")
     ended = told if told and told[-1]["kind"] == "done" else [*told, DONE]
     assert as_host(b"".join(map(wire, ended))) is not None
