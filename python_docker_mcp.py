@@ -75,8 +75,10 @@ from sandbox_runner import (
     EngineError,
     ExceptionInfo,
     FileInfo,
+    FilesConfig,
     Image,
     ImageError,
+    InputFile,
     Installation,
     Omitted,
     RequestError,
@@ -93,6 +95,7 @@ from sandbox_runner import (
     image_type,
     is_within,
     load_config,
+    log,
     open_runner,
     open_tasks,
     parse_requirement,
@@ -120,7 +123,8 @@ STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the
 STATE_UNASKED = 4_000  # the same, if the caller did not
 RESULT_LIMIT = 900_000  # bytes of the whole result as JSON
 IMAGE_LIMIT = 20  # images
-FILES_NAMED = 30  # files named in a result
+FILES_NAMED = 30  # files named in a result, or in a tool's description
+FILES_LOOKED_AT = 1000  # entries of a folder, to see whether it has so few
 
 # Limits on what is kept and read for results that could not hold everything.
 OUTPUT_KEPT = 16 << 20  # characters of output, per session
@@ -168,6 +172,14 @@ def object_in(text: str) -> Any:
     return text
 
 
+def list_in(text: str) -> Any:
+    """Return the list that a text is as JSON, or else one of the text alone; None if it is empty."""
+    with contextlib.suppress(ValueError):
+        found = pydantic_core.from_json(text)
+        return found if isinstance(found, list) else [text]
+    return [text] if text.strip() else None
+
+
 def number_in(text: str) -> float | str:
     """Return the number that a text is in plain digits, or else the text."""
     return float(text) if re.fullmatch(r"\s*[0-9]{1,15}(\.[0-9]{1,15})?\s*", text) else text
@@ -188,6 +200,17 @@ Timeout = Annotated[
     Seconds | SkipJsonSchema[None],
     in_text(number_in),
     pydantic.Field(json_schema_extra=without_default, description="Seconds the code may take."),
+]
+
+
+Files = Annotated[
+    list[str] | SkipJsonSchema[None],
+    in_text(list_in),
+    pydantic.Field(
+        json_schema_extra=without_default,
+        description="Files of the user's to copy into the working directory before the code runs, which opens them by "
+        "their base names.",
+    ),
 ]
 
 
@@ -229,11 +252,13 @@ class ExecuteTransient(Tool):
         "The result has the state afterwards: the code's top-level variables, as far as JSON can hold them.",
     )
     timeout: Timeout = None
+    files: Files = None
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
         """Run the code, and return its small files with the result: they can't be read later."""
         result = await service.runner.execute(
             self.code,
+            files=await permitted(self.files, service.runner.config.files),
             state=self.state or {},
             timeout=seconds(self.timeout, service.runner.config.docker.max_timeout),
             on_output=progress.on_output,
@@ -273,6 +298,7 @@ class ExecutePersistent(Tool):
         "underscores). Left out: a new session, whose id the result tells.",
     )
     timeout: Timeout = None
+    files: Files = None
     interrupt: Annotated[
         bool | SkipJsonSchema[None], in_text(lambda text: {"true": True, "false": False}.get(text, text))
     ] = pydantic.Field(
@@ -288,6 +314,8 @@ class ExecutePersistent(Tool):
             raise RequestError("code is empty; pass Python source code, or the session_id of running code to wait for.")
         if self.interrupt and not waits:
             raise RequestError("interrupt goes with empty code: stop first what is running, then run other code.")
+        if self.files and waits:
+            raise RequestError("files goes with code that uses them: pass both in the next call.")
         session = self.session_id or new_session_id()
         stop = anyio.Event()
         if self.interrupt:
@@ -295,6 +323,7 @@ class ExecutePersistent(Tool):
         config = service.runner.config.session
         result = await service.runner.execute(
             self.code,
+            files=await permitted(self.files, service.runner.config.files),
             session=session,
             timeout=seconds(self.timeout, config.max_timeout),
             on_output=progress.on_output,
@@ -388,6 +417,10 @@ def describe(tool: type[Tool], config: Config) -> types.Tool:
     most = config.session.max_timeout if tool.keeps_sessions else config.docker.max_timeout
     if tool.runs_code:
         schema["properties"]["timeout"].update(default=config.docker.timeout, maximum=most)
+        if config.files.inputs:
+            schema["properties"]["files"]["description"] += f" {what_can_be_given(config)}"
+        else:
+            del schema["properties"]["files"]
     remark = limits(config, most) if tool.runs_code else preinstalled(config) if tool is InstallPackage else ""
     return types.Tool(
         name=tool.name,
@@ -422,6 +455,30 @@ def limits(config: Config, most: float) -> str:
     return " ".join(words)
 
 
+def what_can_be_given(config: Config) -> str:
+    """Name the folders whose files a call may be given, and the files in them if there are few."""
+    folders = config.files.folders()
+    names: list[str] = []
+    for folder in folders:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            found = itertools.islice(entries, FILES_LOOKED_AT)
+            files = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+            names += [name for name in files if name.isprintable() and not name.startswith(".")]
+    few = f", which has {', '.join(sorted(names))}" if 0 < len(names) <= FILES_NAMED else ""
+    return f"They are taken from {' or '.join(map(str, folders))}{few}."
+
+
+async def permitted(files: Sequence[str] | None, config: FilesConfig) -> list[InputFile]:
+    """Return the files that a call is to be given. Raises RequestError for those that it may not have."""
+    if files and not config.inputs:
+        raise RequestError(
+            "No files can be given here: the operator has named no folder to take them from (files.inputs). Put the "
+            "data into the code instead."
+        )
+    folders = config.folders()
+    return await anyio.to_thread.run_sync(lambda: [InputFile.find(file, folders) for file in files or ()])
+
+
 def preinstalled(config: Config) -> str:
     """Say which packages need no installation."""
     names = ", ".join(config.package.preinstalled)
@@ -440,11 +497,25 @@ next: variables, functions, imports and files are still there. A session ends af
 - You see what the code prints, and the value of an expression at its end. Matplotlib figures come back as images \
 without savefig() or show(), and display(x) shows other images and rich values.
 - Files that a session writes into its working directory {config.docker.working_dir} are resources: \
-session://SESSION_ID/files/PATH.
+session://SESSION_ID/files/PATH.{files_in_and_out(config)}
 - Long work: execute-persistent with a `timeout` of up to {config.session.max_timeout:g} seconds. A call is answered \
 after {config.session.answer_within:g} seconds in any case, and its code goes on: call again with the same session_id \
 and empty code to wait for the rest, or with interrupt to stop it.
 - {limits(config, config.docker.max_timeout)}"""
+
+
+def files_in_and_out(config: Config) -> str:
+    """Say how files come to the user, and from the user, if they do."""
+    words = ""
+    if config.files.output:
+        words += (
+            f"\n- What code writes there is saved for the user in {config.files.output}; the result says under which "
+            "paths. Tell the user those; there is no need to print what is in the files."
+        )
+    if config.files.inputs:
+        words += "\n- Files of the user's: name them in `files`, and open them by their base names. "
+        words += what_can_be_given(config)
+    return words
 
 
 def parse(name: str, arguments: Mapping[str, Any]) -> Tool:
@@ -479,6 +550,7 @@ def refusal(tool: type[Tool], parameter: str, problem: str, given: Any) -> str:
     if problem == "greater_than":
         return f"{parameter} is {given!r}: it must be a number of seconds above 0."
     wanted = {"state": 'an object such as {"x": 1}', "timeout": "a number", "interrupt": "true or false"}
+    wanted["files"] = 'a list of paths such as ["sales.csv"]'
     kind = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}.get(type(given))
     return f"{parameter} must be {wanted.get(parameter, 'text')}, not {kind or 'a number'}."
 
@@ -594,6 +666,7 @@ def render(
         "state": variables,
         "not_in_state": missing,
         "files": [file_fields(result, file) for file in result.files[:FILES_NAMED]],
+        "files_left_out": files_left_out(result),
         "notes": background + notes,
         "session_id": result.session,
         "session_state": result.state,
@@ -910,8 +983,16 @@ def readable_size(size: int) -> str:
 
 def files_section(result: Result) -> Iterator[str]:
     """List the files that the call wrote, and say where they are."""
-    gone = [file for file in result.files if not result.session and file.path not in result.contents]
-    there = [file for file in result.files if file not in gone]
+    saved = [file for file in result.files if file.saved]
+    others = [file for file in result.files if not file.saved]
+    gone = [file for file in others if not result.session and file.path not in result.contents]
+    there = [file for file in others if file not in gone]
+    if len(saved) == 1:
+        yield f"Saved for the user as {saved[0].saved} ({readable_size(saved[0].size)})"
+    elif saved:
+        lines = [f"{file.saved} ({readable_size(file.size)})" for file in saved[:FILES_NAMED]]
+        more = [f"and {len(saved) - FILES_NAMED} more"] if len(saved) > FILES_NAMED else []
+        yield "\n".join(["Saved for the user:", *lines, *more])
     if there:
         where = f", readable as resources session://{result.session}/files/PATH" if result.session else ""
         yield f"Files written{where}: {listing(there)}"
@@ -920,6 +1001,13 @@ def files_section(result: Result) -> Iterator[str]:
             f"Files written, too large to return, and gone with the container: {listing(gone)}. To keep files, use "
             "execute-persistent."
         )
+    if missing := files_left_out(result):
+        yield f"Files left out: {missing}"
+
+
+def files_left_out(result: Result) -> str:
+    """Return which files are not listed, or not saved, and why."""
+    return clip("; ".join(f"{path} ({reason})" for path, reason in result.files_left_out.items()), 2000)
 
 
 def attachments(result: Result) -> Iterator[Section]:
@@ -939,6 +1027,7 @@ def listing(files: Sequence[FileInfo]) -> str:
 def file_fields(result: Result, file: FileInfo) -> dict[str, Any]:
     """Describe a file as structured data."""
     about: dict[str, Any] = {"path": file.path, "size": file.size, "type": media_type(file.path)}
+    about |= {"saved_as": file.saved} if file.saved else {}
     return about | {"uri": session_uri(result.session, "files", file.path)} if result.session else about
 
 
@@ -1137,9 +1226,10 @@ def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
     """Return how data gets in without a network, if there is none."""
     if not failure.config.docker.network_disabled:
         return None
-    return (
-        "Code here has no network (docker.network_disabled): put the data into the code, or have the operator make a "
-        "folder with it visible (docker.mounts)."
+    return "Code here has no network (docker.network_disabled): put the data into the code, or " + (
+        "pass a file with it in `files`."
+        if failure.config.files.inputs
+        else "have the operator name a folder to take files from (files.inputs)."
     )
 
 
@@ -1158,10 +1248,23 @@ def hint_on_path(found: re.Match[str], failure: Failure) -> str | None:
         return None
     if mounted:
         return f"Of the host, code sees only what is in {', '.join(mounted)}: name the file by its path there."
+    if failure.config.files.inputs:
+        taken = what_can_be_given(failure.config)
+        return f"Code sees only its own working directory. Name files of the user's in `files`. {taken}"
     return (
         f"Code sees only its own working directory {docker.working_dir}: pass the data in the code"
-        f"{'' if failure.in_session else ' or as `state`'}, or have the operator make a folder visible (docker.mounts)."
+        f"{'' if failure.in_session else ' or as `state`'}, or have the operator name a folder to take files from "
+        "(files.inputs)."
     )
+
+
+def hint_on_input(found: re.Match[str], failure: Failure) -> str | None:
+    """Return how to get at a file that is on the host, in one of the folders whose files a call may be given."""
+    with contextlib.suppress(RequestError):
+        if failure.config.files.inputs:
+            file = InputFile.find(found[1], failure.config.files.folders())
+            return f'Pass "{found[1]}" in `files`, and open it as {file.name!r}: code sees no folders of the host.'
+    return None
 
 
 def hint_on_permission(found: re.Match[str], failure: Failure) -> str | None:
@@ -1169,9 +1272,10 @@ def hint_on_permission(found: re.Match[str], failure: Failure) -> str | None:
     docker = failure.config.docker
     for folder in (split_mount(mount)[2] for mount in docker.mounts):
         if is_within(found[1], folder):
+            saved = ", from where it is saved for the user" if failure.config.files.output else ""
             return (
                 f"The sandbox's user (uid 65534) has no permission for this in {folder}: write to "
-                f"{docker.working_dir}, or have the operator chmod the folder on the host."
+                f"{docker.working_dir}{saved}, or have the operator chmod the folder on the host."
             )
     return None
 
@@ -1208,6 +1312,7 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r".*", r"\[Errno (?:-2|-3|101)\]|Temporary failure in name resolution", hint_on_network),
     (r".*", r"\[Errno 30\]", hint_on_read_only),
     (r".*", r"\[Errno 28\]", DISK_FULL),
+    (r"FileNotFoundError", r"No such file or directory: ['\"]?([^'\"]+)", hint_on_input),
     (r"FileNotFoundError", rf"No such file or directory: ['\"]?{PATH}", hint_on_path),
     (r"FileNotFoundError", rf"^{PATH} not found", hint_on_path),
     (r"PermissionError", rf"\[Errno 13\][^'\"]*['\"]{PATH}", hint_on_permission),
@@ -1337,6 +1442,7 @@ def make_server(runner: Runner) -> Server[Service]:
         service = Service(runner)
         async with open_tasks() as tasks:
             tasks.start_soon(service.reporter.run)
+            tasks.start_soon(warn_of_mounts, runner)
             yield service
 
     return Server(
@@ -1659,8 +1765,19 @@ def hold_memory(size: int) -> int:
     return sum(map(len, [b"x" * (1 << 20) for _ in range(size >> 20)]))
 
 
+def look_at(places: list[str]) -> list[Any]:
+    """Return of each path whether code can read it and write to it, and how many entries it sees there."""
+    seen = []
+    for place in places:
+        is_folder = os.path.isdir(place)
+        can_read = os.access(place, os.R_OK | (os.X_OK if is_folder else 0))
+        entries = len(os.listdir(place)) if is_folder and can_read else None
+        seen.append([can_read, os.access(place, os.W_OK), entries])
+    return seen
+
+
 PROBE: tuple[Callable[..., Any], ...] = (
-    refused_with, rights, create_in, writable_mounts, network, open_parts_of_process_1, open_system_calls,
+    look_at, refused_with, rights, create_in, writable_mounts, network, open_parts_of_process_1, open_system_calls,
     spend_cpu, fork_all, fill, hold_memory,
 )  # fmt: skip
 
@@ -1789,6 +1906,54 @@ def judge_file_system(patient: Patient, _: Result, seen: Any) -> Judgement:
     return ("ok", f"read-only but for {places}") if root == "EROFS" else ("failed", "the root is not read-only")
 
 
+def judge_mounts(patient: Patient, _: Result, seen: Any) -> Judgement:
+    """Whether code can use the folders of the host that are made visible to it."""
+    said, remedies = [], []
+    for mount, (can_read, can_write, entries) in zip(patient.config.docker.mounts, seen, strict=True):
+        place, source, target, mode = split_mount(mount)
+        here = 0
+        with contextlib.suppress(OSError):
+            here = len(os.listdir(source))
+        if not can_read:
+            said.append(f"{target} can't be read")
+            remedies.append(UNREADABLE.format(place))
+        elif entries == 0 and here:
+            said.append(f"{target} is empty, though {place} is not")
+            remedies.append(ELSEWHERE)
+        elif mode == ":rw" and not can_write:
+            said.append(f"{target} can't be written")
+            remedies.append(UNWRITABLE.format(place))
+    if said:
+        return "warning", "; ".join(said), " ".join(dict.fromkeys(remedies))
+    shown = [split_mount(mount)[2] for mount in patient.config.docker.mounts]
+    return "ok", ", ".join(shown) or "of the host, code sees nothing"
+
+
+UNREADABLE = (
+    "Let the sandbox's user (uid 65534) into {0}: `chmod -R o+rX {0}`, or where SELinux is in force `chcon -R -t "
+    "container_file_t {0}`; or name the folder in files.inputs, which needs neither."
+)
+UNWRITABLE = (
+    "Let the sandbox's user (uid 65534) write to {0}: `chmod o+w {0}`; or name the folder in files.output, which needs "
+    "no such thing."
+)
+ELSEWHERE = (
+    "The engine runs on another machine, or in a virtual one that does not share this folder: share it, or name it in "
+    "files.inputs, which works anywhere."
+)
+
+
+async def warn_of_mounts(runner: Runner) -> None:
+    """Log what keeps code from using the mounted folders, if there is anything."""
+    check = next(check for check in CHECKS if check.judge is judge_mounts)
+    if runner.config.docker.mounts and not (runner.config.allowed_modules or runner.config.blocked_modules):
+        with contextlib.suppress(SandboxError):  # the first call will meet the same error, and tell it
+            patient = Patient(runner.config, *await runner.prepare())
+            finding = judge(check, patient, await attempt(check, runner, None))
+            if finding.verdict == "warning":
+                log.warning("docker.mounts: %s. %s", finding.seen, finding.remedy)
+
+
 def judge_network(patient: Patient, _: Result, seen: Any) -> Judgement:
     """Whether there is nothing to reach."""
     names, connecting, resolving = seen
@@ -1888,6 +2053,7 @@ CHECKS = (
     ), timeout=0.3),
     Check("file system", "(create_in('/'), create_in({packages}), writable_mounts())", judge_file_system,
           "--read-only, --tmpfs and --mount=…,ro"),
+    Check("mounts", "look_at({mounts})", judge_mounts),
     Check("network", "network()", judge_network, "--network=none"),
     Check("root", "([*os.getresuid(), *os.getresgid(), *os.getgroups()], rights('self'), rights('1'), "
           "{{'setuid': refused_with(os.setuid, 0), 'chroot': refused_with(os.chroot, '/')}})",
@@ -2019,8 +2185,8 @@ async def describe_engine(config: Config, engine: Engine, image: Image) -> Patie
     return Patient(config, engine, image, await ask("version"), await ask("info"), is_hosts)
 
 
-async def attempt(check: Check, runner: Runner, session: str) -> Result:
-    """Evaluate a check's expression in the session's sandbox."""
+async def attempt(check: Check, runner: Runner, session: str | None) -> Result:
+    """Evaluate a check's expression in the session's sandbox, or in a fresh one."""
     if not check.expression:
         return Result("ok")
     names = {
@@ -2028,6 +2194,7 @@ async def attempt(check: Check, runner: Runner, session: str) -> Result:
         "modules": [import_name(requirement) for requirement in runner.config.package.preinstalled],
         "folders": [*dict.fromkeys(("/tmp", runner.config.docker.working_dir, "/dev/shm"))],
         "packages": repr(PACKAGES),
+        "mounts": [split_mount(mount)[2] for mount in runner.config.docker.mounts],
     }
     code = f"{probe_source()}\nseen = {check.expression.format(**names)}"
     try:

@@ -2177,7 +2177,7 @@ class InputFile:
         try:
             descriptor = found.open()
         except FileNotFoundError:
-            raise RequestError(f"There is no file {shown} on the host{alike(place)}.") from None
+            raise RequestError(f"There is no file {shown} on the host{alike(place) or '.'}") from None
         except OSError as error:
             what = "is a folder: name the files in it" if file.is_dir() else f"can't be read: {error.strerror or error}"
             raise RequestError(f"{shown} {what}.") from None
@@ -2218,12 +2218,12 @@ class InputFile:
             os.close(descriptor)
 
 
-def alike(place: Path) -> str:
-    """Return what a file that does not exist may have been meant to be, in words; "" if nothing is like it."""
+def alike(place: Path) -> str | None:
+    """Return what a file that does not exist may have been meant to be, in words; None if nothing is like it."""
     with contextlib.suppress(OSError):
         if found := difflib.get_close_matches(place.name, [entry.name for entry in place.parent.iterdir()], 1):
             return f": did you mean {found[0]}?"
-    return ""
+    return None
 
 
 def input_files(asked: Sequence[str | os.PathLike[str] | InputFile], config: Config) -> tuple[InputFile, ...]:
@@ -3473,7 +3473,7 @@ class Supervisor:
                 reason = "its name has characters that can't be shown"
             room -= len(ENCODER.encode(path))
             if reason and len(left_out) < FILES_UNLISTED:
-                left_out[clip(ascii(path)[1:-1], 100)] = reason
+                left_out[f"{ascii(path)[1:61]}…"] = reason
             elif reason or room < 0 or len(listed) == FILES_LISTED:
                 more += 1
             else:

@@ -62,6 +62,7 @@ WELL: dict[str, Any] = {  # by check, the values of its expression in a sandbox 
     "time-out": Result("timeout", state="preserved"),
     "kill": Result("timeout", lost=True),
     "file system": ["EROFS", "EROFS", ["/tmp", "/app", "/dev/shm"]],
+    "mounts": [],
     "network": [["lo"], "ENETUNREACH", "gaierror"],
     "root": [[65534] * 6, OWN, FIRST, REFUSED],
     "system calls": [OWN, FIRST, []],
