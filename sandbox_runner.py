@@ -2162,7 +2162,7 @@ class InputFile:
             path = Path(asked).expanduser()
             places = [folder / path for folder in folders or [Path()]]
             place = next((place for place in places if os.path.lexists(place)), places[0])
-            file, inside = place.resolve(), [folder for folder in folders or () if is_within(place.absolute(), folder)]
+            file, inside = place.resolve(), any(is_within(os.path.abspath(place), folder) for folder in folders or ())
         except (OSError, ValueError, RuntimeError) as error:  # a null byte, an unknown user's home, links in a circle
             raise RequestError(f"{shown} can't be the path of a file: {error}.") from None
         folder = file.parent
@@ -2179,7 +2179,11 @@ class InputFile:
         except FileNotFoundError:
             raise RequestError(f"There is no file {shown} on the host{alike(place) or '.'}") from None
         except OSError as error:
-            what = "is a folder: name the files in it" if file.is_dir() else f"can't be read: {error.strerror or error}"
+            what = (
+                "is a folder: name the files in it"
+                if os.path.isdir(file)
+                else f"can't be read: {error.strerror or error}"
+            )
             raise RequestError(f"{shown} {what}.") from None
         try:
             return dataclasses.replace(found, size=os.fstat(descriptor).st_size)
@@ -2739,6 +2743,7 @@ FILES_LISTED = 1000  # of the files that a call made or changed
 FILES_UNLISTED = 20  # of those that are not: named, with the reason
 LISTING_LIMIT = 1 << 19  # bytes of their names
 PATH_LIMIT = 200  # characters of a file's path
+NAME_SHOWN = 60  # of one that is not listed
 ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
 PIECE_SIZE = 1 << 18  # bytes of a file that are read or written at once
 SETTLED_AFTER = 20_000_000  # nanoseconds; two changes within one tick of the kernel's clock leave the same time
@@ -3472,8 +3477,10 @@ class Supervisor:
             elif not path.isprintable():
                 reason = "its name has characters that can't be shown"
             room -= len(ENCODER.encode(path))
-            if reason and len(left_out) < FILES_UNLISTED:
-                left_out[f"{ascii(path)[1:61]}…"] = reason
+            shown = ascii(path)[1:-1]
+            shown = shown if len(shown) <= NAME_SHOWN else f"{shown[:NAME_SHOWN]}…"
+            if reason and len(left_out) < FILES_UNLISTED and shown not in left_out:
+                left_out[shown] = reason
             elif reason or room < 0 or len(listed) == FILES_LISTED:
                 more += 1
             else:

@@ -921,7 +921,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"code": "1", "session_id": "x"},
         "code, state, timeout, files. Did you mean execute-persistent?",
     ),
-    ("execute-transient", {"code": "1", "zzz": 1}, "'zzz': its parameters are code, state, timeout."),
+    ("execute-transient", {"code": "1", "zzz": 1}, "'zzz': its parameters are code, state, timeout, files."),
     ("execute-transient", {"code": 1}, "code must be text, not a number."),
     ("execute-transient", {"code": " \n"}, "code is empty; pass this: Python source code."),
     ("execute-transient", {"code": "#" * 300_000}, "The code is 300000 bytes long; the limit is 262144."),
