@@ -1664,7 +1664,8 @@ HOST_PATIENCE = 10  # seconds the host waits past the supervisor's own deadline
 ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
 FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
 NOTES_LOGGED = 100  # notes of one sandbox that are logged
-QUESTIONS_AHEAD = 4  # pieces of a file asked for, or sent, before the first is there: so the pipe is never idle
+QUESTIONS_AHEAD = 16  # pieces of a file asked for, or sent, before the first is there: so the pipe is never idle
+PIECE_TIMEOUT = 60  # seconds for the next one to come; a slow line has to carry so many
 WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
 LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
 
@@ -2069,7 +2070,7 @@ class Sandbox:
             async with contextlib.aclosing(frames):
                 with self._answers_to(question) as answers:
                     while True:
-                        with anyio.fail_after(ATTACH_TIMEOUT):
+                        with anyio.fail_after(PIECE_TIMEOUT):
                             while more and unanswered < QUESTIONS_AHEAD:
                                 if frame := await anext(frames, None):
                                     await self._write(encoded(frame))
@@ -2084,7 +2085,7 @@ class Sandbox:
         except anyio.EndOfStream:
             raise SessionError("The session's container ended, and its files are gone.") from None
         except TimeoutError:
-            raise SessionError(f"The session's container did not answer within {ATTACH_TIMEOUT} seconds.") from None
+            raise SessionError(f"The session's container did not answer within {PIECE_TIMEOUT} seconds.") from None
 
     # ── the end ──
 
@@ -2141,8 +2142,8 @@ class Sandbox:
 
 CONTENT_LIMIT = 64 << 10  # bytes of a file whose content a result has, if it would be gone with the sandbox
 CONTENTS_LIMIT = 256 << 10  # bytes of all such files
-UNSETTLED_PAUSE = 0.03  # seconds until a file that has just been changed is read again,
-UNSETTLED_ATTEMPTS = 5  # and how often
+SETTLING_TIME = 0.025  # seconds until a file that has just been changed is read; a bit more than SETTLED_AFTER
+READING_ATTEMPTS = 5  # of a file that is changed meanwhile
 
 
 @dataclass(frozen=True)
@@ -2324,35 +2325,35 @@ def output_folder(call: Call, config: FilesConfig) -> OutputFolder | None:
     return OutputFolder(Path(config.output).expanduser(), inner)
 
 
-class UnsettledError(Exception):
-    """A file was changed while it was read."""
-
-
-async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most: int) -> int:
-    """Copy a sandbox's file to the host, in one state; return its size.
+async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most: int) -> FileInfo:
+    """Copy a sandbox's file to the host, in one state; return what was saved.
 
     Raises:
-        OSError: the host can't take it; for one, it has more than `most` bytes.
-        UnsettledError: it was being changed. RequestError, SessionError: it can't be read.
+        OSError: the host can't take it; or it has more than `most` bytes, or was being changed all the time.
+        RequestError, SessionError: it can't be read.
     """
-    if info.size > most:
-        raise OSError(errno.EFBIG, f"its {info.size} bytes are more than files.limit has left for this call")
-    file = await anyio.to_thread.run_sync(folder.open, info.path)
-    try:
-        version, size = None, 0
-        async with contextlib.aclosing(sandbox.pieces(info.path, 0, info.size + 1)) as pieces:
-            async for piece in pieces:
-                version = version or piece["version"]
-                if not piece["settled"] or piece["version"] != version:
-                    raise UnsettledError
-                await anyio.to_thread.run_sync(file.write, piece["data"])
-                size += len(piece["data"])
-        if size != info.size:
-            raise UnsettledError
-        await anyio.to_thread.run_sync(file.keep)
-        return size
-    finally:
-        file.close()
+    for _ in range(READING_ATTEMPTS):
+        if info.size > most:
+            raise OSError(errno.EFBIG, f"its {info.size} bytes are more than files.limit has left for this call")
+        file = await anyio.to_thread.run_sync(folder.open, info.path)
+        try:
+            size, version = 0, None
+            async with contextlib.aclosing(sandbox.pieces(info.path, 0, info.size + 1)) as pieces:
+                async for piece in pieces:
+                    version = version or piece["version"]
+                    if not piece["settled"] or piece["version"] != version:
+                        break
+                    await anyio.to_thread.run_sync(file.write, piece["data"])
+                    size += len(piece["data"])
+                else:
+                    if size == piece["size"]:
+                        await anyio.to_thread.run_sync(file.keep)
+                        return dataclasses.replace(info, saved=folder.full_path(info.path))
+            info = dataclasses.replace(info, size=piece["size"])
+        finally:
+            file.close()
+        await anyio.sleep(SETTLING_TIME)
+    raise OSError(errno.EBUSY, "it was being changed while it was read")
 
 
 async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | None, most: int) -> Result:
@@ -2362,28 +2363,21 @@ async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | Non
     """
     files: list[FileInfo] = []
     left_out, contents, room = dict(result.files_left_out), {}, CONTENTS_LIMIT
+    if folder and result.files:
+        await anyio.sleep(SETTLING_TIME)  # once for all that the call has just written
     for info in result.files:
-        for _ in range(UNSETTLED_ATTEMPTS if folder else 0):
-            assert folder is not None
+        if folder:
             try:
-                most -= await save_file(sandbox, info, folder, most)
-            except UnsettledError:
-                left_out[info.path] = "it was being changed while it was read"
-                await anyio.sleep(UNSETTLED_PAUSE)
+                info = await save_file(sandbox, info, folder, most)
+                most -= info.size
             except OSError as error:
                 left_out[info.path] = error.strerror or str(error)
-                break
             except SandboxError as error:
                 left_out[info.path] = str(error).rstrip(".")
-                break
-            else:
-                left_out.pop(info.path, None)
-                info = dataclasses.replace(info, saved=folder.full_path(info.path))
-                break
         files.append(info)
         if not info.saved and result.session is None and info.size <= min(CONTENT_LIMIT, room):
             with contextlib.suppress(SandboxError):
-                contents[info.path] = await sandbox.read_file(info.path, 0, info.size + 1)
+                contents[info.path] = await sandbox.read_file(info.path, 0, info.size)
                 room -= len(contents[info.path])
     return dataclasses.replace(result, files=tuple(files), files_left_out=left_out, contents=contents)
 
@@ -2626,6 +2620,7 @@ class Piece(TypedDict):
     id: str
     data: Data
     problem: str | None
+    size: Count  # of the whole file
     version: str  # changes whenever the file does
     settled: bool  # whether the file was left alone for longer than its version could fail to change
 
@@ -3412,15 +3407,16 @@ class Supervisor:
                 state = os.fstat(fd)
             finally:
                 os.close(fd)
-            version = f"{state.st_ino} {state.st_ctime_ns} {state.st_size}"
+            size, version = state.st_size, f"{state.st_ino} {state.st_ctime_ns}"
             settled, problem = time.time_ns() - state.st_ctime_ns > SETTLED_AFTER, None
         except OSError as error:
-            data, version, settled, problem = b"", "", True, error.strerror or str(error)
+            data, size, version, settled, problem = b"", 0, "", True, error.strerror or str(error)
         piece: Piece = {
             "id": request["id"],
             "kind": "file",
             "data": data,
             "problem": problem,
+            "size": size,
             "version": version,
             "settled": settled,
         }
@@ -4289,12 +4285,13 @@ class Worker:
 
         A replacement that passes on to them, such as a tee to a file, stays.
         """
+        notes = []  # for when both are restored, as a note flushes them
         for fd, name in ((1, "stdout"), (2, "stderr")):
             real, stream = self.streams.get(name), getattr(sys, name, None)
             if not is_same_file(fd, self.spares[fd]):
                 with contextlib.suppress(OSError):
                     os.dup2(self.spares[fd], fd)
-                    self.note(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
+                    notes.append(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
             if real is None or real.closed:
                 raw = io.FileIO(fd, "w", closefd=False)
                 real = self.streams[name] = Stream(
@@ -4309,7 +4306,9 @@ class Worker:
                     is_closed = stream is None or bool(stream.closed)
                 if not is_closed:
                     kind = class_name(stream)
-                    self.note(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
+                    notes.append(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
+        for note in notes:
+            self.note(note)
 
     def flush_streams(self) -> None:
         """Flush the standard streams: what the code has put in their place, and the real ones."""

@@ -700,6 +700,62 @@ for line in sys.stdin.buffer:
         yield Measured(what, "MB/s", rates[ours], (Beside(pipe, rates[way], at_least=0.5),))
 
 
+@row
+def files(bench: Bench) -> Iterator[Measured]:
+    """Megabytes a second of a file of 50 MB into and out of a session, beside a bare pipe; and what memory it takes."""
+    size = 50 * MEGABYTE
+    bare = f"""
+import sys
+data = bytes({size})
+print("ready", flush=True)
+for line in sys.stdin.buffer:
+    if line == b"out\\n":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        sys.stdin.buffer.read({size})
+        print("done", flush=True)
+"""
+    with tempfile.TemporaryDirectory() as folder, bench.pipe(bare) as process:
+        inputs, output, content = Path(folder, "in"), Path(folder, "out"), os.urandom(size)
+        inputs.mkdir()
+        (inputs / "large").write_bytes(content)
+        server, name = bench.server(files={"inputs": [str(inputs)], "output": str(output)}), unique("files")
+        server.settle(2)
+        server.persistent(name)
+        server.settle(3)
+        assert read_line(process) == b"ready\n"
+        server.forget_peak()
+        before = server.memory()
+
+        def pipe_out() -> None:
+            write(process, b"out\n")
+            left = size
+            assert process.stdout is not None
+            while left:
+                left -= len(process.stdout.read(min(left, MEGABYTE)))
+
+        def pipe_into() -> None:
+            write(process, b"in\n" + content)
+            assert read_line(process) == b"done\n"
+
+        def into() -> None:
+            server.call("execute-persistent", code="1", session_id=name, files=["large"])
+
+        def out() -> None:
+            server.call("execute-persistent", code="import os; os.utime('large')", session_id=name)
+
+        pause = functools.partial(time.sleep, PAUSE)
+        taken = interleave(bench.few * 2, pause, into=into, pipe_into=pipe_into, out=out, pipe_out=pipe_out)
+        growth = server.memory("VmHWM") - before
+        assert (output / name / "large").read_bytes() == content
+    rates = {way: [1000 * 50 / time for time in times] for way, times in taken.items()}
+    pipe = f"bare pipe of `{bench.engine.kind} run -i`"
+    for what, way in (("a file of 50 MB into a session", "into"), ("a file of 50 MB out of a session", "out")):
+        yield Measured(what, "MB/s", rates[way], (Beside(pipe, rates[f"pipe_{way}"], at_least=0.5),))
+    yield Measured("server memory, growth during that", "MB", [growth], at_most=20)
+
+
 async def through_library(
     bench: Bench, make: str, lines: str, others: dict[str, Callable[[], None]]
 ) -> dict[str, list[float]]:
