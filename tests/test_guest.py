@@ -927,6 +927,10 @@ def test_each_call_starts_with_the_real_streams_and_says_so_once(guest: Guest) -
         {"text/plain": "[sys.stdout was left replaced by a StringIO object; it is the real one again]"}
     ]
     assert guest.run("print('visible')").shown == []
+    guest.run(
+        "class Trap:\n    def __getattribute__(self, _): raise KeyboardInterrupt\nsys.stdout, sys.stderr = True, Trap()"
+    )
+    assert (guest.run("1").value, guest.run("1").shown) == ("1", [])
 
 
 @pytest.mark.parametrize("spoil", ["del sys.stdout, sys.stderr", "sys.stdout = sys.stderr = io.StringIO()"])
