@@ -1108,8 +1108,7 @@ class Request:
         data = json.dumps(variables).encode()
         if len(data) > STATE_LIMIT:
             raise RequestError(
-                f"state comes to {len(data)} bytes; the limit is {STATE_LIMIT}: use a session, or a file in a mounted "
-                "folder (docker.mounts)."
+                f"state comes to {len(data)} bytes; the limit is {STATE_LIMIT}: use a session, or a file."
             )
         return data
 

@@ -111,10 +111,14 @@ def test_the_registry_entry_keeps_to_the_registrys_limits() -> None:
 def test_what_the_registry_and_the_desktop_bundle_offer_to_set_has_the_defaults_of_the_code() -> None:
     defaults = {"memory_limit": DockerConfig.memory_limit, "cpu_limit": DockerConfig.cpu_limit}
     manifest = json.loads(read("manifest.json"))
-    assert {name: option["default"] for name, option in manifest["user_config"].items()} == defaults
+    # A bundle's variable without default would reach the server as "${user_config.output}"; empty, it is as if not set.
+    folders = {"files_output": "", "files_inputs": ""}
+    options = {name: option["default"] for name, option in manifest["user_config"].items()}
+    assert options == {name.removeprefix("files_"): value for name, value in (defaults | folders).items()}
     variables = json.loads(read("server.json"))["packages"][0]["environmentVariables"]
     offered = {item["name"].removeprefix("PYTHON_DOCKER_MCP_").lower(): item.get("default") for item in variables}
-    assert offered == {"config": None, **{name: str(value) for name, value in defaults.items()}}
+    shown = {name: str(value) for name, value in defaults.items()} | dict.fromkeys(folders)
+    assert offered == {"config": None, **shown}
     assert set(manifest["server"]["mcp_config"]["env"]) < {item["name"] for item in variables}
 
 
