@@ -49,6 +49,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from sandbox_runner import (
     Config,
     DockerConfig,
+    FilesConfig,
     PackageConfig,
     PoolConfig,
     SessionConfig,
@@ -90,6 +91,8 @@ class Kind:
     interrupt: bool = False  # it is interrupted once it is said to be running
     resource: str | None = None  # what is read afterwards
     stops: bool = False  # whether it is stopped, which takes its time while the container is paused
+    saves: bool = False  # whether it writes TOKEN into a file
+    files: tuple[str, ...] | None = None  # of the host's, that it is given
 
 
 MEMORY = "data = bytearray(1 << 30)\nfor i in range(0, 1 << 30, 4096): data[i] = 1"
@@ -98,6 +101,9 @@ MUCH = "for _ in range(2500): print('x' * 999)\nprint('TOKEN')"
 STUBBORN = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
 LONG = "import time\nfor i in range(6):\n    print('step', i, flush=True)\n    time.sleep(1)\nprint('TOKEN')"
 SLEEP = "import time; time.sleep(60)"
+GIVEN = 700_000  # bytes of the file on the host
+FILE = Kind(3, "open('a.txt', 'w').write('TOKEN')", words=("a.txt",), saves=True)
+GET = Kind(3, "print(len(open('given.txt').read()), 'TOKEN')", words=(f"{GIVEN} TOKEN",), files=("given.txt",))
 
 TRANSIENT = {
     "sum": Kind(20, "print(sum(range(100_000)), 'TOKEN')", words=("4999950000 TOKEN",)),
@@ -105,7 +111,8 @@ TRANSIENT = {
     "timeout": Kind(2, "while True: pass", "timeout", (), timeout=1, stops=True),
     "plot": Kind(3, PLOT, images=1),
     "much": Kind(2, MUCH, words=("characters left out", "TOKEN")),
-    "file": Kind(2, "open('a.txt', 'w').write('TOKEN')", words=("a.txt", "TOKEN")),
+    "file": FILE,
+    "given": GET,
     "crash": Kind(2, "import os; os._exit(3)", "died", ("exit status 3",)),
     "memory": Kind(1, MEMORY, "out_of_memory", ("needed more memory",)),
     "cancel": Kind(3, SLEEP, cancel=True),
@@ -116,7 +123,8 @@ SESSION = {
     "timeout": Kind(4, "while True: pass", "timeout", (), timeout=1, stops=True),
     "plot": Kind(5, PLOT, images=1),
     "much": Kind(4, MUCH, words=("characters left out", "TOKEN"), resource="output"),
-    "file": Kind(5, "open('a.txt', 'w').write('TOKEN')", words=("a.txt",), resource="file"),
+    "file": dataclasses.replace(FILE, resource="file"),
+    "given": GET,
     "long": Kind(6, LONG, words=("step 0", "step 5", "TOKEN")),
     "interrupt": Kind(4, SLEEP, "cancelled", (), interrupt=True, stops=True),
     "cancel": Kind(6, SLEEP, cancel=True, stops=True),
@@ -349,11 +357,14 @@ class Worker:
         code = kind.code.replace("TOKEN", token) + ("\nseen += 1" if state else "")
         started = time.monotonic()
         moment = self.random.uniform(0, 2) if kind.cancel else math.inf
-        answer = await self.client.call("execute-transient", moment, code=code, state=state, timeout=kind.timeout)
+        more = {"state": state, "timeout": kind.timeout, "files": kind.files}
+        answer = await self.client.call("execute-transient", moment, code=code, **more)
         self.soak.kinds[f"transient {name}"] += 1
         if kind.cancel:
             return
         problem = wrong(kind, answer, token)
+        if not problem and kind.saves:
+            problem = unsaved(answer, token, self.soak.excuse(started))
         if problem and answer.status in ("died", "failed") and self.soak.excuse(started):
             self.soak.kinds["(transient calls lost to a kill)"] += 1
         elif problem:
@@ -455,7 +466,7 @@ class Worker:
         moment = self.random.uniform(0, 1.5) if kind.cancel else math.inf
         self.soak.kinds[f"session {name}"] += 1
         try:
-            answer = await self._use(session, code, moment, timeout=kind.timeout)
+            answer = await self._use(session, code, moment, timeout=kind.timeout, files=kind.files)
             text = answer.text
             while answer.status == "running":
                 self.soak.kinds["session wait"] += 1
@@ -499,6 +510,8 @@ class Worker:
         if found and session.orphaned:
             session.orphaned = False
         problem = wrong(kind, answer, token) or ("" if found or kind.timeout or kind.interrupt else "no counter")
+        if not problem and kind.saves and "Still running" not in answer.text:
+            problem = unsaved(answer, token, bool(session.risk) or self.soak.excuse(started))
         if problem and answer.status in ("died", "failed") and (session.risk or self.soak.excuse(started)):
             self.soak.kinds[f"(session calls that {answer.status} by a kill)"] += 1
         elif problem:
@@ -564,6 +577,15 @@ class Worker:
         self.soak.sessions.remove(session)
         if answer.status == "ok" and self.random.random() < 0.3:
             self.soak.sessions.append(Session(session.name, session.owner))
+
+
+def unsaved(answer: Answer, token: str, is_excused: bool) -> str:
+    """What is wrong with the file that a call wrote: where it is saved it holds the token, or else the result does."""
+    if is_excused and "Files left out: a.txt" in answer.text:
+        return ""
+    saved = re.search(r"Saved for the user as (\S+) \(", answer.text)
+    content = Path(saved[1]).read_text(encoding="utf-8") if saved else answer.text
+    return "" if token in content else f"the file does not hold {token}, but {content[:100]}"
 
 
 def wrong(kind: Kind, answer: Answer, token: str) -> str:
@@ -700,6 +722,8 @@ class Soak:
         self.end = self.started + 60 * minutes
         self.over = False
         self.memory: list[tuple[float, int]] = []  # minutes, and kB of the server that is never killed
+        (self.folder / "in").mkdir()
+        (self.folder / "in/given.txt").write_text("x" * GIVEN, encoding="utf-8")
         self._trace = (self.folder / "trace.log").open("w", encoding="utf-8")
 
     def environment(self, index: int) -> dict[str, str]:
@@ -708,6 +732,7 @@ class Soak:
             docker=DockerConfig(command=self.command, image=self.image, timeout=90),
             session=SessionConfig(idle_timeout=IDLE_TIMEOUT, answer_within=ANSWER_WITHIN),
             package=PackageConfig(volume=self.volume),
+            files=FilesConfig(str(self.folder / "out") if index >= CLIENTS // 2 else None, (str(self.folder / "in"),)),
             pool=PoolConfig(size=4, max_age=60, preload=("numpy",), reuse=bool(index % 2)),
         )
         file = self.folder / f"config-{index}.yaml"
