@@ -1360,7 +1360,7 @@ class Call:
             earlier=self._earlier,
             variables=self._variables,
             variables_left_out=self._left_out,
-            files=tuple(FileInfo(path, size) for path, size in done["files"]),
+            files=tuple(FileInfo(path, size) for path, size in done["files"][:FILES_LISTED]),
             files_left_out=done["files_left_out"],
             stale=tuple(done.get("stale", ())),
             wall=done["wall"],
@@ -1662,6 +1662,7 @@ INTERRUPT_GRACE = 2.0  # seconds between interrupting the code and killing it
 HOST_PATIENCE = 10  # seconds the host waits past the supervisor's own deadline
 ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its own was killed
 FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
+WRONG_ANSWER = "The session's container did not answer as it should."
 NOTES_LOGGED = 100  # notes of one sandbox that are logged
 QUESTIONS_AHEAD = 16  # pieces of a file asked for, or sent, before the first is there: so the pipe is never idle
 PIECE_TIMEOUT = 60  # seconds for the next one to come; a slow line has to carry so many
@@ -2042,8 +2043,8 @@ class Sandbox:
 
         async with contextlib.aclosing(self._exchange(question, questions())) as answers:
             async for piece in answers:
-                if piece["kind"] != "file":
-                    raise SessionError("The session's container did not answer as it should.")
+                if piece["kind"] != "file" or len(piece["data"]) > PIECE_SIZE:
+                    raise SessionError(WRONG_ANSWER)
                 if piece["problem"]:
                     raise RequestError(f"The file {last_line(path)!r} can't be read: {piece['problem']}.")
                 yield piece
@@ -2057,9 +2058,10 @@ class Sandbox:
             question = secrets.token_hex(8)
             async with contextlib.aclosing(self._exchange(question, file.frames(question, left))) as answers:
                 async for answer in answers:
-                    if answer["kind"] != "written" or answer["problem"]:
-                        problem = answer["kind"] == "written" and answer["problem"]
-                        raise RequestError(f"The file {file.name} can't be put into the sandbox: {problem}.")
+                    if answer["kind"] != "written":
+                        raise SessionError(WRONG_ANSWER)
+                    if answer["problem"]:
+                        raise RequestError(f"The file {file.name} can't be put into the sandbox: {answer['problem']}.")
             left -= file.size
 
     async def _exchange(self, question: str, frames: AsyncGenerator[Read | Write]) -> AsyncGenerator[ToQuestion]:
@@ -2179,11 +2181,8 @@ class InputFile:
         except FileNotFoundError:
             raise RequestError(f"There is no file {shown} on the host{alike(place) or '.'}") from None
         except OSError as error:
-            what = (
-                "is a folder: name the files in it"
-                if os.path.isdir(file)
-                else f"can't be read: {error.strerror or error}"
-            )
+            is_folder = os.path.isdir(file)
+            what = "is a folder: name the files in it" if is_folder else f"can't be read: {error.strerror or error}"
             raise RequestError(f"{shown} {what}.") from None
         try:
             return dataclasses.replace(found, size=os.fstat(descriptor).st_size)
@@ -2305,7 +2304,7 @@ class PartialFile:
 
     def close(self) -> None:
         """Close it; unless it was kept, it is gone."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(self._aside, dir_fd=self._folder)
         os.close(self._file)
         os.close(self._folder)
