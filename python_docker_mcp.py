@@ -46,6 +46,7 @@ import sys
 import textwrap
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any, ClassVar, Literal, get_args
@@ -66,6 +67,7 @@ from sandbox_runner import (
     CONFIG_HELP,
     IMAGE_SIDE,
     PACKAGES,
+    PROXY_PORT,
     RUNC_REMEDY,
     WRITABLE_FOLDERS,
     Config,
@@ -433,7 +435,7 @@ def describe(tool: type[Tool], config: Config) -> types.Tool:
             read_only_hint=False,
             destructive_hint=tool.destructive,
             idempotent_hint=tool.idempotent,
-            open_world_hint=not config.docker.network_disabled if tool.runs_code else tool is InstallPackage,
+            open_world_hint=has_network(config.docker) if tool.runs_code else tool is InstallPackage,
         ),
         # Claude Code puts longer results into a file, and shows the model the file's name.
         _meta={"anthropic/maxResultSizeChars": 2 * STATE_BUDGET} if tool.runs_code else None,
@@ -443,11 +445,9 @@ def describe(tool: type[Tool], config: Config) -> types.Tool:
 def limits(config: Config, most: float) -> str:
     """Say what code may do and use."""
     docker = config.docker
-    words = [
-        f"Limits: {docker.timeout:g} seconds (up to {most:g} with `timeout`), {docker.memory_limit} of "
-        f"memory, {docker.cpu_limit:g} CPU cores, {docker.disk_limit} of files in {docker.working_dir}, "
-        + ("no network." if docker.network_disabled else "network allowed.")
-    ]
+    span = f"{docker.timeout:g} seconds (up to {most:g} with `timeout`)"
+    room = f"{docker.memory_limit} of memory, {docker.cpu_limit:g} CPU cores, {docker.disk_limit} of files in"
+    words = [f"Limits: {span}, {room} {docker.working_dir}, {what_is_reached(docker)}."]
     if config.allowed_modules:
         words.append(f"Code may import only {', '.join(config.allowed_modules)}.")
     if config.blocked_modules:
@@ -477,6 +477,18 @@ async def permitted(files: Sequence[str] | None, config: FilesConfig) -> list[In
         )
     folders = config.folders()
     return await anyio.to_thread.run_sync(lambda: [InputFile.find(file, folders) for file in files or ()])
+
+
+def has_network(docker: DockerConfig) -> bool:
+    """Whether code can reach anything at all."""
+    return bool(docker.network_allow) or not docker.network_disabled
+
+
+def what_is_reached(docker: DockerConfig) -> str:
+    """Say what code can reach over the network."""
+    if docker.network_allow:
+        return f"no network but HTTP and HTTPS to {', '.join(docker.network_allow)}"
+    return "no network" if docker.network_disabled else "network allowed"
 
 
 def preinstalled(config: Config) -> str:
@@ -912,6 +924,8 @@ def notes_on(result: Result, kept: str | None, hint: str | None) -> Iterator[str
     """Say what the caller should know or do."""
     if kept:
         yield f"All of the output is kept as the resource {kept}; add ?offset=20000&length=10000 to read a part of it."
+    for sentence in result.refused:
+        yield f"Note: {sentence}."
     if result.oom_kills and result.status != "out_of_memory":
         yield "Note: a process that the code started was killed because memory ran out."
     if result.stale and result.session:
@@ -1226,6 +1240,11 @@ def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
     """Return how data gets in without a network, if there is none."""
     if not failure.config.docker.network_disabled:
         return None
+    if failure.config.docker.network_allow:
+        return (
+            f"Code here has {what_is_reached(failure.config.docker)} (docker.network_allow), by the proxy that the "
+            "variables http_proxy and https_proxy name: use a library that respects them, such as urllib or requests."
+        )
     return "Code here has no network (docker.network_disabled): put the data into the code, or " + (
         "pass a file with it in `files`."
         if failure.config.files.inputs
@@ -1689,6 +1708,17 @@ def network() -> list[Any]:
     return [names, connecting, refused_with(socket.gethostbyname, "example.com")]
 
 
+def answers_of_proxy(port: int, targets: list[str]) -> list[str]:
+    """Return the first line of the proxy's answer to the request for a tunnel to each target."""
+    lines = []
+    for target in targets:
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.settimeout(40)
+            connection.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+            lines.append(connection.recv(1000).decode("latin-1").partition("\r\n")[0])
+    return lines
+
+
 def open_parts_of_process_1() -> list[str]:
     """Return the parts of process 1 that code can look into; last of all, try to kill it."""
     libc = ctypes.CDLL(None)
@@ -1777,7 +1807,8 @@ def look_at(places: list[str]) -> list[Any]:
 
 
 PROBE: tuple[Callable[..., Any], ...] = (
-    look_at, refused_with, rights, create_in, writable_mounts, network, open_parts_of_process_1, open_system_calls,
+    look_at, refused_with, rights, create_in, writable_mounts, network, answers_of_proxy, open_parts_of_process_1,
+    open_system_calls,
     spend_cpu, fork_all, fill, hold_memory,
 )  # fmt: skip
 
@@ -1966,6 +1997,22 @@ def judge_network(patient: Patient, _: Result, seen: Any) -> Judgement:
     return "failed", f"there is one: {shown}"
 
 
+def judge_hosts(patient: Patient, _: Result, seen: Any) -> Judgement:
+    """Whether the proxy lets code reach the hosts that are allowed, and no other."""
+    if not patient.config.docker.network_allow:
+        return "ok", "no host is allowed (docker.network_allow)"
+    *forbidden, allowed = seen
+    if passed := [line for line in forbidden if " 200 " in line]:
+        return "failed", f"a host that is not allowed can be reached ({passed[0]})", REPORT
+    about = ", by this server's own proxy, which resolves the names" if urllib.request.getproxies() else ""
+    if allowed and " 200 " not in allowed:
+        return "warning", allowed.partition(" ")[2], "See that this host itself can reach it."
+    seen = (
+        f"{', '.join(patient.config.docker.network_allow)}{about}; others, addresses and metadata services are refused"
+    )
+    return "ok", seen
+
+
 def judge_root(_: Patient, __: Result, seen: Any) -> Judgement:
     """Whether the code has none of root's powers, and can't gain any."""
     users, own, first, refused = seen  # process 1 is as the engine made it; gVisor tells nothing of it
@@ -2055,12 +2102,14 @@ CHECKS = (
           "--read-only, --tmpfs and --mount=…,ro"),
     Check("mounts", "look_at({mounts})", judge_mounts),
     Check("network", "network()", judge_network, "--network=none"),
+    Check("allowed hosts", "answers_of_proxy({port}, {targets}) if {targets} else []", judge_hosts),
     Check("root", "([*os.getresuid(), *os.getresgid(), *os.getgroups()], rights('self'), rights('1'), "
           "{{'setuid': refused_with(os.setuid, 0), 'chroot': refused_with(os.chroot, '/')}})",
           judge_root, "--user, --cap-drop=ALL and --security-opt=no-new-privileges"),
     Check("system calls", "(rights('self'), rights('1'), open_system_calls())", judge_system_calls),
     Check("process 1", "open_parts_of_process_1()", judge_process_1),
-    Check("environment", "[name for name in os.environ if name.lower().endswith('_proxy') and os.environ[name]]",
+    Check("environment", "[name for name in os.environ if name.lower().endswith('_proxy') and os.environ[name] and "
+          "not ({targets} and name.lower() in ('http_proxy', 'https_proxy', 'no_proxy'))]",
           lambda _, __, proxies: (not proxies, ", ".join(proxies) or "no proxies",
           "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf).")),
 )  # fmt: skip
@@ -2194,6 +2243,8 @@ async def attempt(check: Check, runner: Runner, session: str | None) -> Result:
         "modules": [import_name(requirement) for requirement in runner.config.package.preinstalled],
         "folders": [*dict.fromkeys(("/tmp", runner.config.docker.working_dir, "/dev/shm"))],
         "packages": repr(PACKAGES),
+        "port": PROXY_PORT,
+        "targets": proxy_targets(runner.config.docker),
         "mounts": [split_mount(mount)[2] for mount in runner.config.docker.mounts],
     }
     code = f"{probe_source()}\nseen = {check.expression.format(**names)}"
@@ -2201,6 +2252,17 @@ async def attempt(check: Check, runner: Runner, session: str | None) -> Result:
         return await runner.execute(code, session=session, state={}, timeout=check.timeout)
     except SandboxError as error:
         return Result("died", message=str(error))
+
+
+def proxy_targets(docker: DockerConfig) -> list[str]:
+    """Return what to ask the proxy for: two places that are not allowed and, if there is one, one that is."""
+    if not docker.network_allow:
+        return []
+    named = next(
+        (host for host in docker.network_allow if "*" not in host), "example.com" if "*" in docker.network_allow else ""
+    )
+    allowed = named if re.search(r":\d+$", named) else f"{named}:443"
+    return ["169.254.169.254:80", "not-allowed.invalid:443", *([allowed] if named else [])]
 
 
 def import_name(requirement: str) -> str:

@@ -53,6 +53,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import linecache
@@ -94,6 +95,8 @@ from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar, get_
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import h11
+import idna
 import pydantic
 import pydantic_core
 from anyio.streams.buffered import BufferedByteReceiveStream
@@ -204,6 +207,7 @@ class Result:
     files: tuple[FileInfo, ...] = ()  # files made or changed in the working directory by the call, at most 1000
     files_left_out: Mapping[str, str] = field(default_factory=dict)  # those not among them, or not saved: to reason
     contents: Mapping[str, bytes] = field(default_factory=dict)  # of small files, if the sandbox ends with the call
+    refused: tuple[str, ...] = ()  # sentences on connections that docker.network_allow does not allow
     stale: tuple[str, ...] = ()  # modules already imported when another version of them was installed
     wall: float = 0.0  # seconds
     cpu: float = 0.0  # seconds
@@ -319,6 +323,7 @@ class Runner:
         self.config = config
         self.on_status = on_status
         self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
+        self.network = Network(config.docker.network_allow) if config.docker.network_allow else None
         self.engine: Engine | None = None
         self.image: Image | None = None
         self.sessions: dict[str, Session] = {}
@@ -699,7 +704,13 @@ class Runner:
             # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
             with anyio.CancelScope(shield=True):
                 answer = await Sandbox.plug_in(
-                    engine, container, self.owner, self._tasks, session=session.name, call=session.call
+                    engine,
+                    container,
+                    self.owner,
+                    self._tasks,
+                    session=session.name,
+                    call=session.call,
+                    network=self.network,
                 )
             if isinstance(answer, Sandbox):
                 return answer
@@ -894,7 +905,7 @@ class Runner:
     async def _new_sandbox(self, preload: Sequence[str], report: OnStatus | None) -> Sandbox:
         engine, image = await self.prepare(report)
         try:
-            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload)
+            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload, self.network)
         except EngineError:
             self.engine = self.image = None  # look again next time: the image may have gone, or the engine changed
             raise
@@ -933,7 +944,13 @@ class Runner:
             async with at_once:
                 with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
                     answer = await Sandbox.plug_in(
-                        engine, name, self.owner, self._tasks, settings=settings, patience=patience
+                        engine,
+                        name,
+                        self.owner,
+                        self._tasks,
+                        settings=settings,
+                        patience=patience,
+                        network=self.network,
                     )
                     if answer:
                         answers.append(answer)
@@ -1176,6 +1193,7 @@ class Call:
         self._earlier = ""
         self._variables: dict[str, Any] | None = None
         self._left_out: dict[str, str] = {}
+        self.refused: dict[str, None] = {}  # sentences on connections that were refused
         self._keeps = request.output_limit is not None
         self._text_left = (request.output_limit or 0) + LINE_LIMIT
         self._data_left = CALL_LIMIT
@@ -1362,6 +1380,7 @@ class Call:
             variables_left_out=self._left_out,
             files=tuple(FileInfo(path, size) for path, size in done["files"][:FILES_LISTED]),
             files_left_out=done["files_left_out"],
+            refused=tuple(itertools.islice(self.refused, REFUSALS_TOLD)),
             stale=tuple(done.get("stale", ())),
             wall=done["wall"],
             cpu=done["cpu"],
@@ -1709,6 +1728,8 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
         "preload": preload,
         "packages": image.packages,
         "worker_schemas": WORKER_SCHEMAS,
+        "has_proxy": bool(config.docker.network_allow),
+        "certificates": host_certificates(config.package) if config.docker.network_allow else None,
     }
     everything = [engine.sandbox_arguments("", image, config, {}), image.id, GUEST_SOURCE, settings]
     return {**settings, "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]}
@@ -1717,8 +1738,16 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
 class Sandbox:
     """One container, and the pipe to its supervisor. Runs one call at a time; whoever leases it sees to that."""
 
-    def __init__(self, engine: Engine, name: str, process: anyio.abc.Process, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        process: anyio.abc.Process,
+        tasks: anyio.abc.TaskGroup,
+        network: Network | None = None,
+    ) -> None:
         self.engine = engine
+        self.proxy = Proxy(network, self) if network else None
         self.name = name
         self.call: Call | None = None  # the last one
         self.gone = anyio.Event()
@@ -1746,6 +1775,7 @@ class Sandbox:
         owner: str,
         tasks: anyio.abc.TaskGroup,
         preload: Sequence[str] = (),
+        network: Network | None = None,
     ) -> Sandbox:
         """Start a container and wait until its supervisor is ready; it preloads modules after that.
 
@@ -1756,7 +1786,7 @@ class Sandbox:
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
         labels = {"owner": owner, "settings": settings["digest"]}
         process = await engine.spawn(*engine.sandbox_arguments(name, image, config, labels))
-        sandbox = cls(engine, name, process, tasks)
+        sandbox = cls(engine, name, process, tasks, network)
         tasks.start_soon(sandbox._serve, None)
         try:
             with anyio.fail_after(START_TIMEOUT):
@@ -1815,13 +1845,14 @@ class Sandbox:
         call: Call | None = None,
         settings: str | None = None,
         patience: float | None = None,
+        network: Network | None = None,
     ) -> Sandbox | SandboxInfo | None:
         """Take over a sandbox without a host, if it holds `session`, or none and was made with the digest `settings`.
 
         If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
         answer within `patience` seconds.
         """
-        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks)
+        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks, network)
         tasks.start_soon(sandbox._serve, call)
         request: PlugRequest = {"session": session, "settings": settings, "owner": owner}
         try:
@@ -1855,7 +1886,7 @@ class Sandbox:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(keep_tail, self._process.stderr, self._errors)
-                await self._read_frames(call)
+                await self._read_frames(call, tasks)
                 if self._fault and self.greeting and self.greeting["kind"] == "ready":
                     await self.remove()  # it is ours, and may not end by itself
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
@@ -1880,7 +1911,7 @@ class Sandbox:
             call.end(call.died(f"the container ended during the call ({why})"))
         call.cut(why)
 
-    async def _read_frames(self, call: Call | None) -> None:
+    async def _read_frames(self, call: Call | None, tasks: anyio.abc.TaskGroup) -> None:
         assert self._process.stdout is not None
         lines = BufferedByteReceiveStream(self._process.stdout)
         strays = notes = 0
@@ -1894,6 +1925,10 @@ class Sandbox:
                 elif frame["kind"] == "farewell":
                     self._kill_client()
                     return
+                elif frame["kind"] == "passed":
+                    if not self.proxy:
+                        raise ProtocolError("a connection to a proxy that is not there")
+                    self.proxy.take(frame, tasks)
                 elif frame["kind"] == "expired":
                     self.expired = True
                 elif frame["kind"] == "prepared":
@@ -2380,6 +2415,470 @@ async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | Non
     return dataclasses.replace(result, files=tuple(files), files_left_out=left_out, contents=contents)
 
 
+# ── network ──
+#
+# A sandbox has no network interface. Where docker.network_allow names hosts, the supervisor listens on its own loopback
+# as an HTTP proxy would, and the proxy is here: it parses what the code asks for, decides, resolves, connects,
+# and relays. TLS stays end to end. Nothing of this host's environment, cookies or credentials is added.
+
+CONNECTIONS_AT_ONCE = 32  # of one sandbox
+REFUSALS_TOLD = 5  # of one call
+CONNECTIONS_A_MINUTE = 300
+CONNECTION_IDLE = 120  # seconds without a byte after which a connection is closed
+CONNECT_TIMEOUT = 15  # seconds to resolve a name, and as many to connect
+HEAD_LIMIT = 16 << 10  # bytes of a request's head, and of a TLS ClientHello
+NOT_PASSED_ON = {
+    b"connection",
+    b"proxy-connection",
+    b"keep-alive",
+    b"proxy-authorization",
+    b"te",
+    b"trailer",
+    b"upgrade",
+}
+LABEL_OF_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class RefusedError(Exception):
+    """A connection is refused: the HTTP status to answer with, and the sentence."""
+
+
+def host_name(text: str) -> str:
+    """Return a host's name, or an address, as it is compared. Raises ValueError for what is neither."""
+    name = text.lower().removesuffix(".")
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name.removeprefix("[").removesuffix("]") if name.startswith("[") else name))
+    labels = name.split(".")
+    if len(name) > 253 or not all(map(LABEL_OF_NAME.fullmatch, labels)) or re.fullmatch(r"\d+|0x[0-9a-f]*", labels[-1]):
+        raise ValueError(f"{text!r} is not the name of a host")
+    return name
+
+
+@dataclass(frozen=True)
+class HostRule:
+    """One entry of docker.network_allow."""
+
+    name: str  # a name or an address; "" for every name
+    subdomains: bool = False  # whether the names below it are meant, and not itself
+    port: int | None = None  # None for the usual one
+
+    @classmethod
+    def parse(cls, text: str) -> HostRule:
+        """Parse `name`, `*.name`, `*`, or an address, with a port after a colon if need be. Raises ValueError."""
+        match = re.fullmatch(r"(\*\.)?(\*|\[[^\]]*\]|[^:*\[\]]+)(?::(\d{1,5}))?", text)
+        try:
+            if not match or (match[1] and match[2] == "*") or not 0 < int(match[3] or 1) < 65536:
+                raise ValueError
+            name = match[2] if match[2].isascii() else idna.encode(match[2], uts46=True).decode()
+            return cls("" if name == "*" else host_name(name), bool(match[1]), int(match[3]) if match[3] else None)
+        except (ValueError, idna.IDNAError):
+            raise ValueError(f"{text!r} is not a host such as example.com, *.example.com or localhost:8080") from None
+
+    def allows(self, host: str, port: int, usual: int) -> bool:
+        """Whether it allows connections to this host and port, where `usual` is the port of this kind of request."""
+        if port != (self.port or usual):
+            return False
+        if self.subdomains:
+            return host.endswith(f".{self.name}")
+        return host == self.name or (not self.name and not is_address(host))
+
+
+def is_address(host: str) -> bool:
+    """Whether a host, as `host_name` returns it, is an address."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the internet's, and no other is hidden in it."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    inner: ipaddress.IPv4Address | None = None
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
+        if found in NAT64:
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+    return found.is_global and not found.is_multicast and (inner is None or is_public(str(inner)))
+
+
+def server_name(hello: bytes) -> str | None:
+    """Return the server's name in a TLS ClientHello, "" if there is none; None if the hello is not complete.
+
+    Raises ValueError if it is no such thing.
+    """
+    found: list[str | None] = []
+
+    def note(_: ssl.SSLObject, name: str | None, __: ssl.SSLContext) -> int:
+        found.append(name)
+        return ssl.ALERT_DESCRIPTION_ACCESS_DENIED
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sni_callback = note  # called before the handshake needs a certificate
+    received = ssl.MemoryBIO()
+    received.write(hello)
+    try:
+        context.wrap_bio(received, ssl.MemoryBIO(), server_side=True).do_handshake()
+    except ssl.SSLWantReadError:
+        return None
+    except ssl.SSLError:
+        if found:
+            return (found[0] or "").lower()
+    raise ValueError("no TLS ClientHello")
+
+
+class Network:
+    """What docker.network_allow lets through."""
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self.allowed = ", ".join(allowed)
+        self.rules = [HostRule.parse(text) for text in allowed]
+
+    def rule(self, host: str, port: int, usual: int) -> HostRule:
+        """Return the rule that allows a connection. Raises RefusedError."""
+        for rule in self.rules:
+            if rule.allows(host, port, usual):
+                return rule
+        where = host if port == usual else f"{host}:{port}"
+        raise RefusedError(403, f"{where} was refused: docker.network_allow has {self.allowed}")
+
+    async def connect(self, host: str, port: int, rule: HostRule, scheme: str) -> tuple[anyio.abc.SocketStream, str]:
+        """Connect to a host, or else to the proxy that this server's environment names for it; return its address, too.
+
+        Of the host, all addresses are checked first. Raises RefusedError.
+        """
+        if proxy := proxy_for(host, scheme):
+            return await self._connect_to_proxy(proxy, host, port, scheme), proxy
+        return await self._connect_directly(host, port, rule), ""
+
+    async def _connect_to_proxy(self, proxy: str, host: str, port: int, scheme: str) -> anyio.abc.SocketStream:
+        """Connect to the server's own proxy and, for TLS, through it. It resolves the name, and checks no address."""
+        parts = urllib.parse.urlsplit(proxy)
+        try:
+            with anyio.fail_after(CONNECT_TIMEOUT):
+                stream = await anyio.connect_tcp(parts.hostname or "", parts.port or 80)
+                if scheme == "https":
+                    head = [f"CONNECT {host}:{port} HTTP/1.1", f"Host: {host}:{port}", *credentials_for(proxy), "", ""]
+                    await stream.send("\r\n".join(head).encode())
+                    answer = BufferedByteReceiveStream(stream)
+                    line = (await answer.receive_until(b"\r\n\r\n", HEAD_LIMIT)).partition(b"\r\n")[0].decode("latin-1")
+                    if answer.buffer or not re.match(r"HTTP/1\.[01] 200\b", line):
+                        await stream.aclose()
+                        raise RefusedError(502, f"{host} was refused by this server's own proxy: {last_line(line)}")
+            return stream
+        except (OSError, anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound, anyio.BrokenResourceError):
+            raise RefusedError(502, f"{host} can't be reached: this server's own proxy does not answer") from None
+
+    async def _connect_directly(self, host: str, port: int, rule: HostRule) -> anyio.abc.SocketStream:
+        addresses = [host]
+        try:
+            if not is_address(host):
+                with anyio.fail_after(CONNECT_TIMEOUT):
+                    found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+                if rule.name != "localhost" and (private := [one for one in addresses if not is_public(one)]):
+                    raise RefusedError(403, f"{host} was refused: its name leads to {private[0]}, which is not public")
+            with anyio.fail_after(CONNECT_TIMEOUT):
+                for address in addresses[:-1]:
+                    with contextlib.suppress(OSError):
+                        return await anyio.connect_tcp(address, port)
+                return await anyio.connect_tcp(addresses[-1], port)
+        except (OSError, UnicodeError, IndexError) as error:
+            raise RefusedError(502, f"{host} can't be reached: {error}") from None
+
+
+def proxy_for(host: str, scheme: str) -> str:
+    """Return the address of the proxy by which this server is to reach a host, "" if it is to connect directly."""
+    if host == "localhost" or is_address(host) or urllib.request.proxy_bypass(host):
+        return ""
+    found = urllib.request.getproxies()
+    return found.get(scheme) or found.get("all") or ""
+
+
+def credentials_for(proxy: str) -> list[str]:
+    """Return the header with a proxy's password, if its address has one."""
+    parts = urllib.parse.urlsplit(proxy)
+    if parts.username is None:
+        return []
+    pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+    return [f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}"]
+
+
+class Connection:
+    """A connection of the code's to the proxy, as the proxy has it."""
+
+    def __init__(self, number: int, write: Callable[[Pass], Awaitable[None]]) -> None:
+        self.number = number
+        self.received = self.sent = 0  # bytes
+        self.used = anyio.current_time()
+        self._write = write
+        self._inbox = bytearray()
+        self._owed = 0  # bytes taken out of the inbox, for which the code has no new credit yet
+        self._credit = FLOW_WINDOW
+        self._ended = False
+        self._news = anyio.Event()
+
+    def take(self, frame: Passed) -> None:
+        """Enter what came from the sandbox. Raises ProtocolError."""
+        self.used = anyio.current_time()
+        self._inbox += frame["data"]
+        self._credit = min(self._credit + frame["credit"], FLOW_WINDOW)
+        self._ended = self._ended or frame["ended"]
+        if len(self._inbox) > FLOW_WINDOW:
+            raise ProtocolError("more of a connection than was credited")
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def receive(self) -> bytes:
+        """Return the next bytes from the code, b"" at their end. What was returned before counts as passed on."""
+        owed, self._owed = self._owed, 0
+        if owed:
+            await self._pass(credit=owed)
+        while not self._inbox and not self._ended:
+            await self._news.wait()
+        data = bytes(self._inbox)
+        self._inbox.clear()
+        self._owed = len(data)
+        self.received += len(data)
+        return data
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes to the code, as fast as it takes them. Raises anyio.BrokenResourceError if it has gone."""
+        while data:
+            while not self._credit and not self._ended:
+                await self._news.wait()
+            if self._ended:
+                raise anyio.BrokenResourceError
+            piece, data = data[: self._credit], data[self._credit :]
+            self._credit -= len(piece)
+            self.sent += len(piece)
+            self.used = anyio.current_time()
+            await self._pass(piece)
+
+    async def end(self) -> None:
+        """Tell the code that there is no more."""
+        if not self._ended:
+            self._ended = True
+            await self._pass(ended=True)
+
+    async def _pass(self, data: bytes = b"", credit: int = 0, ended: bool = False) -> None:
+        await self._write({"op": "pass", "flow": self.number, "data": data, "credit": credit, "ended": ended})
+
+
+class Proxy:
+    """The proxy of one sandbox."""
+
+    def __init__(self, network: Network, sandbox: Sandbox) -> None:
+        self.network = network
+        self._sandbox = sandbox
+        self._open: dict[int, Connection] = {}
+        self._begun: deque[float] = deque(maxlen=CONNECTIONS_A_MINUTE)  # when the last ones were opened
+
+    def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
+        """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
+        number = frame["flow"]
+        if number not in self._open:
+            if frame["ended"] or frame["credit"]:
+                return  # it is over here
+            if len(self._open) > FLOWS_OPEN:
+                raise ProtocolError("more connections than a supervisor has")
+            self._open[number] = Connection(number, self._pass)
+            tasks.start_soon(self._serve, self._open[number])
+        self._open[number].take(frame)
+
+    async def _pass(self, frame: Pass) -> None:
+        await self._sandbox._write(encoded(frame))
+
+    async def _serve(self, connection: Connection) -> None:
+        """Serve a connection to its end, and write a line on it to the log."""
+        where, verdict = "", ""
+        try:
+            self._require_leisure()
+            with anyio.fail_after(CONNECTION_IDLE):
+                request, http = await read_request(connection)
+            host, port, path = target_of(request)
+            where = f"{host}:{port}"
+            rule = self.network.rule(host, port, 443 if path is None else 80)
+            there, proxy = await self.network.connect(host, port, rule, "https" if path is None else "http")
+            async with there:
+                verdict = "closed, as it did not begin with TLS for that host"
+                if path is None:
+                    await connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                    first, rest = await read_hello(connection, host, http.trailing_data[0]), chunks_of(connection)
+                else:
+                    first = head_for_server(request, f"http://{host}:{port}{path}" if proxy else path, proxy)
+                    rest = body_of(connection, http, is_chunked(request))
+                verdict = "passed"
+                await self._relay(connection, there, first, rest, is_tunnel=path is None)
+        except RefusedError as error:
+            status, verdict = error.args
+            if status == 403 and self._sandbox.call:
+                self._sandbox.call.refused[verdict] = None
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await connection.send(refusal(status, verdict))
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, TimeoutError):
+            pass
+        except Exception as error:  # it must not cost the sandbox more than this connection
+            log.warning("network: %s failed: %r", where or "a request", error)
+        finally:
+            self._open.pop(connection.number, None)
+            session = self._sandbox.call.request.session if self._sandbox.call else None
+            log.info(
+                "network: %s, %s: %s; %d bytes out, %d in",
+                session or self._sandbox.name, where or "?", verdict or "cut", connection.received, connection.sent,
+            )  # fmt: skip
+            if not self._sandbox.gone.is_set():
+                with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
+                    await connection.end()
+
+    def _require_leisure(self) -> None:
+        """Raise RefusedError if the sandbox has too many connections, or opens them too fast."""
+        now = anyio.current_time()
+        if len(self._begun) == CONNECTIONS_A_MINUTE and now - self._begun[0] < 60:
+            raise RefusedError(429, f"more than {CONNECTIONS_A_MINUTE} connections in a minute: open them more slowly")
+        self._begun.append(now)
+        if len(self._open) > CONNECTIONS_AT_ONCE:
+            raise RefusedError(503, f"more than {CONNECTIONS_AT_ONCE} connections at once: close some first")
+
+    async def _relay(
+        self,
+        connection: Connection,
+        there: anyio.abc.SocketStream,
+        first: bytes,
+        rest: AsyncIterator[bytes],
+        *,
+        is_tunnel: bool,
+    ) -> None:
+        """Pass bytes both ways until the server has no more, the code has gone, or nothing comes for a long time."""
+
+        async def upwards() -> None:
+            await there.send(first)
+            async for data in rest:
+                await there.send(data)
+            if is_tunnel:  # after a request, the answer is still to come
+                tasks.cancel_scope.cancel()
+            while await connection.receive():
+                pass  # more than the one request
+            tasks.cancel_scope.cancel()
+
+        async def downwards() -> None:
+            with contextlib.suppress(anyio.EndOfStream):
+                while True:
+                    await connection.send(await there.receive(1 << 16))
+            tasks.cancel_scope.cancel()
+
+        async def watch() -> None:
+            while (left := connection.used + CONNECTION_IDLE - anyio.current_time()) > 0:
+                await anyio.sleep(left)
+            tasks.cancel_scope.cancel()
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                for task in (upwards, downwards, watch):
+                    tasks.start_soon(task)
+        except* (anyio.BrokenResourceError, anyio.ClosedResourceError, h11.RemoteProtocolError):
+            pass  # one of the two has gone
+
+
+async def read_request(connection: Connection) -> tuple[h11.Request, h11.Connection]:
+    """Return the head of the request on a connection, and its parser. Raises RefusedError, anyio.EndOfStream."""
+    http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
+    try:
+        while (event := http.next_event()) is h11.NEED_DATA:
+            data = await connection.receive()
+            if not data:
+                raise anyio.EndOfStream
+            http.receive_data(data)
+    except h11.RemoteProtocolError as error:
+        raise RefusedError(400, f"that is no request to a proxy: {error}") from None
+    if not isinstance(event, h11.Request):
+        raise anyio.EndOfStream
+    return event, http
+
+
+def target_of(request: h11.Request) -> tuple[str, int, str | None]:
+    """Return host, port and, unless a tunnel is asked for, path of a request. Raises RefusedError."""
+    target = request.target.decode("latin-1")
+    name = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)"
+    try:
+        if request.method == b"CONNECT":
+            match = re.fullmatch(rf"{name}:(\d{{1,5}})", target)
+            path = None
+        else:
+            match = re.fullmatch(rf"http://{name}(?::(\d{{1,5}}))?((?:[/?][!-~]*)?)", target)
+            path = match[3] if match else ""
+        if not match:
+            raise ValueError("its target is none that is passed on")
+        host, port = host_name(match[1]), int(match[2] or 80)
+        if not 0 < port < 65536:
+            raise ValueError("no such port")
+        if path is not None:
+            (said,) = [value.decode("latin-1").lower() for key, value in request.headers if key == b"host"]
+            if said not in (match[1].lower(), f"{match[1].lower()}:{port}"):
+                raise ValueError("its Host is not the host of its target")
+    except ValueError as error:
+        raise RefusedError(400, f"that is no request to a proxy: {error}") from None
+    return host, port, path if path is None or path.startswith("/") else f"/{path}"
+
+
+def is_chunked(request: h11.Request) -> bool:
+    """Whether a request's body comes in chunks; the only other transfer coding that there is, h11 has refused."""
+    return any(key == b"transfer-encoding" for key, _ in request.headers)
+
+
+def head_for_server(request: h11.Request, target: str, proxy: str = "") -> bytes:
+    """Return the head of a request as its server, or our own `proxy`, gets it: without what is meant for us."""
+    dropped = NOT_PASSED_ON | ({b"content-length"} if is_chunked(request) else set())
+    for key, value in request.headers:
+        if key == b"connection":
+            dropped |= {name.strip() for name in value.lower().split(b",")}
+    lines = [b"%s %s HTTP/1.1" % (request.method, target.encode())]
+    lines += [b"%s: %s" % field for field in request.headers if field[0] not in dropped]
+    lines += [line.encode() for line in credentials_for(proxy)]
+    return b"\r\n".join([*lines, b"connection: close", b"", b""])
+
+
+async def chunks_of(connection: Connection) -> AsyncIterator[bytes]:
+    """Yield what the code sends."""
+    while data := await connection.receive():
+        yield data
+
+
+async def body_of(connection: Connection, http: h11.Connection, is_chunked: bool) -> AsyncIterator[bytes]:
+    """Yield the body of the one request, framed anew; what comes after it is dropped. Raises RemoteProtocolError."""
+    while not isinstance(event := http.next_event(), h11.EndOfMessage):
+        if event is h11.NEED_DATA:
+            http.receive_data(await connection.receive())
+        elif isinstance(event, h11.Data):
+            yield b"%x\r\n%s\r\n" % (len(event.data), event.data) if is_chunked else bytes(event.data)
+    if is_chunked:
+        yield b"0\r\n\r\n"
+
+
+async def read_hello(connection: Connection, host: str, first: bytes) -> bytes:
+    """Return the TLS ClientHello that a tunnel has to begin with. Raises RefusedError, anyio.EndOfStream."""
+    hello = bytearray(first)
+    try:
+        with anyio.fail_after(CONNECT_TIMEOUT):
+            while not hello or (name := server_name(bytes(hello))) is None:
+                data = await connection.receive()
+                if not data or len(hello) > HEAD_LIMIT:
+                    raise anyio.EndOfStream
+                hello += data
+    except ValueError:
+        raise anyio.EndOfStream from None
+    if name != ("" if is_address(host) else host):
+        raise anyio.EndOfStream
+    return bytes(hello)
+
+
+def refusal(status: int, sentence: str) -> bytes:
+    """Return the answer to a request that is refused; most libraries show its first line."""
+    text = "".join(char if " " <= char <= "~" else "?" for char in sentence)
+    head = f"HTTP/1.1 {status} {text}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(text) + 1}\r\n\r\n{text}\n".encode()
+
+
 # ── protocol ──
 #
 # A frame is a JSON object on a line of its own. Where it has `data`, a number, that many bytes follow the line as they
@@ -2462,7 +2961,17 @@ class Parting(TypedDict):
     op: Literal["farewell", "end"]
 
 
-ToSupervisor = Run | GiveState | Read | Write | Order | Parting
+class Pass(TypedDict):
+    """Pass bytes on over a connection to the proxy, take more of them from there, or end it."""
+
+    op: Literal["pass"]
+    flow: int
+    data: Data
+    credit: int
+    ended: bool
+
+
+ToSupervisor = Run | GiveState | Read | Write | Order | Parting | Pass
 
 
 class PlugRequest(TypedDict):
@@ -2637,8 +3146,20 @@ class Done(EndOfCall):
 
 
 OfCall = Answer | Output | Gap | Display | State | Done
+
+
+class Passed(TypedDict):
+    """The same the other way; the first with its number tells that the code has opened the connection."""
+
+    kind: Literal["passed"]
+    flow: Count
+    data: Data
+    credit: Count
+    ended: bool
+
+
 ToQuestion = Answer | Recycled | Written | Piece
-FromSandbox = Greeting | Notice | Note | ToQuestion | OfCall
+FromSandbox = Greeting | Notice | Note | Passed | ToQuestion | OfCall
 
 
 # From the installer to the host
@@ -2742,6 +3263,10 @@ PIECE_SIZE = 1 << 18  # bytes of a file that are read or written at once
 SETTLED_AFTER = 20_000_000  # nanoseconds; two changes within one tick of the kernel's clock leave the same time
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
+PROXY_PORT = 3128  # on the sandbox's own loopback
+FLOW_WINDOW = 1 << 18  # bytes of a connection that may be on their way, in each direction
+CERTIFICATES_FILE = "/tmp/.certificates.pem"
+FLOWS_OPEN = 128  # connections at once; more wait to be accepted
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
 COPY_ADDRESS = "\0python-docker-mcp-copy"
 PLUG_UID = 65533  # `docker exec` can run as this user; the code, being 65534 without capabilities, can't
@@ -3038,6 +3563,114 @@ class Copy:
         self.key, self.process, self.connection = None, 0, None
 
 
+class Flow:
+    """A connection of the code's to the proxy, as the supervisor has it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.credit = FLOW_WINDOW  # bytes that the host will take
+        self.outbox = bytearray()  # bytes from the host that the code has not taken
+        self.ended = False  # whether the host has no more
+
+
+class Flows:
+    """The code's connections to the proxy. The host is the proxy: here bytes pass as frames, so many as are credited.
+
+    opened, by the first frame with its number ── passing ── ended by either side, and closed when all has passed
+    """
+
+    def __init__(self, tell: Callable[[FromSandbox], None], sources: dict[int, Callable[[], object]]) -> None:
+        self.tell = tell
+        self.sources = sources  # what to call when a descriptor is readable
+        self.open: dict[int, Flow] = {}  # by number
+        self.count = 0
+        self.listener: socket.socket | None = None
+
+    def listen(self) -> None:
+        """Begin to accept connections."""
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", PROXY_PORT))
+        self.listener.listen(FLOWS_OPEN)
+        self.listener.setblocking(False)
+        self.sources[self.listener.fileno()] = self._admit
+
+    def _admit(self) -> None:
+        assert self.listener is not None
+        with contextlib.suppress(OSError):
+            connection = self.listener.accept()[0]
+            connection.setblocking(False)
+            self.count += 1
+            number = self.count
+            self.open[number] = Flow(connection)
+            self.sources[connection.fileno()] = lambda: self._take(number)
+            self._pass(number)
+
+    def resting(self, congested: bool, attached: bool) -> set[int]:
+        """Return the descriptors that are not to be read from now."""
+        rests = {flow.connection.fileno() for flow in self.open.values() if congested or flow.credit <= 0}
+        if self.listener and (len(self.open) >= FLOWS_OPEN or not attached):
+            rests.add(self.listener.fileno())
+        return rests
+
+    def writers(self) -> dict[int, int]:
+        """Return the descriptors that wait to be written to, and the numbers of their connections."""
+        return {flow.connection.fileno(): number for number, flow in self.open.items() if flow.outbox}
+
+    def _pass(self, number: int, data: bytes = b"", credit: int = 0, ended: bool = False) -> None:
+        self.tell({"kind": "passed", "flow": number, "data": data, "credit": credit, "ended": ended})
+
+    def _take(self, number: int) -> None:
+        """Pass on what the code has sent."""
+        flow = self.open[number]
+        try:
+            data = flow.connection.recv(min(flow.credit, READ_SIZE))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        flow.credit -= len(data)
+        self._pass(number, data, ended=not data)
+        if not data:
+            self._close(number)
+
+    def receive(self, frame: Pass) -> None:
+        """Take what the host has sent."""
+        if flow := self.open.get(frame["flow"]):
+            flow.credit += frame["credit"]
+            flow.outbox += frame["data"]
+            flow.ended = flow.ended or frame["ended"]
+            self.flush(frame["flow"])
+
+    def flush(self, number: int) -> None:
+        """Send to the code what it takes."""
+        flow = self.open[number]
+        try:
+            sent = flow.connection.send(flow.outbox) if flow.outbox else 0
+        except BlockingIOError:
+            return
+        except OSError:
+            self._pass(number, ended=True)
+            self._close(number)
+            return
+        del flow.outbox[:sent]
+        if sent and not flow.ended:
+            self._pass(number, credit=sent)
+        if flow.ended and not flow.outbox:
+            self._close(number)
+
+    def _close(self, number: int) -> None:
+        flow = self.open.pop(number)
+        del self.sources[flow.connection.fileno()]
+        flow.connection.close()
+
+    def close_all(self) -> None:
+        """Close all connections."""
+        for number in list(self.open):
+            self._pass(number, ended=True)
+            self._close(number)
+
+
 def announce_copy(key: str, process: int, connection: socket.socket) -> None:
     """Tell the supervisor of a copy, and pass it its end of the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -3101,6 +3734,7 @@ class Supervisor:
         self.prepared = False  # whether the host has been told that a worker with these modules is ready
         self.packages: str | None = None  # folder of the packages installed for the session
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
+        self.connections = Flows(self._tell, self.sources)
         self.home: str = settings["working_dir"]
         self.files, _ = list_files(self.home)
 
@@ -3126,12 +3760,17 @@ class Supervisor:
                 self._fork()
             congested = self.channel is not None and len(self.channel.outbox) > OUTBOX_LIMIT
             resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
+            resting = resting | self.connections.resting(congested, self.channel is not None)
             readers = [fd for fd in self.sources if fd not in resting]
-            writers = [channel.writer for channel in channels if channel.outbox]
+            flows = self.connections.writers()
+            writers = [channel.writer for channel in channels if channel.outbox] + list(flows)
             patience = self._patience()
             if self.waiting and not congested:
                 patience = max(0.0, self.waits_until - time.monotonic())
-            readable, _, _ = select.select(readers, writers, [], patience)
+            readable, writable, _ = select.select(readers, writers, [], patience)
+            for fd in writable:
+                if fd in flows:
+                    self.connections.flush(flows[fd])
             for fd in readable:
                 if fd in self.sources:
                     self.sources[fd]()
@@ -3233,6 +3872,8 @@ class Supervisor:
                     self._write_file(frame)
                 elif frame["op"] == "recycle":
                     self._recycle(frame["id"])
+                elif frame["op"] == "pass":
+                    self.connections.receive(frame)
                 elif frame["op"] == "farewell":
                     self.channel.send({"kind": "farewell"})
                     self._detach(self.session is not None)
@@ -3249,6 +3890,7 @@ class Supervisor:
         if not stay or not peers_are_told():
             os._exit(0)
         assert self.channel is not None
+        self.connections.close_all()
         del self.sources[self.channel.reader]
         self.channel.close()
         self.channel = None
@@ -3263,6 +3905,11 @@ class Supervisor:
         listener.listen()
         self.sources[listener.fileno()] = lambda: self._admit(listener)
         self.sources[self.copy.listen()] = self.copy.admit
+        if self.settings["has_proxy"]:
+            try:
+                self.connections.listen()
+            except OSError as error:
+                self._tell({"kind": "note", "text": f"code can't reach the allowed hosts: no proxy ({error})"})
 
     def _admit(self, listener: socket.socket) -> None:
         """Answer a plug: take over its standard input and output as the channel, or tell it the supervisor's status."""
@@ -3596,6 +4243,7 @@ class Supervisor:
     def _recycle(self, question: str) -> None:
         """Undo whatever the last call may have left, check whether anything remains, and tell the host."""
         kill_all_others(self.grace)
+        self.connections.close_all()
         self._forget_worker()
         self.earlier.clear()
         self.lost = self.packages = self.begun = None
@@ -3605,7 +4253,7 @@ class Supervisor:
         self.files, _ = list_files(self.home)
         clean = not any(os.listdir(folder) for folder in folders if os.path.isdir(folder))
         clean = clean and not other_processes() and not system_v_objects()
-        prepare_caches()
+        prepare_files(self.settings)
         self._tell({"id": question, "kind": "recycled", "clean": clean})
 
     # ── time, interruption and death ──
@@ -3644,6 +4292,7 @@ class Supervisor:
 
     def _interrupt(self, reason: StopReason, call_id: str) -> None:
         if self.call and self.call.id == call_id and self.call.interrupt(reason):
+            self.connections.close_all()
             self._signal_worker()
 
     def _signal_worker(self) -> None:
@@ -3843,12 +4492,26 @@ def system_v_objects() -> int:
     return count
 
 
-def prepare_caches() -> None:
-    """Give Matplotlib the image's list of fonts, which would take it seconds to build."""
+def prepare_files(settings: dict[str, Any]) -> None:
+    """Give Matplotlib the image's list of fonts, which takes seconds to build, and TLS the host's certificates."""
     with contextlib.suppress(OSError):
         os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
         for name in os.listdir(SHIPPED_CACHE):
             os.symlink(f"{SHIPPED_CACHE}/{name}", f"{os.environ['MPLCONFIGDIR']}/{name}")
+    if settings["certificates"]:
+        with contextlib.suppress(OSError, ImportError):
+            trust_certificates(*settings["certificates"])
+
+
+def trust_certificates(bundle: str, is_wanted: bool) -> None:
+    """Have TLS libraries trust the host's certificates, if that is wanted or the image has none."""
+    import ssl  # only here: it takes 20 ms, and few sandboxes need it
+
+    if bundle and (is_wanted or not ssl.get_default_verify_paths().cafile):
+        with open(os.open(CERTIFICATES_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "w") as file:
+            file.write(bundle)
+        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            os.environ[variable] = CERTIFICATES_FILE
 
 
 def become_worker(descriptors: tuple[int, int, int, int]) -> None:
@@ -5644,7 +6307,7 @@ def plug() -> None:
 def supervise(settings: str) -> None:
     """Run the guest, with its channel moved off descriptors 0 and 1, which other code uses by habit."""
     told = json.loads(settings)
-    prepare_caches()
+    prepare_files(told)
     channel = Channel(os.dup(0), os.dup(1))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -5710,6 +6373,11 @@ class Engine:
         }
         for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
             environment[f"{library}_NUM_THREADS"] = "1"  # forking needs a single thread, and half a core feeds no more
+        if docker.network_allow:
+            named = {HostRule.parse(host).name for host in docker.network_allow}
+            address, own = f"http://127.0.0.1:{PROXY_PORT}", ",".join(sorted({"localhost", "127.0.0.1"} - named))
+            for variable, value in (("http_proxy", address), ("https_proxy", address), ("no_proxy", own)):
+                environment |= {variable: value, variable.upper(): value}
         if docker.cpu_limit <= 1:  # each of joblib's processes would import everything anew, for no gain
             environment["JOBLIB_MULTIPROCESSING"] = "0"
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
@@ -5747,7 +6415,7 @@ class Engine:
             "--oom-score-adj=500",
             f"--mount=type=volume,source={config.package.volume},target={PACKAGES},ro",
             *self._mounts(docker),
-            *(f"--env={key}={value}" for key, value in environment.items()),
+            *(f"--env={key}={value}" for key, value in {**dict.fromkeys(PROXIES, ""), **environment}.items()),
             *([f"--runtime={docker.runtime}"] if docker.runtime else []),
             "--",
             image.name,
@@ -5770,6 +6438,7 @@ class Engine:
             "--user=0:0",
             "--ulimit=nofile=4096:4096",
             "--ulimit=nproc=4096:4096",
+            *(f"--env={variable}=" for variable in PROXIES),
             "--",
             image,
             *BOOTSTRAP_ARGUMENTS,
@@ -5785,7 +6454,6 @@ class Engine:
             f"--name={name}",
             "--log-driver=none",
             "--entrypoint=python3",
-            *NO_PROXIES,
             # To proxy signals, Podman's client also catches SIGPIPE. So it would survive the death of its reader (the
             # host), fail to write the container's reaction to that, and remove the container.
             *(["--http-proxy=false", "--sig-proxy=false"] if self.kind == "podman" else []),
@@ -5838,8 +6506,8 @@ class Engine:
 
 
 # Docker and Podman copy their proxy settings, passwords included, into containers unless these variables are set there.
-NO_PROXIES = [
-    f"--env={variable}="
+PROXIES = [
+    variable
     for proxy in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
     for variable in (proxy, proxy.upper())
 ]
@@ -6896,6 +7564,7 @@ class DockerConfig:
     timeout: float = 30.0
     max_timeout: float = 300.0
     network_disabled: bool = True
+    network_allow: tuple[str, ...] = ()
     read_only: bool = True
     runtime: str | None = None
     mounts: tuple[str, ...] = ()
@@ -6921,6 +7590,13 @@ class DockerConfig:
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
         for mount in self.mounts:
             mount_argument(mount, self.working_dir)
+        for host in self.network_allow:
+            try:
+                HostRule.parse(host)
+            except ValueError as error:
+                raise ValueError(f"docker.network_allow: {error}") from None
+        if self.network_allow and not self.network_disabled:
+            raise ValueError("docker.network_allow: it has no meaning while docker.network_disabled is false")
 
 
 @dataclass(frozen=True)

@@ -629,6 +629,8 @@ class Guest:
             "preload": [],
             "packages": "/packages/x",
             "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
+            "has_proxy": False,
+            "certificates": None,
             **settings,
         }
         engine = Engine(docker.command, "docker", "20.10.24")

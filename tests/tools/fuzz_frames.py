@@ -157,6 +157,8 @@ class TamedSupervisor(Supervisor):
             "cpus": 1,
             "copied_memory": 0,
             "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
+            "has_proxy": False,
+            "certificates": None,
         }
         self.host, theirs = os.pipe()
         super().__init__(Channel(os.open(os.devnull, os.O_RDONLY), theirs), settings)
