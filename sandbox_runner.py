@@ -2558,16 +2558,23 @@ class Network:
             with anyio.fail_after(CONNECT_TIMEOUT):
                 stream = await anyio.connect_tcp(parts.hostname or "", parts.port or 80)
                 if scheme == "https":
-                    head = [f"CONNECT {host}:{port} HTTP/1.1", f"Host: {host}:{port}", *credentials_for(proxy), "", ""]
-                    await stream.send("\r\n".join(head).encode())
-                    answer = BufferedByteReceiveStream(stream)
-                    line = (await answer.receive_until(b"\r\n\r\n", HEAD_LIMIT)).partition(b"\r\n")[0].decode("latin-1")
-                    if answer.buffer or not re.match(r"HTTP/1\.[01] 200\b", line):
-                        await stream.aclose()
-                        raise RefusedError(502, f"{host} was refused by this server's own proxy: {last_line(line)}")
+                    try:
+                        await self._open_tunnel(stream, proxy, f"{host}:{port}")
+                    except BaseException:
+                        await anyio.aclose_forcefully(stream)
+                        raise
             return stream
         except (OSError, anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound, anyio.BrokenResourceError):
             raise RefusedError(502, f"{host} can't be reached: this server's own proxy does not answer") from None
+
+    async def _open_tunnel(self, stream: anyio.abc.SocketStream, proxy: str, target: str) -> None:
+        """Have the server's own proxy open a tunnel."""
+        head = [f"CONNECT {target} HTTP/1.1", f"Host: {target}", *credentials_for(proxy), "", ""]
+        await stream.send("\r\n".join(head).encode())
+        answer = BufferedByteReceiveStream(stream)
+        line = (await answer.receive_until(b"\r\n\r\n", HEAD_LIMIT)).partition(b"\r\n")[0].decode("latin-1")
+        if answer.buffer or not re.match(r"HTTP/1\.[01] 200\b", line):
+            raise RefusedError(502, f"{target} was refused by this server's own proxy: {last_line(line)}")
 
     async def _connect_directly(self, host: str, port: int, rule: HostRule) -> anyio.abc.SocketStream:
         addresses = [host]
@@ -2793,6 +2800,8 @@ async def read_request(connection: Connection) -> tuple[h11.Request, h11.Connect
         raise RefusedError(400, f"that is no request to a proxy: {error}") from None
     if not isinstance(event, h11.Request):
         raise anyio.EndOfStream
+    if len(event.target) + sum(len(key) + len(value) for key, value in event.headers) > HEAD_LIMIT:
+        raise RefusedError(400, f"that is no request to a proxy: its head has more than {HEAD_LIMIT} bytes")
     return event, http
 
 
