@@ -311,8 +311,8 @@ async def proxied(*allowed: str) -> AsyncIterator[Both]:
                 try:
                     yield both
                 finally:
-                    both.close()
                     tasks.cancel_scope.cancel()
+            both.close()
             await anyio.sleep(0.02)  # for the event loop to close sockets
 
 
