@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -625,6 +625,103 @@ async def test_where_this_server_has_a_proxy_that_is_used(servers: Servers, monk
     finally:
         upstream.shutdown()
         upstream.server_close()
+
+
+# ── each rule, with and without it ──
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """A way out that one rule closes: what code sends, and what takes the rule away."""
+
+    does: str
+    sends: tuple[str, ...]  # one after the other; PLAIN and SECURE stand for the servers' ports
+    without: Callable[[pytest.MonkeyPatch], None]
+    allowed: str = "localhost:PLAIN"
+    gets: str = "x,y"  # shows that it got through
+    twice: bool = False  # whether the rule on public addresses would hold it, too
+
+
+def replace(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """Put something else in the place of a function of the library's."""
+    owner, _, attribute = name.rpartition(".")
+    target = getattr(sandbox_runner, owner) if owner else sandbox_runner
+    return lambda patch: patch.setattr(target, attribute, value)
+
+
+async def any_first_bytes(_: Any, __: str, first: bytes) -> bytes:
+    """Stands in for `read_hello`, and wants no TLS."""
+    return first
+
+
+def no_host_check(request: h11.Request) -> tuple[str, int, str | None]:
+    """Stands in for `target_of`, and believes the Host header."""
+    (host,) = [value.decode() for key, value in request.headers if key == b"host"]
+    return host.partition(":")[0], int(host.partition(":")[2]), "/a.csv"
+
+
+GET = "GET http://{0}/a.csv HTTP/1.1\r\nHost: {0}\r\n\r\n"
+HOLES = [
+    Hole("a host that is not listed", (GET.format("localhost:PLAIN"),),
+         replace("HostRule.allows", lambda *_: True), "example.com", twice=True),
+    Hole("another port of a host that is listed", (GET.format("localhost:PLAIN"),),
+         replace("HostRule.allows", lambda rule, host, *_: host == rule.name), "localhost"),
+    Hole("a name that leads into this network", (GET.format("inside.example:PLAIN"),),
+         replace("is_public", lambda _: True), "inside.example:PLAIN"),
+    Hole("an address in decimal", (GET.format("2130706433:PLAIN"),),
+         replace("host_name", lambda text: {"2130706433": "inside.example"}.get(text, text)), "inside.example:PLAIN",
+         twice=True),
+    Hole("no TLS through a tunnel", ("CONNECT localhost:PLAIN HTTP/1.1\r\nHost: x\r\n\r\n", "GET /a.csv HTTP/1.1\r\nHost: x\r\n\r\n"),
+         replace("read_hello", any_first_bytes)),
+    Hole("a Host that is not the target's", ("GET http://other.example/ HTTP/1.1\r\nHost: localhost:PLAIN\r\n\r\n",),
+         replace("target_of", no_host_check)),
+    Hole("a password for the proxy", (GET.format("localhost:PLAIN").replace("GET", "POST").replace(
+         "\r\n\r\n", "\r\nContent-Length: 0\r\nX-Own: 7\r\nConnection: x-own\r\n\r\n"),),
+         lambda patch: patch.setattr(sandbox_runner, "head_for_server", head_as_it_is), gets="0 7"),
+]  # fmt: skip
+
+
+def head_as_it_is(request: h11.Request, target: str, _: str) -> bytes:
+    """Stands in for `head_for_server`, and drops nothing."""
+    lines = [b"%s %s HTTP/1.1" % (request.method, target.encode()), *(b"%s: %s" % field for field in request.headers)]
+    return b"\r\n".join([*lines, b"", b""])
+
+
+async def sent_by(hole: Hole, servers: Servers) -> str:
+    """What comes back when code tries it."""
+
+    def filled(text: str) -> str:
+        return text.replace("PLAIN", str(servers.plain)).replace("SECURE", str(servers.secure))
+
+    async with (
+        proxied(filled(hole.allowed)) as both,
+        await anyio.connect_tcp("127.0.0.1", both.port) as stream,
+    ):
+        for text in hole.sends:
+            await stream.send(filled(text).encode())
+        answer = b""
+        with anyio.move_on_after(2), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            while hole.gets.encode() not in answer:
+                answer += await stream.receive()
+        return answer.decode("latin-1")
+
+
+@pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.does)
+async def test_each_rule_holds_something_that_nothing_else_holds(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, hole: Hole
+) -> None:
+    look_up = anyio.getaddrinfo
+
+    async def inside(host: str, port: int, **more: Any) -> Any:
+        return await look_up("127.0.0.1" if host == "inside.example" else host, port, **more)
+
+    monkeypatch.setattr(anyio, "getaddrinfo", inside)
+    assert hole.gets not in await sent_by(hole, servers)
+    with pytest.MonkeyPatch.context() as patch:
+        hole.without(patch)
+        if hole.twice:
+            patch.setattr(sandbox_runner, "is_public", lambda _: True)
+        assert hole.gets in await sent_by(hole, servers)
 
 
 # ── what is said ──
