@@ -1380,7 +1380,7 @@ class Call:
             variables_left_out=self._left_out,
             files=tuple(FileInfo(path, size) for path, size in done["files"][:FILES_LISTED]),
             files_left_out=done["files_left_out"],
-            refused=tuple(itertools.islice(self.refused, REFUSALS_TOLD)),
+            refused=tuple(self.refused),
             stale=tuple(done.get("stale", ())),
             wall=done["wall"],
             cpu=done["cpu"],
@@ -2424,6 +2424,7 @@ async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | Non
 CONNECTIONS_AT_ONCE = 32  # of one sandbox
 REFUSALS_TOLD = 5  # of one call
 CONNECTIONS_A_MINUTE = 300
+CROWDED_PAUSE = 1.0  # seconds until a connection past these limits is refused, so that to try again costs time
 CONNECTION_IDLE = 120  # seconds without a byte after which a connection is closed
 CONNECT_TIMEOUT = 15  # seconds to resolve a name, and as many to connect
 HEAD_LIMIT = 16 << 10  # bytes of a request's head, and of a TLS ClientHello
@@ -2680,27 +2681,28 @@ class Proxy:
         self._sandbox = sandbox
         self._open: dict[int, Connection] = {}
         self._begun: deque[float] = deque(maxlen=CONNECTIONS_A_MINUTE)  # when the last ones were opened
+        self._last = 0  # the highest number so far
 
     def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
         """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
         number = frame["flow"]
-        if number not in self._open:
-            if frame["ended"] or frame["credit"]:
-                return  # it is over here
+        if number > self._last:
             if len(self._open) > FLOWS_OPEN:
                 raise ProtocolError("more connections than a supervisor has")
+            self._last = number
             self._open[number] = Connection(number, self._pass)
             tasks.start_soon(self._serve, self._open[number])
-        self._open[number].take(frame)
+        if number in self._open:  # else it is over here, and the code does not know yet
+            self._open[number].take(frame)
 
     async def _pass(self, frame: Pass) -> None:
         await self._sandbox._write(encoded(frame))
 
     async def _serve(self, connection: Connection) -> None:
         """Serve a connection to its end, and write a line on it to the log."""
-        where, verdict = "", ""
+        where, verdict, crowded = "", "", False
         try:
-            self._require_leisure()
+            await self._require_leisure()
             with anyio.fail_after(CONNECTION_IDLE):
                 request, http = await read_request(connection)
             host, port, path = target_of(request)
@@ -2719,7 +2721,8 @@ class Proxy:
                 await self._relay(connection, there, first, rest, is_tunnel=path is None)
         except RefusedError as error:
             status, verdict = error.args
-            if status == 403 and self._sandbox.call:
+            crowded = status in (429, 503)
+            if status == 403 and self._sandbox.call and len(self._sandbox.call.refused) < REFUSALS_TOLD:
                 self._sandbox.call.refused[verdict] = None
             with contextlib.suppress(anyio.BrokenResourceError):
                 await connection.send(refusal(status, verdict))
@@ -2730,7 +2733,8 @@ class Proxy:
         finally:
             self._open.pop(connection.number, None)
             session = self._sandbox.call.request.session if self._sandbox.call else None
-            log.info(
+            log.log(
+                logging.DEBUG if crowded else logging.INFO,  # code must not fill the log
                 "network: %s, %s: %s; %d bytes out, %d in",
                 session or self._sandbox.name, where or "?", verdict or "cut", connection.received, connection.sent,
             )  # fmt: skip
@@ -2738,13 +2742,15 @@ class Proxy:
                 with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
                     await connection.end()
 
-    def _require_leisure(self) -> None:
-        """Raise RefusedError if the sandbox has too many connections, or opens them too fast."""
+    async def _require_leisure(self) -> None:
+        """Raise RefusedError, after a pause, if the sandbox has too many connections, or opens them too fast."""
         now = anyio.current_time()
         if len(self._begun) == CONNECTIONS_A_MINUTE and now - self._begun[0] < 60:
+            await anyio.sleep(CROWDED_PAUSE)
             raise RefusedError(429, f"more than {CONNECTIONS_A_MINUTE} connections in a minute: open them more slowly")
         self._begun.append(now)
         if len(self._open) > CONNECTIONS_AT_ONCE:
+            await anyio.sleep(CROWDED_PAUSE)
             raise RefusedError(503, f"more than {CONNECTIONS_AT_ONCE} connections at once: close some first")
 
     async def _relay(

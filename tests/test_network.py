@@ -524,6 +524,20 @@ async def test_a_connection_carries_one_request(servers: Servers) -> None:
         assert answer.endswith(b"x,y\n1,2\n")
 
 
+async def test_what_comes_after_a_refusal_is_no_request(servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
+    async with proxied(*servers.allowed) as both, await anyio.connect_tcp("127.0.0.1", both.port) as stream:
+        caplog.set_level("INFO", "python_docker_mcp")
+        target = f"localhost:{servers.plain}"
+        await stream.send(get("http://other.example/", "other.example"))
+        assert (await stream.receive()).startswith(b"HTTP/1.1 403 ")
+        await until(lambda: not both.proxy._open)
+        late: Any = {"kind": "passed", "flow": 1, "data": get(f"http://{target}/", target), "credit": 0, "ended": False}
+        both.proxy.take(late, both.tasks)
+        assert not both.proxy._open
+        await anyio.sleep(0.05)
+    assert "passed" not in caplog.text
+
+
 async def test_a_slow_reader_holds_back_a_fast_sender(servers: Servers) -> None:
     async with proxied(*servers.allowed) as both, await anyio.connect_tcp("127.0.0.1", both.port) as stream:
         target = f"localhost:{servers.plain}"
@@ -543,6 +557,7 @@ async def test_a_slow_reader_holds_back_a_fast_sender(servers: Servers) -> None:
 async def test_bounds_are_told(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_runner, "CONNECTIONS_AT_ONCE", 2)
     monkeypatch.setattr(sandbox_runner, "CONNECTION_IDLE", 0.5)
+    monkeypatch.setattr(sandbox_runner, "CROWDED_PAUSE", 0.01)
     url = f"http://localhost:{servers.plain}/a.csv"
     async with proxied(*servers.allowed) as both:
         idle = [await anyio.connect_tcp("127.0.0.1", both.port) for _ in range(2)]

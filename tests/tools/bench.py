@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import http.server
 import importlib.metadata
 import importlib.util
 import itertools
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -753,6 +755,61 @@ for line in sys.stdin.buffer:
     pipe = f"bare pipe of `{bench.engine.kind} run -i`"
     for what, way in (("a file of 50 MB into a session", "into"), ("a file of 50 MB out of a session", "out")):
         yield Measured(what, "MB/s", rates[way], (Beside(pipe, rates[f"pipe_{way}"], at_least=0.5),))
+    yield Measured("server memory, growth during that", "MB", [growth], at_most=20)
+
+
+class Sender(http.server.BaseHTTPRequestHandler):
+    """Sends 50 MB to whoever asks."""
+
+    def do_GET(self) -> None:
+        """Send them."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(50 * MEGABYTE))
+        self.end_headers()
+        self.wfile.write(bytes(50 * MEGABYTE))
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@row
+def download(bench: Bench) -> Iterator[Measured]:
+    """Megabytes a second of a download by the proxy, beside the same code in a container with the host's network."""
+    sender = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sender)
+    threading.Thread(target=sender.serve_forever, daemon=True).start()
+    address = f"localhost:{sender.server_port}"
+    fetch = f"assert len(urllib.request.urlopen('http://{address}/').read()) == {50 * MEGABYTE}"
+    argv = bench.engine.sandbox_arguments("NAME", bench.image, Config(docker=DockerConfig(network_disabled=False)), {})
+    flags = [flag for flag in argv[: argv.index("--")] if not flag.startswith(("--label=", "--name="))]
+    loop = f"import sys, urllib.request\nfor line in sys.stdin:\n    {fetch}\n    print('done', flush=True)"
+    command = [bench.engine.command, *flags, "--network=host", "--", bench.image.name, "-c", loop]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+            server, name = (
+                bench.server(docker={"command": bench.engine.command, "network_allow": [address]}),
+                unique("net"),
+            )
+            server.settle(2)
+            server.persistent(name, "import urllib.request")
+            server.settle(3)
+            server.forget_peak()
+            before = server.memory()
+
+            def direct() -> None:
+                write(process, b"now\n")
+                assert read_line(process) == b"done\n"
+
+            pause = functools.partial(time.sleep, PAUSE)
+            ours = functools.partial(server.persistent, name, fetch)
+            taken = interleave(bench.few * 2, pause, ours=ours, direct=direct)
+            growth = server.memory("VmHWM") - before
+            process.kill()
+    finally:
+        sender.shutdown()
+        sender.server_close()
+    rates = {way: [1000 * 50 / time for time in times] for way, times in taken.items()}
+    beside = Beside(f"`{bench.engine.kind} run --network=host`", rates["direct"], at_least=0.5)
+    yield Measured("a download of 50 MB", "MB/s", rates["ours"], (beside,))
     yield Measured("server memory, growth during that", "MB", [growth], at_most=20)
 
 
