@@ -823,6 +823,20 @@ async def test_an_interrupt_closes_connections_output_is_prompt_meanwhile_and_a_
 
 
 @pytest.mark.engine
+async def test_a_session_goes_by_the_list_of_the_server_that_has_it(
+    networked: Config, config: Config, servers: Servers, session: str
+) -> None:
+    fetch = FETCH.replace("URL", f"http://localhost:{servers.plain}").replace("table.csv", "other.csv")
+    async with open_runner(networked) as runner:
+        assert (await runner.execute("kept = 41", session=session)).status == "ok"
+    async with open_runner(config) as runner:
+        result = await runner.execute(fetch, session=session)
+        assert result.refused == (f"localhost:{servers.plain} was refused: docker.network_allow has no hosts",)
+        assert (await runner.execute("kept + 1", session=session)).value == "42"
+        await runner.close_session(session)
+
+
+@pytest.mark.engine
 async def test_without_a_list_there_is_no_proxy(config: Config) -> None:
     async with open_runner(config) as runner:
         code = "import os, socket\nprint([n for n in os.environ if 'proxy' in n and os.environ[n]])\n"

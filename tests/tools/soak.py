@@ -23,6 +23,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import http.server
 import itertools
 import json
 import math
@@ -36,6 +37,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -93,6 +95,12 @@ class Kind:
     stops: bool = False  # whether it is stopped, which takes its time while the container is paused
     saves: bool = False  # whether it writes TOKEN into a file
     files: tuple[str, ...] | None = None  # of the host's, that it is given
+    fetches: bool = False  # whether it fails when its connection is cut
+
+    @property
+    def excusable(self) -> tuple[str, ...]:
+        """What it may come to when something was killed."""
+        return ("died", "failed", "error") if self.fetches else ("died", "failed")
 
 
 MEMORY = "data = bytearray(1 << 30)\nfor i in range(0, 1 << 30, 4096): data[i] = 1"
@@ -103,6 +111,13 @@ LONG = "import time\nfor i in range(6):\n    print('step', i, flush=True)\n    t
 SLEEP = "import time; time.sleep(60)"
 GIVEN = 700_000  # bytes of the file on the host
 FILE = Kind(3, "open('a.txt', 'w').write('TOKEN')", words=("a.txt",), saves=True)
+SENT = 3_000_000  # bytes that the web server on the host sends
+FETCH = Kind(
+    4,
+    "import urllib.request\nprint(len(urllib.request.urlopen('http://localhost:PORT/').read()), 'TOKEN')",
+    words=(f"{SENT} TOKEN",),
+    fetches=True,
+)
 GET = Kind(3, "print(len(open('given.txt').read()), 'TOKEN')", words=(f"{GIVEN} TOKEN",), files=("given.txt",))
 
 TRANSIENT = {
@@ -113,6 +128,7 @@ TRANSIENT = {
     "much": Kind(2, MUCH, words=("characters left out", "TOKEN")),
     "file": FILE,
     "given": GET,
+    "fetch": FETCH,
     "crash": Kind(2, "import os; os._exit(3)", "died", ("exit status 3",)),
     "memory": Kind(1, MEMORY, "out_of_memory", ("needed more memory",)),
     "cancel": Kind(3, SLEEP, cancel=True),
@@ -125,6 +141,7 @@ SESSION = {
     "much": Kind(4, MUCH, words=("characters left out", "TOKEN"), resource="output"),
     "file": dataclasses.replace(FILE, resource="file"),
     "given": GET,
+    "fetch": FETCH,
     "long": Kind(6, LONG, words=("step 0", "step 5", "TOKEN")),
     "interrupt": Kind(4, SLEEP, "cancelled", (), interrupt=True, stops=True),
     "cancel": Kind(6, SLEEP, cancel=True, stops=True),
@@ -354,7 +371,7 @@ class Worker:
     async def _transient(self) -> None:
         name, kind, token = self._choose(TRANSIENT)
         state = {"seen": self.random.randrange(100)} if name == "sum" else None
-        code = kind.code.replace("TOKEN", token) + ("\nseen += 1" if state else "")
+        code = self.soak.filled(kind.code, token) + ("\nseen += 1" if state else "")
         started = time.monotonic()
         moment = self.random.uniform(0, 2) if kind.cancel else math.inf
         more = {"state": state, "timeout": kind.timeout, "files": kind.files}
@@ -365,7 +382,7 @@ class Worker:
         problem = wrong(kind, answer, token)
         if not problem and kind.saves:
             problem = unsaved(answer, token, self.soak.excuse(started))
-        if problem and answer.status in ("died", "failed") and self.soak.excuse(started):
+        if problem and answer.status in kind.excusable and self.soak.excuse(started):
             self.soak.kinds["(transient calls lost to a kill)"] += 1
         elif problem:
             self.soak.violation(f"transient {name} {token}: {problem}: {answer}")
@@ -462,7 +479,7 @@ class Worker:
         session.counts = before | {count + 1 for count in before}
         if session.orphaned and kind.cancel:
             name, kind = "count", SESSION["count"]
-        code = (COUNT + kind.code).replace("TOKEN", token)
+        code = self.soak.filled(COUNT + kind.code, token)
         moment = self.random.uniform(0, 1.5) if kind.cancel else math.inf
         self.soak.kinds[f"session {name}"] += 1
         try:
@@ -512,7 +529,7 @@ class Worker:
         problem = wrong(kind, answer, token) or ("" if found or kind.timeout or kind.interrupt else "no counter")
         if not problem and kind.saves and "Still running" not in answer.text:
             problem = unsaved(answer, token, bool(session.risk) or self.soak.excuse(started))
-        if problem and answer.status in ("died", "failed") and (session.risk or self.soak.excuse(started)):
+        if problem and answer.status in kind.excusable and (session.risk or self.soak.excuse(started)):
             self.soak.kinds[f"(session calls that {answer.status} by a kill)"] += 1
         elif problem:
             self.soak.violation(f"{session.name} {name} {token}, counter before {before}: {problem}: {answer}")
@@ -699,6 +716,21 @@ class Killer:
 # ── the whole ──
 
 
+class Web(http.server.BaseHTTPRequestHandler):
+    """Sends code what it fetches."""
+
+    def do_GET(self) -> None:
+        """Send it, unless the connection is cut."""
+        with contextlib.suppress(OSError):
+            self.send_response(200)
+            self.send_header("Content-Length", str(SENT))
+            self.end_headers()
+            self.wfile.write(bytes(SENT))
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
 class Soak:
     """What all of them share."""
 
@@ -722,14 +754,21 @@ class Soak:
         self.end = self.started + 60 * minutes
         self.over = False
         self.memory: list[tuple[float, int]] = []  # minutes, and kB of the server that is never killed
+        self.web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+        threading.Thread(target=self.web.serve_forever, daemon=True).start()
         (self.folder / "in").mkdir()
         (self.folder / "in/given.txt").write_text("x" * GIVEN, encoding="utf-8")
         self._trace = (self.folder / "trace.log").open("w", encoding="utf-8")
 
+    def filled(self, code: str, token: str) -> str:
+        """The code with what differs from call to call, and from run to run."""
+        return code.replace("TOKEN", token).replace("PORT", str(self.web.server_port))
+
     def environment(self, index: int) -> dict[str, str]:
         """A server's environment, with its configuration: every second one uses sandboxes again."""
+        allowed = f"localhost:{self.web.server_port}"
         config = Config(
-            docker=DockerConfig(command=self.command, image=self.image, timeout=90),
+            docker=DockerConfig(command=self.command, image=self.image, timeout=90, network_allow=(allowed,)),
             session=SessionConfig(idle_timeout=IDLE_TIMEOUT, answer_within=ANSWER_WITHIN),
             package=PackageConfig(volume=self.volume),
             files=FilesConfig(str(self.folder / "out") if index >= CLIENTS // 2 else None, (str(self.folder / "in"),)),
