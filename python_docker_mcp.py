@@ -2001,12 +2001,12 @@ def judge_hosts(patient: Patient, _: Result, seen: Any) -> Judgement:
     """Whether the proxy lets code reach the hosts that are allowed, and no other."""
     if not patient.config.docker.network_allow:
         return "ok", "no host is allowed (docker.network_allow)"
-    *forbidden, allowed = seen
+    forbidden, allowed = seen
     if passed := [line for line in forbidden if " 200 " in line]:
         return "failed", f"a host that is not allowed can be reached ({passed[0]})", REPORT
     about = ", by this server's own proxy, which resolves the names" if urllib.request.getproxies() else ""
-    if allowed and " 200 " not in allowed:
-        return "warning", allowed.partition(" ")[2], "See that this host itself can reach it."
+    if failed := [line for line in allowed if " 200 " not in line]:
+        return "warning", failed[0].partition(" ")[2], "See that this host itself can reach it."
     seen = (
         f"{', '.join(patient.config.docker.network_allow)}{about}; others, addresses and metadata services are refused"
     )
@@ -2102,14 +2102,14 @@ CHECKS = (
           "--read-only, --tmpfs and --mount=…,ro"),
     Check("mounts", "look_at({mounts})", judge_mounts),
     Check("network", "network()", judge_network, "--network=none"),
-    Check("allowed hosts", "answers_of_proxy({port}, {targets}) if {targets} else []", judge_hosts),
+    Check("allowed hosts", "[answers_of_proxy({port}, targets) for targets in {targets}]", judge_hosts),
     Check("root", "([*os.getresuid(), *os.getresgid(), *os.getgroups()], rights('self'), rights('1'), "
           "{{'setuid': refused_with(os.setuid, 0), 'chroot': refused_with(os.chroot, '/')}})",
           judge_root, "--user, --cap-drop=ALL and --security-opt=no-new-privileges"),
     Check("system calls", "(rights('self'), rights('1'), open_system_calls())", judge_system_calls),
     Check("process 1", "open_parts_of_process_1()", judge_process_1),
     Check("environment", "[name for name in os.environ if name.lower().endswith('_proxy') and os.environ[name] and "
-          "not ({targets} and name.lower() in ('http_proxy', 'https_proxy', 'no_proxy'))]",
+          "not ({docker.network_allow} and name.lower() in ('http_proxy', 'https_proxy', 'no_proxy'))]",
           lambda _, __, proxies: (not proxies, ", ".join(proxies) or "no proxies",
           "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf).")),
 )  # fmt: skip
@@ -2254,15 +2254,13 @@ async def attempt(check: Check, runner: Runner, session: str | None) -> Result:
         return Result("died", message=str(error))
 
 
-def proxy_targets(docker: DockerConfig) -> list[str]:
-    """Return what to ask the proxy for: two places that are not allowed and, if there is one, one that is."""
+def proxy_targets(docker: DockerConfig) -> list[list[str]]:
+    """Return what to ask the proxy for: places that are not allowed, and one that is, if a host is named."""
     if not docker.network_allow:
         return []
-    named = next(
-        (host for host in docker.network_allow if "*" not in host), "example.com" if "*" in docker.network_allow else ""
-    )
-    allowed = named if re.search(r":\d+$", named) else f"{named}:443"
-    return ["169.254.169.254:80", "not-allowed.invalid:443", *([allowed] if named else [])]
+    forbidden = {"169.254.169.254:80", "not-allowed.invalid:443"} - set(docker.network_allow)
+    named = [host for host in docker.network_allow if "*" not in host][:1]
+    return [sorted(forbidden), [host if re.search(r":\d+$", host) else f"{host}:443" for host in named]]
 
 
 def import_name(requirement: str) -> str:

@@ -69,6 +69,7 @@ WELL: dict[str, Any] = {  # by check, the values of its expression in a sandbox 
     "process 1": [],
     "environment": [],
 }
+REFUSES, GOES_ON = "HTTP/1.1 403 a.example was refused", "HTTP/1.1 200 Connection established"
 RUNSC = {"DefaultRuntime": "runsc", "Runtimes": {"runsc": {"runtimeArgs": ["--ignore-cgroups"]}}}
 
 
@@ -135,6 +136,9 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
         ("network", "failed", [["lo"], None, "gaierror"], {}),
         ("network", "failed", [["lo"], "ENETUNREACH", None], {}),
         ("network", "warning", [["lo", "eth0"], None, None], {"docker": {"network_disabled": False}}),
+        ("allowed hosts", "failed", [[REFUSES, GOES_ON], [GOES_ON]], {"docker": {"network_allow": ("a.example",)}}),
+        ("allowed hosts", "warning", [[REFUSES, REFUSES], [REFUSES]], {"docker": {"network_allow": ("a.example",)}}),
+        ("allowed hosts", "failed", [], {"docker": {"network_allow": ("a.example",)}}),
         ("root", "failed", [[65534, 0, 65534], OWN, FIRST, REFUSED], {}),
         ("root", "failed", [[65534], OWN, FIRST, {**REFUSED, "setuid": None}], {}),
         ("root", "failed", [[65534], OWN, FIRST, {**REFUSED, "chroot": None}], {}),
