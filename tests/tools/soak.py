@@ -381,7 +381,9 @@ class Worker:
             return
         problem = wrong(kind, answer, token)
         if not problem and kind.saves:
-            problem = unsaved(answer, token, self.soak.excuse(started))
+            problem = unsaved(answer, token)
+            if problem and "Files left out: a.txt" in answer.text and self.soak.excuse(started):
+                problem = ""
         if problem and answer.status in kind.excusable and self.soak.excuse(started):
             self.soak.kinds["(transient calls lost to a kill)"] += 1
         elif problem:
@@ -510,7 +512,7 @@ class Worker:
         found = re.search(rf"count (\d+) {token}", answer.text)
         if found:
             self._compare(session, int(found[1]), before, answer)
-        elif NEW in answer.text:
+        elif NEW in answer.text or "had been lost before" in answer.text:
             self._begin_anew(session, answer)
         if answer.state == "restored":
             self.soak.fates[f"restored: {name}"] += 1
@@ -528,7 +530,9 @@ class Worker:
             session.orphaned = False
         problem = wrong(kind, answer, token) or ("" if found or kind.timeout or kind.interrupt else "no counter")
         if not problem and kind.saves and "Still running" not in answer.text:
-            problem = unsaved(answer, token, bool(session.risk) or self.soak.excuse(started))
+            problem = unsaved(answer, token)
+            if problem and "Files left out: a.txt" in answer.text and (session.risk or self.soak.excuse(started)):
+                problem = ""
         if problem and answer.status in kind.excusable and (session.risk or self.soak.excuse(started)):
             self.soak.kinds[f"(session calls that {answer.status} by a kill)"] += 1
         elif problem:
@@ -596,10 +600,8 @@ class Worker:
             self.soak.sessions.append(Session(session.name, session.owner))
 
 
-def unsaved(answer: Answer, token: str, is_excused: bool) -> str:
+def unsaved(answer: Answer, token: str) -> str:
     """What is wrong with the file that a call wrote: where it is saved it holds the token, or else the result does."""
-    if is_excused and "Files left out: a.txt" in answer.text:
-        return ""
     saved = re.search(r"Saved for the user as (\S+) \(", answer.text)
     content = Path(saved[1]).read_text(encoding="utf-8") if saved else answer.text
     return "" if token in content else f"the file does not hold {token}, but {content[:100]}"
