@@ -470,13 +470,15 @@ def what_can_be_given(config: Config) -> str:
 
 async def permitted(files: Sequence[str] | None, config: FilesConfig) -> list[InputFile]:
     """Return the files that a call is to be given. Raises RequestError for those that it may not have."""
-    if files and not config.inputs:
+    if not files:
+        return []
+    if not config.inputs:
         raise RequestError(
             "No files can be given here: the operator has named no folder to take them from (files.inputs). Put the "
             "data into the code instead."
         )
     folders = config.folders()
-    return await anyio.to_thread.run_sync(lambda: [InputFile.find(file, folders) for file in files or ()])
+    return await anyio.to_thread.run_sync(lambda: [InputFile.find(file, folders) for file in files])
 
 
 def has_network(docker: DockerConfig) -> bool:

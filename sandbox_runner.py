@@ -514,12 +514,10 @@ class Runner:
         """Return what there is to tell of a call and, with its end, of what became of the session before it."""
         if not call.ended.is_set():
             return call.tell()
-        result = None
-        try:
-            result = await self._bring_out(session.sandbox, call, call.tell())
-        finally:
-            if result or call.failed:  # else the caller has gone, and the next one is told
-                session.call = None
+        if call.failed:
+            session.call = None
+        result = await self._bring_out(session.sandbox, call, call.tell())
+        session.call = None  # not before: if the caller goes meanwhile, the next one is told
         lost, session.lost = result.lost_before or session.lost, None
         return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
 
@@ -2708,8 +2706,8 @@ class Proxy:
             rule = self.network.rule(host, port, 443 if path is None else 80)
             there, proxy = await self.network.connect(host, port, rule, "https" if path is None else "http")
             async with there:
-                verdict = "closed, as it did not begin with TLS for that host"
                 if path is None:
+                    verdict = "closed, as it did not begin with TLS for that host"
                     await connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
                     first, rest = await read_hello(connection, host, http.trailing_data[0]), chunks_of(connection)
                 else:
@@ -2857,14 +2855,14 @@ async def chunks_of(connection: Connection) -> AsyncIterator[bytes]:
         yield data
 
 
-async def body_of(connection: Connection, http: h11.Connection, is_chunked: bool) -> AsyncIterator[bytes]:
+async def body_of(connection: Connection, http: h11.Connection, in_chunks: bool) -> AsyncIterator[bytes]:
     """Yield the body of the one request, framed anew; what comes after it is dropped. Raises RemoteProtocolError."""
     while not isinstance(event := http.next_event(), h11.EndOfMessage):
         if event is h11.NEED_DATA:
             http.receive_data(await connection.receive())
         elif isinstance(event, h11.Data):
-            yield b"%x\r\n%s\r\n" % (len(event.data), event.data) if is_chunked else bytes(event.data)
-    if is_chunked:
+            yield b"%x\r\n%s\r\n" % (len(event.data), event.data) if in_chunks else bytes(event.data)
+    if in_chunks:
         yield b"0\r\n\r\n"
 
 
@@ -4224,6 +4222,7 @@ class Supervisor:
             self._tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
         for stream, data in call.tail:
             self._tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
+        files, left_out = self._changed_files()
         oom_kills, self.oom_kills = self.oom_kills, count_oom_kills(self.memory_events)
         oom_kills = self.oom_kills - oom_kills
         lost = state != "preserved"
@@ -4237,8 +4236,8 @@ class Supervisor:
             "state": state,
             "lost_before": self.lost,
             "message": message,
-            "files": [],
-            "files_left_out": {},
+            "files": files,
+            "files_left_out": left_out,
         }
         if call.stopped_for:
             done["status"] = call.stopped_for
@@ -4246,7 +4245,6 @@ class Supervisor:
             done["status"] = "out_of_memory" if oom_kills else "died"
         if others and done["status"] == "out_of_memory":
             done["message"] = f"it ran in {others + 1} processes"
-        done["files"], done["files_left_out"] = self._changed_files()
         self.call = self.lost = None
         self.state = state
         self.active = time.monotonic()
@@ -7680,20 +7678,26 @@ class FilesConfig:
             raise ValueError(f"files.limit: {error}") from None
         if (self.output or self.inputs) and sys.platform == "win32":
             raise ValueError("files.output: on Windows no files can be copied, use docker.mounts instead")
-        for name, place in [("output", self.output), *(("inputs", place) for place in self.inputs)]:
-            if place is None:
-                continue
-            folder = Path(place).expanduser()
-            if not folder.is_absolute():
-                raise ValueError(f"files.{name}: {place!r} is not an absolute path, such as ~/Documents")
-            if not folder.is_dir() and (name == "inputs" or folder.exists()):
-                raise ValueError(f"files.{name}: {place!r} is not a folder on this host")
-            if reason := why_not_mounted(folder.resolve()):
-                raise ValueError(f"files.{name}: {place!r} is refused, as {reason}: name a folder that holds only data")
+        for setting, place, folder in self.named():
+            if not Path(place).expanduser().is_absolute():
+                raise ValueError(f"{setting}: {place!r} is not an absolute path, such as ~/Documents")
+            if not folder.is_dir() and (place in self.inputs or folder.exists()):
+                raise ValueError(f"{setting}: {place!r} is not a folder on this host")
+            if reason := why_not_mounted(folder):
+                raise ValueError(f"{setting}: {place!r} is refused, as {reason}: name a folder that holds only data")
+
+    def named(self) -> Iterator[tuple[str, str, Path]]:
+        """Yield each folder that a setting names: the setting, the folder as written, and without links in its path."""
+        places = [
+            *([("files.output", self.output)] if self.output else []),
+            *(("files.inputs", one) for one in self.inputs),
+        ]
+        for setting, place in places:
+            yield setting, place, Path(place).expanduser().resolve()
 
     def folders(self) -> list[Path]:
         """Return the folders whose files a call may be given, without links in their paths."""
-        return [Path(place).expanduser().resolve() for place in self.inputs]
+        return [folder for setting, _, folder in self.named() if setting == "files.inputs"]
 
 
 @dataclass(frozen=True)
@@ -7903,10 +7907,8 @@ def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
 
 def refuse_to_share(file: Path, config: Config) -> None:
     """Raise ConfigError if the user's code could get at the configuration, which may hold passwords."""
-    shared = [("docker.mounts", *split_mount(mount)[:2]) for mount in config.docker.mounts]
-    shared += [("files.inputs", place, Path(place).expanduser().resolve()) for place in config.files.inputs]
-    shared += [("files.output", place, Path(place).expanduser().resolve()) for place in [config.files.output] if place]
-    for setting, place, folder in shared:
+    mounts = [("docker.mounts", *split_mount(mount)[:2]) for mount in config.docker.mounts]
+    for setting, place, folder in (*mounts, *config.files.named()):
         if is_within(file.resolve(), folder):
             raise ConfigError(f"{setting}: {place!r} is refused, as the configuration {file} is in it.")
 

@@ -27,8 +27,10 @@ from typing import Any
 
 import anyio
 import hypothesis
+import mcp_types
 import pytest
 import real_engines
+from mcp import Client
 from pytest_subprocess import FakeProcess
 from real_engines import CommandLine, Program
 from xdist.scheduler import LoadScopeScheduling
@@ -45,6 +47,7 @@ from sandbox_runner import (
     Runner,
     SessionConfig,
     Text,
+    open_runner,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +324,19 @@ def settings(docker: FakeEngine, tmp_path: Path) -> Config:
         package=PackageConfig(preinstalled=()),
         pool=PoolConfig(enabled=False),
     )
+
+
+@asynccontextmanager
+async def connected(config: Config, mode: str = "auto") -> AsyncIterator[Client]:
+    """A client of a server in this process."""
+    with anyio.fail_after(PATIENCE):
+        async with open_runner(config) as runner, Client(python_docker_mcp.make_server(runner), mode=mode) as client:
+            yield client
+
+
+def text_of(result: mcp_types.CallToolResult) -> str:
+    """All text of a result."""
+    return "\n".join(block.text for block in result.content if isinstance(block, mcp_types.TextContent))
 
 
 # ── what code in a sandbox does for a test, and how that is waited for ──

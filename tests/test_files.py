@@ -16,15 +16,14 @@ from typing import Any
 import anyio
 import mcp_types as types
 import pytest
-from conftest import WAIT_FOR_GO, FakeEngine, Hears, go, until
+from conftest import WAIT_FOR_GO, FakeEngine, Hears, connected, go, text_of, until
 from fuzz_frames import tamed
 from hypothesis import given
 from hypothesis import strategies as st
-from mcp import Client
 from real_engines import CommandLine, run
 
 import sandbox_runner
-from python_docker_mcp import CHECKS, Patient, attempt, hint_on, judge, make_server, render
+from python_docker_mcp import CHECKS, Patient, attempt, hint_on, judge, render
 from sandbox_runner import (
     Config,
     DockerConfig,
@@ -506,19 +505,6 @@ def test_folders_that_no_file_should_come_from_or_go_to_are_refused(fields: dict
 
 
 # ── as a client sees it ──
-
-
-@contextlib.asynccontextmanager
-async def connected(config: Config) -> AsyncIterator[Client]:
-    """A client of a server with these settings."""
-    with anyio.fail_after(60):
-        async with open_runner(config) as runner, Client(make_server(runner)) as client:
-            yield client
-
-
-def text_of(result: types.CallToolResult) -> str:
-    """All text of a result."""
-    return "\n\n".join(block.text for block in result.content if isinstance(block, types.TextContent))
 
 
 async def test_the_parameter_is_there_only_if_there_are_folders(

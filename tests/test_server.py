@@ -28,7 +28,7 @@ import mcp_types as types
 import pydantic
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
-from conftest import PATIENCE, ROOT, FakeEngine
+from conftest import PATIENCE, ROOT, FakeEngine, connected, text_of
 from hypothesis import given
 from hypothesis import strategies as st
 from mcp import Client, StdioServerParameters
@@ -50,7 +50,6 @@ from python_docker_mcp import (
     hint_on_installation,
     instructions,
     main,
-    make_server,
     measure,
     new_session_id,
     package_meant,
@@ -71,7 +70,6 @@ from sandbox_runner import (
     Rich,
     SessionConfig,
     Text,
-    open_runner,
 )
 
 pytestmark = pytest.mark.anyio
@@ -84,11 +82,6 @@ def factorial(n):
 
 print(factorial(5))
 """
-
-
-def text_of(result: types.CallToolResult) -> str:
-    """All text of a result."""
-    return "\n".join(block.text for block in result.content if isinstance(block, types.TextContent))
 
 
 def kinds(result: types.CallToolResult) -> list[str]:
@@ -863,14 +856,6 @@ def config(docker: FakeEngine, tmp_path: Path) -> Config:
         package=PackageConfig(preinstalled=()),
         pool=PoolConfig(enabled=False),
     )
-
-
-@asynccontextmanager
-async def connected(config: Config, mode: str = "auto") -> AsyncIterator[Client]:
-    """A client of a server in this process."""
-    with anyio.fail_after(PATIENCE):
-        async with open_runner(config) as runner, Client(make_server(runner), mode=mode) as client:
-            yield client
 
 
 @pytest.mark.parametrize("era", ERAS)

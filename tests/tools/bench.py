@@ -310,6 +310,37 @@ class Bench:
             process.kill()
 
     @contextmanager
+    def bare_pipe(self, make: str, data: bytes) -> Iterator[dict[str, Callable[[], None]]]:
+        """The two ways of the same many bytes by such a pipe: `out` of what `make` calls `data` there, `into` it."""
+        code = f"""
+import sys
+{make}
+print("ready", flush=True)
+for line in sys.stdin.buffer:
+    if line == b"out\\n":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        sys.stdin.buffer.read({len(data)})
+        print("done", flush=True)
+"""
+        with self.pipe(code) as process:
+            assert read_line(process) == b"ready\n"
+
+            def out() -> None:
+                write(process, b"out\n")
+                left = len(data)
+                assert process.stdout is not None
+                while left:
+                    left -= len(process.stdout.read(min(left, MEGABYTE)))
+
+            def into() -> None:
+                write(process, b"in\n" + data)
+                assert read_line(process) == b"done\n"
+
+            yield {"out": out, "into": into}
+
+    @contextmanager
     def echo(self) -> Iterator[Callable[[], None]]:
         """A line to a process in a container and back: what the engine takes for it, whatever one makes of it."""
         with self.pipe("import os\nwhile data := os.read(0, 65536): os.write(1, data)") as process:
@@ -666,32 +697,8 @@ def streams(bench: Bench) -> Iterator[Measured]:
     names: dict[str, str] = {}
     exec(make, names)
     lines = names["lines"]
-    bare = f"""
-import sys
-{make}
-print("ready", flush=True)
-for line in sys.stdin.buffer:
-    if line == b"out\\n":
-        print(lines, end="", flush=True)
-    else:
-        sys.stdin.buffer.read({len(lines)})
-        print("done", flush=True)
-"""
-    with bench.pipe(bare) as process:
-        assert read_line(process) == b"ready\n"
-
-        def out() -> None:
-            write(process, b"out\n")
-            left = len(lines)
-            assert process.stdout is not None
-            while left:
-                left -= len(process.stdout.read(min(left, MEGABYTE)))
-
-        def into() -> None:
-            write(process, b"in\n" + lines.encode())
-            assert read_line(process) == b"done\n"
-
-        taken = anyio.run(through_library, bench, make, lines, {"out": out, "into": into})
+    with bench.bare_pipe(f"{make}; data = lines.encode()", lines.encode()) as ways:
+        taken = anyio.run(through_library, bench, make, lines, ways)
     rates = {name: [1000 * len(lines) / MEGABYTE / time for time in times] for name, times in taken.items()}
     pipe = f"bare pipe of `{bench.engine.kind} run -i`"
     for what, ours, way in (
@@ -706,40 +713,17 @@ for line in sys.stdin.buffer:
 def files(bench: Bench) -> Iterator[Measured]:
     """Megabytes a second of a file of 50 MB into and out of a session, beside a bare pipe; and what memory it takes."""
     size = 50 * MEGABYTE
-    bare = f"""
-import sys
-data = bytes({size})
-print("ready", flush=True)
-for line in sys.stdin.buffer:
-    if line == b"out\\n":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    else:
-        sys.stdin.buffer.read({size})
-        print("done", flush=True)
-"""
-    with tempfile.TemporaryDirectory() as folder, bench.pipe(bare) as process:
-        inputs, output, content = Path(folder, "in"), Path(folder, "out"), os.urandom(size)
+    content = os.urandom(size)
+    with tempfile.TemporaryDirectory() as folder, bench.bare_pipe(f"data = bytes({size})", content) as ways:
+        inputs, output = Path(folder, "in"), Path(folder, "out")
         inputs.mkdir()
         (inputs / "large").write_bytes(content)
         server, name = bench.server(files={"inputs": [str(inputs)], "output": str(output)}), unique("files")
         server.settle(2)
         server.persistent(name)
         server.settle(3)
-        assert read_line(process) == b"ready\n"
         server.forget_peak()
         before = server.memory()
-
-        def pipe_out() -> None:
-            write(process, b"out\n")
-            left = size
-            assert process.stdout is not None
-            while left:
-                left -= len(process.stdout.read(min(left, MEGABYTE)))
-
-        def pipe_into() -> None:
-            write(process, b"in\n" + content)
-            assert read_line(process) == b"done\n"
 
         def into() -> None:
             server.call("execute-persistent", code="1", session_id=name, files=["large"])
@@ -748,7 +732,7 @@ for line in sys.stdin.buffer:
             server.call("execute-persistent", code="import os; os.utime('large')", session_id=name)
 
         pause = functools.partial(time.sleep, PAUSE)
-        taken = interleave(bench.few * 2, pause, into=into, pipe_into=pipe_into, out=out, pipe_out=pipe_out)
+        taken = interleave(bench.few * 2, pause, into=into, pipe_into=ways["into"], out=out, pipe_out=ways["out"])
         growth = server.memory("VmHWM") - before
         assert (output / name / "large").read_bytes() == content
     rates = {way: [1000 * 50 / time for time in times] for way, times in taken.items()}
