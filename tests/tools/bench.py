@@ -5,7 +5,7 @@
 The server is used as a client uses it, by JSON lines over its standard streams. `docker run` and `docker exec` get the
 same image, the same flags and the same share of CPU. Whatever is compared takes turns, round by round, because the
 load of the machine changes; only the ratios say anything about another machine. Each row is a function below that
-tells how it measures. What is not for a client to see (streams and states of 20 MB) is measured through the library.
+tells how it measures. What is not for a client to see (a stream of 20 MB) is measured through the library.
 """
 
 from __future__ import annotations
@@ -689,24 +689,19 @@ def idle(bench: Bench) -> Iterator[Measured]:
 
 @row
 def streams(bench: Bench) -> Iterator[Measured]:
-    """Megabytes a second of 20 MB of text out of a container and into it, beside a bare pipe of `docker run -i`.
+    """Megabytes a second of 20 MB of text out of a container, beside a bare pipe of `docker run -i`.
 
-    Through the library: output as it streams, and `state` in either direction; a result for a model has less room.
+    Through the library, as it streams: a result for a model has less room.
     """
     make = "lines = ''.join(f\"{number:07} {'some text of a line' * 3}\\n\" for number in range(20 * 2**20 // 66))"
     names: dict[str, str] = {}
     exec(make, names)
-    lines = names["lines"]
-    with bench.bare_pipe(f"{make}; data = lines.encode()", lines.encode()) as ways:
-        taken = anyio.run(through_library, bench, make, lines, ways)
-    rates = {name: [1000 * len(lines) / MEGABYTE / time for time in times] for name, times in taken.items()}
-    pipe = f"bare pipe of `{bench.engine.kind} run -i`"
-    for what, ours, way in (
-        ("20 MB of output", "output", "out"),
-        ("20 MB of state returned", "returned", "out"),
-        ("20 MB of state passed in", "passed", "into"),
-    ):
-        yield Measured(what, "MB/s", rates[ours], (Beside(pipe, rates[way], at_least=0.5),))
+    data = names["lines"].encode()
+    with bench.bare_pipe(f"{make}; data = lines.encode()", data) as ways:
+        taken = anyio.run(through_library, bench, make, len(data), ways["out"])
+    rates = {name: [1000 * len(data) / MEGABYTE / time for time in times] for name, times in taken.items()}
+    beside = Beside(f"bare pipe of `{bench.engine.kind} run -i`", rates["bare"], at_least=0.5)
+    yield Measured("20 MB of output", "MB/s", rates["output"], (beside,))
 
 
 @row
@@ -797,10 +792,8 @@ def download(bench: Bench) -> Iterator[Measured]:
     yield Measured("server memory, growth during that", "MB", [growth], at_most=20)
 
 
-async def through_library(
-    bench: Bench, make: str, lines: str, others: dict[str, Callable[[], None]]
-) -> dict[str, list[float]]:
-    """Milliseconds that the ways of the library, and the others, took with these lines."""
+async def through_library(bench: Bench, make: str, size: int, bare: Callable[[], None]) -> dict[str, list[float]]:
+    """Milliseconds that the output of what `make` calls `lines` took, and as much by a bare pipe."""
     taken: dict[str, list[float]] = {}
     async with open_runner(Config(docker=DockerConfig(command=bench.engine.command))) as runner:
         name = unique("streams")
@@ -812,21 +805,13 @@ async def through_library(
             got += len(item.text)
 
         for _ in range(bench.rounds // 2):
+            got = 0
             async with timed(taken, "output"):
                 await runner.execute("print(lines, end='')", session=name, on_output=count, keep_output=False)
-            assert got == len(lines), got
-            got = 0
-            async with timed(taken, "returned"):
-                result = await runner.execute("", session=name, state={})
-            assert (result.variables or {})["lines"] == lines
-            async with timed(taken, "passed"):
-                result = await runner.execute("del copy", session=name + "-in", state={"copy": lines})
-            assert result.status == "ok", result
-            for way, go in others.items():
-                async with timed(taken, way):
-                    go()
-        for session in (name, name + "-in"):
-            await runner.close_session(session)
+            assert got == size, got
+            async with timed(taken, "bare"):
+                bare()
+        await runner.close_session(name)
     return taken
 
 
