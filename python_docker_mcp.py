@@ -169,7 +169,7 @@ def in_text(meaning: Callable[[str], Any]) -> pydantic.BeforeValidator:
 def object_in(text: str) -> Any:
     """Return the JSON object that a text is, or else the text."""
     with contextlib.suppress(ValueError):
-        found = pydantic_core.from_json(text, allow_inf_nan=False)
+        found = pydantic_core.from_json(text.encode(), allow_inf_nan=False)
         return found if isinstance(found, dict) else text
     return text
 
@@ -177,7 +177,7 @@ def object_in(text: str) -> Any:
 def list_in(text: str) -> Any:
     """Return the list that a text is as JSON, or else one of the text alone; None if it is empty."""
     with contextlib.suppress(ValueError):
-        found = pydantic_core.from_json(text)
+        found = pydantic_core.from_json(text.encode())
         return found if isinstance(found, list) else [text]
     return [text] if text.strip() else None
 

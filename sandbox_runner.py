@@ -2174,7 +2174,7 @@ class Sandbox:
 
 CONTENT_LIMIT = 64 << 10  # bytes of a file whose content a result has, if it would be gone with the sandbox
 CONTENTS_LIMIT = 256 << 10  # bytes of all such files
-SETTLING_TIME = 0.025  # seconds until a file that has just been changed is read; a bit more than SETTLED_AFTER
+SETTLING_TIME = 0.015  # seconds until a file that has just been changed is read; a bit more than SETTLED_AFTER
 READING_ATTEMPTS = 5  # of a file that is changed meanwhile
 
 
@@ -2618,7 +2618,7 @@ class Connection:
         self._write = write
         self._inbox = bytearray()
         self._owed = 0  # bytes taken out of the inbox, for which the code has no new credit yet
-        self._credit = FLOW_WINDOW
+        self._credit = TAKEN_AHEAD
         self._ended = False
         self._news = anyio.Event()
 
@@ -2626,9 +2626,9 @@ class Connection:
         """Enter what came from the sandbox. Raises ProtocolError."""
         self.used = anyio.current_time()
         self._inbox += frame["data"]
-        self._credit = min(self._credit + frame["credit"], FLOW_WINDOW)
+        self._credit = min(self._credit + frame["credit"], TAKEN_AHEAD)
         self._ended = self._ended or frame["ended"]
-        if len(self._inbox) > FLOW_WINDOW:
+        if len(self._inbox) > SENT_AHEAD:
             raise ProtocolError("more of a connection than was credited")
         self._news.set()
         self._news = anyio.Event()
@@ -2773,7 +2773,7 @@ class Proxy:
         async def downwards() -> None:
             with contextlib.suppress(anyio.EndOfStream):
                 while True:
-                    await connection.send(await there.receive(1 << 16))
+                    await connection.send(await there.receive(PIECE_SIZE))
             tasks.cancel_scope.cancel()
 
         async def watch() -> None:
@@ -3217,7 +3217,12 @@ async def receive(stream: BufferedByteReceiveStream, frames: pydantic.TypeAdapte
         raise ProtocolError(f"{'.'.join(map(str, problem['loc'])) or 'a frame'}: {problem['msg']}") from None
     fields: Any = frame
     if "data" in fields:
-        fields["data"] = await stream.receive_exactly(fields["data"])
+        parts: list[bytes] = []  # receive_exactly() would copy them three times
+        left = fields["data"]
+        while left:
+            parts.append(await stream.receive(left))
+            left -= len(parts[-1])
+        fields["data"] = b"".join(parts)
     return frame
 
 
@@ -3243,6 +3248,7 @@ PROTOCOL = 4  # version of the frames and the plug; raised by a change that olde
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
+PARTS_WRITTEN = 64  # of frames, at once; the kernel takes up to 1,024
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # shared: json.dumps() would make one per frame
 OUTBOX_LIMIT = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
 OUTPUT_DELAY = 0.002  # seconds that output waits for more: waking each process on its way costs more than the bytes
@@ -3271,11 +3277,12 @@ PATH_LIMIT = 200  # characters of a file's path
 NAME_SHOWN = 60  # of one that is not listed
 ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
 PIECE_SIZE = 1 << 19  # bytes of a file that are read or written at once
-SETTLED_AFTER = 20_000_000  # nanoseconds; two changes within one tick of the kernel's clock leave the same time
+SETTLED_AFTER = 12_000_000  # nanoseconds; two changes within one tick of the kernel's clock leave the same time
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
 PROXY_PORT = 3128  # on the sandbox's own loopback
-FLOW_WINDOW = 1 << 18  # bytes of a connection that may be on their way, in each direction
+SENT_AHEAD = 1 << 18  # bytes that the code may send on a connection before the host has passed them on
+TAKEN_AHEAD = 1 << 21  # bytes that the host may send before the code has taken them: the pipe is slow to answer
 CERTIFICATES_FILE = "/tmp/.certificates.pem"
 FLOWS_OPEN = 128  # connections at once; more wait to be accepted
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
@@ -3324,6 +3331,30 @@ with contextlib.suppress(ImportError):  # on Windows, where only the host's part
     import resource  # now: os.wait4() would import it in the middle of the first call
 
 
+class Outbox:
+    """Bytes that wait until a descriptor takes them. They are not joined: to copy a file's pieces would take longer."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._parts: deque[bytes | memoryview] = deque()
+
+    def add(self, data: bytes) -> None:
+        """Add bytes at the end."""
+        if data:
+            self._parts.append(data)
+            self.size += len(data)
+
+    def write(self, fd: int) -> int:
+        """Write once; return how many bytes the descriptor took. Raises OSError."""
+        written = left = os.writev(fd, list(itertools.islice(self._parts, PARTS_WRITTEN)))
+        self.size -= written
+        while self._parts and left >= len(self._parts[0]):
+            left -= len(self._parts.popleft())
+        if left:
+            self._parts[0] = memoryview(self._parts[0])[left:]
+        return written
+
+
 class Channel:
     """A channel for frames: one descriptor to read from and one to write to.
 
@@ -3337,7 +3368,7 @@ class Channel:
     def __init__(self, reader: int, writer: int) -> None:
         self.reader = reader
         self.writer = writer
-        self.outbox = bytearray()
+        self.outbox = Outbox()
         self._inbox = bytearray()
         self._searched = 0
         self._head: dict[str, Any] | None = None  # of the frame whose data is being read
@@ -3405,18 +3436,18 @@ class Channel:
 
     def queue(self, frame: Mapping[str, Any]) -> None:
         """Queue a frame, to be written together with the next ones."""
-        self.outbox += head(frame)
-        self.outbox += frame.get("data", b"")
+        self.outbox.add(head(frame))
+        self.outbox.add(frame.get("data", b""))
 
     def flush(self) -> None:
         """Write until the outbox is empty or the descriptor would block."""
         try:
-            while self.outbox:
-                del self.outbox[: os.write(self.writer, self.outbox)]
+            while self.outbox.size:
+                self.outbox.write(self.writer)
         except BlockingIOError:
             pass
         except (BrokenPipeError, ConnectionResetError):
-            self.outbox.clear()  # reading from the channel meets EOF, and the reader decides
+            self.outbox = Outbox()  # reading from the channel meets EOF, and the reader decides
 
     def set_blocking(self, blocking: bool) -> None:
         """Make both descriptors blocking or non-blocking."""
@@ -3579,8 +3610,9 @@ class Flow:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.credit = FLOW_WINDOW  # bytes that the host will take
-        self.outbox = bytearray()  # bytes from the host that the code has not taken
+        self.credit = SENT_AHEAD  # bytes that the host will take
+        self.outbox = Outbox()  # what the host has sent, and the code has not taken
+        self.taken = 0  # bytes that the code has taken, and the host does not know of
         self.ended = False  # whether the host has no more
 
 
@@ -3626,7 +3658,7 @@ class Flows:
 
     def writers(self) -> dict[int, int]:
         """Return the descriptors that wait to be written to, and the numbers of their connections."""
-        return {flow.connection.fileno(): number for number, flow in self.open.items() if flow.outbox}
+        return {flow.connection.fileno(): number for number, flow in self.open.items() if flow.outbox.size}
 
     def _pass(self, number: int, data: bytes = b"", credit: int = 0, ended: bool = False) -> None:
         self.tell({"kind": "passed", "flow": number, "data": data, "credit": credit, "ended": ended})
@@ -3649,7 +3681,7 @@ class Flows:
         """Take what the host has sent."""
         if flow := self.open.get(frame["flow"]):
             flow.credit += frame["credit"]
-            flow.outbox += frame["data"]
+            flow.outbox.add(frame["data"])
             flow.ended = flow.ended or frame["ended"]
             self.flush(frame["flow"])
 
@@ -3657,17 +3689,17 @@ class Flows:
         """Send to the code what it takes."""
         flow = self.open[number]
         try:
-            sent = flow.connection.send(flow.outbox) if flow.outbox else 0
+            flow.taken += flow.outbox.write(flow.connection.fileno()) if flow.outbox.size else 0
         except BlockingIOError:
             return
         except OSError:
             self._pass(number, ended=True)
             self._close(number)
             return
-        del flow.outbox[:sent]
-        if sent and not flow.ended:
-            self._pass(number, credit=sent)
-        if flow.ended and not flow.outbox:
+        if flow.taken > TAKEN_AHEAD // 8 and not flow.ended:  # not each time: a frame wakes every process on its way
+            self._pass(number, credit=flow.taken)
+            flow.taken = 0
+        if flow.ended and not flow.outbox.size:
             self._close(number)
 
     def _close(self, number: int) -> None:
@@ -3769,12 +3801,12 @@ class Supervisor:
                 self._import_next()
             elif not self.worker:
                 self._fork()
-            congested = self.channel is not None and len(self.channel.outbox) > OUTBOX_LIMIT
+            congested = self.channel is not None and self.channel.outbox.size > OUTBOX_LIMIT
             resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
             resting = resting | self.connections.resting(congested, self.channel is not None)
             readers = [fd for fd in self.sources if fd not in resting]
             flows = self.connections.writers()
-            writers = [channel.writer for channel in channels if channel.outbox] + list(flows)
+            writers = [channel.writer for channel in channels if channel.outbox.size] + list(flows)
             patience = self._patience()
             if self.waiting and not congested:
                 patience = max(0.0, self.waits_until - time.monotonic())
@@ -7485,8 +7517,8 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 # ── shipping ──
 
 GUEST_MODULES = (
-    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc glob importlib inspect io json "
-    "linecache math os re select signal socket stat struct sys threading time traceback types warnings"
+    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc glob importlib inspect io "
+    "itertools json linecache math os re select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "

@@ -316,12 +316,15 @@ def test_a_knock_by_anybody_but_the_plug_changes_nothing_and_no_knock_stops_the_
 # ── arguments of tools ──
 
 arguments = st.dictionaries(
-    st.sampled_from(["code", "state", "session_id", "timeout", "package_name"]) | any_text, some_value | any_text
+    st.sampled_from(["code", "state", "session_id", "timeout", "files", "package_name"]) | any_text,
+    some_value | any_text,
 )
 
 
 @settings(max_examples=100)
 @given(st.sampled_from(sorted(TOOLS)) | any_text, arguments)
+@example("execute-transient", {"code": "x", "state": "\ud800"})
+@example("execute-transient", {"code": "x", "files": "\ud800"})
 def test_arguments_are_a_call_or_a_sentence_on_what_is_wrong(name: str, given_: dict[str, Any]) -> None:
     try:
         tool = parse(name, given_)

@@ -191,7 +191,7 @@ def test_the_end_of_a_channel_is_an_error_of_its_own(channel: Channel) -> None:
 def test_frames_for_somebody_who_has_gone_are_dropped(channel: Channel) -> None:
     os.close(channel.reader)
     channel.send({"id": "a"})
-    assert not channel.outbox
+    assert not channel.outbox.size
 
 
 def test_data_up_to_the_limit_goes_in_one_frame_and_more_is_refused(channel: Channel) -> None:
@@ -199,7 +199,7 @@ def test_data_up_to_the_limit_goes_in_one_frame_and_more_is_refused(channel: Cha
     data = os.urandom(DATA_LIMIT)
     channel.send({"id": "a", "kind": "state", "n": 1, "data": data})
     frames: list[dict[str, Any]] = []
-    while channel.outbox or not frames:
+    while channel.outbox.size or not frames:
         channel.flush()
         frames += channel.receive()
     assert frames == [{"id": "a", "kind": "state", "n": 1, "data": data}]
@@ -213,7 +213,7 @@ def test_what_a_full_pipe_does_not_take_waits_in_the_outbox(channel: Channel) ->
     frames = [{"n": number, "data": b"x" * 50_000} for number in range(5)]
     for frame in frames:
         channel.send(frame)
-    assert channel.outbox
+    assert channel.outbox.size
     received: list[dict[str, Any]] = []
     while len(received) < 5:
         received += channel.receive()

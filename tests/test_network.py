@@ -548,7 +548,7 @@ async def test_a_slow_reader_holds_back_a_fast_sender(servers: Servers) -> None:
             await anyio.sleep(0.1)
         in_buffers = BIG // 2  # what the kernel's buffers of two connections take
         assert both.to_sandbox < in_buffers
-        assert len(both.flows.open[1].outbox) <= sandbox_runner.FLOW_WINDOW
+        assert both.flows.open[1].outbox.size <= sandbox_runner.TAKEN_AHEAD
         size = 0
         while size < BIG:
             size += len(await stream.receive())
@@ -576,7 +576,7 @@ async def test_bounds_are_told(servers: Servers, monkeypatch: pytest.MonkeyPatch
 
 async def test_more_than_was_credited_is_a_breach_of_the_protocol() -> None:
     connection = Connection(1, nowhere)
-    frame: Any = {"kind": "passed", "flow": 1, "data": bytes(sandbox_runner.FLOW_WINDOW), "credit": 0, "ended": False}
+    frame: Any = {"kind": "passed", "flow": 1, "data": bytes(sandbox_runner.SENT_AHEAD), "credit": 0, "ended": False}
     connection.take(frame)
     frame["data"] = b"x"
     with pytest.raises(sandbox_runner.ProtocolError, match="more of a connection than was credited"):

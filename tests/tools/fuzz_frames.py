@@ -224,7 +224,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
             sent = b""
             with contextlib.suppress(BlockingIOError):
                 sent = os.read(supervisor.host, 1 << 20)  # more than a pipe holds
-            told = list(unwire(sent + supervisor.channel.outbox))
+            told = list(unwire(sent + b"".join(supervisor.channel.outbox._parts)))
     for frame in told:
         assert frame["id"] == CALL
         assert frame["kind"] in ("display", "state", "done", "omitted", "stdout", "stderr")
