@@ -1463,7 +1463,7 @@ def make_server(runner: Runner) -> Server[Service]:
         service = Service(runner)
         async with open_tasks() as tasks:
             tasks.start_soon(service.reporter.run)
-            tasks.start_soon(warn_of_mounts, runner)
+            tasks.start_soon(warn_of_mounts, runner.config)
             yield service
 
     return Server(
@@ -1976,12 +1976,15 @@ ELSEWHERE = (
 )
 
 
-async def warn_of_mounts(runner: Runner) -> None:
+async def warn_of_mounts(config: Config) -> None:
     """Log what keeps code from using the mounted folders, if there is anything."""
+    if not config.docker.mounts:
+        return
     check = next(check for check in CHECKS if check.judge is judge_mounts)
-    if runner.config.docker.mounts and not (runner.config.allowed_modules or runner.config.blocked_modules):
-        with contextlib.suppress(SandboxError):  # the first call will meet the same error, and tell it
-            patient = Patient(runner.config, *await runner.prepare())
+    config = dataclasses.replace(without_rules(config), pool=dataclasses.replace(config.pool, enabled=False))
+    with contextlib.suppress(SandboxError):  # the first call will meet the same error, and tell it
+        async with open_runner(config) as runner:
+            patient = Patient(config, *await runner.prepare())
             finding = judge(check, patient, await attempt(check, runner, None))
             if finding.verdict == "warning":
                 log.warning("docker.mounts: %s. %s", finding.seen, finding.remedy)
@@ -2182,9 +2185,8 @@ async def examine(config: Config) -> list[Finding]:
 
     Where there is no engine, no image or no sandbox to be had, that is the last finding.
     """
-    # Import rules are no wall, and would only keep the probe out. If this program is killed, its session ends soon.
-    config = dataclasses.replace(config, allowed_modules=(), blocked_modules=(), session=SessionConfig(idle_timeout=60))
-    config = dataclasses.replace(config, docker=within_trial(config.docker))
+    soon = SessionConfig(idle_timeout=60)  # for a session whose program is killed
+    config = dataclasses.replace(without_rules(config), session=soon, docker=within_trial(config.docker))
     session = f"doctor-{secrets.token_hex(8)}"
     findings: list[Finding] = []
     async with open_runner(config, on_status=show_status) as runner, until_signal():
@@ -2206,6 +2208,11 @@ async def examine(config: Config) -> list[Finding]:
             with anyio.CancelScope(shield=True), contextlib.suppress(SandboxError):
                 await runner.close_session(session)
     return findings
+
+
+def without_rules(config: Config) -> Config:
+    """Drop the import rules: they are no wall, and would only keep the probe out."""
+    return dataclasses.replace(config, allowed_modules=(), blocked_modules=())
 
 
 def within_trial(docker: DockerConfig) -> DockerConfig:

@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -687,6 +687,12 @@ HOLES = [
     Hole("an address in decimal", (GET.format("2130706433:PLAIN"),),
          replace("host_name", lambda text: {"2130706433": "inside.example"}.get(text, text)), "inside.example:PLAIN",
          twice=True),
+    Hole("a name that only ends like those of a rule", (GET.format("inside.example:PLAIN"),),
+         replace("HostRule.allows", lambda rule, host, *_: host.endswith(rule.name)), "*.side.example:PLAIN",
+         twice=True),
+    Hole("TLS for another host through a tunnel",
+         (TUNNEL.replace("PLAIN", "SECURE"), hello("evil.example").decode("latin-1")),
+         replace("read_hello", any_first_bytes), "localhost:SECURE", gets="\x16\x03\x03"),
     Hole("no TLS through a tunnel", (TUNNEL, "GET /a.csv HTTP/1.1\r\nHost: x\r\n\r\n"),
          replace("read_hello", any_first_bytes)),
     Hole("a Host that is not the target's", ("GET http://other.example/ HTTP/1.1\r\nHost: localhost:PLAIN\r\n\r\n",),
@@ -703,41 +709,41 @@ def head_as_it_is(request: h11.Request, target: str, _: str) -> bytes:
     return b"\r\n".join([*lines, b"", b""])
 
 
-async def sent_by(hole: Hole, servers: Servers) -> str:
-    """What comes back when code tries it."""
-
-    def filled(text: str) -> str:
-        return text.replace("PLAIN", str(servers.plain)).replace("SECURE", str(servers.secure))
-
-    async with (
-        proxied(filled(hole.allowed)) as both,
-        await anyio.connect_tcp("127.0.0.1", both.port) as stream,
-    ):
-        for text in hole.sends:
-            await stream.send(filled(text).encode())
-        answer = b""
-        with anyio.move_on_after(2), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
-            while hole.gets.encode() not in answer:
-                answer += await stream.receive()
-        return answer.decode("latin-1")
-
-
-@pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.does)
-async def test_each_rule_holds_something_that_nothing_else_holds(
-    servers: Servers, monkeypatch: pytest.MonkeyPatch, hole: Hole
+async def require_rule(
+    hole: Hole, servers: Servers, attempt: Callable[[str, Sequence[bytes], bytes], Awaitable[bool]]
 ) -> None:
+    """See that an attempt fails, and that it gets through without the rule. It is given what is allowed, too."""
     look_up = anyio.getaddrinfo
 
     async def inside(host: str, port: int, **more: Any) -> Any:
         return await look_up("127.0.0.1" if host == "inside.example" else host, port, **more)
 
-    monkeypatch.setattr(anyio, "getaddrinfo", inside)
-    assert hole.gets not in await sent_by(hole, servers)
+    def filled(text: str) -> str:
+        return text.replace("PLAIN", str(servers.plain)).replace("SECURE", str(servers.secure))
+
+    what = (filled(hole.allowed), [filled(text).encode("latin-1") for text in hole.sends], hole.gets.encode("latin-1"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(anyio, "getaddrinfo", inside)
+        assert not await attempt(*what)
         hole.without(patch)
         if hole.twice:
             patch.setattr(sandbox_runner, "is_public", lambda _: True)
-        assert hole.gets in await sent_by(hole, servers)
+        assert await attempt(*what)
+
+
+@pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.does)
+async def test_each_rule_holds_something_that_nothing_else_holds(servers: Servers, hole: Hole) -> None:
+    async def attempt(allowed: str, sends: Sequence[bytes], gets: bytes) -> bool:
+        async with proxied(allowed) as both, await anyio.connect_tcp("127.0.0.1", both.port) as stream:
+            for data in sends:
+                await stream.send(data)
+            answer = b""
+            with anyio.move_on_after(2), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+                while gets not in answer:
+                    answer += await stream.receive()
+            return gets in answer
+
+    await require_rule(hole, servers, attempt)
 
 
 # ── what is said ──
@@ -791,6 +797,37 @@ async def test_code_fetches_a_data_set_caches_it_and_reads_it(
         result = await runner.execute("import socket\nsocket.create_connection(('1.1.1.1', 80), 3)", session=session)
         assert result.exception is not None
         assert result.exception.type == "OSError"
+        await runner.close_session(session)
+
+
+ATTEMPT = """
+import socket
+sock, answer = socket.create_connection(('127.0.0.1', 3128)), b''
+sock.settimeout(2)
+for data in SENDS:
+    sock.sendall(data)
+try:
+    while GETS not in answer and (data := sock.recv(65536)):
+        answer += data
+except OSError:
+    pass
+GETS in answer
+"""
+
+
+@pytest.mark.engine
+async def test_code_in_a_sandbox_gets_through_no_hole(networked: Config, servers: Servers, session: str) -> None:
+    async def attempt(allowed: str, sends: Sequence[bytes], gets: bytes) -> bool:
+        docker = dataclasses.replace(networked.docker, network_allow=(allowed,))
+        async with open_runner(dataclasses.replace(networked, docker=docker)) as runner:
+            code = ATTEMPT.replace("SENDS", repr(sends)).replace("GETS", repr(gets))
+            result = await runner.execute(code, session=session)
+            assert result.status == "ok", result
+            return result.value == "True"
+
+    for hole in HOLES:
+        await require_rule(hole, servers, attempt)
+    async with open_runner(networked) as runner:
         await runner.close_session(session)
 
 
