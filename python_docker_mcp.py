@@ -1448,7 +1448,7 @@ class Service:
 
     def hint_on(self, result: Result, code: str) -> str | None:
         """Return what to do about a failure of this runner's."""
-        image = self.runner.image
+        image = self.runner.launcher.image
         return hint_on(result, code, self.runner.config, image.problem if image else None)
 
 
@@ -1984,7 +1984,7 @@ async def warn_of_mounts(config: Config) -> None:
     config = dataclasses.replace(without_rules(config), pool=dataclasses.replace(config.pool, enabled=False))
     with contextlib.suppress(SandboxError):  # the first call will meet the same error, and tell it
         async with open_runner(config) as runner:
-            patient = Patient(config, *await runner.prepare())
+            patient = Patient(config, *await runner.launcher.prepare())
             finding = judge(check, patient, await attempt(check, runner, None))
             if finding.verdict == "warning":
                 log.warning("docker.mounts: %s. %s", finding.seen, finding.remedy)
@@ -2192,9 +2192,9 @@ async def examine(config: Config) -> list[Finding]:
     async with open_runner(config, on_status=show_status) as runner, until_signal():
         try:
             where = "engine"
-            await runner.find_engine()
+            await runner.launcher.find_engine()
             where = "image"
-            patient = await describe_engine(config, *await runner.prepare())
+            patient = await describe_engine(config, *await runner.launcher.prepare())
             findings = [judge(check, patient, Result("ok")) for check in CHECKS[:3]]
             where = "start-up"
             await runner.execute("0", session=session)
@@ -2369,7 +2369,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
 async def _build(options: argparse.Namespace) -> int:
     """Make the image ahead of time, and print its name."""
     async with open_runner(load_config(options.config), on_status=show_status) as runner, until_signal():
-        _, image = await runner.prepare()
+        _, image = await runner.launcher.prepare()
     if image.problem:
         why = image.problem.rstrip(".")
         raise ImageError(f"{why}. See package.index_url, package.network and package.ca_bundle in the configuration.")
@@ -2391,7 +2391,7 @@ async def _install(options: argparse.Namespace) -> int:
 async def _list(options: argparse.Namespace) -> int:
     """Print the sandboxes on this engine."""
     async with open_runner(load_config(options.config)) as runner, until_signal():
-        sandboxes = await runner.list_sandboxes()
+        sandboxes = await runner.launcher.list_sandboxes()
     if options.json:
         print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
         return 0

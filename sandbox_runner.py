@@ -284,9 +284,6 @@ class RequestError(SandboxError):
 CLOSING_TIME = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
 FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
 HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
-MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
-IMAGE_RETRY_PAUSE = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
-PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
 
 
 @asynccontextmanager
@@ -316,25 +313,15 @@ async def open_runner(
 class Runner:
     """Runs code in sandboxes, with or without a session. Made by `open_runner`; safe for many tasks at once.
 
-    Attributes that may be looked at: `pool`, `sessions` (by name), `engine` and `image` (None until they are found).
+    Attributes that may be looked at: `pool`, `sessions` (by name), `launcher`.
     """
 
     def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None = None) -> None:
         self.config = config
-        self.on_status = on_status
-        self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
-        self.network = Network(config.docker.network_allow)
-        self.engine: Engine | None = None
-        self.image: Image | None = None
+        self.launcher = Launcher(config, tasks, on_status)
         self.sessions: dict[str, Session] = {}
-        self.pool = Pool(self._new_sandbox, config.pool, tasks, config.session.idle_timeout)
+        self.pool = Pool(self.launcher.start, config.pool, tasks, config.session.idle_timeout)
         self._tasks = tasks
-        self._finding = anyio.Lock(fast_acquire=True)
-        self._failed: EngineError | None = None  # why the last search for an engine found none,
-        self._failed_at = -math.inf  # and when
-        self._preparing = anyio.Lock()
-        self._watching: list[OnStatus] = []  # those who wait until engine and image are there
-        self._retry_at = 0.0  # when to try again to complete an image
         self._transient: set[Sandbox] = set()
 
     async def execute(
@@ -390,7 +377,7 @@ class Runner:
         given = await anyio.to_thread.run_sync(input_files, files, self.config) if files else ()
         request = Request(code, session, state, timeout, filename, tuple(arguments), limit, None, given, output)
         call = Call(request, streams=on_output is not None)
-        call.on_status = on_status or self._report
+        call.on_status = on_status or self.launcher.report
         if session is None:
             return await self._execute_transient(call, on_output, interrupt)
         entry = self.sessions.setdefault(session, Session(session))
@@ -695,26 +682,20 @@ class Runner:
             EngineError: it can't be found out whether there is one.
             SessionError: another program has it, or it does not answer.
         """
-        engine = await self.find_engine()
+        engine = await self.launcher.find_engine()
         container = session_container(session.name)
         begun = time.monotonic()
         while container in await engine.sandboxes(f"--filter=name={container}"):
             # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
             with anyio.CancelScope(shield=True):
                 answer = await Sandbox.plug_in(
-                    engine,
-                    container,
-                    self.owner,
-                    self._tasks,
-                    session=session.name,
-                    call=session.call,
-                    network=self.network,
+                    self.launcher, engine, container, session=session.name, call=session.call
                 )
             if isinstance(answer, Sandbox):
                 return answer
             waited = time.monotonic() - begun
             # A connection that has ended, ours or that of a host that has died, is one until the supervisor sees it.
-            is_ours = answer is not None and answer.owner == self.owner
+            is_ours = answer is not None and answer.owner == self.launcher.owner
             if answer and answer.attached and waited > (ATTACH_TIMEOUT if is_ours else CLOSING_TIME):
                 raise SessionError(
                     f"The session {session.name!r} is being used by another program on this host: wait until that has "
@@ -796,7 +777,7 @@ class Runner:
         """
         started = time.monotonic()
         name, text = parse_requirement(requirement)
-        report = on_status or self._report
+        report = on_status or self.launcher.report
         call = Call(Request("", session, timeout=self.config.docker.timeout))
         call.on_status = report
         self.pool.touch()
@@ -826,7 +807,7 @@ class Runner:
 
     async def _install(self, name: str, requirement: str, sandbox: Sandbox | None, report: OnStatus) -> Outcome:
         """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        engine, image = await self.prepare(report)
+        engine, image = await self.launcher.prepare(report)
         task = {
             "task": "install",
             "name": name,
@@ -846,68 +827,6 @@ class Runner:
         finally:
             report("")
 
-    # ── engine and image ──
-
-    async def find_engine(self) -> Engine:
-        """Return the engine. Raises EngineError."""
-        asked_at = time.monotonic()
-        async with self._finding:
-            if self.engine is None:
-                if self._failed and self._failed_at > asked_at:
-                    raise type(self._failed)(str(self._failed))  # found out while this call waited for its turn
-                try:
-                    self.engine = await find_engine(self.config.docker.command)
-                except EngineError as error:
-                    self._failed, self._failed_at = error, time.monotonic()
-                    raise
-                log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
-            return self.engine
-
-    async def prepare(self, report: OnStatus | None = None) -> tuple[Engine, Image]:
-        """Return the engine and the image, which is pulled or made first if it is missing.
-
-        Another call that fails meanwhile may have the runner look for both again.
-
-        Raises:
-            EngineError, ImageError: there is nothing to run code in.
-        """
-        await self.find_engine()  # ahead of the queue: where there is none, no call waits for those before it
-        watcher = report or self._report
-        self._watching.append(watcher)
-        try:
-            async with self._preparing:
-                engine, image = await self.find_engine(), self.image
-                if not image or (image.problem and time.monotonic() > self._retry_at):
-                    self._retry_at = time.monotonic() + IMAGE_RETRY_PAUSE
-                    image = self.image = await derive_image(engine, self.config, self._report_to_all)
-                return engine, image
-        except HangError as error:
-            self.engine, self._failed, self._failed_at = None, error, time.monotonic()
-            raise
-        finally:
-            self._watching.remove(watcher)
-            watcher("")
-
-    def _report_to_all(self, status: str) -> None:
-        """Tell each call that waits for engine and image what they wait for."""
-        for watcher in self._watching:
-            watcher(status)
-
-    def _report(self, status: str) -> None:
-        """Tell what takes long in the background, or in a call whose caller does not want to know."""
-        if self.on_status:
-            self.on_status(status)
-        elif status:
-            log.info("%s", status)
-
-    async def _new_sandbox(self, preload: Sequence[str], report: OnStatus | None) -> Sandbox:
-        engine, image = await self.prepare(report)
-        try:
-            return await Sandbox.start(engine, image, self.config, self.owner, self._tasks, preload, self.network)
-        except EngineError:
-            self.engine = self.image = None  # look again next time: the image may have gone, or the engine changed
-            raise
-
     # ── all sandboxes ──
 
     @property
@@ -921,76 +840,25 @@ class Runner:
         sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
         return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
 
-    async def list_sandboxes(self) -> list[SandboxInfo]:
-        """Return all sandboxes on this engine as they describe themselves, oldest first."""
-        engine = await self.find_engine()
-        names = await engine.sandboxes()
-        answers = await self._ask(engine, names, patience=STATUS_TIMEOUT)
-        infos = [info for info in answers if isinstance(info, SandboxInfo)]
-        if silent := set(names) - {info.name for info in infos}:
-            infos += [SandboxInfo(name) for name in sorted(silent & set(await engine.sandboxes()))]
-        return sorted(infos, key=lambda info: -info.age)
-
-    async def _ask(
-        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float | None = None
-    ) -> list[Sandbox | SandboxInfo]:
-        """Ask containers to describe themselves; take over those without a host that have the digest `settings`."""
-        answers: list[Sandbox | SandboxInfo] = []
-        at_once = anyio.CapacityLimiter(MAX_PLUGS)
-
-        async def ask(name: str) -> None:
-            async with at_once:
-                with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
-                    answer = await Sandbox.plug_in(
-                        engine,
-                        name,
-                        self.owner,
-                        self._tasks,
-                        settings=settings,
-                        patience=patience,
-                        network=self.network,
-                    )
-                    if answer:
-                        answers.append(answer)
-
-        async with anyio.create_task_group() as tasks:
-            for name in names:
-                tasks.start_soon(ask, name)
-        return answers
-
-    async def prune(self) -> list[str]:
-        """Remove containers that do not run and did not some time ago either; return their names.
-
-        Running ones need nothing of the kind: unused sandboxes end by themselves.
-        """
-        engine = await self.find_engine()
-        if not (found := set(await engine.leftovers())):
-            return []
-        await anyio.sleep(PRUNE_PAUSE)
-        gone = sorted(found & set(await engine.leftovers()))
-        for name in gone:
-            await engine.run("rm", "--force", name, timeout=REMOVE_TIMEOUT)
-        return gone
-
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
         with contextlib.suppress(SandboxError):  # the pool will meet the same error, and log it
-            engine, image = await self.prepare()
+            engine, image = await self.launcher.prepare()
             settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
             names = await engine.sandboxes(f"--filter=label={LABEL}.settings={settings}")
             unnamed = [name for name in names if not name.startswith(SESSION_CONTAINER)]
-            for sandbox in await self._ask(engine, unnamed, settings=settings):
+            for sandbox in await self.launcher.ask(engine, unnamed, settings=settings):
                 if isinstance(sandbox, Sandbox):
                     await self.pool.adopt(sandbox)
         self.pool.keep_warm()
 
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # without an engine there is nothing to tidy up
-            engine = await self.find_engine()
+            engine = await self.launcher.find_engine()
             problem = runc_problem(engine.runc)
             if problem and self.config.docker.runtime in (None, "runc"):
                 log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
-            for name in await self.prune():
+            for name in await self.launcher.prune():
                 log.info("removed the container %s, which never ran", name)
 
     async def _leave(self) -> None:
@@ -1668,6 +1536,139 @@ class Pool:
         self._changed.set()
 
 
+# ── launcher ──
+
+MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
+IMAGE_RETRY_PAUSE = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
+PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
+
+
+class Launcher:
+    """Starts sandboxes, and finds those that run. It looks for an engine and an image when it needs them.
+
+    Attributes that may be looked at: `owner` (its id), `engine` and `image` (None until they are found).
+    """
+
+    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None) -> None:
+        self.config = config
+        self.on_status = on_status
+        self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
+        self.network = Network(config.docker.network_allow)
+        self.tasks = tasks
+        self.engine: Engine | None = None
+        self.image: Image | None = None
+        self._finding = anyio.Lock(fast_acquire=True)
+        self._failed: EngineError | None = None  # why the last search for an engine found none,
+        self._failed_at = -math.inf  # and when
+        self._preparing = anyio.Lock()
+        self._watching: list[OnStatus] = []  # those who wait until engine and image are there
+        self._retry_at = 0.0  # when to try again to complete an image
+
+    async def find_engine(self) -> Engine:
+        """Return the engine. Raises EngineError."""
+        asked_at = time.monotonic()
+        async with self._finding:
+            if self.engine is None:
+                if self._failed and self._failed_at > asked_at:
+                    raise type(self._failed)(str(self._failed))  # found out while this call waited for its turn
+                try:
+                    self.engine = await find_engine(self.config.docker.command)
+                except EngineError as error:
+                    self._failed, self._failed_at = error, time.monotonic()
+                    raise
+                log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
+            return self.engine
+
+    async def prepare(self, report: OnStatus | None = None) -> tuple[Engine, Image]:
+        """Return the engine and the image, which is pulled or made first if it is missing.
+
+        Another call that fails meanwhile may have the runner look for both again.
+
+        Raises:
+            EngineError, ImageError: there is nothing to run code in.
+        """
+        await self.find_engine()  # ahead of the queue: where there is none, no call waits for those before it
+        watcher = report or self.report
+        self._watching.append(watcher)
+        try:
+            async with self._preparing:
+                engine, image = await self.find_engine(), self.image
+                if not image or (image.problem and time.monotonic() > self._retry_at):
+                    self._retry_at = time.monotonic() + IMAGE_RETRY_PAUSE
+                    image = self.image = await derive_image(engine, self.config, self._report_to_all)
+                return engine, image
+        except HangError as error:
+            self.engine, self._failed, self._failed_at = None, error, time.monotonic()
+            raise
+        finally:
+            self._watching.remove(watcher)
+            watcher("")
+
+    def _report_to_all(self, status: str) -> None:
+        """Tell each call that waits for engine and image what they wait for."""
+        for watcher in self._watching:
+            watcher(status)
+
+    def report(self, status: str) -> None:
+        """Tell what takes long in the background, or in a call whose caller does not want to know."""
+        if self.on_status:
+            self.on_status(status)
+        elif status:
+            log.info("%s", status)
+
+    async def start(self, preload: Sequence[str], report: OnStatus | None) -> Sandbox:
+        """Start a sandbox. Raises EngineError, ImageError."""
+        engine, image = await self.prepare(report)
+        try:
+            return await Sandbox.start(self, engine, image, preload)
+        except EngineError:
+            self.engine = self.image = None  # look again next time: the image may have gone, or the engine changed
+            raise
+
+    async def list_sandboxes(self) -> list[SandboxInfo]:
+        """Return all sandboxes on this engine as they describe themselves, oldest first."""
+        engine = await self.find_engine()
+        names = await engine.sandboxes()
+        answers = await self.ask(engine, names, patience=STATUS_TIMEOUT)
+        infos = [info for info in answers if isinstance(info, SandboxInfo)]
+        if silent := set(names) - {info.name for info in infos}:
+            infos += [SandboxInfo(name) for name in sorted(silent & set(await engine.sandboxes()))]
+        return sorted(infos, key=lambda info: -info.age)
+
+    async def ask(
+        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float | None = None
+    ) -> list[Sandbox | SandboxInfo]:
+        """Ask containers to describe themselves; take over those without a host that have the digest `settings`."""
+        answers: list[Sandbox | SandboxInfo] = []
+        at_once = anyio.CapacityLimiter(MAX_PLUGS)
+
+        async def ask_one(name: str) -> None:
+            async with at_once:
+                with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
+                    answer = await Sandbox.plug_in(self, engine, name, settings=settings, patience=patience)
+                    if answer:
+                        answers.append(answer)
+
+        async with anyio.create_task_group() as tasks:
+            for name in names:
+                tasks.start_soon(ask_one, name)
+        return answers
+
+    async def prune(self) -> list[str]:
+        """Remove containers that do not run and did not some time ago either; return their names.
+
+        Running ones need nothing of the kind: unused sandboxes end by themselves.
+        """
+        engine = await self.find_engine()
+        if not (found := set(await engine.leftovers())):
+            return []
+        await anyio.sleep(PRUNE_PAUSE)
+        gone = sorted(found & set(await engine.leftovers()))
+        for name in gone:
+            await engine.run("rm", "--force", name, timeout=REMOVE_TIMEOUT)
+        return gone
+
+
 # ── sandbox ──
 
 START_TIMEOUT = 60  # seconds from `docker run` to the supervisor's greeting
@@ -1741,11 +1742,10 @@ class Sandbox:
         engine: Engine,
         name: str,
         process: anyio.abc.Process,
-        tasks: anyio.abc.TaskGroup,
-        network: Network | None = None,
+        network: Network,
     ) -> None:
         self.engine = engine
-        self.proxy = Proxy(network or Network(()), self)  # the sandbox may be one that another configuration made
+        self.proxy = Proxy(network, self)
         self.name = name
         self.call: Call | None = None  # the last one
         self.gone = anyio.Event()
@@ -1754,7 +1754,6 @@ class Sandbox:
         self.packages: str | None = None  # folder of the packages installed for its session
         self.expired = False  # whether its session was not used for too long, and has ended
         self.greeting: Greeting | None = None
-        self._tasks = tasks
         self._process = process
         self._errors = bytearray()
         self._greeted = anyio.Event()
@@ -1767,28 +1766,25 @@ class Sandbox:
     @classmethod
     async def start(
         cls,
+        launcher: Launcher,
         engine: Engine,
         image: Image,
-        config: Config,
-        owner: str,
-        tasks: anyio.abc.TaskGroup,
         preload: Sequence[str] = (),
-        network: Network | None = None,
     ) -> Sandbox:
         """Start a container and wait until its supervisor is ready; it preloads modules after that.
 
         Raises:
             EngineError: the engine did not start it, or it did not come up.
         """
-        settings = guest_settings(engine, image, config, preload)
+        settings = guest_settings(engine, image, launcher.config, preload)
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
-        labels = {"owner": owner, "settings": settings["digest"]}
-        process = await engine.spawn(*engine.sandbox_arguments(name, image, config, labels))
-        sandbox = cls(engine, name, process, tasks, network)
-        tasks.start_soon(sandbox._serve, None)
+        labels = {"owner": launcher.owner, "settings": settings["digest"]}
+        process = await engine.spawn(*engine.sandbox_arguments(name, image, launcher.config, labels))
+        sandbox = cls(engine, name, process, launcher.network)
+        launcher.tasks.start_soon(sandbox._serve, None)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", {**settings, "owner": owner}))
+                await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", {**settings, "owner": launcher.owner}))
             if sandbox.greeting is None:
                 said = f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}."
                 if re.search("cgroup controller|cgroup is not mounted", said):
@@ -1834,25 +1830,23 @@ class Sandbox:
     @classmethod
     async def plug_in(
         cls,
+        launcher: Launcher,
         engine: Engine,
         name: str,
-        owner: str,
-        tasks: anyio.abc.TaskGroup,
         *,
         session: str | None = None,
         call: Call | None = None,
         settings: str | None = None,
         patience: float | None = None,
-        network: Network | None = None,
     ) -> Sandbox | SandboxInfo | None:
         """Take over a sandbox without a host, if it holds `session`, or none and was made with the digest `settings`.
 
         If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
         answer within `patience` seconds.
         """
-        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), tasks, network)
-        tasks.start_soon(sandbox._serve, call)
-        request: PlugRequest = {"session": session, "settings": settings, "owner": owner}
+        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), launcher.network)
+        launcher.tasks.start_soon(sandbox._serve, call)
+        request: PlugRequest = {"session": session, "settings": settings, "owner": launcher.owner}
         try:
             with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
                 await sandbox._write(head(request))
@@ -8180,9 +8174,10 @@ async def _run_script(options: argparse.Namespace) -> int:
     if result is None:
         return 128 + received[-1]
     if options.json:
-        assert runner.engine is not None
-        assert runner.image is not None
-        about = {"engine": f"{runner.engine.kind} {runner.engine.version}", "image": dataclasses.asdict(runner.image)}
+        engine, image = runner.launcher.engine, runner.launcher.image
+        assert engine is not None
+        assert image is not None
+        about = {"engine": f"{engine.kind} {engine.version}", "image": dataclasses.asdict(image)}
         print(json.dumps({**result.as_dict(), **about}, indent=2))
     else:
         _print_end(result, value=not screen.has_shown_value)

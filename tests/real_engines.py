@@ -41,7 +41,9 @@ class Engine:
 
     async def containers_of(self, runner: Runner) -> list[str]:
         """The names of the containers that this very runner has started."""
-        return (await self("ps", "-a", f"--filter=label={LABEL}.owner={runner.owner}", "--format={{.Names}}")).split()
+        return (
+            await self("ps", "-a", f"--filter=label={LABEL}.owner={runner.launcher.owner}", "--format={{.Names}}")
+        ).split()
 
     async def container_of(self, runner: Runner) -> str:
         """The name of the only container of this runner."""
@@ -61,7 +63,7 @@ class Engine:
 
     async def clients_of(self, runner: Runner) -> list[int]:
         """The process ids of the engine's command lines that started this runner's containers, and still run."""
-        return clients(self.command, f"--label={LABEL}.owner={runner.owner}")
+        return clients(self.command, f"--label={LABEL}.owner={runner.launcher.owner}")
 
     async def is_gone(self, name: str, runner: Runner | None = None) -> bool:
         """Whether the container is gone, and with it the engine's command lines that were busy with it.
@@ -71,7 +73,7 @@ class Engine:
         """
         if runner and any(sandbox.name == name and not sandbox.gone.is_set() for sandbox in runner._held()):
             return False
-        marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.owner}"] if runner else [])]
+        marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.launcher.owner}"] if runner else [])]
         return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, *marks)
 
 

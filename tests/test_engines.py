@@ -635,7 +635,7 @@ async def test_sessions_are_listed_and_removed_by_the_command_line(
     name = await engine.container_of(runner)
     (listed,) = [info for info in json.loads((await run(command_line, "ps", "--json"))[1]) if info["name"] == name]
     assert (listed["session"], listed["attached"], listed["busy"]) == (session, True, False)
-    assert (listed["owner"], listed["age"] > 0, listed["memory"] > 0) == (runner.owner, True, True)
+    assert (listed["owner"], listed["age"] > 0, listed["memory"] > 0) == (runner.launcher.owner, True, True)
     (row,) = [line for line in (await run(command_line, "ps"))[1].splitlines() if name in line]
     assert row.startswith(f"{session}  idle, in use  ")
     assert (await run(command_line, "rm", session))[0] == 125  # it is in use
@@ -845,8 +845,11 @@ async def test_without_a_registry_the_default_image_is_made_from_this_host_s_pyt
         for _ in range(2):
             async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
                 results.append(await runner.execute("import sys, sqlite3, ssl, ctypes, zoneinfo\nsys.version_info[:3]"))
-                assert runner.image is not None
-                assert (runner.image.name, runner.image.origin) == (made, "made from this host's Python")
+                assert runner.launcher.image is not None
+                assert (runner.launcher.image.name, runner.launcher.image.origin) == (
+                    made,
+                    "made from this host's Python",
+                )
                 names += await engine.containers_of(runner)  # if it has not ended it already
         for name in names:
             await eventually(functools.partial(engine.is_gone, name))
@@ -906,7 +909,7 @@ async def test_a_sandbox_is_used_again_however_often_others_look_at_it(config: C
 
         async def look() -> None:
             while True:
-                await other.list_sandboxes()
+                await other.launcher.list_sandboxes()
 
         tasks.start_soon(look)
         when_started = "open('/proc/1/stat').read().split()[21]"
@@ -921,15 +924,15 @@ async def test_a_container_that_never_ran_is_pruned_and_no_other_one(
     monkeypatch.setattr(sandbox_runner, "PRUNE_PAUSE", 0)
     async with open_runner(config) as runner:
         await runner.execute("1")
-        assert runner.engine is not None
-        assert runner.image is not None
+        assert runner.launcher.engine is not None
+        assert runner.launcher.image is not None
         ours, other = (f"python-docker-mcp-{os.urandom(8).hex()}" for _ in range(2))
         labels = [f"--label={LABEL}=1", f"--label={LABEL}.owner=x", f"--label={LABEL}.settings=x"]
-        await runner.engine.run("create", f"--name={ours}", *labels, runner.image.name, "true")
-        await runner.engine.run("create", f"--name={other}", runner.image.name, "true")
+        await runner.launcher.engine.run("create", f"--name={ours}", *labels, runner.launcher.image.name, "true")
+        await runner.launcher.engine.run("create", f"--name={other}", runner.launcher.image.name, "true")
         try:
-            assert ours in await runner.prune()
-            assert await runner.engine.inspect("container", ours, "{{.State.Status}}") is None
-            assert await runner.engine.inspect("container", other, "{{.State.Status}}") == "created"
+            assert ours in await runner.launcher.prune()
+            assert await runner.launcher.engine.inspect("container", ours, "{{.State.Status}}") is None
+            assert await runner.launcher.engine.inspect("container", other, "{{.State.Status}}") == "created"
         finally:
-            await runner.engine.run("rm", other)
+            await runner.launcher.engine.run("rm", other)

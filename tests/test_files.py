@@ -724,7 +724,7 @@ async def test_a_folder_that_code_can_not_use_is_told_by_its_own_words(config: C
     docker: DockerConfig = dataclasses.replace(config.docker, mounts=tuple(mounts))
     (check,) = [check for check in CHECKS if check.name == "mounts"]
     async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
-        patient = Patient(runner.config, *await runner.prepare())
+        patient = Patient(runner.config, *await runner.launcher.prepare())
         finding = judge(check, patient, await attempt(check, runner, None))
     assert (finding.verdict, finding.seen) == ("warning", "/p can't be read; /r can't be written")
     assert f"chmod o+w {tmp_path}/read" in finding.remedy

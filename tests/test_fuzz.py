@@ -38,6 +38,7 @@ from sandbox_runner import (
     Engine,
     EngineError,
     Image,
+    Network,
     PackageConfig,
     PoolConfig,
     ProtocolError,
@@ -211,7 +212,7 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
         call = Call(Request("1", "s", output_limit=1 << 16), CALL)
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as tasks:
-                sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, tasks)
+                sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, Network(()))
                 call.placed, sandbox.call = True, call
                 tasks.start_soon(sandbox._serve, None)
                 await call.wait()
@@ -229,9 +230,8 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
 async def serve(said: list[dict[str, Any]]) -> Sandbox:
     """A sandbox that has said this."""
     container: Any = Container(b"".join(json.dumps(frame).encode() + b"\n" for frame in said), 65536)
-    async with anyio.create_task_group() as tasks:
-        sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, tasks)
-        await sandbox._serve(None)
+    sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, Network(()))
+    await sandbox._serve(None)
     return sandbox
 
 
@@ -523,7 +523,7 @@ async def test_an_engine_that_prints_garbage_is_not_believed(docker: FakeEngine,
     docker.script(ps={"stdout": said}, container_inspect={"stdout": said})
     with anyio.fail_after(PATIENCE):
         async with open_runner(settings_for(docker, tmp_path)) as runner:
-            assert await runner.list_sandboxes() == []
+            assert await runner.launcher.list_sandboxes() == []
             assert (await runner.execute("6 * 7", session="s")).value == "42"
 
 

@@ -467,7 +467,11 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: not self.down)
     @rule(slot=st.sampled_from(SLOTS))
     def look(self, slot: int) -> None:
-        infos = {info.session: info for info in self.world.call(self.host(slot).runner.list_sandboxes) if info.session}
+        infos = {
+            info.session: info
+            for info in self.world.call(self.host(slot).runner.launcher.list_sandboxes)
+            if info.session
+        }
         alive = {known.name for known in self.sessions.values() if known.alive}
         assert set(infos) == alive
         for name in alive:
@@ -906,8 +910,8 @@ async def test_an_image_that_has_gone_is_looked_for_anew(docker: FakeEngine, set
             await runner.execute("1")
         docker.script(images=[sandbox_runner.host_image_name()], run={})
         assert (await runner.execute("6 * 7")).value == "42"
-        assert runner.image
-        assert runner.image.name == sandbox_runner.host_image_name()
+        assert runner.launcher.image
+        assert runner.launcher.image.name == sandbox_runner.host_image_name()
 
 
 @pytest.mark.anyio
@@ -925,11 +929,11 @@ async def test_a_container_of_somebody_elses_that_has_our_label_or_name_is_not_t
 ) -> None:
     async with open_runner(settings) as runner:
         await runner.execute("1", session="s")
-        assert runner.engine
+        assert runner.launcher.engine
         with anyio.fail_after(20):
-            assert await runner.engine.sandboxes() == [session_container("s")]
+            assert await runner.launcher.engine.sandboxes() == [session_container("s")]
         docker.run("rename", session_container("s"), "own-name")
-        assert await runner.engine.sandboxes() == []
+        assert await runner.launcher.engine.sandboxes() == []
         docker.run("rename", "own-name", session_container("s"))
         await runner.close_session("s")
 
@@ -992,7 +996,7 @@ async def ready(runner: Runner) -> str:
 
 async def is_left_alone(runner: Runner, name: str) -> bool:
     """Whether a sandbox has noticed that its host is dead."""
-    return any(info.name == name and not info.attached for info in await runner.list_sandboxes())
+    return any(info.name == name and not info.attached for info in await runner.launcher.list_sandboxes())
 
 
 @pytest.mark.engine
@@ -1038,18 +1042,24 @@ async def test_containers_that_only_look_like_ours_are_left_alone(
     token = os.urandom(8).hex()
     async with open_runner(brief, warm=True) as runner:
         await ready(runner)
-        assert runner.image
-        labels = [f"--label={LABEL}=1", f"--label={LABEL}.owner={runner.owner}", f"--label={LABEL}.settings=1"]
+        assert runner.launcher.image
+        labels = [f"--label={LABEL}=1", f"--label={LABEL}.owner={runner.launcher.owner}", f"--label={LABEL}.settings=1"]
         foreign = {session_container(session): [], f"python-docker-mcp-{token}": labels[:1], f"own-{token}": labels}
         never_run = {f"python-docker-mcp-{token[::-1]}": labels[:1], f"never-run-{token}": labels}
-        program = ["--network=none", "--entrypoint=python3", runner.image.name, "-c", "import time; time.sleep(600)"]
+        program = [
+            "--network=none",
+            "--entrypoint=python3",
+            runner.launcher.image.name,
+            "-c",
+            "import time; time.sleep(600)",
+        ]
         try:
             for name, options in foreign.items():
                 await engine("run", "--detach", f"--name={name}", *options, *program)
             for name, options in never_run.items():
                 await engine("create", f"--name={name}", *options, *program)
-            await runner.prune()
-            assert not {info.name for info in await runner.list_sandboxes()} & {*foreign, *never_run}
+            await runner.launcher.prune()
+            assert not {info.name for info in await runner.launcher.list_sandboxes()} & {*foreign, *never_run}
             assert not await runner.close_session(session)
             with pytest.raises(EngineError, match="name"):  # which is taken: that much has to be said
                 await runner.execute("1", session=session)
@@ -1082,7 +1092,7 @@ async def test_a_session_that_is_paused_is_listed_as_not_answering_and_is_not_lo
     finally:
         await engine("unpause", name)
     async with open_runner(brief) as runner:
-        (info,) = [info for info in await runner.list_sandboxes() if info.name == name]
+        (info,) = [info for info in await runner.launcher.list_sandboxes() if info.name == name]
         assert (info.session, info.answers, info.attached) == (session, True, False)
         assert (await runner.execute("x", session=session)).value == "1"
         await runner.close_session(session)

@@ -159,17 +159,17 @@ async def test_the_derived_image_holds_what_is_preinstalled_compiled(
             "(alpha.__version__, os.path.exists(alpha.__cached__), os.access(alpha.__file__, os.W_OK))"
         )
         assert result.value == "('1.0', True, False)", result
-        assert runner.image is not None
-        assert runner.image.problem is None
-        first = runner.image.id
+        assert runner.launcher.image is not None
+        assert runner.launcher.image.problem is None
+        first = runner.launcher.image.id
     building = [line for line in status if "░" in line]
     assert building[0].startswith(f"█░░░░ preparing the image (once; a minute or so): fetching {installer}, for alpha")
     assert all("preparing the image (once; a minute or so): " in line for line in building)
     before = len(index.requests)
     async with open_runner(settings) as runner:
         await runner.execute("1")
-        assert runner.image is not None
-        assert runner.image.id == first
+        assert runner.launcher.image is not None
+        assert runner.launcher.image.id == first
     assert len(index.requests) == before
 
 
@@ -245,8 +245,8 @@ async def test_without_an_index_code_still_runs_and_is_told_what_is_missing(sett
     index.files.clear()
     async with open_runner(settings) as runner:
         assert (await runner.execute("6 * 7")).value == "42"
-        assert runner.image is not None
-        assert "could not be preinstalled" in (runner.image.problem or "")
+        assert runner.launcher.image is not None
+        assert "could not be preinstalled" in (runner.launcher.image.problem or "")
         result = await runner.execute("import alpha")
         assert result.exception is not None
         assert result.exception.missing == "alpha"
@@ -257,8 +257,8 @@ async def test_without_an_index_code_still_runs_and_is_told_what_is_missing(sett
 async def test_with_nothing_preinstalled_the_base_image_is_used_as_it_is(settings: Config) -> None:
     async with open_runner(plain(settings)) as runner:
         await runner.execute("1")
-        assert runner.image is not None
-        assert runner.image.name == sandbox_runner.host_image_name()
+        assert runner.launcher.image is not None
+        assert runner.launcher.image.name == sandbox_runner.host_image_name()
 
 
 @pytest.mark.engine
@@ -383,8 +383,8 @@ async def test_neither_certificates_nor_proxies_stay_in_the_image_or_reach_the_c
             "(found, [value for value in os.environ.values() if 'secret' in value])"
         )
         assert result.value == "([], [])", result
-        assert runner.image is not None
-        about = await engine.run("image", "inspect", runner.image.name)
+        assert runner.launcher.image is not None
+        about = await engine.run("image", "inspect", runner.launcher.image.name)
         assert "secret.example" not in about
         assert "CERTIFICATE" not in about
 
@@ -601,7 +601,7 @@ async def test_ready_sandboxes_have_modules_imported_and_missing_ones_are_logged
 async def test_the_preinstalled_packages_are_there_and_matplotlib_draws_without_a_word(engine_command: str) -> None:
     config = Config(docker=DockerConfig(command=engine_command, image="host", timeout=120))
     async with open_runner(config) as runner:
-        assert runner.image is None
+        assert runner.launcher.image is None
         result = await runner.execute(
             "import numpy, pandas, scipy, matplotlib, sklearn, sympy\n"
             "import matplotlib.pyplot as plt\n"
@@ -609,8 +609,8 @@ async def test_the_preinstalled_packages_are_there_and_matplotlib_draws_without_
             "import glob, os; print(*map(os.path.realpath, glob.glob(os.environ['MPLCONFIGDIR'] + '/fontlist*')))"
         )
         assert result.stdout.startswith("/opt/python-docker-mcp/matplotlib/fontlist"), result.stdout
-        assert runner.image is not None
-        assert runner.image.problem is None
+        assert runner.launcher.image is not None
+        assert runner.launcher.image.problem is None
         assert (result.status, result.stderr) == ("ok", "")
         pictures = [item for item in result.output if isinstance(item, sandbox_runner.Rich)]
         assert [list(picture.forms) for picture in pictures] == [["text/plain", "image/png"]]

@@ -443,7 +443,7 @@ async def test_a_call_that_fails_does_not_disturb_one_that_waits_for_the_image(
 
     async def while_another_fails(*arguments: Any) -> Image:
         image = await derive(*arguments)
-        runner.engine = runner.image = None  # as whoever could not start a sandbox leaves it
+        runner.launcher.engine = runner.launcher.image = None  # as whoever could not start a sandbox leaves it
         return image
 
     monkeypatch.setattr(sandbox_runner, "derive_image", while_another_fails)
@@ -737,8 +737,8 @@ async def test_a_session_is_found_again_by_the_next_runner(docker: FakeEngine, s
     async with open_runner(settings) as first:
         await first.execute("x = 1", session="s")
     async with open_runner(settings) as second:
-        (info,) = await second.list_sandboxes()
-        assert (info.session, info.attached, info.busy, info.owner) == ("s", False, False, first.owner)
+        (info,) = await second.launcher.list_sandboxes()
+        assert (info.session, info.attached, info.busy, info.owner) == ("s", False, False, first.launcher.owner)
         result = await second.execute("x", session="s")
         assert (result.value, result.state, result.lost_before) == ("1", "preserved", None)
         assert await second.close_session("s")
@@ -753,8 +753,8 @@ async def test_a_session_in_use_by_another_program_is_left_alone(runner: Runner,
             await other.execute("x = 2", session="s")
         with pytest.raises(SessionError, match="used by another program"):
             await other.close_session("s")
-        (info,) = await other.list_sandboxes()
-        assert (info.session, info.attached, info.owner) == ("s", True, runner.owner)
+        (info,) = await other.launcher.list_sandboxes()
+        assert (info.session, info.attached, info.owner) == ("s", True, runner.launcher.owner)
     assert (await runner.execute("x", session="s")).value == "1"
 
 
@@ -777,7 +777,9 @@ async def test_the_end_of_a_call_whose_host_was_killed_is_told_to_the_next(setti
             assert await host.stdout.receive() == b"on\n"
             host.kill()
         async with open_runner(settings) as runner:
-            while (await runner.list_sandboxes())[0].attached:  # what is told to a host that has just died is lost
+            while (await runner.launcher.list_sandboxes())[
+                0
+            ].attached:  # what is told to a host that has just died is lost
                 await anyio.sleep(0.01)
             go(settings)
             result = await runner.execute("x", session="s")
@@ -1079,12 +1081,13 @@ def test_the_last_line_that_an_engine_says_is_made_fit_to_show(text: str, line: 
 
 async def image(runner: Runner) -> Image:
     await runner.execute("1")
-    assert runner.image
-    return runner.image
+    assert runner.launcher.image
+    return runner.launcher.image
 
 
 def with_image(runner: Runner, name: str) -> None:
-    runner.config = dataclasses.replace(runner.config, docker=dataclasses.replace(runner.config.docker, image=name))
+    config = runner.launcher.config
+    runner.launcher.config = dataclasses.replace(config, docker=dataclasses.replace(config.docker, image=name))
 
 
 async def test_an_image_that_is_there_is_used_without_pulling(runner: Runner, docker: FakeEngine) -> None:

@@ -889,7 +889,7 @@ class Soak:
         if names and not await self.containers("--filter=status=running"):
             print(f"{len(names)} never ran, as their command line was killed too soon; pruning", flush=True)
             async with open_runner(load_config(environ=self.environment(0))) as runner:
-                await runner.prune()
+                await runner.launcher.prune()
             names = await self.containers()
         if names:
             told = await self.engine("ps", "--all", f"--filter=volume={self.volume}", "--format={{.Names}} {{.Status}}")
