@@ -1138,6 +1138,10 @@ NO_POOL = (
 NO_FILE = "There is no file: the working directory is {docker.working_dir}; use paths relative to it."
 NO_IPYTHON = "This is plain Python, not IPython: leave it out. Shell lines (!ls) and figures work without it."
 DISK_FULL = "Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
+UNKNOWN_AUTHORITY = (
+    "That server's certificate is of an authority unknown here: the operator can name a bundle that has it "
+    "(package.ca_bundle), for sandboxes started after that."
+)
 OUT_OF_MEMORY = "Work on less data at a time, or have the operator raise docker.memory_limit."
 SYSTEM_FOLDERS = ("/bin", "/dev", "/etc", "/lib", "/opt", "/proc", "/run", "/sys", "/usr", "/var")  # the image's own
 
@@ -1245,7 +1249,8 @@ def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
     if failure.config.docker.network_allow:
         return (
             f"Code here has {what_is_reached(failure.config.docker)} (docker.network_allow), by the proxy that the "
-            "variables http_proxy and https_proxy name: use a library that respects them, such as urllib or requests."
+            "variables http_proxy and https_proxy name: use what respects them, such as urllib, pandas, requests, "
+            "httpx, or aiohttp.ClientSession(trust_env=True)."
         )
     return "Code here has no network (docker.network_disabled): put the data into the code, or " + (
         "pass a file with it in `files`."
@@ -1331,6 +1336,7 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r"EOFError", r"EOF when reading a line", "Nobody can answer a prompt here: put the value into the code."),
     # the walls: by error number, as exceptions' types vary
     (r".*", r"\[Errno (?:-2|-3|101)\]|Temporary failure in name resolution", hint_on_network),
+    (r".*", r"CERTIFICATE_VERIFY_FAILED", UNKNOWN_AUTHORITY),
     (r".*", r"\[Errno 30\]", hint_on_read_only),
     (r".*", r"\[Errno 28\]", DISK_FULL),
     (r"FileNotFoundError", r"No such file or directory: ['\"]?([^'\"]+)", hint_on_input),

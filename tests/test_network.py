@@ -755,6 +755,11 @@ def test_a_model_is_told_which_hosts_there_are_and_what_was_refused() -> None:
     error = ExceptionInfo("gaierror", "[Errno -3] Temporary failure in name resolution", 1, "")
     hint = hint_on(Result("error", exception=error), "", config) or ""
     assert hint.startswith("Code here has no network but HTTP and HTTPS to example.com, *.example.org")
+    assert "trust_env=True" in hint
+    error = ExceptionInfo(
+        "URLError", "<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed>", 1, ""
+    )
+    assert "package.ca_bundle" in (hint_on(Result("error", exception=error), "", config) or "")
     said = render(Result("ok", refused=("a.example was refused: docker.network_allow has example.com",)))
     assert "Note: a.example was refused: docker.network_allow has example.com." in str(said.content)
 
