@@ -92,6 +92,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 # ── out ──
 
 
+@pytest.mark.slow
 async def test_what_a_call_writes_is_saved_under_its_session_and_the_result_says_where(
     runner: Runner, out: Path
 ) -> None:
@@ -117,6 +118,7 @@ async def test_only_what_has_changed_is_saved_again(runner: Runner, out: Path) -
     assert (await runner.execute("1", session="s")).files == ()
 
 
+@pytest.mark.slow
 async def test_a_call_without_session_has_a_folder_of_its_own_named_by_time(runner: Runner, out: Path) -> None:
     for _ in range(2):
         result = await runner.execute("open('a', 'w').write('1')")
@@ -127,6 +129,7 @@ async def test_a_call_without_session_has_a_folder_of_its_own_named_by_time(runn
     assert len(os.listdir(out)) == 2, "a call that writes nothing needs no folder"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "status"),
     [
@@ -179,6 +182,7 @@ async def test_names_that_can_not_be_shown_or_listed_are_told(runner: Runner, ou
     }
 
 
+@pytest.mark.slow
 async def test_more_files_than_can_be_listed_are_counted(runner: Runner, out: Path) -> None:
     result = await runner.execute("for n in range(1100): open(f'{n:04}', 'w').close()", session="s")
     assert (len(result.files), result.files_left_out) == (1000, {"(100 more)": "there are too many to list"})
@@ -186,6 +190,7 @@ async def test_more_files_than_can_be_listed_are_counted(runner: Runner, out: Pa
     assert "Files left out: (100 more) (there are too many to list)" in str(render(result).content)
 
 
+@pytest.mark.slow
 async def test_a_tree_without_end_costs_the_supervisor_no_more_than_a_look_at_some_of_it(runner: Runner) -> None:
     code = "import os\nfor n in range(11_000): os.mkdir(f'{n}')\nopen('a', 'w').close()"
     result = await runner.execute(code, session="s")
@@ -242,6 +247,7 @@ async def test_what_exceeds_the_limit_is_told_and_the_rest_is_saved(runner: Runn
     assert result.files_left_out == {"b": "its 700000 bytes are more than files.limit has left for this call"}
 
 
+@pytest.mark.slow
 async def test_a_file_that_is_changed_while_it_is_read_is_saved_in_one_state_or_told(runner: Runner, out: Path) -> None:
     """The writer replaces all bytes of 300 kB again and again: a copy of two states has two values."""
     writer = (
@@ -303,6 +309,7 @@ async def test_files_of_a_call_that_goes_on_are_saved_at_its_end_and_those_of_a_
     assert (result.value, tree(out)["s/c"]) == ("1", b"3")
 
 
+@pytest.mark.slow
 async def test_a_call_that_no_host_waited_for_has_its_files_saved_by_the_next_host(
     with_files: Config, out: Path
 ) -> None:
@@ -319,6 +326,7 @@ async def test_a_call_that_no_host_waited_for_has_its_files_saved_by_the_next_ho
     assert tree(out)["s/a"] == b"1"
 
 
+@pytest.mark.slow
 async def test_small_files_come_with_the_result_where_nothing_is_saved_and_the_sandbox_ends(settings: Config) -> None:
     async with open_runner(settings) as runner:
         result = await runner.execute("open('a', 'wb').write(b'hi'); open('b', 'wb').write(bytes(70_000))")
@@ -391,6 +399,7 @@ def test_a_folder_that_becomes_a_link_after_it_was_looked_at_is_not_followed(dat
         file.open()
 
 
+@pytest.mark.slow
 async def test_files_lie_there_when_the_code_starts_and_do_not_count_as_its_own(
     runner: Runner, data: Path, out: Path
 ) -> None:
@@ -441,6 +450,7 @@ async def test_a_file_that_was_changed_since_is_told(runner: Runner, data: Path)
         await runner.execute("1", files=[file])
 
 
+@pytest.mark.slow
 async def test_files_get_into_whichever_sandbox_the_call_gets_into(
     runner: Runner, data: Path, docker: FakeEngine
 ) -> None:
@@ -615,6 +625,7 @@ def test_no_name_leads_out_of_the_output_folder(path: str, inner: str) -> None:
         assert not [name for name in tree(inside) if "python-docker-mcp" in name], "nothing is left half written"
 
 
+@pytest.mark.slow
 @given(st.lists(parts, max_size=5).map("/".join))
 def test_no_name_gets_at_a_file_outside_of_the_input_folders(asked: str) -> None:
     with walled() as (outside, inside):
@@ -626,6 +637,7 @@ def test_no_name_gets_at_a_file_outside_of_the_input_folders(asked: str) -> None
             os.close(descriptor)
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(parts, min_size=1, max_size=3).map("/".join), max_size=6))
 def test_whatever_a_tree_has_is_listed_or_told_and_what_is_listed_can_be_read(paths: list[str]) -> None:
     with walled() as (_, inside), tamed(attached=False) as supervisor:

@@ -203,6 +203,7 @@ greetings = st.dictionaries(st.sampled_from(sorted(GREETING)), some_value, max_s
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(lines | greetings, max_size=4).map(b"".join), st.integers(1, 5000))
 @example(json.dumps({**GREETING, "unread": "x"}).encode() + b"\n", 1)
@@ -256,6 +257,7 @@ async def test_a_sandbox_can_not_say_that_it_has_a_session_of_any_name() -> None
 # ── from the worker to the supervisor ──
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(lines, st.booleans())
 def test_what_a_worker_sends_is_passed_on_as_its_own_or_ends_it(data: bytes, attached: bool) -> None:
@@ -321,6 +323,7 @@ arguments = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.sampled_from(sorted(TOOLS)) | any_text, arguments)
 @example("execute-transient", {"code": "x", "state": "\ud800"})
@@ -392,6 +395,7 @@ async def client(docker: FakeEngine, tmp_path: Path) -> AsyncIterator[Client]:
             yield client
 
 
+@pytest.mark.slow
 async def test_the_server_answers_every_call_with_a_result_or_an_error_of_the_protocol(client: Client) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
@@ -431,6 +435,7 @@ def test_addresses_of_resources_are_read_or_refused(uri: str) -> None:
 # ── what code makes of its own call ──
 
 
+@pytest.mark.slow
 async def test_odd_code_may_spoil_its_call_and_not_its_session(docker: FakeEngine, tmp_path: Path) -> None:
     codes = collect(150)
     with anyio.fail_after(PATIENCE):
@@ -453,6 +458,7 @@ def told(code: str, result: Result) -> str:
 # ── what of a user's ever becomes part of a command ──
 
 
+@pytest.mark.slow
 @given(any_text | st.from_regex(r"-{0,2}[a-z]{1,3}[\s\[\]<>=~!@;:/.,-]{0,3}[a-z0-9.*]{0,3}", fullmatch=True))
 def test_a_requirement_is_never_an_option_a_path_or_an_address(text: str) -> None:
     try:
@@ -490,6 +496,7 @@ def test_settings_are_refused_or_stay_in_their_place_on_the_command_line(name: s
 # ── engines that misbehave ──
 
 
+@pytest.mark.slow
 async def test_an_engine_whose_command_disappears_is_told_in_one_sentence(docker: FakeEngine, tmp_path: Path) -> None:
     config = settings_for(docker, tmp_path)
     with anyio.fail_after(PATIENCE):
@@ -505,6 +512,7 @@ async def test_an_engine_whose_command_disappears_is_told_in_one_sentence(docker
             assert (await runner.execute("6 * 7")).value == "42"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["kill", "rm"])
 async def test_an_engine_that_hangs_when_a_container_is_to_be_removed_keeps_nobody_waiting_for_ever(
     docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, verb: str
@@ -527,6 +535,7 @@ async def test_an_engine_that_prints_garbage_is_not_believed(docker: FakeEngine,
             assert (await runner.execute("6 * 7", session="s")).value == "42"
 
 
+@pytest.mark.slow
 async def test_an_engine_that_says_more_than_anybody_can_read_is_cut_short(docker: FakeEngine) -> None:
     docker.script(version={"stdout": "x" * (3 << 20), "stderr": "y" * (3 << 20), "exit": 1})
     with pytest.raises(EngineError) as caught:

@@ -1150,6 +1150,7 @@ def numbers_in_lines() -> str:
     return "".join(f"{number}\n" for number in range(1_500_000))
 
 
+@pytest.mark.slow
 def test_output_beyond_the_limit_leaves_head_tail_and_a_count(guest: Guest) -> None:
     written = numbers_in_lines()
     told = guest.run("print('\\n'.join(map(str, range(1_500_000))))", output_limit=100_000)
@@ -1259,6 +1260,7 @@ def test_a_transient_call_ends_as_a_script_does_with_its_threads_and_exit_handle
 # ── time, interruption and death ──
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -1280,6 +1282,7 @@ def test_a_time_out_keeps_the_state_of_code_that_can_be_interrupted(make_guest: 
     assert guest.run("x").value == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -1503,6 +1506,7 @@ def test_a_guest_without_session_ends_with_its_host(
     assert guest.process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
     make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
 ) -> None:
@@ -1839,6 +1843,7 @@ def copy_of(guest: Guest) -> str:
     return guest.worker()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash", [name for name in CRASHES if name != "kills all that it can"])
 def test_a_call_that_crashes_costs_its_session_nothing_again_and_again(restoring: Guest, crash: str) -> None:
     restoring.run(VARIABLES)
@@ -1872,6 +1877,7 @@ def test_code_does_not_notice_the_copy(restoring: Guest) -> None:
     wait_until(lambda: held() == ["/dev/null"] * 6 + ["socket"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -1970,6 +1976,7 @@ def test_whatever_code_does_to_what_copies_need_the_next_call_is_told_truly(rest
     assert after.status != "ok" or (after.value == "True") == (was_there and told.done["state"] != "lost")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["1 << 70", "2.5", "-1", "1", "[]", "None", "os.getpid()"])
 def test_who_steals_the_key_of_a_copy_can_not_end_the_supervisor(restoring: Guest, process: str) -> None:
     restoring.run(

@@ -697,6 +697,7 @@ def tell(world: World, stories: int, steps: int, derandomize: bool = False) -> N
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_and_nothing_left_behind(world: World) -> None:
     tell(world, 2, 10, derandomize=True)
 
@@ -720,6 +721,7 @@ def has_ended(runner: Runner) -> bool:
     return sandbox is not None and sandbox.gone.is_set()
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_call_whose_connection_is_cut_twice_still_has_its_result(settings: Config) -> None:
     results: list[Result] = []
@@ -741,6 +743,7 @@ async def test_a_call_whose_connection_is_cut_twice_still_has_its_result(setting
     assert [(result.status, result.value, result.state) for result in results] == [("ok", "7", "preserved")]
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_while_nobody_knows_whether_a_session_is_there_it_is_not_called_lost(
     docker: FakeEngine, settings: Config
@@ -760,6 +763,7 @@ async def test_while_nobody_knows_whether_a_session_is_there_it_is_not_called_lo
         await runner.close_session("s")
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_host_that_may_not_end_a_session_which_it_has_used_still_tells_when_that_is_lost(
     settings: Config,
@@ -777,6 +781,7 @@ async def test_a_host_that_may_not_end_a_session_which_it_has_used_still_tells_w
         await first.close_session("s")
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_the_loss_of_a_session_is_told_even_if_the_next_call_is_cancelled_and_its_connection_cut(
     docker: FakeEngine, settings: Config
@@ -820,6 +825,7 @@ async def test_a_session_that_is_ended_while_its_container_is_being_made_never_b
         assert docker.containers() == []
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_session_whose_first_call_was_cancelled_at_the_last_moment_is_found_by_the_next_host(
     docker: FakeEngine, settings: Config
@@ -839,6 +845,7 @@ async def test_a_session_whose_first_call_was_cancelled_at_the_last_moment_is_fo
     await until(lambda: docker.containers() == [])
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_block_its_name(
     docker: FakeEngine, settings: Config, monkeypatch: pytest.MonkeyPatch
@@ -855,6 +862,7 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
     await until(lambda: docker.containers() == [])
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_others(
     settings: Config, monkeypatch: pytest.MonkeyPatch
@@ -879,6 +887,7 @@ async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_othe
         await third.close_session("s")
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_pool_whose_engine_refuses_says_so_and_fills_itself_again_within_its_size(
     docker: FakeEngine, settings: Config, monkeypatch: pytest.MonkeyPatch
@@ -901,6 +910,7 @@ async def test_a_pool_whose_engine_refuses_says_so_and_fills_itself_again_within
         await until(lambda: len(runner.pool.ready) == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_an_image_that_has_gone_is_looked_for_anew(docker: FakeEngine, settings: Config) -> None:
     async with open_runner(settings) as runner:

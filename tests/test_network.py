@@ -554,6 +554,7 @@ async def test_a_slow_reader_holds_back_a_fast_sender(servers: Servers) -> None:
             size += len(await stream.receive())
 
 
+@pytest.mark.slow
 async def test_bounds_are_told(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_runner, "CONNECTIONS_AT_ONCE", 2)
     monkeypatch.setattr(sandbox_runner, "CONNECTION_IDLE", 0.5)

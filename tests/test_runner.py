@@ -77,6 +77,7 @@ async def test_a_failure_of_the_code_is_a_result_and_no_exception(runner: Runner
     assert result.exception.missing == "sklearn"
 
 
+@pytest.mark.slow
 async def test_transient_calls_share_nothing_and_leave_no_container(runner: Runner, docker: FakeEngine) -> None:
     await runner.execute("x = 1")
     assert (await runner.execute("'x' in globals()")).value == "False"
@@ -99,6 +100,7 @@ async def test_a_thousand_calls_on_a_session_cost_no_engine_command(runner: Runn
     assert docker.log() == before
 
 
+@pytest.mark.slow
 async def test_state_goes_in_and_comes_out(runner: Runner) -> None:
     result = await runner.execute("y = x + 1\nz = {1}", state={"x": 41})
     assert result.variables == {"x": 41, "y": 42}
@@ -110,6 +112,7 @@ async def test_state_goes_in_and_comes_out(runner: Runner) -> None:
     assert (await runner.execute("y = 1")).variables is None
 
 
+@pytest.mark.slow
 async def test_a_call_and_its_state_are_written_together(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     write = sandbox_runner.Sandbox._write
@@ -138,6 +141,7 @@ async def test_output_is_passed_on_while_the_code_runs(runner: Runner, settings:
     assert hears.text == result.stdout == "on\noff\n"
 
 
+@pytest.mark.slow
 async def test_output_is_kept_within_its_limit_unless_it_is_only_streamed(settings: Config) -> None:
     small = dataclasses.replace(settings, docker=dataclasses.replace(settings.docker, output_limit="1k"))
     async with open_runner(small) as runner:
@@ -208,6 +212,7 @@ async def test_calls_on_one_session_queue_in_order(runner: Runner, settings: Con
     assert ended == ["first 1", "second 2", "third 3"]
 
 
+@pytest.mark.slow
 async def test_different_sessions_run_at_the_same_time(runner: Runner) -> None:
     async with anyio.create_task_group() as tasks:
         hears = Hears()
@@ -252,6 +257,7 @@ async def test_a_cancelled_call_whose_client_is_killed_at_that_moment_stops_neve
     assert (result.status, result.value, result.lost_before, result.unread) == ("ok", "2", None, None)
 
 
+@pytest.mark.slow
 async def test_a_call_that_is_cancelled_while_it_looks_for_its_session_leaves_no_plug(
     settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +314,7 @@ async def test_an_interrupt_is_answered_with_a_result(runner: Runner) -> None:
     assert (result.exception.type, result.exception.missing) == ("KeyboardInterrupt", None)
 
 
+@pytest.mark.slow
 async def test_a_time_out_keeps_the_variables_of_a_session_if_the_code_stops(runner: Runner) -> None:
     result = await runner.execute("x = 1\nwhile True: pass", session="s", timeout=0.2)
     assert (result.status, result.state) == ("timeout", "preserved")
@@ -384,6 +391,7 @@ async def test_killing_the_command_line_of_an_idle_session_loses_nothing(runner:
     assert (result.value, result.state, result.lost_before) == ("1", "preserved", None)
 
 
+@pytest.mark.slow
 async def test_a_container_that_is_killed_between_calls_is_replaced_and_told_of(
     runner: Runner, docker: FakeEngine
 ) -> None:
@@ -396,6 +404,7 @@ async def test_a_container_that_is_killed_between_calls_is_replaced_and_told_of(
     assert (result.value, result.lost_before) == ("False", "its container ended")
 
 
+@pytest.mark.slow
 async def test_a_container_that_is_killed_under_a_call_is_told_of(runner: Runner, docker: FakeEngine) -> None:
     class Kill(Hears):
         async def __call__(self, _item: Text | Rich | Omitted) -> None:
@@ -407,6 +416,7 @@ async def test_a_container_that_is_killed_under_a_call_is_told_of(runner: Runner
     assert (await runner.execute("1", session="s")).value == "1"
 
 
+@pytest.mark.slow
 async def test_a_session_gets_its_name_though_its_last_container_went_only_while_it_was_asked_for(
     runner: Runner, docker: FakeEngine
 ) -> None:
@@ -570,6 +580,7 @@ async def test_who_stops_waiting_for_code_that_goes_on_does_not_stop_the_code(ru
     assert (await runner.execute("x", session="s")).value == "1"
 
 
+@pytest.mark.slow
 async def test_code_that_goes_on_does_so_when_its_host_leaves_and_the_next_one_gets_the_rest(settings: Config) -> None:
     async with open_runner(settings) as first:
         await first.execute(f"{WAIT_FOR_GO}print('off')\n7", session="s", answer_within=0.01)
@@ -584,6 +595,7 @@ async def test_code_that_goes_on_does_so_when_its_host_leaves_and_the_next_one_g
     assert rest.stdout == "off\n"
 
 
+@pytest.mark.slow
 async def test_what_keeps_a_call_from_beginning_is_told_to_who_waits_for_it(runner: Runner, docker: FakeEngine) -> None:
     docker.script(run={"exit": 125, "stderr": "no space left on device\n"})
     with pytest.raises(EngineError, match="no space left on device"):
@@ -651,6 +663,7 @@ async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, 
     assert (await runner.execute("1")).value == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [
@@ -691,6 +704,7 @@ async def test_what_no_supervisor_sends_ends_the_sandbox_and_nothing_else(
     await until(lambda: not docker.containers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [
@@ -710,6 +724,7 @@ async def test_data_that_is_not_what_our_worker_makes_costs_itself_and_not_the_s
     assert result.output or result.variables_left_out
 
 
+@pytest.mark.slow
 async def test_a_session_whose_sandbox_was_given_up_has_a_new_one_in_the_next_call(
     runner: Runner, docker: FakeEngine
 ) -> None:
@@ -733,6 +748,7 @@ async def test_a_sandbox_that_does_not_greet_as_ours_do_is_refused(
 # ── sessions and other hosts ──
 
 
+@pytest.mark.slow
 async def test_a_session_is_found_again_by_the_next_runner(docker: FakeEngine, settings: Config) -> None:
     async with open_runner(settings) as first:
         await first.execute("x = 1", session="s")
@@ -758,6 +774,7 @@ async def test_a_session_in_use_by_another_program_is_left_alone(runner: Runner,
     assert (await runner.execute("x", session="s")).value == "1"
 
 
+@pytest.mark.slow
 async def test_the_end_of_a_call_whose_host_was_killed_is_told_to_the_next(settings: Config) -> None:
     code = f"{WAIT_FOR_GO}print('off')\nx = 5\n7"
     program = (
@@ -789,6 +806,7 @@ async def test_the_end_of_a_call_whose_host_was_killed_is_told_to_the_next(setti
     assert result.unread.output == (Omitted(3), Text("stdout", "off\n"))
 
 
+@pytest.mark.slow
 async def test_closing_a_session_ends_its_container(runner: Runner, docker: FakeEngine) -> None:
     await runner.execute("x = 1", session="s")
     assert await runner.close_session("s")
@@ -797,6 +815,7 @@ async def test_closing_a_session_ends_its_container(runner: Runner, docker: Fake
     assert (await runner.execute("'x' in globals()", session="s")).value == "False"
 
 
+@pytest.mark.slow
 async def test_an_error_inside_open_runner_comes_out_as_it_is(settings: Config) -> None:
     async def fail() -> None:
         async with open_runner(settings) as runner:
@@ -848,6 +867,7 @@ async def test_an_engine_that_can_not_be_used_is_told_in_one_sentence(
         await find_engine(docker.command)
 
 
+@pytest.mark.slow
 async def test_engines_that_hang_are_asked_side_by_side_and_told_of_once(
     docker: FakeEngine,
     make_fake_engine: Callable[[str], FakeEngine],
@@ -880,6 +900,7 @@ async def test_engines_that_hang_are_asked_side_by_side_and_told_of_once(
         assert (await opened.execute("6 * 7")).value == "42"
 
 
+@pytest.mark.slow
 async def test_an_engine_that_begins_to_hang_is_told_of_before_a_sandbox_is_given_up(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -894,6 +915,7 @@ async def test_an_engine_that_begins_to_hang_is_told_of_before_a_sandbox_is_give
     assert (await runner.execute("3")).value == "3"
 
 
+@pytest.mark.slow
 async def test_an_engine_that_stands_still_with_its_containers_is_told_of_and_costs_a_session_nothing(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -913,6 +935,7 @@ async def test_an_engine_that_stands_still_with_its_containers_is_told_of_and_co
     assert docker.containers() == [container]
 
 
+@pytest.mark.slow
 async def test_an_engine_that_stands_still_in_the_middle_of_a_call_is_told_of_and_the_call_goes_on_when_it_does(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, settings: Config
 ) -> None:
@@ -934,6 +957,7 @@ async def test_an_engine_that_stands_still_in_the_middle_of_a_call_is_told_of_an
     assert (result.status, result.value, result.state) == ("ok", "7", "preserved")
 
 
+@pytest.mark.slow
 async def test_code_that_is_silent_for_long_is_not_taken_for_a_sandbox_that_is(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -943,6 +967,7 @@ async def test_code_that_is_silent_for_long_is_not_taken_for_a_sandbox_that_is(
     assert (result.status, result.stdout, hears.text) == ("ok", "off\n", "off\n")
 
 
+@pytest.mark.slow
 async def test_a_session_is_not_said_to_have_ended_nor_a_package_to_be_coming_by_an_engine_that_hangs(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -963,6 +988,7 @@ async def test_a_session_is_not_said_to_have_ended_nor_a_package_to_be_coming_by
     await until(lambda: not docker.containers())
 
 
+@pytest.mark.slow
 async def test_code_that_is_silent_for_long_is_left_alone(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1240,6 +1266,7 @@ def test_neighbouring_pieces_of_a_stream_are_joined() -> None:
     assert joined(pieces) == (Text("stdout", "ab"), rich, rich, Text("stderr", "c"), Omitted(1), Text("stderr", "d"))
 
 
+@pytest.mark.slow
 async def test_more_sessions_than_allowed_are_refused_with_the_list_of_those_there_are(settings: Config) -> None:
     config = dataclasses.replace(settings, session=SessionConfig(max=2))
     async with open_runner(config) as runner:
@@ -1254,6 +1281,7 @@ async def test_more_sessions_than_allowed_are_refused_with_the_list_of_those_the
             await runner.close_session(name)
 
 
+@pytest.mark.slow
 async def test_a_session_whose_code_is_running_does_not_make_room(settings: Config) -> None:
     config = dataclasses.replace(settings, session=SessionConfig(max=1, evict=True))
     async with open_runner(config) as runner:
@@ -1266,6 +1294,7 @@ async def test_a_session_whose_code_is_running_does_not_make_room(settings: Conf
         await runner.close_session("two")
 
 
+@pytest.mark.slow
 async def test_if_that_is_allowed_the_longest_idle_session_makes_room_and_its_next_call_is_told(
     settings: Config,
 ) -> None:
@@ -1282,6 +1311,7 @@ async def test_if_that_is_allowed_the_longest_idle_session_makes_room_and_its_ne
             await runner.close_session(name)
 
 
+@pytest.mark.slow
 async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Config) -> None:
     status: list[str] = []
     config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=()))
@@ -1334,6 +1364,7 @@ async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config
     assert len(docker.log("run")) == 1, "it was not used again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("session", [None, "s"])
 async def test_a_ready_sandbox_that_was_killed_behind_our_back_costs_a_call_nothing(
     settings: Config, docker: FakeEngine, session: str | None
@@ -1394,6 +1425,7 @@ async def test_ready_sandboxes_are_renewed_before_they_are_too_old_until_nobody_
         assert pool.ready
 
 
+@pytest.mark.slow
 async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_its_call_is_answered(
     settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1407,6 +1439,7 @@ async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_i
         await until(lambda: len(docker.containers()) == 1 and docker.containers() != used)
 
 
+@pytest.mark.slow
 async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_new_one(
     settings: Config, docker: FakeEngine
 ) -> None:
@@ -1429,6 +1462,7 @@ async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_
     assert len(docker.log("run")) <= before + 1, "one more for two at once"
 
 
+@pytest.mark.slow
 async def test_who_leaves_starts_no_successors_of_the_sandboxes_that_end_with_that(settings: Config) -> None:
     config = dataclasses.replace(settings, pool=PoolConfig(warm=4, preload=()))
     async with open_runner(config, warm=True) as runner:

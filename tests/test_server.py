@@ -875,6 +875,7 @@ async def test_a_client_of_either_era_is_told_what_there_is(config: Config, era:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("era", ERAS)
 async def test_a_client_of_either_era_runs_code_with_state_and_in_sessions(config: Config, era: str) -> None:
     async with connected(config, era) as client:
@@ -942,6 +943,7 @@ async def test_what_is_wrong_with_an_argument_is_said_in_the_result_and_nothing_
     assert not docker.log("run")
 
 
+@pytest.mark.slow
 async def test_a_client_comes_back_for_code_that_takes_long_and_can_stop_it(config: Config) -> None:
     impatient = dataclasses.replace(config, session=dataclasses.replace(config.session, answer_within=0.3))
     forever = "import time\nprint('begun')\nx = 5\nwhile True: time.sleep(0.01)"
@@ -1037,6 +1039,7 @@ async def test_a_call_that_waits_for_an_image_tells_what_it_waits_for(config: Co
         call.cancel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("era", ERAS)
 async def test_progress_tells_the_latest_output_and_cancelling_keeps_the_sessions_variables(
     config: Config, era: str
@@ -1053,6 +1056,7 @@ async def test_progress_tells_the_latest_output_and_cancelling_keeps_the_session
         assert listener.counts == sorted(set(listener.counts))
 
 
+@pytest.mark.slow
 async def test_a_silent_call_is_kept_alive_by_notifications(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_docker_mcp, "KEEP_ALIVE", 0.1)
     async with connected(config) as client, anyio.create_task_group() as tasks:
@@ -1095,6 +1099,7 @@ async def test_a_sessions_files_are_read_as_resources(config: Config) -> None:
             await client.read_resource(links[0])
 
 
+@pytest.mark.slow
 async def test_output_that_is_too_long_is_kept_and_read_in_ranges(config: Config) -> None:
     async with connected(config) as client:
         code = "for number in range(99_999): print(f'{number:05}')"
