@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing of the frames in both directions: what a sandbox sends us, and what a worker its supervisor.
+"""Coverage-guided fuzzing of the frames in both directions, and of what code may send to the proxy.
 
     python -m tests.tools.fuzz_frames [SECONDS]
 
-It needs atheris (the dependency group `fuzz`). The first byte of an input chooses the direction. `test_fuzz` takes the
-same two functions through inputs that are made, not found.
+It needs atheris (the dependency group `fuzz`). The first byte of an input chooses who gets it. `test_fuzz` takes the
+same functions for frames through inputs that are made, not found, and `test_network` does so for the proxy's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,22 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 import python_docker_mcp
 import sandbox_runner
-from sandbox_runner import FROM_SANDBOX, Call, Channel, ProtocolError, Request, Result, RunningCall, Supervisor
+from sandbox_runner import (
+    FROM_SANDBOX,
+    Call,
+    Channel,
+    Connection,
+    ProtocolError,
+    RefusedError,
+    Request,
+    Result,
+    RunningCall,
+    Supervisor,
+    host_name,
+    read_request,
+    server_name,
+    target_of,
+)
 
 CALL = "c"  # the id of the call that is running
 DONE: dict[str, Any] = {
@@ -73,6 +88,13 @@ VALUES += ["1e999", '{"text/plain": 1}', '{"image/png": "aGk="}', '{"x": NaN}', 
 VALUES += [{"a": 1}, {"a": "b"}, {"type": "SyntaxError", "message": "", "line": -9, "traceback": "", "missing": None}]
 VALUES += [{"type": "E", "message": "", "line": 1 << 70, "traceback": "\ud800", "missing": ""}]
 VALUES += [["x"], [None], [["a", "b"]]]
+
+REQUESTS = [
+    b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n",
+    b"GET http://example.com:80/a?b HTTP/1.1\r\nHost: example.com:80\r\nConnection: x\r\n\r\n",
+    b"POST http://[::1]:8000/ HTTP/1.1\r\nHost: [::1]:8000\r\nTransfer-Encoding: chunked\r\n\r\n",
+    bytes.fromhex("16030100300100002c0303") + bytes(32) + bytes.fromhex("000002130101000001000000"),
+]
 
 
 def finish(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -234,6 +256,26 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
     return told
 
 
+def as_proxy(data: bytes) -> None:
+    """See what the proxy makes of the first bytes of a connection, and of a tunnel: a name of a host, or a refusal."""
+
+    async def pass_on(_: Any) -> None:
+        pass
+
+    async def parse() -> None:
+        connection = Connection(1, pass_on)
+        connection.take({"kind": "passed", "flow": 1, "data": data, "credit": 0, "ended": True})
+        with contextlib.suppress(RefusedError, anyio.EndOfStream):
+            host, port, _ = target_of((await read_request(connection))[0])
+            assert host_name(host) == host
+            assert 0 < port < 65536
+
+    anyio.run(parse)
+    with contextlib.suppress(ValueError):
+        name = server_name(data)
+        assert not name or "\n" not in name
+
+
 def lines_from(data: bytes) -> bytes:
     """Frames that are right but for some of their fields; each three bytes say which, and what is there instead."""
     lines = b""
@@ -251,7 +293,9 @@ def one_input(data: bytes) -> None:
     if not data:
         return
     lines = lines_from(data[1:]) if data[0] & 1 else data[1:]
-    if data[0] & 2:
+    if data[0] & 8:
+        as_proxy(data[1:])
+    elif data[0] & 2:
         as_host(lines)
     else:
         as_supervisor(lines, attached=bool(data[0] & 4))
@@ -269,6 +313,8 @@ def main() -> None:
                 Path(corpus, f"{number}-{direction}").write_bytes(bytes([direction]) + lines)
         for direction in (1, 3, 5):
             Path(corpus, f"made-{direction}").write_bytes(bytes([direction, *range(60)]))
+        for number, first in enumerate(REQUESTS):
+            Path(corpus, f"request-{number}").write_bytes(bytes([8]) + first)
         words = {word for frame in FRAMES for item in frame.items() for word in map(str, item) if len(word) < 40}
         dictionary = Path(corpus, "words")
         dictionary.write_text("".join(f'"{json.dumps(word)[1:-1]}"\n' for word in sorted(words) if word.isascii()))
@@ -276,7 +322,15 @@ def main() -> None:
             for name, value in list(vars(owner).items()):
                 if isinstance(value, type(main)):
                     setattr(owner, name, atheris.instrument_func(value))
-        for name in ("parse_object", "conforms", "check_worker_frame", "joined"):
+        for name in (
+            "target_of",
+            "host_name",
+            "server_name",
+            "parse_object",
+            "conforms",
+            "check_worker_frame",
+            "joined",
+        ):
             setattr(sandbox_runner, name, atheris.instrument_func(getattr(sandbox_runner, name)))
         options = [sys.argv[0], f"-max_total_time={seconds}", f"-dict={dictionary}", "-max_len=8192", corpus]
         atheris.Setup(options, one_input)
