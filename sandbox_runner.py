@@ -7822,9 +7822,11 @@ def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str
 
 def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
     """Make a Config from plain data; pydantic checks types, the classes check values. Raises ConfigError."""
-    import pydantic
-
-    for cls in (Config, DockerConfig, SessionConfig, PackageConfig, FilesConfig, PoolConfig):
+    parts = dataclasses.fields(Config)
+    sections: dict[str, Any] = {
+        part.name: part.default_factory for part in parts if isinstance(part.default_factory, type)
+    }
+    for cls in (Config, *sections.values()):
         setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # mypy knows no such attribute
     settings = (
         {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
@@ -7836,12 +7838,9 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
         key = ".".join(str(part) for part in problem["loc"])
         where = origin.get(key) or (f"{key} in {file}" if key else file)
         if problem["type"] == "unexpected_keyword_argument":
-            known = [item.name for item in dataclasses.fields(Config)]
-            known += [f"docker.{item.name}" for item in dataclasses.fields(DockerConfig)]
-            known += [f"session.{item.name}" for item in dataclasses.fields(SessionConfig)]
-            known += [f"package.{item.name}" for item in dataclasses.fields(PackageConfig)]
-            known += [f"files.{item.name}" for item in dataclasses.fields(FilesConfig)]
-            known += [f"pool.{item.name}" for item in dataclasses.fields(PoolConfig)]
+            known = [part.name for part in parts]
+            for name, section in sections.items():
+                known += [f"{name}.{item.name}" for item in dataclasses.fields(section)]
             alike = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {alike[0]}?" if alike else f"the settings are {', '.join(known)}."
             raise ConfigError(f"There is no setting {key} ({file}): {advice}") from None
