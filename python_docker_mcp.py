@@ -1098,7 +1098,53 @@ def render_installation(
     return answer([section for section in sections if section], structured, is_error=not installation.ok)
 
 
-# What to do about a failure
+# The whole result
+
+
+def join(sections: Sequence[Section]) -> Iterator[types.ContentBlock]:
+    """Turn sections into blocks; neighbouring texts become one."""
+    for is_text, group in itertools.groupby(sections, lambda section: isinstance(section, str)):
+        if is_text:
+            yield types.TextContent(text=encodable("\n\n".join(map(str, group))))
+        else:
+            yield from (section for section in group if not isinstance(section, str))
+
+
+def encodable(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 can't carry."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def size_of(block: types.ContentBlock) -> int:
+    """Count the characters that a block takes on the wire."""
+    return len(block.model_dump_json())
+
+
+def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
+    """Return the blocks, with notes in place of the images and files for which there is no room."""
+    sized = [(block, size_of(block)) for block in blocks]
+    room = RESULT_LIMIT - sum(size for block, size in sized if isinstance(block, types.TextContent))
+    images = 0
+    fitting: list[types.ContentBlock] = []
+    for block, size in sized:
+        images += isinstance(block, types.ImageContent)
+        if isinstance(block, types.TextContent):
+            fitting.append(block)
+        elif size <= room and (images <= IMAGE_LIMIT or not isinstance(block, types.ImageContent)):
+            room -= size
+            fitting.append(block)
+        elif isinstance(block, types.ImageContent):
+            why = "a result has room for less" if images <= IMAGE_LIMIT else f"a result holds at most {IMAGE_LIMIT}"
+            fitting.append(types.TextContent(text=f"[image of {readable_size(size)} left out: {why}]"))
+        elif isinstance(block, types.EmbeddedResource):
+            fitting.append(types.TextContent(text=f"[{block.resource.uri} left out: a result has room for less]"))
+    return fitting
+
+
+# ── hints ──
+#
+# What a model reads about a failure besides the facts: the next step. The table HINTS has one for each kind; the
+# functions before it make those that depend on the message, the code or the configuration.
 
 # Names that people import or ask for, whose distribution is called otherwise.
 DISTRIBUTIONS = {
@@ -1358,49 +1404,6 @@ def hint_on_installation(installation: Installation) -> str | None:
     if installation.needs_build:
         return "Something has no wheel for this Python. To have it built from source, set package.wheels_only: false."
     return None
-
-
-# The whole result
-
-
-def join(sections: Sequence[Section]) -> Iterator[types.ContentBlock]:
-    """Turn sections into blocks; neighbouring texts become one."""
-    for is_text, group in itertools.groupby(sections, lambda section: isinstance(section, str)):
-        if is_text:
-            yield types.TextContent(text=encodable("\n\n".join(map(str, group))))
-        else:
-            yield from (section for section in group if not isinstance(section, str))
-
-
-def encodable(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 can't carry."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def size_of(block: types.ContentBlock) -> int:
-    """Count the characters that a block takes on the wire."""
-    return len(block.model_dump_json())
-
-
-def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
-    """Return the blocks, with notes in place of the images and files for which there is no room."""
-    sized = [(block, size_of(block)) for block in blocks]
-    room = RESULT_LIMIT - sum(size for block, size in sized if isinstance(block, types.TextContent))
-    images = 0
-    fitting: list[types.ContentBlock] = []
-    for block, size in sized:
-        images += isinstance(block, types.ImageContent)
-        if isinstance(block, types.TextContent):
-            fitting.append(block)
-        elif size <= room and (images <= IMAGE_LIMIT or not isinstance(block, types.ImageContent)):
-            room -= size
-            fitting.append(block)
-        elif isinstance(block, types.ImageContent):
-            why = "a result has room for less" if images <= IMAGE_LIMIT else f"a result holds at most {IMAGE_LIMIT}"
-            fitting.append(types.TextContent(text=f"[image of {readable_size(size)} left out: {why}]"))
-        elif isinstance(block, types.EmbeddedResource):
-            fitting.append(types.TextContent(text=f"[{block.resource.uri} left out: a result has room for less]"))
-    return fitting
 
 
 # ── server ──
