@@ -477,8 +477,12 @@ async def permitted(files: Sequence[str] | None, config: FilesConfig) -> list[In
             "No files can be given here: the operator has named no folder to take them from (files.inputs). Put the "
             "data into the code instead."
         )
-    folders = config.folders()
-    return await anyio.to_thread.run_sync(lambda: [InputFile.find(file, folders) for file in files])
+
+    def find_all() -> list[InputFile]:
+        folders = config.folders()
+        return [InputFile.find(file, folders) for file in files]
+
+    return await anyio.to_thread.run_sync(find_all)
 
 
 def has_network(docker: DockerConfig) -> bool:
@@ -1494,7 +1498,9 @@ def make_server(runner: Runner) -> Server[Service]:
 async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -> types.ListToolsResult:
     """List the tools, always in the same order."""
     config = context.lifespan_context.runner.config
-    return types.ListToolsResult(tools=[describe(tool, config) for tool in TOOLS.values()])
+    # In a thread, as a description may name what lies in folders of the host's, which may be slow.
+    tools = await anyio.to_thread.run_sync(lambda: [describe(tool, config) for tool in TOOLS.values()])
+    return types.ListToolsResult(tools=tools)
 
 
 async def call_tool(context: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
