@@ -221,6 +221,26 @@ def test_what_a_full_pipe_does_not_take_waits_in_the_outbox(channel: Channel) ->
     assert received == frames
 
 
+def test_more_frames_than_are_written_at_once_come_in_their_order_and_are_counted(channel: Channel) -> None:
+    channel.set_blocking(False)
+    frames: list[dict[str, Any]] = [
+        {"n": number, "data": b"x" * (number % 7 * 3000)} for number in range(5 * sandbox_runner.PARTS_WRITTEN)
+    ]
+    for frame in frames:
+        channel.queue(frame)
+    size = channel.outbox.size
+    assert size == sum(len(sandbox_runner.head(frame)) + len(frame["data"]) for frame in frames)
+    received: list[dict[str, Any]] = []
+    while channel.outbox.size:
+        channel.flush()
+        assert channel.outbox.size < size
+        size = channel.outbox.size
+        received += channel.receive()
+    while len(received) < len(frames):
+        received += channel.receive()
+    assert received == frames
+
+
 def test_reading_a_non_blocking_channel_that_has_nothing_yields_nothing(channel: Channel) -> None:
     channel.set_blocking(False)
     assert list(channel.receive()) == []
