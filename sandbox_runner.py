@@ -2428,6 +2428,7 @@ NOT_PASSED_ON = {
     b"upgrade",
 }
 LABEL_OF_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
+traffic_log = log.getChild("network")  # a line for each connection
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -2719,11 +2720,11 @@ class Proxy:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, TimeoutError):
             pass
         except Exception as error:  # it must not cost the sandbox more than this connection
-            log.warning("network: %s failed: %r", where or "a request", error)
+            traffic_log.warning("network: %s failed: %r", where or "a request", error)
         finally:
             self._open.pop(connection.number, None)
             session = self._sandbox.call.request.session if self._sandbox.call else None
-            log.log(
+            traffic_log.log(
                 logging.DEBUG if crowded else logging.INFO,  # code must not fill the log
                 "network: %s, %s: %s; %d bytes out, %d in",
                 session or self._sandbox.name, where or "?", verdict or "cut", connection.received, connection.sent,
