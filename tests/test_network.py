@@ -526,7 +526,7 @@ async def test_a_connection_carries_one_request(servers: Servers) -> None:
 
 async def test_what_comes_after_a_refusal_is_no_request(servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
     async with proxied(*servers.allowed) as both, await anyio.connect_tcp("127.0.0.1", both.port) as stream:
-        caplog.set_level("INFO", "python_docker_mcp")
+        caplog.set_level("INFO", "python_docker_mcp.network")
         target = f"localhost:{servers.plain}"
         await stream.send(get("http://other.example/", "other.example"))
         assert (await stream.receive()).startswith(b"HTTP/1.1 403 ")
@@ -535,7 +535,8 @@ async def test_what_comes_after_a_refusal_is_no_request(servers: Servers, caplog
         both.proxy.take(late, both.tasks)
         assert not both.proxy._open
         await anyio.sleep(0.05)
-    assert "passed" not in caplog.text
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "python_docker_mcp.network"]
+    assert "other.example:80: other.example was refused" in line
 
 
 async def test_a_slow_reader_holds_back_a_fast_sender(servers: Servers) -> None:
