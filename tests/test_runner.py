@@ -968,6 +968,33 @@ async def test_code_that_is_silent_for_long_is_not_taken_for_a_sandbox_that_is(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("session", [None, "s"])
+async def test_a_sandbox_that_ends_while_it_is_asked_whether_it_is_there_is_told_as_any_other_end(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, session: str | None
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "DOUBT_AFTER", 0.2)
+    asked, ask = anyio.Event(), Sandbox._ask
+
+    async def heard(sandbox: Sandbox, question: Any) -> Any:
+        asked.set()
+        return await ask(sandbox, question)
+
+    async def end_it() -> None:
+        await hears.first.wait()
+        (container,) = docker.containers()
+        docker.run("pause", container)
+        await asked.wait()
+        docker.run("rm", "--force", container)
+
+    monkeypatch.setattr(Sandbox, "_ask", heard)
+    hears = Hears()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(end_it)
+        result = await runner.execute("print('on', flush=True)\nwhile True: pass", session=session, on_output=hears)
+    assert (result.status, result.stdout) == ("died", "on\n")
+
+
+@pytest.mark.slow
 async def test_a_session_is_not_said_to_have_ended_nor_a_package_to_be_coming_by_an_engine_that_hangs(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

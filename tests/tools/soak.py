@@ -105,7 +105,7 @@ class Kind:
 
 MEMORY = "data = bytearray(1 << 30)\nfor i in range(0, 1 << 30, 4096): data[i] = 1"
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nprint('TOKEN')"
-MUCH = "for _ in range(2500): print('x' * 999)\nprint('TOKEN')"
+MUCH = "for _ in range(500): print('x' * 999)\nprint('TOKEN')"
 STUBBORN = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
 LONG = "import time\nfor i in range(6):\n    print('step', i, flush=True)\n    time.sleep(1)\nprint('TOKEN')"
 SLEEP = "import time; time.sleep(60)"
