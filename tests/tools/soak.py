@@ -576,7 +576,7 @@ class Worker:
         if what == "output":
             if not kept:
                 return self.soak.violation(f"{session.name}: the output {token} is not said to be kept")
-            address = f"{kept[1]}?offset=2499900&length=1000"
+            address = f"{kept[1]}?offset=499900&length=1000"
         started = time.monotonic()
         message = await self.client.request("resources/read", {"uri": address})
         self.soak.kinds["resource read"] += 1
