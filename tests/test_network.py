@@ -535,6 +535,7 @@ async def test_what_comes_after_a_refusal_is_no_request(servers: Servers, caplog
         both.proxy.take(late, both.tasks)
         assert not both.proxy._open
         await anyio.sleep(0.05)
+    assert "passed" not in caplog.text
     (line,) = [record.getMessage() for record in caplog.records if record.name == "python_docker_mcp.network"]
     assert "other.example:80: other.example was refused" in line
 
