@@ -1742,6 +1742,7 @@ class Sandbox:
         engine: Engine,
         name: str,
         process: anyio.abc.Process,
+        output: anyio.abc.ByteReceiveStream,
         network: Network,
     ) -> None:
         self.engine = engine
@@ -1755,6 +1756,7 @@ class Sandbox:
         self.expired = False  # whether its session was not used for too long, and has ended
         self.greeting: Greeting | None = None
         self._process = process
+        self._output = output
         self._errors = bytearray()
         self._greeted = anyio.Event()
         self._answers: dict[str, MemoryObjectSendStream[ToQuestion]] = {}  # by the questions' id
@@ -1779,8 +1781,8 @@ class Sandbox:
         settings = guest_settings(engine, image, launcher.config, preload)
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
         labels = {"owner": launcher.owner, "settings": settings["digest"]}
-        process = await engine.spawn(*engine.sandbox_arguments(name, image, launcher.config, labels))
-        sandbox = cls(engine, name, process, launcher.network)
+        client = await engine.spawn(*engine.sandbox_arguments(name, image, launcher.config, labels))
+        sandbox = cls(engine, name, *client, launcher.network)
         launcher.tasks.start_soon(sandbox._serve, None)
         try:
             with anyio.fail_after(START_TIMEOUT):
@@ -1845,7 +1847,7 @@ class Sandbox:
         If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
         answer within `patience` seconds.
         """
-        sandbox = cls(engine, name, await engine.spawn(*engine.plug_arguments(name)), launcher.network)
+        sandbox = cls(engine, name, *await engine.spawn(*engine.plug_arguments(name)), launcher.network)
         launcher.tasks.start_soon(sandbox._serve, call)
         request: PlugRequest = {"session": session, "settings": settings, "owner": launcher.owner}
         try:
@@ -1889,6 +1891,7 @@ class Sandbox:
             self._kill_client()
             with anyio.CancelScope(shield=True):
                 await self._process.aclose()
+                await self._output.aclose()
             self.gone.set()
             self._greeted.set()
             self.prepared.set()
@@ -1905,8 +1908,7 @@ class Sandbox:
         call.cut(why)
 
     async def _read_frames(self, call: Call | None, tasks: anyio.abc.TaskGroup) -> None:
-        assert self._process.stdout is not None
-        lines = BufferedByteReceiveStream(self._process.stdout)
+        lines = BufferedByteReceiveStream(self._output)
         strays = notes = 0
         try:
             while True:
@@ -6364,6 +6366,7 @@ ANSWER_TIMEOUT = 8  # seconds for the engine to answer at all; with the next, le
 ENGINE_TIMEOUT = 15  # seconds for an engine command that only queries
 REMOVE_TIMEOUT = 30  # seconds for an engine command that removes something
 PULL_TIMEOUT = 900  # seconds to pull or make an image
+SMALL_READ = 65536  # bytes that are read as they come; more are waited for
 ERRORS_KEPT = 8192  # bytes kept of the stderr of the engine's command line
 
 
@@ -6396,9 +6399,22 @@ class Engine:
         except EngineError:
             pass
 
-    async def spawn(self, *arguments: str) -> anyio.abc.Process:
-        """Start a command with pipes for its standard streams."""
-        return await open_command([self.command, *arguments], subprocess.PIPE)
+    async def spawn(self, *arguments: str) -> tuple[anyio.abc.Process, anyio.abc.ByteReceiveStream]:
+        """Start a command with pipes for its standard streams; return it, and the stream of its standard output."""
+        command = [self.command, *arguments]
+        if sys.platform == "win32":  # whose programs take no socket for a pipe
+            process = await open_command(command, subprocess.PIPE)
+            assert process.stdout is not None
+            return process, process.stdout
+        ours, theirs = socket.socketpair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE_SIZE)
+        output = SocketOutput(ours)
+        with theirs:
+            try:
+                return await open_command(command, subprocess.PIPE, theirs), output
+            except BaseException:
+                await output.aclose()
+                raise
 
     def sandbox_arguments(self, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
         """Return the command that starts a sandbox; Security in the README explains what its flags prevent."""
@@ -6684,7 +6700,7 @@ def path_for(program: str) -> str:
     return os.pathsep.join(dict.fromkeys([os.environ.get("PATH", os.defpath), *folders]))
 
 
-async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
+async def open_command(command: Sequence[str], stdin: Any, stdout: Any = subprocess.PIPE) -> anyio.abc.Process:
     """Start an engine command in its own session, so that signals to this program's process group don't reach it."""
     environment = {name: os.environ[name] for name in ENGINE_ENVIRONMENT if name in os.environ}
     environment["PATH"] = path_for(command[0])
@@ -6696,7 +6712,7 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
             process = await anyio.open_process(
                 command,
                 stdin=stdin,
-                stdout=subprocess.PIPE,
+                stdout=stdout,
                 stderr=subprocess.PIPE,
                 env=environment,
                 cwd=tempfile.gettempdir(),  # Podman's conmon leaves a file `oom` in its working directory
@@ -6707,6 +6723,44 @@ async def open_command(command: Sequence[str], stdin: Any) -> anyio.abc.Process:
             f"{command[0]} can't be run: {error.strerror}. Reinstall it, or set docker.command to one that can."
         ) from error
     return process
+
+
+class SocketOutput(anyio.abc.ByteReceiveStream):
+    """The standard output of a command, through a socket, by which large pieces come in with little effort.
+
+    Engines pass on what a container writes in parts of 8 to 32 kB. Waking up the event loop for each of them costs more
+    than anything else on the way, so a thread has the kernel wait for all of a piece, which only a socket lets it do.
+    """
+
+    def __init__(self, ours: socket.socket) -> None:
+        self._socket = ours
+        self._one_thread = anyio.CapacityLimiter(1)  # its own, as a paused container may hold it up
+
+    async def receive(self, max_bytes: int = SMALL_READ) -> bytes:
+        """Return what is there; if more than SMALL_READ bytes are wanted, wait for all of them, or the end.
+
+        If that is cancelled, what has come meanwhile is lost.
+        """
+        await anyio.lowlevel.checkpoint()
+        if max_bytes > SMALL_READ:
+            wait = functools.partial(self._socket.recv, max_bytes, socket.MSG_WAITALL)
+            data = await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=self._one_thread)
+        else:
+            while True:
+                try:
+                    data = self._socket.recv(max_bytes, socket.MSG_DONTWAIT)
+                    break
+                except BlockingIOError:
+                    await anyio.wait_readable(self._socket)
+        if not data:
+            raise anyio.EndOfStream
+        return data
+
+    async def aclose(self) -> None:
+        """Close the socket, and let go a thread that waits for it."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
 
 
 async def run_command(
@@ -7142,10 +7196,9 @@ async def helper_container(
     Raises:
         EngineError: the container could not be started, or ended without an outcome.
     """
-    process = await engine.spawn(*engine.installer_arguments(name, image, package))
+    process, stdout = await engine.spawn(*engine.installer_arguments(name, image, package))
     errors = bytearray()
     assert process.stdin is not None
-    assert process.stdout is not None
     assert process.stderr is not None
 
     try:
@@ -7154,7 +7207,7 @@ async def helper_container(
             try:
                 shipped = shipment(INSTALLER_SOURCE, "run_installer", installer_task(package, task))
                 tasks.start_soon(send_quietly, process.stdin, shipped)
-                lines = BufferedByteReceiveStream(process.stdout)
+                lines = BufferedByteReceiveStream(stdout)
                 step = 0
                 frame = await wait_or_doubt(functools.partial(receive, lines, FROM_INSTALLER), engine.require_answer)
                 while frame["kind"] != "done":
@@ -7193,6 +7246,7 @@ async def helper_container(
                 await engine.remove(name)
                 process.kill()
             await process.aclose()
+            await stdout.aclose()
 
 
 def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
         call = Call(Request("1", "s", output_limit=1 << 16), CALL)
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as tasks:
-                sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, Network(()))
+                sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, container.stdout, Network(()))
                 call.placed, sandbox.call = True, call
                 tasks.start_soon(sandbox._serve, None)
                 await call.wait()
@@ -231,7 +231,7 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
 async def serve(said: list[dict[str, Any]]) -> Sandbox:
     """A sandbox that has said this."""
     container: Any = Container(b"".join(json.dumps(frame).encode() + b"\n" for frame in said), 65536)
-    sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, Network(()))
+    sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, container.stdout, Network(()))
     await sandbox._serve(None)
     return sandbox
 
