@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.server
+import ipaddress
 import json
 import select
 import socket
@@ -590,7 +591,7 @@ class Upstream(http.server.BaseHTTPRequestHandler):
     """A proxy as companies have it, which wants a password, and knows where names lead."""
 
     seen: ClassVar[list[str]] = []
-    target = 0
+    leads: ClassVar[dict[str, tuple[str, int]]] = {}  # by the name and port that is asked for
 
     def do_GET(self) -> None:
         """Answer in the place of the server."""
@@ -603,11 +604,11 @@ class Upstream(http.server.BaseHTTPRequestHandler):
     def do_CONNECT(self) -> None:
         """Connect, and pass bytes both ways."""
         self.seen.append(f"{self.path} {self.headers['proxy-authorization']}")
-        self.send_response(200 if self.path == "localhost.example:443" else 403)
+        self.send_response(200 if self.path in self.leads else 403)
         self.end_headers()
-        if self.path != "localhost.example:443":
+        if self.path not in self.leads:
             return
-        with socket.create_connection(("127.0.0.1", self.target)) as there:
+        with socket.create_connection(self.leads[self.path]) as there:
             ends = [self.connection, there]
             while True:
                 for ready in select.select(ends, [], [], 5)[0]:
@@ -620,29 +621,36 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-async def test_where_this_server_has_a_proxy_that_is_used(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
-    Upstream.target, Upstream.seen = servers.secure, []
-    upstream = Server(("127.0.0.1", 0), Upstream)
-    threading.Thread(target=partial(upstream.serve_forever, 0.01), daemon=True).start()
+@contextlib.contextmanager
+def upstream(monkeypatch: pytest.MonkeyPatch, leads: dict[str, tuple[str, int]]) -> Iterator[None]:
+    """Have this server go by such a proxy."""
+    Upstream.leads, Upstream.seen = leads, []
+    proxy = Server(("127.0.0.1", 0), Upstream)
+    threading.Thread(target=partial(proxy.serve_forever, 0.01), daemon=True).start()
     try:
-        async with proxied("localhost.example", "other.example", *servers.allowed) as both:
-            for scheme in ("http", "https"):
-                monkeypatch.setenv(f"{scheme}_proxy", f"http://me:p%40ss@127.0.0.1:{upstream.server_port}")
+        for scheme in ("http", "https"):
+            monkeypatch.setenv(f"{scheme}_proxy", f"http://me:p%40ss@127.0.0.1:{proxy.server_port}")
+        yield
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+async def test_where_this_server_has_a_proxy_that_is_used(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with proxied("localhost.example", "other.example", *servers.allowed) as both:
+        with upstream(monkeypatch, {"localhost.example:443": ("127.0.0.1", servers.secure)}):
             assert await fetched(both, servers, "http://localhost.example/a?b") == b"up"
             with pytest.raises(urllib.error.URLError, match=r"certificate is not valid for 'localhost\.example'"):
                 await fetched(both, servers, "https://localhost.example/")
             with pytest.raises(urllib.error.URLError, match=r"502 other\.example:443 was refused by this server's own"):
                 await fetched(both, servers, "https://other.example/")
             assert await fetched(both, servers, f"http://localhost:{servers.plain}/") == b"x,y\n1,2\n"
-        password = "Basic bWU6cEBzcw=="
-        assert Upstream.seen == [
-            f"http://localhost.example:80/a?b {password}",
-            f"localhost.example:443 {password}",
-            f"other.example:443 {password}",
-        ]
-    finally:
-        upstream.shutdown()
-        upstream.server_close()
+    password = "Basic bWU6cEBzcw=="
+    assert Upstream.seen == [
+        f"http://localhost.example:80/a?b {password}",
+        f"localhost.example:443 {password}",
+        f"other.example:443 {password}",
+    ]
 
 
 # ── each rule, with and without it ──
@@ -806,6 +814,35 @@ async def test_code_fetches_a_data_set_caches_it_and_reads_it(
         assert result.exception is not None
         assert result.exception.type == "OSError"
         await runner.close_session(session)
+
+
+INDEX = """
+import re, sys, urllib.parse, urllib.request
+for wheel in ('idna-3.10', 'certifi-2024.8.30', 'charset_normalizer-3.4.0', 'urllib3-2.2.3', 'requests-2.32.3'):
+    page = f"https://pypi.org/simple/{wheel.partition('-')[0].replace('_', '-')}/"
+    with urllib.request.urlopen(page) as answer:
+        links = re.findall('href="([^"#]+)', answer.read().decode())
+    link = next(link for link in links if link.endswith(f'/{wheel}-py3-none-any.whl'))
+    sys.path.insert(0, urllib.request.urlretrieve(urllib.parse.urljoin(page, link), f'{wheel}.whl')[0])
+import requests
+answer = requests.get('https://pypi.org/simple/six/')
+answer.status_code, 'six-1.16.0-py2.py3-none-any.whl' in answer.text, requests.__version__
+"""
+
+
+@pytest.mark.engine
+async def test_the_real_package_index_by_urllib_and_by_requests_that_comes_from_it(
+    config: Config, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = ("pypi.org", "files.pythonhosted.org")
+    docker = dataclasses.replace(config.docker, network_allow=hosts)
+    mirrored = any(not ipaddress.ip_address(socket.gethostbyname(host)).is_global for host in hosts)
+    leads = {f"{host}:443": (host, 443) for host in hosts}
+    with upstream(monkeypatch, leads) if mirrored else contextlib.nullcontext():  # as no rule lets them through itself
+        async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
+            result = await runner.execute(INDEX, session=session, timeout=120)
+            assert result.value == "(200, True, '2.32.3')", result
+            await runner.close_session(session)
 
 
 ATTEMPT = """
