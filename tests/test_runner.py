@@ -7,7 +7,9 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pytest_subprocess import FakeProcess
 
 import sandbox_runner
 from sandbox_runner import (
+    SMALL_READ,
     Config,
     DockerConfig,
     Engine,
@@ -35,6 +38,7 @@ from sandbox_runner import (
     Sandbox,
     SessionConfig,
     SessionError,
+    SocketOutput,
     Text,
     find_engine,
     host_image_name,
@@ -1529,6 +1533,59 @@ async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes() -> Non
         await anyio.wait_all_tasks_blocked()
         assert created == [(), (), (), ("numpy",), ("numpy",)]
         tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def output() -> AsyncIterator[tuple[SocketOutput, socket.socket]]:
+    """The output of a command, and the end of it that the command has."""
+    ours, theirs = socket.socketpair()
+    stream = SocketOutput(ours)
+    with theirs:
+        yield stream, theirs
+    await stream.aclose()
+
+
+async def test_what_a_command_puts_out_is_read_as_it_comes_but_a_large_piece_at_once(
+    output: tuple[SocketOutput, socket.socket],
+) -> None:
+    stream, theirs = output
+    theirs.sendall(b"x" * 10)
+    assert await stream.receive(SMALL_READ) == b"x" * 10
+
+    async def put() -> None:
+        for _ in range(SMALL_READ // 1000 + 1):
+            await anyio.to_thread.run_sync(theirs.sendall, b"y" * 1000)
+        theirs.sendall(b"z" * 20)
+        theirs.shutdown(socket.SHUT_WR)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(put)
+        assert await stream.receive(SMALL_READ + 1) == b"y" * (SMALL_READ + 1)
+        assert (await stream.receive(SMALL_READ + 1)).endswith(b"z" * 20), "all there was to the end"
+        for wanted in (SMALL_READ, SMALL_READ + 1):
+            with pytest.raises(anyio.EndOfStream):
+                await stream.receive(wanted)
+
+
+async def test_a_piece_that_never_comes_holds_nothing_up() -> None:
+    let_go = threading.Event()
+
+    class Watched(socket.socket):
+        def recv(self, *arguments: Any) -> bytes:
+            try:
+                return super().recv(*arguments)
+            finally:
+                let_go.set()
+
+    ours, theirs = socket.socketpair()
+    stream = SocketOutput(Watched(fileno=ours.detach()))
+    with theirs:
+        with anyio.move_on_after(0.05) as scope:
+            await stream.receive(SMALL_READ + 1)
+        assert scope.cancelled_caught
+        assert not let_go.is_set()
+        await stream.aclose()
+        await until(let_go.is_set)
 
 
 async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
