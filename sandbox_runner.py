@@ -1682,7 +1682,7 @@ ADOPTION_TIME = 60.0  # seconds an unused sandbox waits for a new host after its
 FAREWELL_TIMEOUT = 0.5  # seconds for the supervisor to acknowledge a farewell
 WRONG_ANSWER = "The session's container did not answer as it should."
 NOTES_LOGGED = 100  # notes of one sandbox that are logged
-QUESTIONS_AHEAD = 8  # pieces of a file asked for, or sent, before the first is there: so the pipe is never idle
+QUESTIONS_AHEAD = 4  # pieces of a file asked for, or sent, before the first is there: so the pipe is never idle
 PIECE_TIMEOUT = 60  # seconds for the next one to come; a slow line has to carry so many
 WRITABLE_FOLDERS = ("/tmp", "/dev/shm", "/dev/mqueue")  # besides the working directory; private to the container
 LABEL = "python-docker-mcp.sandbox"  # on every sandbox's container, and on no other
@@ -2171,8 +2171,8 @@ class Sandbox:
 
 CONTENT_LIMIT = 64 << 10  # bytes of a file whose content a result has, if it would be gone with the sandbox
 CONTENTS_LIMIT = 256 << 10  # bytes of all such files
-SETTLING_TIME = 0.015  # seconds until a file that has just been changed is read; a bit more than SETTLED_AFTER
 READING_ATTEMPTS = 5  # of a file that is changed meanwhile
+READING_PAUSE = 0.015  # seconds between them
 
 
 @dataclass(frozen=True)
@@ -2378,7 +2378,7 @@ async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most
             info = dataclasses.replace(info, size=piece["size"])
         finally:
             file.close()
-        await anyio.sleep(SETTLING_TIME)
+        await anyio.sleep(READING_PAUSE)
     raise OSError(errno.EBUSY, "it was being changed while it was read")
 
 
@@ -2389,8 +2389,6 @@ async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | Non
     """
     files: list[FileInfo] = []
     left_out, contents, room = dict(result.files_left_out), {}, CONTENTS_LIMIT
-    if folder and result.files:
-        await anyio.sleep(SETTLING_TIME)  # once for all that the call has just written
     for info in result.files:
         if folder:
             try:
@@ -3242,7 +3240,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
-PROTOCOL = 4  # version of the frames and the plug; raised by a change that older sandboxes would not understand
+PROTOCOL = 5  # version of the frames and the plug; raised by a change that older sandboxes would not understand
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
@@ -3274,8 +3272,9 @@ LISTING_LIMIT = 1 << 19  # bytes of their names
 PATH_LIMIT = 200  # characters of a file's path
 NAME_SHOWN = 60  # of one that is not listed
 ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
-PIECE_SIZE = 1 << 19  # bytes of a file that are read or written at once
-SETTLED_AFTER = 12_000_000  # nanoseconds; two changes within one tick of the kernel's clock leave the same time
+PIECE_SIZE = 1 << 20  # bytes of a file that are read or written at once
+PIPE_SIZE = 1 << 19  # bytes that the pipe to the host holds; those of all sandboxes count against 64 MB for their user
+DRAINING_TIME = 0.0005  # seconds in which the engine takes a good part of that
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
 PROXY_PORT = 3128  # on the sandbox's own loopback
@@ -3326,7 +3325,17 @@ NETLINK, NETLINK_ROUTE = 16, 0  # the C library lists interfaces with it; the ot
 NAMESPACE_FLAGS = 0x7E020000  # clone's flags for new namespaces of any kind
 
 with contextlib.suppress(ImportError):  # on Windows, where only the host's part runs
+    import fcntl
     import resource  # now: os.wait4() would import it in the middle of the first call
+
+
+def clock_tick() -> int:
+    """Return the nanoseconds within which two changes may leave a file with one time; a bit more, as ticks vary."""
+    resolution = time.clock_getres(5) if sys.platform == "linux" else 0  # CLOCK_REALTIME_COARSE
+    return int(1.25e9 * (resolution if resolution >= 0.001 else 0.01))  # gVisor's is none, but files may be the host's
+
+
+CLOCK_TICK = clock_tick()
 
 
 class Outbox:
@@ -3451,6 +3460,13 @@ class Channel:
         """Make both descriptors blocking or non-blocking."""
         for fd in {self.reader, self.writer}:
             os.set_blocking(fd, blocking)
+
+    def widen(self) -> bool:
+        """Have the pipe hold PIPE_SIZE bytes; return whether the kernel lets us, which gVisor's may not."""
+        try:
+            return fcntl.fcntl(self.writer, 1031, PIPE_SIZE) >= PIPE_SIZE  # F_SETPIPE_SZ; 3.10 is the first to name it
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close both descriptors."""
@@ -3749,6 +3765,7 @@ class Supervisor:
         self.begun: str | None = None  # id of the last call
         self.unread: str | None = None  # the same, until a host has been sent its end
         self.told = 0  # bytes of that call's output sent to a host
+        self.is_wide = False  # whether the pipe to the host is
         self.state: Variables = "preserved"  # fate of the variables in the last call
         self.backlog: deque[FromSandbox] = deque()
         self.backlog_left = BACKLOG_LIMIT
@@ -3808,6 +3825,8 @@ class Supervisor:
             patience = self._patience()
             if self.waiting and not congested:
                 patience = max(0.0, self.waits_until - time.monotonic())
+            if self.is_wide and self.channel and self.channel.outbox.size > PIPE_SIZE:
+                time.sleep(DRAINING_TIME)  # an engine reads 8 to 32 kB at a time: waking for each would take too long
             readable, writable, _ = select.select(readers, writers, [], patience)
             for fd in writable:
                 if fd in flows:
@@ -3855,6 +3874,7 @@ class Supervisor:
     def _attach(self, channel: Channel) -> None:
         self.channel = channel
         channel.set_blocking(False)
+        self.is_wide = channel.widen()
         self.sources[channel.reader] = self._from_host
         channel.send(self._status("ready"))
         while self.backlog:
@@ -4089,12 +4109,16 @@ class Supervisor:
         try:
             fd = open_inside(self.home, request["path"])
             try:
+                unsettled = os.fstat(fd).st_ctime_ns + CLOCK_TICK - time.time_ns()
+                if 0 < unsettled <= CLOCK_TICK:
+                    time.sleep(unsettled / 1e9)
+                begun = time.time_ns()
                 data = os.pread(fd, PIECE_SIZE, request["offset"])
                 state = os.fstat(fd)
             finally:
                 os.close(fd)
             size, version = state.st_size, f"{state.st_ino} {state.st_ctime_ns}"
-            settled, problem = time.time_ns() - state.st_ctime_ns > SETTLED_AFTER, None
+            settled, problem = begun - state.st_ctime_ns >= CLOCK_TICK, None
         except OSError as error:
             data, size, version, settled, problem = b"", 0, "", True, error.strerror or str(error)
         piece: Piece = {
@@ -7567,7 +7591,7 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 # ── shipping ──
 
 GUEST_MODULES = (
-    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno functools gc glob importlib inspect io "
+    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno fcntl functools gc glob importlib inspect io "
     "itertools json linecache math os re select signal socket stat struct sys threading time traceback types warnings"
 ).split()
 INSTALLER_MODULES = (
