@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import dis
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -15,9 +16,11 @@ import re
 import runpy
 import select
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -219,6 +222,14 @@ def test_what_a_full_pipe_does_not_take_waits_in_the_outbox(channel: Channel) ->
         received += channel.receive()
         channel.flush()
     assert received == frames
+
+
+def test_a_channel_is_widened_only_where_the_kernel_can_do_that(channel: Channel) -> None:
+    assert channel.widen()
+    assert fcntl.fcntl(channel.writer, 1032) == sandbox_runner.PIPE_SIZE  # F_GETPIPE_SZ
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not Channel(ours.fileno(), ours.fileno()).widen()
 
 
 def test_more_frames_than_are_written_at_once_come_in_their_order_and_are_counted(channel: Channel) -> None:
@@ -708,6 +719,11 @@ class Guest:
             frames.append(next(self.frames))
         assert {frame["id"] for frame in frames} == {call_id}
         return Told(frames)
+
+    def read(self, path: str) -> dict[str, Any]:
+        """The first piece of a file."""
+        self.channel.send({"op": "read", "id": "r", "path": path, "offset": 0})
+        return next(self.frames)
 
     def run(self, code: str, **fields: Any) -> Told:
         """Run code to its end."""
@@ -1418,6 +1434,22 @@ def test_the_code_has_no_descriptors_but_its_own(guest: Guest) -> None:
 def test_a_forged_frame_of_another_call_is_passed_over(guest: Guest) -> None:
     told = guest.run('import os\nos.write(3, b\'{"id":"other","kind":"done","status":"ok"}\\n\')\nprint(\'real\')')
     assert (told.status, told.stdout) == ("ok", "real\n")
+
+
+def test_a_file_that_was_just_changed_is_read_once_a_further_change_would_show(guest: Guest) -> None:
+    place = guest.home / "fresh"
+    for number in range(10):
+        place.write_text(str(number))
+        piece = guest.read("fresh")
+        assert (piece["data"], piece["settled"]) == (str(number).encode(), True)
+
+
+@pytest.mark.parametrize(("resolution", "tick"), [(0.004, 5_000_000), (0.001, 1_250_000), (1e-9, 12_500_000)])
+def test_a_tick_is_the_kernels_or_where_it_has_none_the_longest(
+    monkeypatch: pytest.MonkeyPatch, resolution: float, tick: int
+) -> None:
+    monkeypatch.setattr(time, "clock_getres", lambda _: resolution)
+    assert sandbox_runner.clock_tick() == tick
 
 
 @pytest.mark.parametrize(
