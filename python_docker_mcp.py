@@ -109,7 +109,6 @@ from sandbox_runner import (
     show_status,
     size_in_bytes,
     split_mount,
-    traffic_log,
     until_signal,
 )
 
@@ -2357,7 +2356,6 @@ def _parser() -> argparse.ArgumentParser:
 async def _doctor(options: argparse.Namespace) -> int:
     """Print the findings of an examination; exit status 1 if one of them is a failure."""
     started = time.monotonic()
-    traffic_log.setLevel(logging.WARNING)  # what it tries itself is no news
     findings = await examine(load_config(options.config))
     seconds = time.monotonic() - started
     count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}

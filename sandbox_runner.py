@@ -8098,6 +8098,8 @@ def run_to_exit(program: str, command: Callable[[], Awaitable[int]]) -> NoReturn
     """Run a command and end the process with its exit status, or with the one for the error or signal that ended it."""
     clear_status = "\r\x1b[K" if sys.stderr.isatty() else ""
     set_up_logging(f"{clear_status}%(message)s", logging.INFO)
+    if not log.isEnabledFor(logging.DEBUG):
+        traffic_log.setLevel(logging.WARNING)  # a connection is news to whoever runs a server, not to whoever runs code
     try:
         try:
             code = anyio.run(command)
@@ -8400,6 +8402,7 @@ def _print_end(result: Result, value: bool) -> None:
         print(result.exception.traceback, end="", file=sys.stderr)
     notes = [f"saved {file.saved}" for file in result.files if file.saved]
     notes += [f"not saved: {path} ({reason})" for path, reason in result.files_left_out.items()]
+    notes += result.refused
     notes.append(result.message or "")
     if result.exception and result.exception.missing:
         notes.append(f"`python-docker-mcp install PACKAGE` installs what {result.exception.missing} is part of")

@@ -428,3 +428,20 @@ def test_the_environment_names_the_configuration(run: Run, monkeypatch: pytest.M
     monkeypatch.setenv("PYTHON_DOCKER_MCP_CPU_LIMIT", "half")
     done = run("-c", "1")
     assert (done.returncode, "PYTHON_DOCKER_MCP_CPU_LIMIT: 'half' is not accepted" in done.stderr) == (2, True)
+
+
+def test_a_script_is_told_of_refused_connections_at_its_end_and_of_no_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sandbox_runner._print_end(Result("ok", refused=("example.com was refused: why",)), value=True)
+    assert capsys.readouterr().err == "sandbox_runner: example.com was refused: why\n"
+    code = (
+        "import sandbox_runner as library\nasync def command():\n    library.traffic_log.info('passed')\n"
+        "    library.traffic_log.warning('failed')\n    library.log.info('made')\n    return 3\n"
+        "library.run_to_exit('', command)"
+    )
+    for debug, said in (("", "failed\nmade\n"), ("1", "passed\nfailed\nmade\n")):
+        environment = {**os.environ, "PYTHON_DOCKER_MCP_DEBUG": debug}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert (done.returncode, re.sub(r"(?m)^[\d:.]+ ", "", done.stderr)) == (3, said)
