@@ -3369,14 +3369,15 @@ class Channel:
     A frame is a JSON object on a line of its own. If its `data` is a number, that many raw bytes follow the line: large
     data would cost more as JSON than everything else on its way. In memory, `data` holds those bytes.
 
-    A channel blocks exactly where its descriptors do: the supervisor makes them non-blocking and so never waits here;
-    the worker leaves them blocking and so needs no loop of its own.
+    A channel blocks exactly where its descriptors do: the supervisor makes them non-blocking, and so waits here for
+    DRAINING_TIME at most; the worker leaves them blocking and so needs no loop of its own.
     """
 
     def __init__(self, reader: int, writer: int) -> None:
         self.reader = reader
         self.writer = writer
         self.outbox = Outbox()
+        self._is_wide = False
         self._inbox = bytearray()
         self._searched = 0
         self._head: dict[str, Any] | None = None  # of the frame whose data is being read
@@ -3453,7 +3454,8 @@ class Channel:
             while self.outbox.size:
                 self.outbox.write(self.writer)
         except BlockingIOError:
-            pass
+            if self._is_wide and self.outbox.size > PIPE_SIZE:
+                time.sleep(DRAINING_TIME)
         except (BrokenPipeError, ConnectionResetError):
             self.outbox = Outbox()  # reading from the channel meets EOF, and the reader decides
 
@@ -3462,12 +3464,13 @@ class Channel:
         for fd in {self.reader, self.writer}:
             os.set_blocking(fd, blocking)
 
-    def widen(self) -> bool:
-        """Have the pipe hold PIPE_SIZE bytes; return whether the kernel lets us, which gVisor's may not."""
-        try:
-            return fcntl.fcntl(self.writer, 1031, PIPE_SIZE) >= PIPE_SIZE  # F_SETPIPE_SZ; 3.10 is the first to name it
-        except OSError:
-            return False
+    def widen(self) -> None:
+        """Have the pipe hold PIPE_SIZE bytes, if the kernel lets us, and leave its reader time to take many of them.
+
+        An engine reads 8 to 32 kB at a time: to be woken up for each of its reads would cost more than the writing.
+        """
+        with contextlib.suppress(OSError):
+            self._is_wide = fcntl.fcntl(self.writer, 1031, PIPE_SIZE) >= PIPE_SIZE  # F_SETPIPE_SZ, unnamed until 3.10
 
     def close(self) -> None:
         """Close both descriptors."""
@@ -3766,7 +3769,6 @@ class Supervisor:
         self.begun: str | None = None  # id of the last call
         self.unread: str | None = None  # the same, until a host has been sent its end
         self.told = 0  # bytes of that call's output sent to a host
-        self.is_wide = False  # whether the pipe to the host is
         self.state: Variables = "preserved"  # fate of the variables in the last call
         self.backlog: deque[FromSandbox] = deque()
         self.backlog_left = BACKLOG_LIMIT
@@ -3826,8 +3828,6 @@ class Supervisor:
             patience = self._patience()
             if self.waiting and not congested:
                 patience = max(0.0, self.waits_until - time.monotonic())
-            if self.is_wide and self.channel and self.channel.outbox.size > PIPE_SIZE:
-                time.sleep(DRAINING_TIME)  # an engine reads 8 to 32 kB at a time: waking for each would take too long
             readable, writable, _ = select.select(readers, writers, [], patience)
             for fd in writable:
                 if fd in flows:
@@ -3875,7 +3875,7 @@ class Supervisor:
     def _attach(self, channel: Channel) -> None:
         self.channel = channel
         channel.set_blocking(False)
-        self.is_wide = channel.widen()
+        channel.widen()
         self.sources[channel.reader] = self._from_host
         channel.send(self._status("ready"))
         while self.backlog:
@@ -6425,7 +6425,7 @@ class Engine:
             pass
 
     async def spawn(self, *arguments: str) -> tuple[anyio.abc.Process, anyio.abc.ByteReceiveStream]:
-        """Start a command with pipes for its standard streams; return it, and the stream of its standard output."""
+        """Start a command, with a pipe to its standard input; return it, and the stream of its standard output."""
         command = [self.command, *arguments]
         if sys.platform == "win32":  # whose programs take no socket for a pipe
             process = await open_command(command, subprocess.PIPE)
