@@ -1217,9 +1217,9 @@ class Spied:
         monkeypatch.setattr(sandbox_runner, "open_command", self._count_command)
         monkeypatch.setattr(anyio, "sleep", self._count_pause)
 
-    async def _count_command(self, command: Any, stdin: Any) -> anyio.abc.Process:
+    async def _count_command(self, command: Any, *streams: Any) -> anyio.abc.Process:
         self.commands.append(command[1])
-        return await self._open(command, stdin)
+        return await self._open(command, *streams)
 
     async def _count_pause(self, delay: float) -> None:
         if delay >= 1:  # the pool's; others wait for something that is about to be
