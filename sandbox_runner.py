@@ -3943,8 +3943,11 @@ class Supervisor:
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
-            # Write once, so that the orphaned `docker run` gets EPIPE and exits.
-            self.channel.send({"kind": "farewell"})
+            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, as the kernel, while it ends the
+            # host, may close the end of the socket that we write to some time after the end of the pipe that we read.
+            for pause in (0.0, 0.05, 0.2):
+                time.sleep(pause)
+                self.channel.send({"kind": "farewell"})
             self._detach(self.session is not None or self.begun is None)
 
     def _detach(self, stay: bool) -> None:
