@@ -3943,8 +3943,8 @@ class Supervisor:
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
-            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, as the kernel, while it ends the
-            # host, may close the end of the socket that we write to some time after the end of the pipe that we read.
+            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, since the kernel closes a dead host's
+            # descriptors one after the other: the end that we read from, perhaps well before the one that we write to.
             for pause in (0.0, 0.05, 0.2):
                 time.sleep(pause)
                 self.channel.send({"kind": "farewell"})
