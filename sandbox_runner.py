@@ -3943,8 +3943,8 @@ class Supervisor:
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
-            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, since the kernel closes a dead host's
-            # descriptors one after the other: the end that we read from, perhaps well before the one that we write to.
+            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, since the kernel closes the
+            # descriptors of a dead host one by one: that of what we read, perhaps well before that of what we write.
             for pause in (0.0, 0.05, 0.2):
                 time.sleep(pause)
                 self.channel.send({"kind": "farewell"})
