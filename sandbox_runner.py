@@ -2577,8 +2577,11 @@ class Network:
                     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
                 addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
                 if rule.name != "localhost" and (private := [one for one in addresses if not is_public(one)]):
-                    why = f"its name leads to {private[0]}, which is not public"
-                    raise RefusedError(403, f"{host} was refused: {why}; docker.network_allow can list that instead")
+                    raise RefusedError(
+                        403,
+                        f"{host} was refused: its name leads to {private[0]}, which is not public; "
+                        "docker.network_allow can list that instead",
+                    )
             with anyio.fail_after(CONNECT_TIMEOUT):
                 for address in addresses[:-1]:
                     with contextlib.suppress(OSError):
