@@ -299,10 +299,19 @@ class Client:
         finally:
             del self._pending[number]
 
-    async def call(self, tool: str, cancel_after: float = math.inf, **arguments: Any) -> Answer:
-        """Call a tool; arguments that are None are left out."""
+    async def call(
+        self, tool: str, cancel_after: float = math.inf, *, session: Session | None = None, **arguments: Any
+    ) -> Answer:
+        """Call a tool; arguments that are None are left out.
+
+        Raises ServerGoneError, too, where the session was given to another client while this one had no server.
+        """
         with anyio.fail_after(PATIENCE):
             await self.ready.wait()
+        if session:
+            if session.owner != self.index:
+                raise ServerGoneError
+            arguments["session_id"] = session.name
         given = {name: value for name, value in arguments.items() if value is not None}
         self.soak.calls += 1
         started = time.monotonic()
@@ -374,7 +383,7 @@ class Worker:
         code = self.soak.filled(kind.code, token) + ("\nseen += 1" if state else "")
         started = time.monotonic()
         moment = self.random.uniform(0, 2) if kind.cancel else math.inf
-        more = {"state": state, "timeout": kind.timeout, "files": kind.files}
+        more: dict[str, Any] = {"state": state, "timeout": kind.timeout, "files": kind.files}
         answer = await self.client.call("execute-transient", moment, code=code, **more)
         self.soak.kinds[f"transient {name}"] += 1
         if kind.cancel:
@@ -435,21 +444,13 @@ class Worker:
         """A call in a session, again if it is said that another program uses it: that is one that has just ended."""
         deadline = time.monotonic() + HANDOVER
         while True:
-            await self._own(session)
-            answer = await self.client.call("execute-persistent", *rest, code=code, session_id=session.name, **more)
+            answer = await self.client.call("execute-persistent", *rest, session=session, code=code, **more)
             if "being used by another program" not in answer.text or answer.status != "failed":
                 return answer
             self.soak.kinds["(said to be in use by a killed server)"] += 1
             if time.monotonic() > deadline:
                 self.soak.violation(f"{session.name} stays in use by a server that ended {HANDOVER:g} s ago")
             await anyio.sleep(0.5)
-
-    async def _own(self, session: Session) -> None:
-        """See that the session has not been given to another client, while ours had no server."""
-        with anyio.fail_after(PATIENCE):
-            await self.client.ready.wait()
-        if session.owner != self.client.index:
-            raise ServerGoneError
 
     async def _catch_up(self, session: Session) -> None:
         """Wait for the end of a call whose server did not tell it any more, or interrupt it."""
@@ -587,10 +588,9 @@ class Worker:
 
     async def _clean_up(self, session: Session) -> None:
         """End a session, and sometimes begin another one under its name."""
-        await self._own(session)
         started = time.monotonic()
         counts, session.counts = session.counts, session.counts | {0}  # if the server ends before it answers
-        answer = await self.client.call("cleanup-session", session_id=session.name)
+        answer = await self.client.call("cleanup-session", session=session)
         self.soak.kinds["session clean-up"] += 1
         absent = "There is no session" in answer.text and (0 in counts or session.may_be_lost())
         if answer.status != "ok" and not absent and not self.soak.excuse(started):
