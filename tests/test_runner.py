@@ -437,6 +437,17 @@ async def test_a_session_gets_its_name_though_its_last_container_went_only_while
     assert [result.value for result in results] == ["2"]
 
 
+async def test_a_session_whose_name_the_engine_never_gives_out_is_refused_with_the_next_step(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "ATTACH_TIMEOUT", 0.5)
+    docker.script(rename={"exit": 1, "stderr": "that name is in use"})
+    said = "The session 's' can't be started: `docker rename` failed: that name is in use: try again, or use another"
+    with pytest.raises(EngineError, match=said):
+        await runner.execute("1", session="s")
+    await until(lambda: not docker.containers())
+
+
 async def test_a_session_that_could_not_get_its_name_is_claimed_by_the_next_call(
     runner: Runner, docker: FakeEngine
 ) -> None:
