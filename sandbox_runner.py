@@ -101,6 +101,7 @@ import pydantic
 import pydantic_core
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from anyio.streams.stapled import StapledByteStream
 from typing_extensions import TypedDict
 
 __version__ = "1.0.0"
@@ -1743,7 +1744,7 @@ class Sandbox:
         engine: Engine,
         name: str,
         process: anyio.abc.Process,
-        output: anyio.abc.ByteReceiveStream,
+        pipe: anyio.abc.ByteStream,
         network: Network,
     ) -> None:
         self.engine = engine
@@ -1757,7 +1758,7 @@ class Sandbox:
         self.expired = False  # whether its session was not used for too long, and has ended
         self.greeting: Greeting | None = None
         self._process = process
-        self._output = output
+        self._pipe = pipe
         self._errors = bytearray()
         self._greeted = anyio.Event()
         self._answers: dict[str, MemoryObjectSendStream[ToQuestion]] = {}  # by the questions' id
@@ -1892,7 +1893,7 @@ class Sandbox:
             self._kill_client()
             with anyio.CancelScope(shield=True):
                 await self._process.aclose()
-                await self._output.aclose()
+                await self._pipe.aclose()
             self.gone.set()
             self._greeted.set()
             self.prepared.set()
@@ -1909,7 +1910,7 @@ class Sandbox:
         call.cut(why)
 
     async def _read_frames(self, call: Call | None, tasks: anyio.abc.TaskGroup) -> None:
-        lines = BufferedByteReceiveStream(self._output)
+        lines = BufferedByteReceiveStream(self._pipe)
         strays = notes = 0
         try:
             while True:
@@ -1964,8 +1965,7 @@ class Sandbox:
         self._greeted.set()
 
     async def _write(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        await send_quietly(self._process.stdin, data)
+        await send_quietly(self._pipe, data)
 
     def _kill_client(self) -> None:
         """Kill the engine's command line. The container does not depend on it."""
@@ -3344,7 +3344,7 @@ CLOCK_TICK = clock_tick()
 
 
 class Outbox:
-    """Bytes that wait until a descriptor takes them. They are not joined: to copy a file's pieces would take longer."""
+    """Bytes that wait until they can be written. They are not joined: to copy a file's pieces would take longer."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -3356,9 +3356,9 @@ class Outbox:
             self._parts.append(data)
             self.size += len(data)
 
-    def write(self, fd: int) -> int:
-        """Write once; return how many bytes the descriptor took. Raises OSError."""
-        written = left = os.writev(fd, list(itertools.islice(self._parts, PARTS_WRITTEN)))
+    def write(self, write: Callable[[list[bytes | memoryview]], int]) -> int:
+        """Have `write` take some of the parts; return how many bytes it took. Raises what it raises."""
+        written = left = write(list(itertools.islice(self._parts, PARTS_WRITTEN)))
         self.size -= written
         while self._parts and left >= len(self._parts[0]):
             left -= len(self._parts.popleft())
@@ -3456,7 +3456,7 @@ class Channel:
         """Write until the outbox is empty or the descriptor would block."""
         try:
             while self.outbox.size:
-                self.outbox.write(self.writer)
+                self.outbox.write(functools.partial(os.writev, self.writer))
         except BlockingIOError:
             if self._is_wide and self.outbox.size > PIPE_SIZE:
                 time.sleep(DRAINING_TIME)
@@ -3711,7 +3711,7 @@ class Flows:
         """Send to the code what it takes."""
         flow = self.open[number]
         try:
-            flow.taken += flow.outbox.write(flow.connection.fileno()) if flow.outbox.size else 0
+            flow.taken += flow.outbox.write(flow.connection.sendmsg) if flow.outbox.size else 0
         except BlockingIOError:
             return
         except OSError:
@@ -3947,11 +3947,7 @@ class Supervisor:
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
-            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, since the kernel closes the
-            # descriptors of a dead host one by one: that of what we read, perhaps well before that of what we write.
-            for pause in (0.0, 0.05, 0.2):
-                time.sleep(pause)
-                self.channel.send({"kind": "farewell"})
+            self.channel.send({"kind": "farewell"})  # so that the orphaned `docker run` gets EPIPE and exits
             self._detach(self.session is not None or self.begun is None)
 
     def _detach(self, stay: bool) -> None:
@@ -6431,21 +6427,23 @@ class Engine:
         except EngineError:
             pass
 
-    async def spawn(self, *arguments: str) -> tuple[anyio.abc.Process, anyio.abc.ByteReceiveStream]:
-        """Start a command, with a pipe to its standard input; return it, and the stream of its standard output."""
+    async def spawn(self, *arguments: str) -> tuple[anyio.abc.Process, anyio.abc.ByteStream]:
+        """Start a command; return it, and the stream to its standard input and from its standard output."""
         command = [self.command, *arguments]
         if sys.platform == "win32":  # whose programs take no socket for a pipe
             process = await open_command(command, subprocess.PIPE)
+            assert process.stdin is not None
             assert process.stdout is not None
-            return process, process.stdout
+            return process, StapledByteStream(process.stdin, process.stdout)
         ours, theirs = socket.socketpair()
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE_SIZE)
-        output = SocketOutput(ours)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE_SIZE)
+        stream = SocketStream(ours)
         with theirs:
             try:
-                return await open_command(command, subprocess.PIPE, theirs), output
+                return await open_command(command, theirs, theirs), stream
             except BaseException:
-                await output.aclose()
+                await stream.aclose()
                 raise
 
     def sandbox_arguments(self, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
@@ -6757,16 +6755,40 @@ async def open_command(command: Sequence[str], stdin: Any, stdout: Any = subproc
     return process
 
 
-class SocketOutput(anyio.abc.ByteReceiveStream):
-    """The standard output of a command, through a socket, by which large pieces come in with little effort.
+class SocketStream(anyio.abc.ByteStream):
+    """Standard input and output of a command as one socket, by which large pieces pass with little effort.
 
     Engines pass on what a container writes in parts of 8 to 32 kB. Waking up the event loop for each of them costs more
     than anything else on the way, so a thread has the kernel wait for all of a piece, which only a socket lets it do.
+
+    One socket for both ways, not two pipes, also ends both in one instant when this process is killed: an engine's
+    command line that meets the end of its input can't write to a reader that the kernel has not closed yet.
     """
 
     def __init__(self, ours: socket.socket) -> None:
         self._socket = ours
         self._one_thread = anyio.CapacityLimiter(1)  # its own, as a paused container may hold it up
+        self._outbox = Outbox()
+        self._turn = anyio.Lock()  # only one task may wait for a socket
+
+    async def send(self, item: bytes) -> None:
+        """Send bytes. If that is cancelled, the rest of them go ahead of those that are sent next."""
+        self._outbox.add(item)
+        self._flush()
+        while self._outbox.size:
+            async with self._turn:
+                await anyio.wait_writable(self._socket)
+                self._flush()
+
+    def _flush(self) -> None:
+        """Send what the socket takes now. Raises anyio.BrokenResourceError if nobody reads it any more."""
+        try:
+            while self._outbox.size:
+                self._outbox.write(lambda parts: self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise anyio.BrokenResourceError from None
 
     async def receive(self, max_bytes: int = SMALL_READ) -> bytes:
         """Return what is there; if more than SMALL_READ bytes are wanted, wait for all of them, or the end.
@@ -6774,24 +6796,34 @@ class SocketOutput(anyio.abc.ByteReceiveStream):
         If that is cancelled, what has come meanwhile is lost.
         """
         await anyio.lowlevel.checkpoint()
-        if max_bytes > SMALL_READ:
-            wait = functools.partial(self._socket.recv, max_bytes, socket.MSG_WAITALL)
-            data = await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=self._one_thread)
-        else:
-            while True:
-                try:
-                    data = self._socket.recv(max_bytes, socket.MSG_DONTWAIT)
-                    break
-                except BlockingIOError:
-                    await anyio.wait_readable(self._socket)
+        try:
+            if max_bytes > SMALL_READ:
+                wait = functools.partial(self._socket.recv, max_bytes, socket.MSG_WAITALL)
+                data = await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=self._one_thread)
+            else:
+                data = await self._receive_some(max_bytes)
+        except ConnectionResetError:  # the command ended before it had read all of its input
+            data = b""
         if not data:
             raise anyio.EndOfStream
         return data
 
+    async def _receive_some(self, most: int) -> bytes:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                return self._socket.recv(most, socket.MSG_DONTWAIT)
+            await anyio.wait_readable(self._socket)
+
+    async def send_eof(self) -> None:
+        """Let the command meet the end of its input."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
     async def aclose(self) -> None:
-        """Close the socket, and let go a thread that waits for it."""
+        """Close the socket, and let go whoever waits for it."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        anyio.notify_closing(self._socket)
         self._socket.close()
 
 
@@ -7228,9 +7260,8 @@ async def helper_container(
     Raises:
         EngineError: the container could not be started, or ended without an outcome.
     """
-    process, stdout = await engine.spawn(*engine.installer_arguments(name, image, package))
+    process, pipe = await engine.spawn(*engine.installer_arguments(name, image, package))
     errors = bytearray()
-    assert process.stdin is not None
     assert process.stderr is not None
 
     try:
@@ -7238,8 +7269,8 @@ async def helper_container(
             tasks.start_soon(keep_tail, process.stderr, errors)
             try:
                 shipped = shipment(INSTALLER_SOURCE, "run_installer", installer_task(package, task))
-                tasks.start_soon(send_quietly, process.stdin, shipped)
-                lines = BufferedByteReceiveStream(stdout)
+                tasks.start_soon(send_quietly, pipe, shipped)
+                lines = BufferedByteReceiveStream(pipe)
                 step = 0
                 frame = await wait_or_doubt(functools.partial(receive, lines, FROM_INSTALLER), engine.require_answer)
                 while frame["kind"] != "done":
@@ -7271,14 +7302,14 @@ async def helper_container(
             yield outcome
     finally:
         with anyio.CancelScope(shield=True):
-            await process.stdin.aclose()  # on EOF the container's process exits, and the engine removes the container
+            await pipe.send_eof()  # on EOF the container's process exits, and the engine removes the container
             with anyio.move_on_after(ATTACH_TIMEOUT):
                 await process.wait()
             if process.returncode is None:
                 await engine.remove(name)
                 process.kill()
             await process.aclose()
-            await stdout.aclose()
+            await pipe.aclose()
 
 
 def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, Any]:

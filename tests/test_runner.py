@@ -38,7 +38,7 @@ from sandbox_runner import (
     Sandbox,
     SessionConfig,
     SessionError,
-    SocketOutput,
+    SocketStream,
     Text,
     find_engine,
     host_image_name,
@@ -46,6 +46,7 @@ from sandbox_runner import (
     last_line,
     open_runner,
     run_command,
+    send_quietly,
 )
 
 pytestmark = pytest.mark.anyio
@@ -1547,19 +1548,19 @@ async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes() -> Non
 
 
 @pytest.fixture
-async def output() -> AsyncIterator[tuple[SocketOutput, socket.socket]]:
-    """The output of a command, and the end of it that the command has."""
+async def command() -> AsyncIterator[tuple[SocketStream, socket.socket]]:
+    """Our end of a command's input and output, and the command's own."""
     ours, theirs = socket.socketpair()
-    stream = SocketOutput(ours)
+    stream = SocketStream(ours)
     with theirs:
         yield stream, theirs
     await stream.aclose()
 
 
 async def test_what_a_command_puts_out_is_read_as_it_comes_but_a_large_piece_at_once(
-    output: tuple[SocketOutput, socket.socket],
+    command: tuple[SocketStream, socket.socket],
 ) -> None:
-    stream, theirs = output
+    stream, theirs = command
     theirs.sendall(b"x" * 10)
     assert await stream.receive(SMALL_READ) == b"x" * 10
 
@@ -1578,6 +1579,52 @@ async def test_what_a_command_puts_out_is_read_as_it_comes_but_a_large_piece_at_
                 await stream.receive(wanted)
 
 
+async def test_what_is_sent_to_a_command_comes_whole_and_in_order_though_its_senders_are_cancelled(
+    command: tuple[SocketStream, socket.socket],
+) -> None:
+    stream, theirs = command
+    items = [bytes([number]) * (1 << 20) for number in range(4)]  # more than the socket holds
+    with anyio.move_on_after(0.05) as scope:
+        await stream.send(items[0])
+    assert scope.cancelled_caught
+    received = bytearray()
+
+    async def take() -> None:
+        while len(received) < 4 << 20:
+            received.extend(await anyio.to_thread.run_sync(theirs.recv, 1 << 20))
+
+    async with anyio.create_task_group() as tasks:
+        for item in items[1:]:
+            tasks.start_soon(stream.send, item)
+        await anyio.sleep(0.05)
+        tasks.start_soon(take)
+    assert received == b"".join(items)
+    await stream.send_eof()
+    assert theirs.recv(1) == b""
+    theirs.sendall(b"still heard")
+    assert await stream.receive() == b"still heard"
+
+
+@pytest.mark.parametrize("by_command", [True, False])
+async def test_sending_to_a_command_ends_when_it_does_or_when_the_stream_is_closed(
+    command: tuple[SocketStream, socket.socket], by_command: bool
+) -> None:
+    stream, theirs = command
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send_quietly, stream, bytes(4 << 20))
+        await anyio.sleep(0.05)
+        if by_command:
+            theirs.close()
+        else:
+            await stream.aclose()
+    with pytest.raises(anyio.BrokenResourceError):
+        await stream.send(b"more")
+    if by_command:
+        for wanted in (SMALL_READ, SMALL_READ + 1):
+            with pytest.raises(anyio.EndOfStream):
+                await stream.receive(wanted)
+
+
 async def test_a_piece_that_never_comes_holds_nothing_up() -> None:
     let_go = threading.Event()
 
@@ -1589,7 +1636,7 @@ async def test_a_piece_that_never_comes_holds_nothing_up() -> None:
                 let_go.set()
 
     ours, theirs = socket.socketpair()
-    stream = SocketOutput(Watched(fileno=ours.detach()))
+    stream = SocketStream(Watched(fileno=ours.detach()))
     with theirs:
         with anyio.move_on_after(0.05) as scope:
             await stream.receive(SMALL_READ + 1)
