@@ -3947,7 +3947,11 @@ class Supervisor:
                 elif frame["op"] == "end":
                     os._exit(0)
         except EOFError:
-            self.channel.send({"kind": "farewell"})  # so that the orphaned `docker run` gets EPIPE and exits
+            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, since the kernel closes the
+            # descriptors of a dead host one by one: that of what we read, perhaps well before that of what we write.
+            for pause in (0.0, 0.05, 0.2):
+                time.sleep(pause)
+                self.channel.send({"kind": "farewell"})
             self._detach(self.session is not None or self.begun is None)
 
     def _detach(self, stay: bool) -> None:
@@ -6435,13 +6439,13 @@ class Engine:
             assert process.stdin is not None
             assert process.stdout is not None
             return process, StapledByteStream(process.stdin, process.stdout)
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
+        (ours, stdin), (output, stdout) = socket.socketpair(), socket.socketpair()
+        for end in (ours, stdout):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE_SIZE)
-        stream = SocketStream(ours)
-        with theirs:
+        stream = SocketStream(ours, output)
+        with stdin, stdout:
             try:
-                return await open_command(command, theirs, theirs), stream
+                return await open_command(command, stdin, stdout), stream
             except BaseException:
                 await stream.aclose()
                 raise
@@ -6756,17 +6760,19 @@ async def open_command(command: Sequence[str], stdin: Any, stdout: Any = subproc
 
 
 class SocketStream(anyio.abc.ByteStream):
-    """Standard input and output of a command as one socket, by which large pieces pass with little effort.
+    """Standard input and output of a command as sockets, by which large pieces pass with little effort.
 
-    Engines pass on what a container writes in parts of 8 to 32 kB. Waking up the event loop for each of them costs more
-    than anything else on the way, so a thread has the kernel wait for all of a piece, which only a socket lets it do.
+    Engines read and write in parts of 8 to 32 kB. Waking up the event loop for each of them costs more than anything
+    else on the way. A socket has its writer wake up only when a good part is free, and it lets a thread have the kernel
+    wait for all of a piece.
 
-    One socket for both ways, not two pipes, also ends both in one instant when this process is killed: an engine's
-    command line that meets the end of its input can't write to a reader that the kernel has not closed yet.
+    There are two, as a command whose only socket were closed with output unread would meet an error, not the end of its
+    input; and Podman's would then wait for ever.
     """
 
-    def __init__(self, ours: socket.socket) -> None:
-        self._socket = ours
+    def __init__(self, ours: socket.socket, output: socket.socket) -> None:
+        self._input = ours
+        self._output = output
         self._one_thread = anyio.CapacityLimiter(1)  # its own, as a paused container may hold it up
         self._outbox = Outbox()
         self._turn = anyio.Lock()  # only one task may wait for a socket
@@ -6777,14 +6783,14 @@ class SocketStream(anyio.abc.ByteStream):
         self._flush()
         while self._outbox.size:
             async with self._turn:
-                await anyio.wait_writable(self._socket)
+                await anyio.wait_writable(self._input)
                 self._flush()
 
     def _flush(self) -> None:
         """Send what the socket takes now. Raises anyio.BrokenResourceError if nobody reads it any more."""
         try:
             while self._outbox.size:
-                self._outbox.write(lambda parts: self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT))
+                self._outbox.write(lambda parts: self._input.sendmsg(parts, (), socket.MSG_DONTWAIT))
         except BlockingIOError:
             pass
         except OSError:
@@ -6796,35 +6802,32 @@ class SocketStream(anyio.abc.ByteStream):
         If that is cancelled, what has come meanwhile is lost.
         """
         await anyio.lowlevel.checkpoint()
-        try:
-            if max_bytes > SMALL_READ:
-                wait = functools.partial(self._socket.recv, max_bytes, socket.MSG_WAITALL)
-                data = await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=self._one_thread)
-            else:
-                data = await self._receive_some(max_bytes)
-        except ConnectionResetError:  # the command ended before it had read all of its input
-            data = b""
+        if max_bytes > SMALL_READ:
+            wait = functools.partial(self._output.recv, max_bytes, socket.MSG_WAITALL)
+            data = await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=self._one_thread)
+        else:
+            while True:
+                try:
+                    data = self._output.recv(max_bytes, socket.MSG_DONTWAIT)
+                    break
+                except BlockingIOError:
+                    await anyio.wait_readable(self._output)
         if not data:
             raise anyio.EndOfStream
         return data
 
-    async def _receive_some(self, most: int) -> bytes:
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                return self._socket.recv(most, socket.MSG_DONTWAIT)
-            await anyio.wait_readable(self._socket)
-
     async def send_eof(self) -> None:
         """Let the command meet the end of its input."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+            self._input.shutdown(socket.SHUT_WR)
 
     async def aclose(self) -> None:
-        """Close the socket, and let go whoever waits for it."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        anyio.notify_closing(self._socket)
-        self._socket.close()
+        """Close the sockets, and let go whoever waits for them."""
+        for end in (self._input, self._output):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            anyio.notify_closing(end)
+            end.close()
 
 
 async def run_command(

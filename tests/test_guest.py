@@ -1570,7 +1570,8 @@ def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
     with guest.process:
         assert guest.process.stdin
         guest.process.stdin.close()
-        assert next(guest.frames) == {"kind": "farewell"}
+        for _ in range(3):  # the first may still be taken by the socket of a host that is just ending
+            assert next(guest.frames) == {"kind": "farewell"}
         assert docker.containers() != []
         guest.process.wait(timeout=20)
     wait_until(lambda: docker.containers() == [])

@@ -1044,6 +1044,24 @@ async def test_what_a_killed_host_had_is_found_by_the_next_and_others_keep_their
 
 @pytest.mark.engine
 @pytest.mark.anyio
+async def test_the_sessions_of_a_host_that_was_killed_with_output_unread_can_be_used(
+    brief: Config, session: str, engine: Engine
+) -> None:
+    async with host(brief, session, 1) as (process, _):
+        process.send_signal(signal.SIGSTOP)
+        await engine.let_go(session_container(f"{session}-busy"))
+        await anyio.sleep(1)  # what that writes comes as far as the host, which does not read it
+        process.kill()
+        await process.wait()
+    async with open_runner(brief) as runner:
+        with anyio.fail_after(PATIENCE):
+            assert (await runner.execute("x", session=f"{session}-busy")).value == "'kept'"
+        for name in ("idle", "busy"):
+            assert await runner.close_session(f"{session}-{name}")
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
 async def test_containers_that_only_look_like_ours_are_left_alone(
     brief: Config, session: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
