@@ -6439,10 +6439,10 @@ class Engine:
             assert process.stdin is not None
             assert process.stdout is not None
             return process, StapledByteStream(process.stdin, process.stdout)
-        (ours, stdin), (output, stdout) = socket.socketpair(), socket.socketpair()
-        for end in (ours, stdout):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE_SIZE)
-        stream = SocketStream(ours, output)
+        (to_command, stdin), (from_command, stdout) = socket.socketpair(), socket.socketpair()
+        for sender in (to_command, stdout):
+            sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE_SIZE)
+        stream = SocketStream(to_command, from_command)
         with stdin, stdout:
             try:
                 return await open_command(command, stdin, stdout), stream
@@ -6766,13 +6766,13 @@ class SocketStream(anyio.abc.ByteStream):
     else on the way. A socket has its writer wake up only when a good part is free, and it lets a thread have the kernel
     wait for all of a piece.
 
-    There are two, as a command whose only socket were closed with output unread would meet an error, not the end of its
-    input; and Podman's would then wait for ever.
+    There is one for each way: a single one that is closed with output unread gives the command an error in place of the
+    end of its input, and Podman's command then waits for ever.
     """
 
-    def __init__(self, ours: socket.socket, output: socket.socket) -> None:
-        self._input = ours
-        self._output = output
+    def __init__(self, to_command: socket.socket, from_command: socket.socket) -> None:
+        self._to_command = to_command
+        self._from_command = from_command
         self._one_thread = anyio.CapacityLimiter(1)  # its own, as a paused container may hold it up
         self._outbox = Outbox()
         self._turn = anyio.Lock()  # only one task may wait for a socket
@@ -6783,14 +6783,14 @@ class SocketStream(anyio.abc.ByteStream):
         self._flush()
         while self._outbox.size:
             async with self._turn:
-                await anyio.wait_writable(self._input)
+                await anyio.wait_writable(self._to_command)
                 self._flush()
 
     def _flush(self) -> None:
         """Send what the socket takes now. Raises anyio.BrokenResourceError if nobody reads it any more."""
         try:
             while self._outbox.size:
-                self._outbox.write(lambda parts: self._input.sendmsg(parts, (), socket.MSG_DONTWAIT))
+                self._outbox.write(lambda parts: self._to_command.sendmsg(parts, (), socket.MSG_DONTWAIT))
         except BlockingIOError:
             pass
         except OSError:
@@ -6803,15 +6803,15 @@ class SocketStream(anyio.abc.ByteStream):
         """
         await anyio.lowlevel.checkpoint()
         if max_bytes > SMALL_READ:
-            wait = functools.partial(self._output.recv, max_bytes, socket.MSG_WAITALL)
+            wait = functools.partial(self._from_command.recv, max_bytes, socket.MSG_WAITALL)
             data = await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=self._one_thread)
         else:
             while True:
                 try:
-                    data = self._output.recv(max_bytes, socket.MSG_DONTWAIT)
+                    data = self._from_command.recv(max_bytes, socket.MSG_DONTWAIT)
                     break
                 except BlockingIOError:
-                    await anyio.wait_readable(self._output)
+                    await anyio.wait_readable(self._from_command)
         if not data:
             raise anyio.EndOfStream
         return data
@@ -6819,11 +6819,11 @@ class SocketStream(anyio.abc.ByteStream):
     async def send_eof(self) -> None:
         """Let the command meet the end of its input."""
         with contextlib.suppress(OSError):
-            self._input.shutdown(socket.SHUT_WR)
+            self._to_command.shutdown(socket.SHUT_WR)
 
     async def aclose(self) -> None:
         """Close the sockets, and let go whoever waits for them."""
-        for end in (self._input, self._output):
+        for end in (self._to_command, self._from_command):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             anyio.notify_closing(end)
