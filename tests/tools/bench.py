@@ -55,6 +55,7 @@ NOOP_SERVER = (sys.executable, str(Path(__file__).with_name("noop_server.py")))
 PAUSE = 0.25  # seconds, for a container to have its share of the CPU back after what uses that up
 AT_ONCE = 8  # calls at a time where it says "at once"
 MEGABYTE = 1 << 20
+LINK = 2.5e9 / 8  # bytes a second, of a fast link to the internet
 IDLE = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit()); signal.pause()"
 FIGURE = """
 figure = plt.figure()
@@ -743,14 +744,19 @@ def files(bench: Bench) -> Iterator[Measured]:
 
 
 class Sender(http.server.BaseHTTPRequestHandler):
-    """Sends 50 MB to whoever asks."""
+    """Sends 50 MB to whoever asks: at once or, by the path /link, no faster than a link of LINK bytes a second."""
 
     def do_GET(self) -> None:
         """Send them."""
         self.send_response(200)
         self.send_header("Content-Length", str(50 * MEGABYTE))
         self.end_headers()
-        self.wfile.write(bytes(50 * MEGABYTE))
+        part = bytes(MEGABYTE // 8 if self.path == "/link" else 50 * MEGABYTE)
+        started = time.perf_counter()
+        for sent in range(0, 50 * MEGABYTE, len(part)):
+            if self.path == "/link":
+                time.sleep(max(0.0, started + sent / LINK - time.perf_counter()))
+            self.wfile.write(part)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -760,15 +766,18 @@ class Sender(http.server.BaseHTTPRequestHandler):
 def download(bench: Bench) -> Iterator[Measured]:
     """Megabytes a second of a download by the proxy, beside the same with the host's network, and beside a bare pipe.
 
-    No download by the proxy is faster than that pipe, over which it comes.
+    No download by the proxy is faster than that pipe, over which it comes: so also from a server behind a fast link.
     """
     sender = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sender)
     threading.Thread(target=sender.serve_forever, daemon=True).start()
     address = f"localhost:{sender.server_port}"
-    fetch = f"assert len(urllib.request.urlopen('http://{address}/').read()) == {50 * MEGABYTE}"
+    fetch = f"assert len(urllib.request.urlopen('http://{address}/' + path).read()) == {50 * MEGABYTE}"
     argv = bench.engine.sandbox_arguments("NAME", bench.image, Config(docker=DockerConfig(network_disabled=False)), {})
     flags = [flag for flag in argv[: argv.index("--")] if not flag.startswith(("--label=", "--name="))]
-    loop = f"import sys, urllib.request\nfor line in sys.stdin:\n    {fetch}\n    print('done', flush=True)"
+    loop = (
+        "import sys, urllib.request\nfor line in sys.stdin:\n    path = line.strip()\n"
+        f"    {fetch}\n    print('done', flush=True)"
+    )
     command = [bench.engine.command, *flags, "--network=host", "--", bench.image.name, "-c", loop]
     try:
         with (
@@ -785,13 +794,22 @@ def download(bench: Bench) -> Iterator[Measured]:
             server.forget_peak()
             before = server.memory()
 
-            def direct() -> None:
-                write(process, b"now\n")
+            def direct(path: str) -> None:
+                write(process, f"{path}\n".encode())
                 assert read_line(process) == b"done\n"
 
-            pause = functools.partial(time.sleep, PAUSE)
-            ours = functools.partial(server.persistent, name, fetch)
-            taken = interleave(bench.few * 2, pause, ours=ours, direct=direct, pipe=ways["into"])
+            def ours(path: str) -> None:
+                server.persistent(name, f"path = {path!r}\n{fetch}")
+
+            taken = interleave(
+                bench.few * 2,
+                functools.partial(time.sleep, PAUSE),
+                ours=functools.partial(ours, ""),
+                direct=functools.partial(direct, ""),
+                pipe=ways["into"],
+                ours_by_link=functools.partial(ours, "link"),
+                link=functools.partial(direct, "link"),
+            )
             growth = server.memory("VmHWM") - before
             process.kill()
     finally:
@@ -803,6 +821,8 @@ def download(bench: Bench) -> Iterator[Measured]:
         Beside(f"bare pipe of `{bench.engine.kind} run -i`", rates["pipe"], at_least=0.5),
     )
     yield Measured("a download of 50 MB", "MB/s", rates["ours"], beside)
+    by_link = dataclasses.replace(beside[0], figures=rates["link"])
+    yield Measured(f"the same by a link of {LINK * 8 / 1e9:g} Gbit/s", "MB/s", rates["ours_by_link"], (by_link,))
     yield Measured("server memory, growth during that", "MB", [growth], at_most=20)
 
 
