@@ -658,8 +658,9 @@ class Runner:
                 return
             except EngineError as error:
                 if time.monotonic() > deadline:  # Podman 4 keeps the name of what was removed while it was renamed
-                    advice = "try again, or use another session"
-                    raise type(error)(f"The session {session.name!r} can't be started: {error}: {advice}.") from None
+                    raise type(error)(
+                        f"The session {session.name!r} can't be started: {error}: try again, or use another session."
+                    ) from None
             # Another program was quicker; or the session's last container is only just going, or has gone since.
             name = session_container(session.name)
             is_there = await sandbox.engine.inspect("container", name, "{{.State.Status}}")

@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import secrets
@@ -751,12 +752,11 @@ class Sender(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(50 * MEGABYTE))
         self.end_headers()
-        part = bytes(MEGABYTE // 8 if self.path == "/link" else 50 * MEGABYTE)
+        part, rate = (MEGABYTE // 8, LINK) if self.path == "/link" else (50 * MEGABYTE, math.inf)
         started = time.perf_counter()
-        for sent in range(0, 50 * MEGABYTE, len(part)):
-            if self.path == "/link":
-                time.sleep(max(0.0, started + sent / LINK - time.perf_counter()))
-            self.wfile.write(part)
+        for sent in range(0, 50 * MEGABYTE, part):
+            time.sleep(max(0.0, started + sent / rate - time.perf_counter()))
+            self.wfile.write(bytes(part))
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -766,7 +766,7 @@ class Sender(http.server.BaseHTTPRequestHandler):
 def download(bench: Bench) -> Iterator[Measured]:
     """Megabytes a second of a download by the proxy, beside the same with the host's network, and beside a bare pipe.
 
-    No download by the proxy is faster than that pipe, over which it comes: so also from a server behind a fast link.
+    By the proxy none is faster than that pipe, over which it comes, so a server behind a fast link is compared as well.
     """
     sender = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sender)
     threading.Thread(target=sender.serve_forever, daemon=True).start()
