@@ -262,6 +262,7 @@ class ExecuteTransient(Tool):
             self.code,
             files=await permitted(self.files, service.runner.config.files),
             state=self.state or {},
+            state_limit=STATE_UNASKED if self.state is None else None,
             timeout=seconds(self.timeout, service.runner.config.docker.max_timeout),
             on_output=progress.on_output,
             on_status=progress.on_status,
@@ -953,7 +954,8 @@ def session_section(result: Result, new_session: bool) -> Iterator[str]:
     if result.state == "lost":
         words += " (its variables, functions and imports are lost: the next call starts without them)"
     elif result.state == "restored":
-        words += " (restored: its variables are as they were before this call; files are as the code left them)"
+        when = f"this call and the {result.behind} before it" if result.behind else "this call"
+        words += f" (restored: its variables are as they were before {when}; files are as the code left them)"
     elif new_session:
         words += f' (new; pass session_id "{result.session}" to go on in it)'
     else:
@@ -974,8 +976,8 @@ def state_within(result: Result, budget: int) -> tuple[Mapping[str, Any] | None,
         if room >= 0:
             fitting.add(name)
     missing = {name: f"{readable_size(size)} of JSON" for name, size in sizes.items() if name not in fitting}
-    if budget == STATE_BUDGET:
-        missing |= result.variables_left_out
+    asked = budget == STATE_BUDGET
+    missing |= {name: why for name, why in result.variables_left_out.items() if asked or why.startswith("too large")}
     kept = {name: value for name, value in result.variables.items() if name in fitting}
     return kept, clip("; ".join(f"{name} ({reason})" for name, reason in missing.items()), 2000)
 

@@ -201,6 +201,7 @@ class Result:
     is_new: bool = False  # whether the session began with this call
     state: Variables | None = None  # fate of the session's variables; None while code runs
     lost_before: str | None = None  # reason the variables were lost between the previous call and this one, if so
+    behind: int = 0  # if they were restored: how many calls right before this one are missing in them, too
     earlier: str = ""  # output since the last call from work that earlier calls left running
     unread: Result | None = None  # end of the previous call, if no caller waited for it
     variables: Mapping[str, Any] | None = None  # if `state` was given: the top-level variables that JSON can hold
@@ -331,6 +332,7 @@ class Runner:
         *,
         session: str | None = None,
         state: Mapping[str, Any] | None = None,
+        state_limit: int | None = None,
         timeout: float | None = None,
         on_output: OnOutput | None = None,
         on_status: OnStatus | None = None,
@@ -351,6 +353,7 @@ class Runner:
             session: name under which variables, imports and files are kept from call to call; made if there is none.
                 Calls on one session queue. Cancelling the awaiting task cancels the code.
             state: variables to start with. If given, even if empty, the result has the variables at the end.
+            state_limit: bytes of JSON that those may come to, at most and by default 4 MB; larger ones are left out.
             timeout: seconds the code may take; by default `docker.timeout`.
             on_output: awaited with each piece of output as it comes.
             on_status: called with what the call waits for before its code runs, and with "" when that is over.
@@ -376,7 +379,9 @@ class Runner:
         if (files or output) and sys.platform == "win32":
             raise RequestError("On Windows no files can be copied: make a folder visible by docker.mounts instead.")
         given = await anyio.to_thread.run_sync(input_files, files, self.config) if files else ()
-        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, None, given, output)
+        request = Request(
+            code, session, state, timeout, filename, tuple(arguments), limit, state_limit, None, given, output
+        )
         call = Call(request, streams=on_output is not None)
         call.on_status = on_status or self.launcher.report
         if session is None:
@@ -952,6 +957,9 @@ class Request:
     filename: str | None = None
     arguments: Sequence[str] = ()
     output_limit: int | None = None  # bytes; None for no limit: the output is then streamed and not kept
+    state_limit: int | None = (
+        None  # bytes of variables that come back if `state` is given; None for the most there may be
+    )
     packages: str | None = None  # folder of the packages installed for the session, if it changes
     files: tuple[InputFile, ...] = ()  # for the working directory, ahead of the code
     output: str | os.PathLike[str] | None = None  # folder on the host for the files that the code writes
@@ -988,7 +996,7 @@ class Request:
                     "that does not start with two underscores."
                 )
             try:
-                variables[name] = plain(value, 0, set())
+                variables[name] = plain(value, sys.maxsize)
             except ValueError as error:
                 raise RequestError(f"state: the variable {name} can't be passed: {error}.") from None
         data = json.dumps(variables).encode()
@@ -1010,6 +1018,7 @@ class Request:
             "filename": self.filename,
             "argv": list(self.arguments),
             "output_limit": self.output_limit,
+            "state_limit": self.state_limit or STATE_LIMIT,
             "packages": self.packages,
         }
         if (state := self.encoded_state) is None:
@@ -1244,6 +1253,7 @@ class Call:
             session=session,
             state=done["state"] if session else None,
             lost_before=done["lost_before"],
+            behind=done["behind"],
             earlier=self._earlier,
             variables=self._variables,
             variables_left_out=self._left_out,
@@ -2286,7 +2296,7 @@ class OutputFolder:
     def open(self, path: str) -> PartialFile:
         """Start to save a file, making the folders that its path needs. Raises OSError."""
         *parts, name = [*([self.inner] if self.inner else []), *path.split("/")]
-        if not path.isprintable() or {"", ".", ".."} & {*parts, name}:
+        if HARMFUL.search(path) or {"", ".", ".."} & {*parts, name}:
             raise OSError(errno.EINVAL, "no file can have this name")
         self.place.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
@@ -2929,6 +2939,7 @@ class Run(TypedDict):
     filename: str | None
     argv: Sequence[str]
     output_limit: int | None
+    state_limit: int
     packages: str | None
 
 
@@ -2999,9 +3010,9 @@ class PlugRequest(TypedDict):
 
 
 class WorkerOrder(TypedDict):
-    """Go on after a display; or leave a copy of yourself, which will name this key."""
+    """Go on after a display or a turn; or leave a copy of yourself, which will name this key."""
 
-    op: Literal["displayed", "copy"]
+    op: Literal["proceed", "copy"]
     key: NotRequired[str]
 
 
@@ -3056,7 +3067,21 @@ class Report(EndOfCall):
     status: Literal["ok", "error"]
 
 
-FromWorker = Display | State | Report
+class Turn(TypedDict):
+    """The code is about to write to its other stream: read the first one, and say so."""
+
+    kind: Literal["turn"]
+    id: str
+
+
+class CodeEnded(TypedDict):
+    """The code has come to its end; showing its figures and variables is not its own work, and not its time."""
+
+    kind: Literal["ended"]
+    id: str
+
+
+FromWorker = Display | State | Turn | CodeEnded | Report
 
 
 # From the supervisor to the host
@@ -3153,6 +3178,7 @@ class Done(EndOfCall):
     oom_kills: Count
     state: Variables  # unless preserved, the worker that ran the code is gone
     lost_before: str | None  # why the last one was gone before this call
+    behind: Count  # if it was restored: calls before this one whose work is missing
     message: NotRequired[str | None]
     files: list[tuple[str, Count]]  # made or changed since the last call's end: path and size
     files_left_out: dict[str, str]  # others: name to reason
@@ -3271,13 +3297,14 @@ NAME_LIMIT = 1000  # characters of a variable's name
 CALL_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes that a call returns besides its output and report
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 PICTURES_SHOWN = 4  # of those that a call saved
-PICTURE_LIMIT = 2 << 20  # bytes of such a picture
+PICTURE_LIMIT = 32 << 20  # bytes of such a picture that are read
 FILES_LISTED = 1000  # of the files that a call made or changed
 FILES_UNLISTED = 20  # of those that are not: named, with the reason
 LISTING_LIMIT = 1 << 19  # bytes of their names
 PATH_LIMIT = 200  # characters of a file's path
 NAME_SHOWN = 60  # of one that is not listed
 ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
+HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # in a name
 PIECE_SIZE = 1 << 19  # bytes of a file that are read or written at once
 PIPE_SIZE = 1 << 19  # bytes that the pipe to the host holds; those of all sandboxes count against 64 MB for their user
 DRAINING_TIME = 0.0005  # seconds in which the engine takes a good part of that
@@ -3288,7 +3315,10 @@ SENT_AHEAD = 1 << 18  # bytes that the code may send on a connection before the 
 TAKEN_AHEAD = 1 << 21  # bytes that the host may send before the code has taken them: the pipe is slow to answer
 CERTIFICATES_FILE = "/tmp/.certificates.pem"
 FLOWS_OPEN = 128  # connections at once; more wait to be accepted
+CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that has ended
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
+COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
+STRAYS_READ = 64  # messages read while a copy is awaited
 COPY_ADDRESS = "\0python-docker-mcp-copy"
 PLUG_UID = 65533  # `docker exec` can run as this user; the code, being 65534 without capabilities, can't
 
@@ -3499,6 +3529,7 @@ class RunningCall:
         self.deadline: float = self.started + request["timeout"]
         self.nudge = self.kill_at = math.inf  # when to interrupt again, and when to kill
         self.stopped_for: StopReason | None = None  # "timeout" or "cancelled" once interrupted
+        self.code_ended = False  # whether it came to its end by itself, so that only what it has made is being shown
         limit: int | None = request["output_limit"]
         self.limited = limit is not None
         self.head_left = (limit or 0) * 3 // 4  # bytes of output that are still passed on at once
@@ -3517,6 +3548,11 @@ class RunningCall:
         self.stopped_for, self.deadline = reason, math.inf
         self.nudge, self.kill_at = now + self.grace / 2, now + self.grace
         return True
+
+    def end_code(self) -> None:
+        """Start the time for what follows the code; that of the code itself is over."""
+        if not self.stopped_for:
+            self.code_ended, self.deadline = True, time.monotonic() + CLOSING_WORK
 
     def next_due(self) -> float:
         """Return when the supervisor has to act on this call, unless it ends first."""
@@ -3588,44 +3624,54 @@ class Copy:
     """A sleeping copy of the session's worker, from after its last call, as the supervisor knows it.
 
     none ── due ── asked for (a key) ── asleep (a process) ── awake: it is the worker, and a copy of it is due
-                                          └── due: a call has ended since, so it is out of date
+                                          └── due: calls have ended since, and it is that many calls behind
     """
 
-    def __init__(self) -> None:
-        self.due = math.inf  # when to ask for one, or at the next call if that comes first
+    def __init__(self, sources: dict[int, Callable[[], object]]) -> None:
+        self.due = math.inf  # when to ask for one
+        self.asked = -math.inf  # when the last one was asked for
+        self.behind = 0  # calls that have ended since
         self.key: str | None = None
         self.process = 0
         self.connection: socket.socket | None = None  # it wakes when it gets descriptors, and ends when this is closed
-        self.address: socket.socket | None = None  # where copies are announced
+        self.sources = sources  # what to call when a descriptor is readable
+        self.address = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # where copies are announced
+        self.strays = 0  # messages that were no announcement of the copy that is awaited
 
-    def listen(self) -> int:
-        """Have copies announced; return the descriptor that is readable when one has been."""
-        self.address = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    def listen(self) -> None:
+        """Give the address its name."""
         self.address.bind(COPY_ADDRESS)
         self.address.setblocking(False)
-        return self.address.fileno()
+
+    def ask(self) -> str:
+        """Await a copy in place of the last one, which ends; return the key that it has to name."""
+        self.end()
+        self.due, self.asked, self.behind, self.strays = math.inf, time.monotonic(), 0, 0
+        self.key = os.urandom(16).hex()
+        self.sources[self.address.fileno()] = self.admit
+        return self.key
 
     def admit(self) -> None:
-        """Accept the copy that was asked for, if it has been announced."""
+        """Accept the copy that is awaited, once it is announced. Code can write here, too: little of that is read."""
         with contextlib.suppress(BlockingIOError):
-            while self.address:
+            while self.key and self.strays < STRAYS_READ:
                 message, descriptors = receive_descriptors(self.address, 1)
-                with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # the code's own nonsense
-                    told = json.loads(message)
-                    if self.key and told["key"] == self.key:
-                        others = other_processes()
-                        process = others[others.index(told["process"])]
-                        self.connection = socket.socket(fileno=descriptors[0])
-                        self.process, self.key = process, None
-                        descriptors.pop(0)
+                told = re.fullmatch(rb"([0-9a-f]{32}) ([0-9]{1,7})", message)
+                if descriptors and told and told[1].decode() == self.key and int(told[2]) in other_processes():
+                    self.connection, self.process = socket.socket(fileno=descriptors.pop()), int(told[2])
+                    self.key = None
+                self.strays += 1
                 for fd in descriptors:
                     os.close(fd)
+        if self.key is None or self.strays == STRAYS_READ:
+            self.sources.pop(self.address.fileno(), None)
 
     def end(self) -> None:
         """Let the copy end, or one that comes later."""
         if self.connection:
             self.connection.close()
         self.key, self.process, self.connection = None, 0, None
+        self.sources.pop(self.address.fileno(), None)
 
 
 class Flow:
@@ -3740,8 +3786,7 @@ class Flows:
 def announce_copy(key: str, process: int, connection: socket.socket) -> None:
     """Tell the supervisor of a copy, and pass it its end of the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        message = json.dumps({"key": key, "process": process}).encode()
-        sender.sendmsg([message], rights(connection.fileno()), socket.MSG_DONTWAIT, COPY_ADDRESS)
+        sender.sendmsg([f"{key} {process}".encode()], rights(connection.fileno()), socket.MSG_DONTWAIT, COPY_ADDRESS)
 
 
 def rights(*descriptors: int) -> list[tuple[int, int, bytes]]:
@@ -3786,7 +3831,6 @@ class Supervisor:
         self.waits_until = math.inf
         self.flows = False  # whether the last output filled a whole read, so that waiting gains nothing
         self.decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
-        self.copy = Copy()
         self.worker_used = False
         self.worker_cpu = 0.0  # CPU seconds up to the worker's last report
         self.lost: str | None = None  # why the session's variables were lost while no call was running
@@ -3801,8 +3845,10 @@ class Supervisor:
         self.packages: str | None = None  # folder of the packages installed for the session
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
         self.connections = Flows(self._tell, self.sources)
+        self.copy = Copy(self.sources)
         self.home: str = settings["working_dir"]
         self.files, _ = list_files(self.home)
+        self.escaped: dict[str, str] = {}  # paths as the host knows them, of files whose names it could not show
 
     def run(self) -> None:
         """Serve until the sandbox is no longer needed."""
@@ -3974,7 +4020,7 @@ class Supervisor:
         listener.bind(PLUG_ADDRESS)
         listener.listen()
         self.sources[listener.fileno()] = lambda: self._admit(listener)
-        self.sources[self.copy.listen()] = self.copy.admit
+        self.copy.listen()
         if self.settings["has_proxy"]:
             try:
                 self.connections.listen()
@@ -4076,9 +4122,7 @@ class Supervisor:
     def _ask_for_copy(self) -> None:
         """Have the worker leave a copy of itself, if one is due; the last one ends."""
         if self.copy.due < math.inf and self.control:
-            self.copy.end()
-            self.copy.due, self.copy.key = math.inf, os.urandom(16).hex()
-            self.control.queue({"op": "copy", "key": self.copy.key})
+            self.control.queue({"op": "copy", "key": self.copy.ask()})
 
     def _to_worker(self, frame: Mapping[str, Any]) -> None:
         if self.control is None:
@@ -4098,7 +4142,8 @@ class Supervisor:
             text = self.earlier.decode("utf-8", "replace")
             self._tell({"id": request["id"], "kind": "earlier", "data": text.encode()})
             self.earlier.clear()
-        self._ask_for_copy()
+        if not self.copy.process or time.monotonic() >= self.copy.asked + COPY_INTERVAL:  # rarely, in a burst of calls
+            self._ask_for_copy()
         self.call = RunningCall(request, self.grace)
         self.told = 0
         self._to_worker(request)
@@ -4116,7 +4161,7 @@ class Supervisor:
     def _read_file(self, request: Read) -> None:
         """Send a piece of a file in the working directory."""
         try:
-            fd = open_inside(self.home, request["path"])
+            fd = open_inside(self.home, self.escaped.get(request["path"], request["path"]))
             try:
                 unsettled = os.fstat(fd).st_ctime_ns + CLOCK_TICK - time.time_ns()
                 if 0 < unsettled <= CLOCK_TICK:
@@ -4180,6 +4225,7 @@ class Supervisor:
         """Return the files made or changed since the last time: path and size; and others: name to reason."""
         before = self.files
         self.files, complete = list_files(self.home)
+        self.escaped = {shown: path for shown, path in self.escaped.items() if path in self.files}
         listed: list[tuple[str, int]] = []
         left_out: dict[str, str] = {}
         room, more = LISTING_LIMIT, 0
@@ -4189,17 +4235,17 @@ class Supervisor:
             reason = ""
             if len(path) > PATH_LIMIT:
                 reason = f"its path is longer than {PATH_LIMIT} characters"
-            elif not path.isprintable():
-                reason = "its name has characters that can't be shown"
-            room -= len(ENCODER.encode(path))
-            shown = ascii(path)[1:-1]
-            shown = shown if len(shown) <= NAME_SHOWN else f"{shown[:NAME_SHOWN]}…"
-            if reason and len(left_out) < FILES_UNLISTED and shown not in left_out:
-                left_out[shown] = reason
+            shown = shown_path(path)
+            room -= len(ENCODER.encode(shown))
+            brief = shown if len(shown) <= NAME_SHOWN else f"{shown[:NAME_SHOWN]}…"
+            if reason and len(left_out) < FILES_UNLISTED and brief not in left_out:
+                left_out[brief] = reason
             elif reason or room < 0 or len(listed) == FILES_LISTED:
                 more += 1
             else:
-                listed.append((path, self.files[path][1]))
+                listed.append((shown, self.files[path][1]))
+                if shown != path:
+                    self.escaped[shown] = path
         if more:
             left_out[f"({more} more)"] = "there are too many to list"
         if not complete:
@@ -4217,22 +4263,34 @@ class Supervisor:
                     continue  # left over from an earlier call
                 check_worker_frame(received, self.settings["worker_schemas"])
                 frame: FromWorker = received  # type: ignore[assignment]  # it has been checked
-                if frame["kind"] == "done":
+                if frame["kind"] != "state":
                     self._read_all_output()  # output written before it goes before it
+                if frame["kind"] == "done":
                     self._conclude(frame)
+                    continue
+                if frame["kind"] == "turn":
+                    self._let_proceed()
+                    continue
+                if frame["kind"] == "ended":
+                    self.call.end_code()
                     continue
                 self.call.data_left -= len(frame["data"]) + FRAME_COST
                 if self.call.data_left < 0:
                     raise ValueError("more data than a call may return")
-                if frame["kind"] == "display":
-                    self._read_all_output()
                 self._tell(frame)
                 if frame["kind"] == "display":
-                    self._to_worker({"op": "displayed"})
+                    self._let_proceed()
         except EOFError:
             del self.sources[self.control.reader]  # the worker is dying; if it only closed its end, the time limit acts
         except ValueError as error:
             self._abandon(f"the code broke the protocol between worker and supervisor: {error}")
+
+    def _let_proceed(self) -> None:
+        """Answer a worker that waits until its output is read. Raises ValueError if it asks without waiting."""
+        assert self.control is not None
+        if self.control.outbox.size > READ_SIZE:
+            raise ValueError("more questions than answers taken")
+        self._to_worker({"op": "proceed"})
 
     def _await_output(self, stream: Stdio) -> None:
         """Let output wait for more, unless the other stream's is waiting too: that would change their order."""
@@ -4272,11 +4330,16 @@ class Supervisor:
             self._pass_on(stream, decoder.decode(b"", True))
 
     def _conclude(
-        self, report: Report, state: Variables = "preserved", message: str | None = None, others: int = 0
+        self,
+        report: Report,
+        state: Variables = "preserved",
+        message: str | None = None,
+        others: int = 0,
+        behind: int = 0,
     ) -> None:
         """End the call with the worker's report or, if the worker is gone, with the supervisor's own.
 
-        `others` is how many processes there were besides that worker.
+        `others` is how many processes there were besides that worker; the copy that goes on was `behind` calls behind.
         """
         call = self.call
         assert call is not None
@@ -4298,6 +4361,7 @@ class Supervisor:
             "oom_kills": oom_kills,
             "state": state,
             "lost_before": self.lost,
+            "behind": behind if state == "restored" else 0,
             "message": message,
             "files": files,
             "files_left_out": left_out,
@@ -4308,8 +4372,11 @@ class Supervisor:
             done["status"] = "out_of_memory" if oom_kills else "died"
         if others and done["status"] == "out_of_memory":
             done["message"] = f"it ran in {others + 1} processes"
+        if call.stopped_for == "timeout" and call.code_ended and not message:
+            done["message"] = "the code ended in time, but not all of its figures and variables could be shown"
         self.call = self.lost = None
         self.state = state
+        self.copy.behind += 1
         self.active = time.monotonic()
         self._tell(done)
         self._want_copy()
@@ -4395,9 +4462,10 @@ class Supervisor:
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
         """Clean up after a dead worker: kill all that it started and conclude its call; `run` forks the next one."""
         self.copy.admit()
-        if self.copy.due < math.inf:
-            self.copy.end()  # it is out of date
-            self.copy.due = math.inf
+        behind = self.copy.behind
+        if behind and not self.call:
+            self.copy.end()  # nobody would be told that it is out of date
+        self.copy.due = math.inf
         others = len(other_processes()) - bool(self.copy.process)
         kill_all_others(self.grace, self.copy.process)
         self._read_all_output()
@@ -4410,7 +4478,7 @@ class Supervisor:
             memory = usage.ru_maxrss * 1024
             report: Report = {"id": self.call.id, "kind": "done", "status": "error", "cpu": cpu}
             report["memory"], report["exit_code"] = memory, code
-            self._conclude(report, "restored" if restored else "lost", message, others)
+            self._conclude(report, "restored" if restored else "lost", message, others, behind)
         elif restored:
             self._want_copy()
         elif not self.worker_used:
@@ -4487,6 +4555,11 @@ def open_inside(folder: str, path: str) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file")
     return fd
+
+
+def shown_path(path: str) -> str:
+    """Return a path with characters escaped that harm a terminal, reorder a line or are no text: %0A for a newline."""
+    return HARMFUL.sub(lambda found: "".join(f"%{byte:02X}" for byte in os.fsencode(found[0])), path)
 
 
 def list_files(home: str, endings: tuple[str, ...] = ("",)) -> tuple[dict[str, tuple[int, int]], bool]:
@@ -4721,6 +4794,19 @@ def memory_in_use() -> int | None:
     return None
 
 
+def free_memory() -> float:
+    """Return the bytes that the container may still take, besides what the kernel would give back; inf if not known."""
+    for folder, limit, unit in (
+        ("/sys/fs/cgroup", "memory.max", ""),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            counts = dict(line.split() for line in read_kernel_file(f"{folder}/memory.stat").splitlines())
+            cached = sum(int(counts[f"{unit}{kind}_file"]) for kind in ("active", "inactive"))
+            return int(read_kernel_file(f"{folder}/{limit}")) - (memory_in_use() or 0) + cached
+    return math.inf
+
+
 def clip(text: str, limit: int) -> str:
     """Shorten `text` to about `limit` characters: head, tail, and between them how much was left out."""
     if len(text) <= limit:
@@ -4788,6 +4874,34 @@ class Stream(io.TextIOWrapper):
     """Standard output or errors, with an instance `__dict__` for `passes_on` to use."""
 
 
+class Descriptor(io.FileIO):
+    """Descriptor 1 or 2 of the worker. It takes its turn before it is written to (see `Worker.take_turn`)."""
+
+    def __init__(self, fd: int, take_turn: Callable[[int], None]) -> None:
+        super().__init__(fd, "w", closefd=False)
+        self.take_turn = take_turn
+
+    def write(self, data: Any) -> Any:
+        """Write bytes, after what was written to the other descriptor."""
+        self.take_turn(self.fileno())
+        return super().write(data)
+
+
+def is_open(stream: Any) -> bool:
+    """Whether a stream can be used: it is neither closed nor detached from its buffer, whatever it is."""
+    with contextlib.suppress(BaseException):
+        return not stream.closed
+    return False
+
+
+def has_unread(pipe: int) -> bool:
+    """Whether a pipe holds bytes that nobody has read yet; True if that can't be known."""
+    try:
+        return fcntl.ioctl(pipe, 0x541B, bytes(4)) != bytes(4)  # FIONREAD
+    except OSError:
+        return True
+
+
 def is_same_file(fd: int, other: int) -> bool:
     """Whether two descriptors refer to the same file, pipe or socket; False if either is closed."""
     with contextlib.suppress(OSError):
@@ -4830,6 +4944,7 @@ class Worker:
         self.rich_left = RICH_LIMIT
         self.lock = threading.RLock()  # around the control channel
         self.interruptible = self.shielded = self.interrupted = False
+        self.handlers: dict[int, Any] = {}  # of signals, by the code; they are in force while a call runs
         self.main = types.ModuleType("__main__")
         sys.modules["__main__"] = self.main
         self.names = vars(self.main)
@@ -4838,9 +4953,9 @@ class Worker:
         with contextlib.suppress(OSError):
             os.chdir(self.home)
         sys.path.insert(0, self.home)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
         self.streams: dict[str, Stream] = {}
-        self.spares = {fd: os.dup(fd) for fd in (1, 2)}
+        self.spares = {fd: os.dup(fd) for fd in (0, 1, 2)}
+        self.turn = 0  # the descriptor that Python's own streams wrote to last
         self._restore_streams()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
@@ -4887,6 +5002,7 @@ class Worker:
             "filename": None,
             "argv": [],
             "output_limit": None,
+            "state_limit": 0,
             "packages": self.packages_of_session,
         }
         self._serve_call(nothing, None)
@@ -4898,7 +5014,7 @@ class Worker:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
         self.memory = private_memory()
-        while frame := next(self.frames, None):  # a copy that goes on has others
+        while frame := self._next_frame():
             if frame["op"] == "state":
                 given = frame
             elif frame["op"] == "copy":
@@ -4917,6 +5033,14 @@ class Worker:
             while True:
                 yield from self.control.receive()
 
+    def _next_frame(self) -> Any:
+        """Wait for the next frame, whatever the code's threads raise here meanwhile; None at the end."""
+        while True:
+            try:
+                return next(self.frames, None)  # a copy that goes on has others
+            except BaseException:
+                self.frames = self._receive()
+
     # ── the copy ──
 
     def _copy(self, key: str) -> None:
@@ -4934,10 +5058,8 @@ class Worker:
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             return False  # it has children
-        if any(signal.getitimer(timer)[0] for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
-            return False
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            if re.search(r"^\S+ rw.s ", maps.read(), re.MULTILINE):
+        with open("/proc/self/maps", "rb") as maps:
+            if re.search(rb"\n\S+ rw.s ", maps.read()):
                 return False  # shared memory
         loop = {part.fileno() for part in self._parts_of_loop()}
         if loop and (self.loop._ready or self.loop._scheduled or sys.modules["asyncio"].all_tasks(self.loop)):
@@ -5016,22 +5138,24 @@ class Worker:
         supervisor.close()
 
     def _restore_streams(self) -> None:
-        """Restore sys.stdout and sys.stderr as text streams over descriptors 1 and 2.
+        """Restore sys.stdin, empty, and sys.stdout and sys.stderr as text streams over descriptors 1 and 2.
 
-        A replacement that passes on to them, such as a tee to a file, stays.
+        A replacement that passes on to them, such as a tee to a file, stays; so does input that the code has made.
         """
-        notes = []  # for when both are restored, as a note flushes them
-        for fd, name in ((1, "stdout"), (2, "stderr")):
+        notes = []  # for when all are restored, as a note flushes them
+        self.turn = 0
+        for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
             real, stream = self.streams.get(name), getattr(sys, name, None)
             if not is_same_file(fd, self.spares[fd]):
                 with contextlib.suppress(OSError):
                     os.dup2(self.spares[fd], fd)
                     notes.append(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
-            if real is None or real.closed:
-                raw = io.FileIO(fd, "w", closefd=False)
-                real = self.streams[name] = Stream(
-                    io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True
-                )
+            if fd == 0:
+                if self.calls == 0 or not is_open(stream):
+                    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
+            elif real is None or not is_open(real):
+                buffer = io.BufferedWriter(Descriptor(fd, self.take_turn))
+                real = self.streams[name] = Stream(buffer, "utf-8", "backslashreplace", line_buffering=True)
                 setattr(sys, name, real)
                 setattr(sys, f"__{name}__", real)
             elif stream is not real and not passes_on(stream, real):
@@ -5044,6 +5168,16 @@ class Worker:
                     notes.append(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
         for note in notes:
             self.note(note)
+
+    def take_turn(self, fd: int) -> None:
+        """Have the supervisor read what was written to the other descriptor: between two pipes there is no order.
+
+        Only this process's own streams take turns: what its children write comes as it always did.
+        """
+        if fd != self.turn and os.getpid() == self.process:
+            other, self.turn = self.turn, fd
+            if other and has_unread(other):
+                self._send("turn")
 
     def flush_streams(self) -> None:
         """Flush the standard streams: what the code has put in their place, and the real ones."""
@@ -5064,6 +5198,8 @@ class Worker:
         self.call = request["id"]
         self.rich_left = RICH_LIMIT
         self._attempt(self.pictures.begin)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         signal.signal(signal.SIGINT, self._on_interrupt)
         resets = reset_peak_memory()
         started = cpu_seconds()
@@ -5079,11 +5215,22 @@ class Worker:
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self._attempt(self.note, f"{purpose} {how}")
         self._attempt(self.flush_streams)
+        self._quieten()
         with self.lock:
             self.call = None
             report["cpu"] = cpu_seconds() - started
             report["memory"] = peak_memory() if resets else None
             self.control.send(report)
+
+    def _quieten(self) -> None:
+        """Stop the code's timers, and set its signal handlers aside: none of them may run while no call does."""
+        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            if signal.setitimer(timer, 0)[0]:
+                self._attempt(self.note, "a timer that the code left running was stopped")
+        own = {number: signal.getsignal(number) for number in range(1, signal.NSIG)}
+        self.handlers = {number: handler for number, handler in own.items() if callable(handler)}
+        for number in self.handlers:
+            signal.signal(number, lambda *_: None)
 
     def _recover(self, call_id: str, error: BaseException) -> None:
         """Answer a call whose end the worker failed to report, and disable what is known to cause such failures."""
@@ -5144,16 +5291,17 @@ class Worker:
         """Yield the steps that follow the code, however it ended, each with a description for notes."""
         if request["final"]:  # as at the end of a script
             yield "waiting for threads", threading._shutdown  # type: ignore[attr-defined]
+        yield "telling the end", functools.partial(self._send, "ended")
         yield "showing the figures", self.pictures.show_figures
         if with_state:
-            yield "collecting the state", self._send_state
+            yield "collecting the state", functools.partial(self._send_state, request["state_limit"])
         if request["final"]:
             yield "running atexit callbacks", atexit._run_exitfuncs
         yield "showing the pictures", self.pictures.show_saved
 
-    def _send_state(self) -> None:
-        variables, left_out = collect_state(self.names)
-        self._send("state", variables, left_out=left_out)
+    def _send_state(self, limit: int) -> None:
+        variables, left_out = collect_state(self.names, limit)
+        self._send("state", data=variables, left_out=left_out)
 
     def _end_child(self, report: Report) -> None:
         """Exit a process that the code forked, when it reaches the end of its script, as Python would."""
@@ -5173,6 +5321,7 @@ class Worker:
             sys.path[:] = [*others[:at], *folders, *others[at:]]
             self.had_packages, self.packages = self.packages, folders
             importlib.invalidate_caches()
+            tell_children(self.packages_root, folders)
         return sorted({name for path in added for name in self._replaced(path) if name in sys.modules})[:20]
 
     def _replaced(self, folder: str) -> Iterator[str]:
@@ -5369,19 +5518,19 @@ class Worker:
             data = json.dumps({"text/plain": note})
         self.rich_left -= len(data) + FRAME_COST
         self.flush_streams()
-        self._send("display", data.encode(), is_value=is_value)
+        self._send("display", data=data.encode(), is_value=is_value)
 
-    def _send(self, kind: str, data: bytes, **fields: Any) -> None:
+    def _send(self, kind: str, **fields: Any) -> None:
         """Send a frame of the running call, whole even if an interruption arrives meanwhile."""
         with self.lock:
             if not self.call:
                 return  # from a thread that outlived its call, or a rehearsal: there is no result to put this into
             self.shielded = threading.current_thread() is threading.main_thread()
             try:
-                self.control.send({"id": self.call, "kind": kind, **fields, "data": data})
-                if kind == "display":
-                    while next(self.frames)["op"] != "displayed":
-                        pass  # wait, so that the code's later output comes after the display
+                self.control.send({"id": self.call, "kind": kind, **fields})
+                if kind in ("display", "turn"):
+                    while next(self.frames)["op"] != "proceed":
+                        pass  # wait, so that the code's later output comes after this
             finally:
                 self.shielded = False
             if self.interrupted:
@@ -5555,7 +5704,7 @@ class Notebook:
         words = arguments.replace("'", "").replace('"', "").split()
         wanted = [word for word in words if word[0].isalnum()] if "-r" not in words else []
         there = {plain_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
-        found = {word: there.get(plain_name(re.split(r"[[<>=!~]", word)[0])) for word in wanted}
+        found = {word: there.get(plain_name(re.split(r"[\[<>=!~]", word)[0])) for word in wanted}
         absent = [word for word in wanted if found[word] is None or word.partition("==")[2] not in ("", found[word])]
         if verb in ("list", "freeze"):
             print("\n".join(f"{package}=={version}" for package, version in sorted(there.items())))
@@ -5898,7 +6047,10 @@ class Adapter:
         module.Image.save = self.worker.pictures.noting(module.Image.save, lambda image: image)
 
     def _change_pyplot(self, module: Any) -> None:
-        """Have savefig() after show(), which closed the figure, save that figure instead of a new and empty one."""
+        """Have show() put figures into the result, whichever backend was settled before, and pause() wait for nobody.
+
+        savefig() after show(), which closed the figure, saves that figure instead of a new and empty one.
+        """
         savefig = module.savefig
 
         @functools.wraps(savefig)
@@ -5909,6 +6061,8 @@ class Adapter:
         module.savefig = saves
         switch_backend = module.switch_backend
         module.switch_backend = lambda *_, **__: switch_backend("module://sandbox_backend")
+        module.switch_backend()  # process 1 has drawn with another one if it has preloaded pyplot
+        module.pause = lambda interval: time.sleep(min(interval, PAUSE_LIMIT))
 
     def _change_multiprocessing(self, module: Any) -> None:
         """Start processes by fork, also where Python would not: others can't import what the code defined."""
@@ -5931,6 +6085,21 @@ class Adapter:
     def _change_pandas(self, module: Any) -> None:
         """Show all of a table's columns, in several parts if it is wide."""
         module.set_option("display.max_columns", 100, "display.width", 120)
+
+
+def tell_children(root: str, folders: list[str]) -> None:
+    """Have the Pythons that code starts find these packages where the worker does, and shells their commands.
+
+    The lines of a `.pth` file in the user's own `site-packages` follow the standard library. PYTHONPATH precedes it.
+    """
+    commands = [f"{folder}/bin" for folder in folders]
+    others = [entry for entry in os.environ.get("PATH", os.defpath).split(":") if not entry.startswith(f"{root}/")]
+    os.environ["PATH"] = ":".join([*commands, *others])
+    place = os.path.expanduser(f"~/.local/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
+    with contextlib.suppress(OSError):
+        os.makedirs(place, exist_ok=True)
+        with open(f"{place}/installed.pth", "w", encoding="utf-8") as file:
+            file.writelines(f"{folder}\n" for folder in folders)
 
 
 def refuse_input(_prompt: object = "", /) -> str:
@@ -5974,6 +6143,7 @@ def fit_to_share(cpus: int) -> None:
 # ── pictures ──
 
 CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
+PAUSE_LIMIT = 0.05  # seconds that pyplot.pause() takes: it is for somebody who watches
 
 
 class Pictures:
@@ -6024,7 +6194,11 @@ class Pictures:
         if is_blank(figure):
             return {}
         try:
-            figure.savefig(image, format="png", bbox_inches="tight")
+            with without_trace():
+                options = {"bbox_inches": "tight"}
+                with contextlib.suppress(Exception):  # a figure of the code's own class, or one that can't be drawn
+                    options = screen_frame(figure)
+                figure.savefig(image, format="png", **options)
         finally:
             if "matplotlib.pyplot" in sys.modules:
                 sys.modules["matplotlib.pyplot"].close(figure)
@@ -6069,22 +6243,57 @@ class Pictures:
     def show_saved(self) -> None:
         """Show the pictures that the call saved, and say which characters no font has, if there are any."""
         now, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
-        changed = [path for path in sorted(now) if now[path] != self.before.get(path) and path.isprintable()]
+        changed = [path for path in sorted(now) if now[path] != self.before.get(path)]
         inside = [f"{self.worker.home}/{path}" for path in changed]
         paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
         left = PICTURES_SHOWN
         for path in paths:
             with contextlib.suppress(OSError):
-                if left and not {path, self.saved.get(path)} & self.shown and os.stat(path).st_size <= PICTURE_LIMIT:
-                    with open(path, "rb") as file:
-                        data = file.read(PICTURE_LIMIT)
-                    if (mime := image_type(data)) and hash(image := encode_image(data)) not in self.shown:
-                        left -= 1
-                        self.worker.note(f"saved as {os.path.relpath(path, self.worker.home)}")
-                        self.worker.publish({"text/plain": os.path.basename(path), mime: image})
+                if not left or {path, self.saved.get(path)} & self.shown:
+                    continue
+                with open(path, "rb") as file:
+                    data = fit_image(file.read(PICTURE_LIMIT))
+                name = shown_path(os.path.relpath(path, self.worker.home))
+                if (mime := image_type(data)) and hash(image := base64.b64encode(data).decode()) not in self.shown:
+                    fits = len(data) <= IMAGE_BYTES
+                    left -= fits
+                    self.worker.note(f"saved as {name}" + ", which is too large to be shown" * (not fits))
+                    if fits:
+                        self.worker.publish({"text/plain": os.path.basename(name), mime: image})
         if self.without_glyph:
             text = clip(" ".join(sorted(self.without_glyph)), 100)
             self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
+
+
+@contextlib.contextmanager
+def without_trace() -> Iterator[None]:
+    """Do work that the code did not ask for without lines in its logs, and without warnings or errors made of them."""
+    logging = sys.modules.get("logging")
+    disabled = logging.root.manager.disable if logging else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if logging:
+            logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            if logging:
+                logging.disable(disabled)
+
+
+def screen_frame(figure: Any) -> dict[str, Any]:
+    """Return options for savefig() that show a figure as a screen would: in its own resolution, within IMAGE_SIDE.
+
+    The frame is cut to what is drawn, as in a notebook, unless something is drawn so far outside that this is huge.
+    """
+    width, height = figure.get_size_inches()
+    figure.draw_without_rendering()
+    drawn = figure.get_tightbbox().padded(0.1)
+    if max(drawn.width, drawn.height) <= 3 * max(width, height):
+        width, height = drawn.width, drawn.height
+    else:
+        drawn = None
+    return {"dpi": min(figure.dpi, (IMAGE_SIDE - 2) / max(width, height)), "bbox_inches": drawn}
 
 
 def is_figure(value: Any) -> bool:
@@ -6158,26 +6367,32 @@ def encode_forms(forms: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def fit_image(data: bytes) -> bytes:
-    """Scale an image down, if need be, to a size every client accepts; by Pillow, which Matplotlib depends on."""
-    try:
+    """Scale an image down, if need be, to a size every client accepts; by Pillow, which Matplotlib depends on.
+
+    It stays as it is without Pillow, in a format that Pillow does not know, or where there is no memory to decode it.
+    """
+    with without_trace(), contextlib.suppress(Exception):
         from PIL import Image
 
         image = Image.open(io.BytesIO(data))
-        side = max(image.size)
+        kind, side = image.format, max(image.size)
+        # thumbnail() decodes a JPEG in the size that is needed; of others it needs all pixels, in up to 4 bytes.
+        if kind != "JPEG" and image.size[0] * image.size[1] * 5 > free_memory():
+            return data
         while side > IMAGE_SIDE or len(data) > IMAGE_BYTES:
             side = min(IMAGE_SIDE, side * 3 // 4)
-            smaller = image.copy()
-            smaller.thumbnail((side, side))
+            image.thumbnail((side, side))
             target = io.BytesIO()
-            smaller.save(target, image.format)
+            image.save(target, kind)
             data = target.getvalue()
-    except Exception:  # no Pillow, an unknown format, or an image too large for Pillow: the host decides then
-        pass
     return data
 
 
-def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """Encode the variables that JSON can hold; return the JSON, and why others are not in it (at most 100), by name."""
+def collect_state(names: dict[str, Any], limit: int = STATE_LIMIT) -> tuple[bytes, dict[str, str]]:
+    """Encode the variables that JSON can hold; return the JSON, and why others are not in it (at most 100), by name.
+
+    No more than `limit` bytes are encoded, and no more values looked at than those could hold.
+    """
     kept: list[bytes] = []
     left_out: dict[str, str] = {}
     size = 2
@@ -6190,9 +6405,9 @@ def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
                 raise ValueError("its name has lone surrogates")
             if len(name) > NAME_LIMIT:
                 raise ValueError(f"its name has {len(name)} characters")
-            item = f"{json.dumps(plain(name, 0, set()))}:{json.dumps(plain(value, 0, set()))}".encode()
-            if size + len(item) + 1 > STATE_LIMIT:
-                raise ValueError(f"too large: {len(item)} bytes; all variables may come to {STATE_LIMIT}")
+            item = f"{json.dumps(plain(name))}:{json.dumps(plain(value, limit))}".encode()
+            if size + len(item) + 1 > limit:
+                raise ValueError(f"too large: {len(item)} bytes; all variables may come to {limit}")
             kept.append(item)
             size += len(item) + 1
         except Exception as error:  # the value is not JSON, or its own code raised
@@ -6200,12 +6415,21 @@ def collect_state(names: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
     return b"{%s}" % b",".join(kept), dict(list(left_out.items())[:100])
 
 
-def plain(value: Any, depth: int, parents: set[int]) -> Any:
-    """Return `value` as JSON can hold it: a tuple as a list, a NumPy number as Python's. Raises ValueError.
+def plain(value: Any, limit: int = STATE_LIMIT) -> Any:
+    """Return `value` as JSON can hold it: a tuple as a list, a NumPy number as Python's.
 
     An instance of a subclass of JSON's types counts as what it holds, not as what its methods say.
+
+    Raises:
+        ValueError: JSON can't hold it, or would take more than `limit` bytes at the least.
     """
+    return plain_part(value, 0, set(), [limit])
+
+
+def plain_part(value: Any, depth: int, parents: set[int], room: list[int]) -> Any:
+    """Return a part of what `plain` returns, `depth` deep in `parents`, and take what it needs from `room`."""
     kind = type(value)
+    room[0] -= 2  # a digit and a comma
     if kind not in PLAIN_TYPES and module_name(value) == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
         kind = type(value)
@@ -6213,6 +6437,9 @@ def plain(value: Any, depth: int, parents: set[int]) -> Any:
         return value
     if issubclass(kind, str):
         text = str.__str__(value)
+        room[0] -= len(text)
+        if room[0] < 0:
+            raise ValueError(f"too large: {len(text)} characters")
         if not text.isascii():
             try:
                 text.encode()
@@ -6231,7 +6458,7 @@ def plain(value: Any, depth: int, parents: set[int]) -> Any:
         return fraction
     if not issubclass(kind, (list, tuple, dict)):
         raise ValueError(f"{class_name(value)} is not JSON")
-    if len(value) * 2 > STATE_LIMIT:  # before all of it is copied and encoded
+    if len(value) * 2 > room[0]:  # before all of it is copied and encoded
         raise ValueError(f"too large: {len(value)} values")
     if depth == STATE_DEPTH:
         raise ValueError(f"nested more than {STATE_DEPTH} deep")
@@ -6241,11 +6468,14 @@ def plain(value: Any, depth: int, parents: set[int]) -> Any:
     try:
         if not issubclass(kind, dict):
             items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
-            return [plain(item, depth + 1, parents) for item in items]
+            return [plain_part(item, depth + 1, parents, room) for item in items]
         for key in dict.keys(value):
             if not issubclass(type(key), str):
                 raise ValueError(f"a key is {class_name(key)}, not text")
-        return {plain(key, 0, set()): plain(item, depth + 1, parents) for key, item in dict.items(value)}
+        return {
+            plain_part(key, 0, set(), room): plain_part(item, depth + 1, parents, room)
+            for key, item in dict.items(value)
+        }
     finally:
         parents.discard(id(value))
 

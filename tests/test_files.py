@@ -170,16 +170,16 @@ async def test_what_is_no_ordinary_file_is_neither_followed_nor_made(runner: Run
     assert (result.status, tree(out)) == ("ok", {"s/a": b"1", "s/b": b"1"})
 
 
-async def test_names_that_can_not_be_shown_or_listed_are_told(runner: Runner, out: Path) -> None:
-    code = "for name in ('a\\nb', b'\\xff', 'x' * 210, '\\u202eexe.txt', 'ok'): open(name, 'w').close()"
+async def test_ordinary_names_are_kept_and_only_what_could_do_harm_in_others_is_escaped(
+    runner: Runner, out: Path
+) -> None:
+    ordinary = ["Bild\u202f12.30\u202fPM.png", "a\u00a0b.txt", "売上\u3000六月.csv", "👩\u200d🔬.md", "ok"]
+    code = f"for name in ('a\\nb', b'\\xff', 'x' * 210, '\\u202eexe.txt', *{ordinary}): open(name, 'w').write('1')"
     result = await runner.execute(code, session="s")
-    assert tree(out) == {"s/ok": b""}
-    assert result.files_left_out == {
-        "a\\nb": "its name has characters that can't be shown",
-        "\\udcff": "its name has characters that can't be shown",
-        f"{'x' * 60}…": "its path is longer than 200 characters",
-        "\\u202eexe.txt": "its name has characters that can't be shown",
-    }
+    escaped = ["a%0Ab", "%FF", "%E2%80%AEexe.txt"]
+    assert tree(out) == {f"s/{name}": b"1" for name in (*ordinary, *escaped)}
+    assert result.files_left_out == {f"{'x' * 60}…": "its path is longer than 200 characters"}
+    assert await runner.read_file("s", "a%0Ab") == b"1"
 
 
 @pytest.mark.slow

@@ -649,6 +649,7 @@ DONE: dict[str, Any] = {
     "status": "ok",
     "state": "preserved",
     "lost_before": None,
+    "behind": 0,
     "wall": 0.1,
     "cpu": 0,
     "oom_kills": 0,

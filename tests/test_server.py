@@ -895,7 +895,7 @@ async def test_a_client_of_either_era_runs_code_with_state_and_in_sessions(confi
 async def test_a_transient_call_tells_its_variables_unasked_as_long_as_they_are_few(config: Config) -> None:
     async with connected(config) as client:
         result = await client.call_tool("execute-transient", {"code": "x = 1\ny = 'y' * 9999\nz = {1}"})
-        assert text_of(result) == '(no output)\n\nState: {"x": 1}\n\nNot in the state: y (10.0 kB of JSON)'
+        assert text_of(result) == '(no output)\n\nState: {"x": 1}\n\nNot in the state: y (too large: 9999 characters)'
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

@@ -49,6 +49,7 @@ DONE: dict[str, Any] = {
     "status": "ok",
     "state": "preserved",
     "lost_before": None,
+    "behind": 0,
     "wall": 0.5,
     "cpu": 0.25,
     "memory": 1024,
@@ -65,6 +66,7 @@ DONE: dict[str, Any] = {
 HOST_ONLY = (
     "state",
     "lost_before",
+    "behind",
     "wall",
     "oom_kills",
     "message",
@@ -215,6 +217,7 @@ class TamedSupervisor(Supervisor):
     def close(self) -> None:
         """Close what is open."""
         self.mouth.close()
+        self.copy.address.close()
         os.close(self.host)
         if self.memory_events >= 0:
             os.close(self.memory_events)
