@@ -47,7 +47,7 @@ import textwrap
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any, ClassVar, Literal, get_args
 
@@ -131,9 +131,12 @@ FILES_LOOKED_AT = 1000  # entries of a folder, to see whether it has so few
 # Limits on what is kept and read for results that could not hold everything.
 OUTPUT_KEPT = 16 << 20  # characters of output, per session
 OUTPUT_KEPT_ALL = 64 << 20  # characters of output, over all sessions
+FILES_REMEMBERED = 1000  # files of one session that are listed as resources
+RESOURCES_LISTED = 100  # resources in one answer; more have to be asked for with a cursor
 RESOURCE_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double that
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress notifications
+REPORT_TIMEOUT = 1.0  # seconds for a client to take one
 KEEP_ALIVE = 5.0  # seconds without news after which one is sent anyway: clients give up on silent calls
 
 LINKS_SINCE = "2025-06-18"  # protocol version; clients of older ones refuse a result that holds a resource_link
@@ -338,7 +341,7 @@ class ExecutePersistent(Tool):
         return render(
             result,
             new_session=self.session_id is None,
-            kept=service.shelf.add(result),
+            kept=service.shelf.add(result, service.runner.living()),
             hint=service.hint_on(result, self.code),
         )
 
@@ -1423,10 +1426,18 @@ class Shelf:
         self.files: dict[str, dict[str, FileInfo]] = {}  # by session and path
         self._numbers = itertools.count(1)
 
-    def add(self, result: Result) -> str | None:
-        """Remember a session's files and, if too long for a result, its output; return the output's address."""
+    def add(self, result: Result, alive: Container[str]) -> str | None:
+        """Remember a session's files and, if too long for a result, its output; return the output's address.
+
+        Files of sessions that are not `alive` any more are forgotten, and of each session all but the latest ones.
+        """
         assert result.session is not None
-        self.files.setdefault(result.session, {}).update({file.path: file for file in result.files})
+        files = self.files.setdefault(result.session, {})
+        for file in result.files:
+            files.pop(file.path, None)
+            files[file.path] = file  # at the end: what is oldest is forgotten first
+        self.files[result.session] = dict(list(files.items())[-FILES_REMEMBERED:])
+        self.files = {session: files for session, files in self.files.items() if session in alive}
         pieces = [piece.content for piece in output_pieces(result) if isinstance(piece.content, str)]
         size = sum(map(len, pieces))
         if size <= OUTPUT_BUDGET:
@@ -1585,19 +1596,35 @@ class Reporter:
                 await anyio.sleep(PROGRESS_INTERVAL)
                 for call in list(self._calls):
                     if call in self._calls:  # it may have ended during the report on another one
-                        await call.report()
+                        await self._report(call)
+
+    async def _report(self, call: Progress) -> None:
+        """Report on one call; if that fails, on that call no more: it is no reason to end the server."""
+        try:
+            with anyio.move_on_after(REPORT_TIMEOUT):  # a client that does not read may not hold up the others' reports
+                await call.report()
+        except Exception as error:
+            log.debug("a progress notification failed: %r", error)
+            self._calls.discard(call)
 
 
-async def list_resources(context: Context, _: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
-    """List the outputs that are still kept, and the files that results pointed at."""
-    shelf = context.lifespan_context.shelf
+async def list_resources(context: Context, params: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
+    """List the outputs that are still kept, and the files that results pointed at, a page at a time."""
+    shelf, alive = context.lifespan_context.shelf, context.lifespan_context.runner.living()
+    cursor = (params.cursor if params else None) or "0"
+    if not re.fullmatch(r"[0-9]{1,9}", cursor):
+        raise MCPError(types.INVALID_PARAMS, f"{clip(cursor, 100)!r} is no cursor of this list: begin without one.")
     outputs = [
         types.Resource(name=address, uri=address, mime_type="text/plain", description=f"Output in session {session}")
         for address, (session, _) in shelf.outputs.items()
     ]
-    links = [link(session, file) for session, files in shelf.files.items() for file in files.values()]
+    shown = [(session, file) for session in shelf.files if session in alive for file in shelf.files[session].values()]
+    links = [link(session, file) for session, file in shown]
     files = [types.Resource(name=item.name, uri=item.uri, mime_type=item.mime_type, size=item.size) for item in links]
-    return types.ListResourcesResult(resources=outputs + files)
+    resources, end = outputs + files, int(cursor) + RESOURCES_LISTED
+    return types.ListResourcesResult(
+        resources=resources[int(cursor) : end], next_cursor=str(end) if end < len(resources) else None
+    )
 
 
 async def list_resource_templates(
@@ -2415,7 +2442,8 @@ async def _list(options: argparse.Namespace) -> int:
     rows = []
     for info in sandboxes:
         if not info.answers:
-            rows.append(("?", "does not answer", "?", "?", "?", "?", info.name))
+            state = "does not answer" if info.is_known else "of another version"
+            rows.append(("?", state, "?", "?", "?", "?", info.name))
             continue
         state = ("busy" if info.busy else "idle") + (", in use" if info.attached else "")
         owner = f"pid {info.owner.rpartition('-')[2]}" if info.attached else "-"

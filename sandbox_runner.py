@@ -277,6 +277,10 @@ class SessionError(SandboxError):
     """The session can't be used: another program is using it, or no session has that name."""
 
 
+class VersionError(SessionError):
+    """The session's container was made by another version of this program."""
+
+
 class RequestError(SandboxError):
     """An argument of the call is invalid."""
 
@@ -284,6 +288,7 @@ class RequestError(SandboxError):
 # ── runner ──
 
 CLOSING_TIME = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
+ENDED_SESSIONS = 100  # whose end is kept, to be told to a next call
 FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
 HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
 
@@ -379,13 +384,12 @@ class Runner:
         if (files or output) and sys.platform == "win32":
             raise RequestError("On Windows no files can be copied: make a folder visible by docker.mounts instead.")
         given = await anyio.to_thread.run_sync(input_files, files, self.config) if files else ()
-        request = Request(
-            code, session, state, timeout, filename, tuple(arguments), limit, state_limit, None, given, output
-        )
+        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, state_limit, given, output)
         call = Call(request, streams=on_output is not None)
         call.on_status = on_status or self.launcher.report
         if session is None:
             return await self._execute_transient(call, on_output, interrupt)
+        self._forget_ended()
         entry = self.sessions.setdefault(session, Session(session))
         entry.is_fresh = is_new
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
@@ -459,7 +463,7 @@ class Runner:
                     return await self._answer(session, on_output, call.on_status, interrupt, deadline)
                 await self._require_end(session, can_wait=deadline == math.inf)
                 if session.call:
-                    earlier = await self._tell(session, session.call)
+                    earlier = await self._tell_late(session, session.call)
             await anyio.lowlevel.checkpoint_if_cancelled()  # from here on, the call is sent even if no caller waits
             session.call = call
             try:
@@ -471,8 +475,9 @@ class Runner:
                 elif session.sandbox and call.placed:
                     await session.sandbox.cancel()
                 raise
-        if not call.request.code.strip() and result.status == "ok":
-            result = dataclasses.replace(result, message="there was no code to run, and none running to wait for")
+        if not call.request.code.strip() and result.status in ("ok", "cancelled"):
+            nothing = "there was no code to run, and none running to wait for"
+            result = dataclasses.replace(result, status="ok", exception=None, message=nothing)
         return dataclasses.replace(result, unread=earlier) if earlier else result
 
     async def _answer(
@@ -503,6 +508,13 @@ class Runner:
             else:
                 await self._place(session, call)
 
+    async def _tell_late(self, session: Session, call: Call) -> Result:
+        """Return the end of an earlier call, to be told with the next one; also that it could not be made."""
+        try:
+            return await self._tell(session, call)
+        except SandboxError as error:
+            return Result("died", message=f"it could not be run: {str(error).rstrip('.')}", session=session.name)
+
     async def _tell(self, session: Session, call: Call) -> Result:
         """Return what there is to tell of a call and, with its end, of what became of the session before it."""
         if not call.ended.is_set():
@@ -511,6 +523,8 @@ class Runner:
             session.call = None
         result = await self._bring_out(session.sandbox, call, call.tell())
         session.call = None  # not before: if the caller goes meanwhile, the next one is told
+        if session.sandbox and session.sandbox.call is call:
+            session.sandbox.call = None  # else its output would be kept as long as the session
         lost, session.lost = result.lost_before or session.lost, None
         return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
 
@@ -563,7 +577,8 @@ class Runner:
             call.give_up()
         else:
             if session.sandbox is None:
-                await self._create(session, call, bare)
+                await self._create(session, call.report, bare)
+                call.is_new = session.lost is None
             if session.sandbox:
                 await session.sandbox.begin(call)
 
@@ -612,17 +627,16 @@ class Runner:
             elif session.call.cancelled:
                 await session.sandbox.interrupt()
 
-    async def _create(self, session: Session, call: Call, bare: bool) -> None:
+    async def _create(self, session: Session, report: OnStatus, bare: bool = False) -> None:
         """Make a sandbox for the session or, if another program has just made one, attach to that."""
         await self._make_room()
         session.is_coming = True
         try:
-            sandbox = await self.pool.lease(bare=bare, report=call.report)
+            sandbox = await self.pool.lease(bare=bare, report=report)
         finally:
             session.is_coming = False
         self.pool.let_go(sandbox)
         session.sandbox = sandbox
-        call.is_new = session.lost is None
         if session.is_fresh:
             session.is_fresh = False
             self._tasks.start_soon(self._claim_later, session, sandbox)
@@ -635,6 +649,12 @@ class Runner:
                 with anyio.CancelScope(shield=True):
                     await sandbox.end()
             raise
+
+    def _forget_ended(self) -> None:
+        """Keep a few of the sessions that have ended, whose next call is told why; forget those before them."""
+        ended = [name for name, one in self.sessions.items() if not (one.is_there or one.is_busy or one.placing)]
+        for name in ended[:-ENDED_SESSIONS]:
+            del self.sessions[name]
 
     async def _make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
@@ -693,7 +713,12 @@ class Runner:
         engine = await self.launcher.find_engine()
         container = session_container(session.name)
         begun = time.monotonic()
-        while container in await engine.sandboxes(f"--filter=name={container}"):
+        while version := (await engine.sandboxes(f"--filter=name={container}")).get(container):
+            if version != str(PROTOCOL):
+                raise VersionError(
+                    f"The session {session.name!r} was begun by another version of this server, which this one can't "
+                    "speak with: end it with cleanup-session, use another session, or go on with that version."
+                )
             # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
             with anyio.CancelScope(shield=True):
                 answer = await Sandbox.plug_in(
@@ -738,7 +763,12 @@ class Runner:
             await session.placed.wait()
         if not session.is_attached:
             async with session.lock:
-                await self._attach(session)
+                try:
+                    await self._attach(session)
+                except VersionError:
+                    engine = await self.launcher.find_engine()
+                    await engine.remove(session_container(name))
+                    return True
         sandbox, session.sandbox = session.sandbox, None
         if session.call:
             session.call.end(session.call.died("the session was ended"))
@@ -785,9 +815,8 @@ class Runner:
         """
         started = time.monotonic()
         name, text = parse_requirement(requirement)
+        Request("", session)
         report = on_status or self.launcher.report
-        call = Call(Request("", session, timeout=self.config.docker.timeout))
-        call.on_status = report
         self.pool.touch()
         stale: tuple[str, ...] = ()
         if session is None:
@@ -797,21 +826,30 @@ class Runner:
             return describe_installation(name, outcome, session, stale, time.monotonic() - started)
         entry = self.sessions.setdefault(session, Session(session))
         async with entry.lock:
+            entry.used = time.monotonic()
+            await self._attach(entry)
             if entry.call:
                 await self._require_end(entry)
-            await self._attach(entry)
             if not entry.is_attached:
-                await self._create(entry, call, False)
-            assert entry.sandbox is not None
+                await self._create(entry, report)
             outcome = await self._install(name, text, entry.sandbox, report)
             if outcome.ok and outcome.folder:
-                earlier = entry.call  # whose result nobody has been told
-                entry.call = Call(dataclasses.replace(call.request, packages=outcome.folder))
-                result = await self._answer(entry, None, None, None, math.inf)
-                stale, entry.call, entry.lost = result.stale, earlier, result.lost_before
-                if entry.sandbox:
-                    entry.sandbox.packages = outcome.folder
+                stale = await self._use(entry, outcome.folder, report)
         return describe_installation(name, outcome, session, stale, time.monotonic() - started)
+
+    async def _use(self, session: Session, folder: str, report: OnStatus) -> tuple[str, ...]:
+        """Have the session use a folder of packages; return the modules that it had imported in another version."""
+        for _ in range(FIRST_CALL_ATTEMPTS):
+            if not session.sandbox or session.sandbox.gone.is_set():
+                await self._create(session, report)
+            assert session.sandbox is not None
+            with contextlib.suppress(anyio.EndOfStream):
+                return await session.sandbox.use(session.name, folder)
+            # It has ended, or had preloaded other packages than the session has now.
+            self._tasks.start_soon(session.sandbox.end)
+            session.sandbox = None
+            await self._create(session, report, bare=True)
+        raise SessionError(f"The session {session.name!r} ended while the package was installed: try again.")
 
     async def _install(self, name: str, requirement: str, sandbox: Sandbox | None, report: OnStatus) -> Outcome:
         """Have a helper container install it, on top of what the sandbox's session has, or for all."""
@@ -842,6 +880,10 @@ class Runner:
         """The number of calls under way."""
         calls = [sandbox.call for sandbox in self._held()]
         return sum(call is not None and not call.ended.is_set() for call in calls)
+
+    def living(self) -> set[str]:
+        """Return the names of the sessions that have a sandbox here."""
+        return {name for name, session in self.sessions.items() if session.is_there}
 
     def _held(self) -> list[Sandbox]:
         """Return the sandboxes that this runner is connected to, or was."""
@@ -957,10 +999,7 @@ class Request:
     filename: str | None = None
     arguments: Sequence[str] = ()
     output_limit: int | None = None  # bytes; None for no limit: the output is then streamed and not kept
-    state_limit: int | None = (
-        None  # bytes of variables that come back if `state` is given; None for the most there may be
-    )
-    packages: str | None = None  # folder of the packages installed for the session, if it changes
+    state_limit: int | None = None  # bytes of variables that come back if `state` is given; None for the usual limit
     files: tuple[InputFile, ...] = ()  # for the working directory, ahead of the code
     output: str | os.PathLike[str] | None = None  # folder on the host for the files that the code writes
 
@@ -1019,7 +1058,6 @@ class Request:
             "argv": list(self.arguments),
             "output_limit": self.output_limit,
             "state_limit": self.state_limit or STATE_LIMIT,
-            "packages": self.packages,
         }
         if (state := self.encoded_state) is None:
             return encoded(run)
@@ -1045,7 +1083,15 @@ class Call:
                        cut
     """
 
-    def __init__(self, request: Request, call_id: str | None = None, *, streams: bool = False, ran: float = 0) -> None:
+    def __init__(
+        self,
+        request: Request,
+        call_id: str | None = None,
+        *,
+        streams: bool = False,
+        ran: float = 0,
+        is_adopted: bool = False,
+    ) -> None:
         self.request = request
         self.id = call_id or secrets.token_hex(8)
         self.placed = False  # whether a connected sandbox has it
@@ -1058,7 +1104,7 @@ class Call:
         self.is_new = False  # whether its session began with it
         self.status = ""  # what it waits for before it is placed
         self.on_status: OnStatus | None = None
-        self.deadline = math.inf  # of the event loop's clock; a sandbox that is silent then is given up
+        self.deadline = math.inf  # of the event loop's clock; a sandbox that is silent after that is given up
         self.received = 0  # bytes of output
         self._made = time.monotonic() - ran
         self._result: Result | None = None
@@ -1072,6 +1118,7 @@ class Call:
         self._variables: dict[str, Any] | None = None
         self._left_out: dict[str, str] = {}
         self.refused: dict[str, None] = {}  # sentences on connections that were refused
+        self._is_adopted = is_adopted  # whether another host began it, whose limits are not known
         self._keeps = request.output_limit is not None
         self._text_left = (request.output_limit or 0) + LINE_LIMIT
         self._data_left = CALL_LIMIT
@@ -1112,8 +1159,8 @@ class Call:
         self._streams = listens
         self._room.set()
 
-    async def wait(self, on_output: OnOutput | None = None) -> None:
-        """Wait until it has ended, is not placed any more, or is silent for DOUBT_AFTER; pass on output meanwhile."""
+    async def wait(self, patience: float, on_output: OnOutput | None = None) -> None:
+        """Wait until it has ended, is not placed any more, or is silent for `patience`; pass on output meanwhile."""
         while True:
             while self._stream and on_output:
                 await on_output(self._stream.popleft())
@@ -1121,7 +1168,7 @@ class Call:
             if self.ended.is_set() or not self.placed:
                 return
             self._news = anyio.Event()
-            with anyio.move_on_after(DOUBT_AFTER) as silence:
+            with anyio.move_on_after(patience) as silence:
                 await self._news.wait()
             if silence.cancelled_caught:
                 return
@@ -1184,8 +1231,10 @@ class Call:
     async def _show(self, item: Text | Rich | Omitted) -> None:
         if isinstance(item, Text) and self._keeps:
             self._text_left -= len(item.text)
-            if self._text_left < 0:
+            if self._text_left < 0 and not self._is_adopted:
                 raise ProtocolError("more output than the limit lets through")
+            if self._text_left < 0:  # its own host may have let more through
+                item = Omitted(bytes_of(item))
         if self._keeps or not isinstance(item, Text):
             self._keep(item)
         if self._streams:
@@ -1205,6 +1254,8 @@ class Call:
             and len(item.text) + len(last.text) < SHORT_PIECE
         ):
             self._output[-1] = Text(item.stream, last.text + item.text)
+        elif isinstance(item, Omitted) and isinstance(last, Omitted):
+            self._output[-1] = Omitted(last.bytes + item.bytes)
         elif len(self._output) < PIECES_LIMIT:
             self._output.append(item)
         else:
@@ -1642,10 +1693,12 @@ class Launcher:
         """Return all sandboxes on this engine as they describe themselves, oldest first."""
         engine = await self.find_engine()
         names = await engine.sandboxes()
-        answers = await self.ask(engine, names, patience=STATUS_TIMEOUT)
+        known = [name for name, version in names.items() if version == str(PROTOCOL)]
+        answers = await self.ask(engine, known, patience=STATUS_TIMEOUT)
         infos = [info for info in answers if isinstance(info, SandboxInfo)]
         if silent := set(names) - {info.name for info in infos}:
-            infos += [SandboxInfo(name) for name in sorted(silent & set(await engine.sandboxes()))]
+            there = await engine.sandboxes()
+            infos += [SandboxInfo(name, is_known=name in known) for name in sorted(silent & set(there))]
         return sorted(infos, key=lambda info: -info.age)
 
     async def ask(
@@ -1707,6 +1760,7 @@ class SandboxInfo:
 
     name: str  # of its container
     answers: bool = False
+    is_known: bool = True  # whether it was made by a version of this program that this one can speak with
     session: str | None = None
     attached: bool = False  # whether a program is using it
     owner: str = ""  # that program's id, or the last one's; it ends with a dash and the process id
@@ -1773,6 +1827,7 @@ class Sandbox:
         self._errors = bytearray()
         self._greeted = anyio.Event()
         self._answers: dict[str, MemoryObjectSendStream[ToQuestion]] = {}  # by the questions' id
+        self._heard = anyio.current_time()  # when the last frame was read, and taken
         self._fault: str | None = None  # what was wrong with a frame
 
     def __repr__(self) -> str:
@@ -1882,8 +1937,8 @@ class Sandbox:
         assert self.greeting is not None
         said = self.greeting
         return SandboxInfo(
-            self.name, True, said["session"], said["attached"], said["owner"], said["busy"], said["age"], said["idle"],
-            said["memory"],
+            self.name, True, True, said["session"], said["attached"], said["owner"], said["busy"], said["age"],
+            said["idle"], said["memory"],
         )  # fmt: skip
 
     # ── the pipe ──
@@ -1925,6 +1980,7 @@ class Sandbox:
         strays = notes = 0
         try:
             while True:
+                self._heard = anyio.current_time()
                 frame = await receive(lines, FROM_SANDBOX)
                 if frame["kind"] == "ready" or frame["kind"] == "status":
                     if self.greeting or self.call:  # it is the first thing that a supervisor sends
@@ -1948,6 +2004,8 @@ class Sandbox:
                     or frame["kind"] == "file"
                     or frame["kind"] == "written"
                     or frame["kind"] == "recycled"
+                    or frame["kind"] == "used"
+                    or (frame["kind"] == "unfit" and frame["id"] in self._answers)
                 ):
                     if answers := self._answers.get(frame["id"]):
                         answers.send_nowait(frame)
@@ -1970,7 +2028,8 @@ class Sandbox:
         unread = greeting["unread"]
         if unread and greeting["kind"] == "ready":
             request = Request("", greeting["session"], output_limit=BACKLOG_LIMIT)
-            self.call = call if call and call.id == unread else Call(request, unread, ran=greeting["ran"])
+            adopted = Call(request, unread, ran=greeting["ran"], is_adopted=True)
+            self.call = call if call and call.id == unread else adopted
             self.call.go_on(greeting["told"], greeting["left"])
         self.greeting = greeting
         self._greeted.set()
@@ -1987,7 +2046,7 @@ class Sandbox:
         said = last_line(self._errors.decode("utf-8", "replace"))
         return said or f"its process ended with exit status {self._process.returncode}"
 
-    async def _ask(self, question: Order) -> ToQuestion:
+    async def _ask(self, question: Order | Use) -> ToQuestion:
         """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
         with self._answers_to(question["id"]) as answers:
             await self._write(encoded(question))
@@ -2034,22 +2093,27 @@ class Sandbox:
     async def finish(self, call: Call, on_output: OnOutput | None = None) -> None:
         """Wait until the call that was placed here has ended, or is cut from here. Give it up when it is overdue.
 
+        It is overdue when its time is over and the sandbox is silent. It is not silent just because the caller takes
+        output slowly: then this host does not read, the supervisor holds the code back, and its time does not pass.
+
         Raises HangError if the call is silent, and neither the supervisor nor the engine answers.
         """
         call.listen(on_output is not None)
         try:
-            with anyio.CancelScope(deadline=call.deadline):
-                while call.placed and not call.ended.is_set():
-                    await call.wait(on_output)
-                    if call.placed and not call.ended.is_set():
+            while call.placed and not call.ended.is_set():
+                left = max(call.deadline, self._heard + HOST_PATIENCE) - anyio.current_time()
+                if left <= 0:
+                    silence = f"the sandbox itself did not answer for {HOST_PATIENCE:g} seconds"
+                    message = f"{silence}, and was removed: is the host overloaded?"
+                    call.end(dataclasses.replace(call.died(message), status="timeout"))
+                    await self.remove()
+                    return
+                await call.wait(min(DOUBT_AFTER, left), on_output)
+                if call.placed and not call.ended.is_set():
+                    with anyio.move_on_after(left):
                         await self._require_answer()
         finally:
             call.listen(False)
-        if call.placed and not call.ended.is_set():
-            silence = f"the sandbox itself did not answer for {HOST_PATIENCE:g} seconds"
-            message = f"{silence}, and was removed: is the host overloaded?"
-            call.end(dataclasses.replace(call.died(message), status="timeout"))
-            await self.remove()
 
     async def interrupt(self) -> None:
         """Have the running code interrupted; how it ends is its call's result."""
@@ -2154,6 +2218,20 @@ class Sandbox:
         with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
             await self._write(encoded({"op": word}))
             await self.gone.wait()
+
+    async def use(self, session: str, packages: str) -> tuple[str, ...]:
+        """Have the sandbox be this session's, with these packages; return the modules imported in another version.
+
+        Raises anyio.EndOfStream if it can't: it has ended, or had preloaded other packages.
+        """
+        question: Use = {"op": "use", "id": secrets.token_hex(8), "session": session, "packages": packages}
+        answer = None
+        with anyio.move_on_after(ATTACH_TIMEOUT):  # threads that earlier calls left running may keep the worker busy
+            answer = await self._ask(question)
+        if answer and answer["kind"] == "unfit":
+            raise anyio.EndOfStream
+        self.packages = packages
+        return tuple(answer["stale"]) if answer and answer["kind"] == "used" else ()
 
     async def recycle(self) -> bool:
         """Have the sandbox undo what its last call may have left; return whether nothing seems to be left."""
@@ -2424,10 +2502,10 @@ async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | Non
 # as an HTTP proxy would, and the proxy is here: it parses what the code asks for, decides, resolves, connects,
 # and relays. TLS stays end to end. Nothing of this host's environment, cookies or credentials is added.
 
-CONNECTIONS_AT_ONCE = 32  # of one sandbox
+CONNECTIONS_AT_ONCE = 32  # of one sandbox; others wait for their turn
+CONNECTIONS_A_SECOND = 100  # after as many as may be open at once; others wait, too
+TURN_TIMEOUT = 60  # seconds that a connection waits until it is refused
 REFUSALS_TOLD = 5  # of one call
-CONNECTIONS_A_MINUTE = 300
-CROWDED_PAUSE = 1.0  # seconds until a connection past these limits is refused, so that to try again costs time
 CONNECTION_IDLE = 120  # seconds without a byte after which a connection is closed
 CONNECT_TIMEOUT = 15  # seconds to resolve a name, and as many to connect
 HEAD_LIMIT = 16 << 10  # bytes of a request's head, and of a TLS ClientHello
@@ -2625,6 +2703,7 @@ class Connection:
 
     def __init__(self, number: int, write: Callable[[Pass], Awaitable[None]]) -> None:
         self.number = number
+        self.waits = anyio.CancelScope()  # for its turn; there is no point once the code has closed it
         self.received = self.sent = 0  # bytes
         self.used = anyio.current_time()
         self._write = write
@@ -2640,6 +2719,8 @@ class Connection:
         self._inbox += frame["data"]
         self._credit = min(self._credit + frame["credit"], TAKEN_AHEAD)
         self._ended = self._ended or frame["ended"]
+        if frame["ended"]:
+            self.waits.cancel()
         if len(self._inbox) > SENT_AHEAD:
             raise ProtocolError("more of a connection than was credited")
         self._news.set()
@@ -2688,14 +2769,16 @@ class Proxy:
         self.network = network
         self._sandbox = sandbox
         self._open: dict[int, Connection] = {}
-        self._begun: deque[float] = deque(maxlen=CONNECTIONS_A_MINUTE)  # when the last ones were opened
+        self._places = anyio.Semaphore(CONNECTIONS_AT_ONCE)
+        self._next = 0.0  # when the next one may be served, of those that come too fast
         self._last = 0  # the highest number so far
 
     def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
         """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
         number = frame["flow"]
         if number > self._last:
-            if len(self._open) > FLOWS_OPEN:
+            # Those that the code has closed are gone here, too, or have a place: so no order of events makes more.
+            if len(self._open) > FLOWS_OPEN + CONNECTIONS_AT_ONCE:
                 raise ProtocolError("more connections than a supervisor has")
             self._last = number
             self._open[number] = Connection(number, self._pass)
@@ -2707,10 +2790,12 @@ class Proxy:
         await self._sandbox._write(encoded(frame))
 
     async def _serve(self, connection: Connection) -> None:
-        """Serve a connection to its end, and write a line on it to the log."""
-        where, verdict, crowded = "", "", False
+        """Have a connection wait for its turn, then serve it to its end, and write a line on it to the log."""
+        if not await self._wait_for_turn(connection):
+            self._open.pop(connection.number, None)
+            return
+        where, verdict = "", ""
         try:
-            await self._require_leisure()
             with anyio.fail_after(CONNECTION_IDLE):
                 request, http = await read_request(connection)
             host, port, path = target_of(request)
@@ -2729,7 +2814,6 @@ class Proxy:
                 await self._relay(connection, there, first, rest, is_tunnel=path is None)
         except RefusedError as error:
             status, verdict = error.args
-            crowded = status in (429, 503)
             if status == 403 and self._sandbox.call and len(self._sandbox.call.refused) < REFUSALS_TOLD:
                 self._sandbox.call.refused[verdict] = None
             with contextlib.suppress(anyio.BrokenResourceError):
@@ -2739,10 +2823,10 @@ class Proxy:
         except Exception as error:  # it must not cost the sandbox more than this connection
             traffic_log.warning("network: %s failed: %r", where or "a request", error)
         finally:
+            self._places.release()
             self._open.pop(connection.number, None)
             session = self._sandbox.call.request.session if self._sandbox.call else None
-            traffic_log.log(
-                logging.DEBUG if crowded else logging.INFO,  # code must not fill the log
+            traffic_log.info(
                 "network: %s, %s: %s; %d bytes out, %d in",
                 session or self._sandbox.name, where or "?", verdict or "cut", connection.received, connection.sent,
             )  # fmt: skip
@@ -2750,16 +2834,25 @@ class Proxy:
                 with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
                     await connection.end()
 
-    async def _require_leisure(self) -> None:
-        """Raise RefusedError, after a pause, if the sandbox has too many connections, or opens them too fast."""
-        now = anyio.current_time()
-        if len(self._begun) == CONNECTIONS_A_MINUTE and now - self._begun[0] < 60:
-            await anyio.sleep(CROWDED_PAUSE)
-            raise RefusedError(429, f"more than {CONNECTIONS_A_MINUTE} connections in a minute: open them more slowly")
-        self._begun.append(now)
-        if len(self._open) > CONNECTIONS_AT_ONCE:
-            await anyio.sleep(CROWDED_PAUSE)
-            raise RefusedError(503, f"more than {CONNECTIONS_AT_ONCE} connections at once: close some first")
+    async def _wait_for_turn(self, connection: Connection) -> bool:
+        """Wait for a place among CONNECTIONS_AT_ONCE; return whether it was had, and the code still wants it."""
+        with connection.waits, anyio.move_on_after(TURN_TIMEOUT) as late:
+            await self._places.acquire()
+            now = anyio.current_time()
+            self._next = max(self._next, now - CONNECTIONS_AT_ONCE / CONNECTIONS_A_SECOND) + 1 / CONNECTIONS_A_SECOND
+            try:
+                await anyio.sleep(max(0.0, self._next - now))
+            except BaseException:
+                self._places.release()
+                raise
+            return True
+        if late.cancelled_caught:
+            traffic_log.info("network: %s: a connection was refused, as it had waited too long", self._sandbox.name)
+            words = f"{CONNECTIONS_AT_ONCE} connections are open, and none was closed for {TURN_TIMEOUT} seconds"
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await connection.send(refusal(503, words))
+                await connection.end()
+        return False
 
     async def _relay(
         self,
@@ -2940,7 +3033,16 @@ class Run(TypedDict):
     argv: Sequence[str]
     output_limit: int | None
     state_limit: int
-    packages: str | None
+    packages: NotRequired[str | None]  # folder of the packages installed for the session: the supervisor adds it
+
+
+class Use(TypedDict):
+    """Have the session use this folder of packages; answered by `used`, or by `unfit` as a call."""
+
+    op: Literal["use"]
+    id: str
+    session: str
+    packages: str
 
 
 class GiveState(TypedDict):
@@ -2995,7 +3097,7 @@ class Pass(TypedDict):
     ended: bool
 
 
-ToSupervisor = Run | GiveState | Read | Write | Order | Parting | Pass
+ToSupervisor = Run | Use | GiveState | Read | Write | Order | Parting | Pass
 
 
 class PlugRequest(TypedDict):
@@ -3081,7 +3183,15 @@ class CodeEnded(TypedDict):
     id: str
 
 
-FromWorker = Display | State | Turn | CodeEnded | Report
+class Used(TypedDict):
+    """The packages are used from now on; names the modules that had been imported in another version."""
+
+    kind: Literal["used"]
+    id: str
+    stale: list[str]
+
+
+FromWorker = Display | State | Turn | CodeEnded | Used | Report
 
 
 # From the supervisor to the host
@@ -3197,7 +3307,7 @@ class Passed(TypedDict):
     ended: bool
 
 
-ToQuestion = Answer | Recycled | Written | Piece
+ToQuestion = Answer | Recycled | Written | Piece | Used
 FromSandbox = Greeting | Notice | Note | Passed | ToQuestion | OfCall
 
 
@@ -3272,7 +3382,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
-PROTOCOL = 5  # version of the frames and the plug; raised by a change that older sandboxes would not understand
+PROTOCOL = 6  # version of the frames and the plug; raised by a change that older sandboxes would not understand
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
@@ -3843,6 +3953,7 @@ class Supervisor:
         self.preload: list[str] = [] if self.installed else list(settings["preload"])
         self.prepared = False  # whether the host has been told that a worker with these modules is ready
         self.packages: str | None = None  # folder of the packages installed for the session
+        self.question: str | None = None  # id of the request to use others, until the worker has answered it
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
         self.connections = Flows(self._tell, self.sources)
         self.copy = Copy(self.sources)
@@ -3879,7 +3990,10 @@ class Supervisor:
             patience = self._patience()
             if self.waiting and not congested:
                 patience = max(0.0, self.waits_until - time.monotonic())
+            before = time.monotonic()
             readable, writable, _ = select.select(readers, writers, [], patience)
+            if congested and self.call:
+                self.call.deadline += time.monotonic() - before  # the code is held back until the host reads
             for fd in writable:
                 if fd in flows:
                     self.connections.flush(flows[fd])
@@ -3973,6 +4087,8 @@ class Supervisor:
                 frame: ToSupervisor = received  # type: ignore[assignment]  # the host is trusted
                 if frame["op"] == "run":
                     self._start(frame)
+                elif frame["op"] == "use":
+                    self._use(frame)
                 elif frame["op"] == "state":
                     self._to_worker(frame)
                 elif frame["op"] == "read":
@@ -4132,11 +4248,11 @@ class Supervisor:
 
     def _start(self, request: Run) -> None:
         self._reap()  # a worker that has just died must not be given the call
-        if self.begun is None and not self._fits(request):
+        if self.begun is None and not self._fits(self.packages):
             self._tell({"id": request["id"], "kind": "unfit"})
             return
         self.session = request["session"]
-        self.packages = request["packages"] = request["packages"] or self.packages
+        request["packages"] = self.packages
         self._read_all_output()
         if self.earlier:
             text = self.earlier.decode("utf-8", "replace")
@@ -4151,9 +4267,18 @@ class Supervisor:
         self.unread = self.begun = self.call.id
         self.worker_used = True
 
-    def _fits(self, request: Run) -> bool:
-        """Whether the sandbox has preloaded nothing but what this code is to import."""
-        folders = package_folders(self.settings["packages"], request["packages"])
+    def _use(self, request: Use) -> None:
+        """Be this session's, with these packages, and have the worker answer."""
+        if self.begun is None and not self._fits(request["packages"]):
+            self._tell({"id": request["id"], "kind": "unfit"})
+            return
+        self.session, self.packages, self.question = request["session"], request["packages"], request["id"]
+        self.active = time.monotonic()
+        self._to_worker(request)
+
+    def _fits(self, packages: str | None) -> bool:
+        """Whether the sandbox has preloaded nothing but what code with these packages is to import."""
+        folders = package_folders(self.settings["packages"], packages)
         return not self.settings["preload"] or self.installed == folders
 
     # ── files ──
@@ -4259,10 +4384,17 @@ class Supervisor:
                 if received.get("kind") == "prepared" and self.channel and not self.prepared:
                     self.prepared = True
                     self._tell({"kind": "prepared"})
-                if self.call is None or received.get("id") != self.call.id:
+                number = received.get("id")
+                if type(number) is not str or number not in (self.question, self.call and self.call.id):
                     continue  # left over from an earlier call
                 check_worker_frame(received, self.settings["worker_schemas"])
                 frame: FromWorker = received  # type: ignore[assignment]  # it has been checked
+                if frame["kind"] == "used":
+                    self._tell(frame)
+                    self.question = None
+                    continue
+                if self.call is None:
+                    continue
                 if frame["kind"] != "state":
                     self._read_all_output()  # output written before it goes before it
                 if frame["kind"] == "done":
@@ -5020,6 +5152,8 @@ class Worker:
             elif frame["op"] == "copy":
                 with contextlib.suppress(Exception):  # too many processes, or what the code did to modules used here
                     self._copy(frame["key"])
+            elif frame["op"] == "use":
+                self._use(frame)
             elif frame["op"] == "run":
                 state = given["data"] if given and given["id"] == frame["id"] else None
                 given = None
@@ -5311,6 +5445,13 @@ class Worker:
         self._attempt(self.flush_streams)
         os._exit(report.get("exit_code", int(report["status"] != "ok")))
 
+    def _use(self, request: Use) -> None:
+        """Use other packages from now on, and answer which modules had been imported in another version."""
+        stale: list[str] = []
+        with contextlib.suppress(Exception):  # the code may have put anything into sys.path
+            stale = self._use_packages(package_folders(self.packages_root, request["packages"]))
+        self.control.send({"id": request["id"], "kind": "used", "stale": stale})
+
     def _use_packages(self, folders: list[str]) -> list[str]:
         """Make the installed packages importable; return the modules already imported in another version."""
         added = [path for path in folders if path not in self.packages]
@@ -5339,7 +5480,13 @@ class Worker:
         self.filename = filename
         self.codes.pop(filename, None)
         self.codes[filename] = code
-        linecache.cache[filename] = (len(code), None, source_lines(code), filename)
+        # Until Python 3.13 the carets below a line are counted with the newline that linecache adds to the last one.
+        linecache.cache[filename] = (
+            len(code),
+            None,
+            source_lines(code if code.endswith("\n") else f"{code}\n"),
+            filename,
+        )
         flags = self.flags
 
         def parse(code: str) -> Any:
@@ -6799,20 +6946,22 @@ class Engine:
                 await self.run("version")
         return None
 
-    async def sandboxes(self, *filters: str) -> list[str]:
-        """Return the names of all hosts' running or paused sandboxes that match `filters`."""
+    async def sandboxes(self, *filters: str) -> dict[str, str]:
+        """Return all hosts' running or paused sandboxes that match `filters`: names and versions of the protocol."""
         states = ("--filter=status=running", "--filter=status=paused")  # by default Podman omits paused ones
         return await self._ours(*states, *filters)
 
-    async def leftovers(self) -> list[str]:
+    async def leftovers(self) -> dict[str, str]:
         """Return the names of sandboxes that do not run, because their host or the engine died while starting them."""
         return await self._ours("--all", "--filter=status=created", "--filter=status=exited")
 
-    async def _ours(self, *options: str) -> list[str]:
-        """Return the names of containers with a sandbox's labels and form of name; either alone proves nothing."""
+    async def _ours(self, *options: str) -> dict[str, str]:
+        """Return the containers with a sandbox's labels and form of name; either alone proves nothing."""
         labels = (f"--filter=label={label}" for label in (LABEL, f"{LABEL}.owner", f"{LABEL}.settings"))
-        names = (await self.run("ps", *options, *labels, "--format={{.Names}}")).split()
-        return [name for name in names if CONTAINER_NAME.fullmatch(name)]
+        version = f'.Label "{LABEL}"' if self.kind == "docker" else f'index .Labels "{LABEL}"'
+        lines = (await self.run("ps", *options, *labels, f"--format={{{{.Names}}}} {{{{{version}}}}}")).splitlines()
+        found = dict(line.split(maxsplit=1) for line in lines if " " in line)
+        return {name: version for name, version in found.items() if CONTAINER_NAME.fullmatch(name)}
 
     async def remove(self, name: str) -> None:
         """Kill and remove a container; it may be gone already."""

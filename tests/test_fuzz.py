@@ -216,7 +216,7 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
                 sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, container.stdout, Network(()))
                 call.placed, sandbox.call = True, call
                 tasks.start_soon(sandbox._serve, None)
-                await call.wait()
+                await call.wait(sandbox_runner.DOUBT_AFTER)
         return call
 
     call = anyio.run(run)

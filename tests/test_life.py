@@ -854,7 +854,7 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
         patch.setattr(Runner, "_leave", leave_without_a_word)
         async with open_runner(settings) as first:
             session = first.sessions.setdefault("s", sandbox_runner.Session("s"))
-            await first._create(session, sandbox_runner.Call(sandbox_runner.Request("", "s")), False)
+            await first._create(session, lambda _: None)
     assert docker.containers() == [session_container("s")]
     async with open_runner(settings) as second:
         assert (await second.execute("6 * 7", session="s")).value == "42"
@@ -941,9 +941,9 @@ async def test_a_container_of_somebody_elses_that_has_our_label_or_name_is_not_t
         await runner.execute("1", session="s")
         assert runner.launcher.engine
         with anyio.fail_after(20):
-            assert await runner.launcher.engine.sandboxes() == [session_container("s")]
+            assert list(await runner.launcher.engine.sandboxes()) == [session_container("s")]
         docker.run("rename", session_container("s"), "own-name")
-        assert await runner.launcher.engine.sandboxes() == []
+        assert await runner.launcher.engine.sandboxes() == {}
         docker.run("rename", "own-name", session_container("s"))
         await runner.close_session("s")
 

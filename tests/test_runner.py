@@ -540,10 +540,11 @@ async def answers_until(runner: Runner, text: str) -> str:
 async def test_a_call_whose_caller_does_not_wait_at_all_is_made_all_the_same(runner: Runner) -> None:
     await runner.execute("x = 6", session="s")
     for number in range(3):
-        at_once = await runner.execute(f"x * {number}", session="s", answer_within=0)
-        assert at_once.status == "running"
+        answer = await runner.execute(f"x * {number}", session="s", answer_within=0)
         with anyio.fail_after(20):
-            assert (await runner.execute("", session="s")).value == str(6 * number)
+            if answer.status == "running":  # else it has come in this very turn of the loop
+                answer = await runner.execute("", session="s")
+        assert answer.value == str(6 * number)
 
 
 async def test_code_that_goes_on_can_be_interrupted_and_keeps_its_variables(runner: Runner) -> None:

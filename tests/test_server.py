@@ -776,7 +776,7 @@ def test_kept_output_is_bounded_for_a_session_and_for_all(monkeypatch: pytest.Mo
     shelf = Shelf()
 
     def keep(session: str) -> str | None:
-        return shelf.add(Result("ok", output=(Text("stdout", "x" * 60_000),), session=session))
+        return shelf.add(Result("ok", output=(Text("stdout", "x" * 60_000),), session=session), ())
 
     first, second = keep("a"), keep("a")
     assert list(shelf.outputs) == [second]
@@ -785,6 +785,16 @@ def test_kept_output_is_bounded_for_a_session_and_for_all(monkeypatch: pytest.Mo
     assert second not in shelf.outputs
     shelf.clear("b")
     assert {session for session, _ in shelf.outputs.values()} == {"c"}
+
+
+def test_files_are_remembered_of_sessions_that_live_and_of_each_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_docker_mcp, "FILES_REMEMBERED", 2)
+    shelf = Shelf()
+    for number in range(3):
+        shelf.add(Result("ok", files=(FileInfo(f"{number}", 1), FileInfo("same", number)), session="a"), {"a", "b"})
+    assert list(shelf.files["a"].values()) == [FileInfo("2", 1), FileInfo("same", 2)]
+    shelf.add(Result("ok", files=(FileInfo("x", 1),), session="b"), {"b"})
+    assert list(shelf.files) == ["b"]
 
 
 def test_ids_that_are_made_up_are_fit_for_use_and_differ() -> None:

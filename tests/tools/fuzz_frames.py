@@ -160,7 +160,7 @@ def as_host(data: bytes) -> Result | None:
     hint = python_docker_mcp.hint_on(result, "1 +\n!pip", sandbox_runner.Config())
     json.dumps(result.as_dict())
     python_docker_mcp.render(result, hint=hint).model_dump_json()
-    python_docker_mcp.Shelf().add(result)
+    python_docker_mcp.Shelf().add(result, ())
     assert sandbox_runner.exit_status(result) >= 0
     for item in result.output:
         sandbox_runner.plain_text(item)
