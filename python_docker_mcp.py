@@ -49,7 +49,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Annotated, Any, ClassVar, Literal, get_args
+from typing import IO, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import anyio
 import mcp_types as types
@@ -65,10 +65,10 @@ from sandbox_runner import (
     BASE_LABEL,
     CGROUP_REMEDY,
     CONFIG_HELP,
+    HARMFUL,
     IMAGE_SIDE,
     PACKAGES,
     PROXY_PORT,
-    RUNC_REMEDY,
     WRITABLE_FOLDERS,
     Config,
     ConfigError,
@@ -92,7 +92,6 @@ from sandbox_runner import (
     Text,
     __version__,
     clip,
-    component_version,
     host_image_name,
     image_type,
     is_within,
@@ -104,7 +103,6 @@ from sandbox_runner import (
     plain_name,
     plain_text,
     run_to_exit,
-    runc_problem,
     set_up_logging,
     show_status,
     size_in_bytes,
@@ -117,6 +115,8 @@ gc.enable()
 
 __all__ = ["make_server", "main"]
 
+T = TypeVar("T")
+
 # Limits on one result. Claude Code warns at 10 000 tokens, Claude Desktop refuses results near a megabyte, and the
 # model's API refuses images of more than 2000 pixels a side, and more than a hundred of them in a conversation.
 OUTPUT_BUDGET = 30_000  # characters of what the code wrote and displayed
@@ -127,6 +127,7 @@ RESULT_LIMIT = 900_000  # bytes of the whole result as JSON
 IMAGE_LIMIT = 20  # images
 FILES_NAMED = 30  # files named in a result, or in a tool's description
 FILES_LOOKED_AT = 1000  # entries of a folder, to see whether it has so few
+LOOK_PATIENCE = 1.0  # seconds for such a look: what it adds is not worth more
 
 # Limits on what is kept and read for results that could not hold everything.
 OUTPUT_KEPT = 16 << 20  # characters of output, per session
@@ -272,7 +273,7 @@ class ExecuteTransient(Tool):
         )
         return render(
             result,
-            hint=service.hint_on(result, self.code),
+            hint=await service.hint_on(result, self.code),
             state_budget=STATE_UNASKED if self.state is None else STATE_BUDGET,
         )
 
@@ -342,7 +343,7 @@ class ExecutePersistent(Tool):
             result,
             new_session=self.session_id is None,
             kept=service.shelf.add(result, service.runner.living()),
-            hint=service.hint_on(result, self.code),
+            hint=await service.hint_on(result, self.code),
         )
 
 
@@ -416,15 +417,15 @@ class ParameterSchema(GenerateJsonSchema):
         return False
 
 
-def describe(tool: type[Tool], config: Config) -> types.Tool:
-    """Describe a tool for `tools/list`."""
+def describe(tool: type[Tool], config: Config, given: str = "") -> types.Tool:
+    """Describe a tool for `tools/list`; `given` says which files it can be given."""
     schema = tool.model_json_schema(schema_generator=ParameterSchema)
     schema = {key: value for key, value in schema.items() if key not in ("title", "description")}
     most = config.session.max_timeout if tool.keeps_sessions else config.docker.max_timeout
     if tool.runs_code:
         schema["properties"]["timeout"].update(default=config.docker.timeout, maximum=most)
         if config.files.inputs:
-            schema["properties"]["files"]["description"] += f" {what_can_be_given(config)}"
+            schema["properties"]["files"]["description"] += f" {given}".rstrip()
         else:
             del schema["properties"]["files"]
     remark = limits(config, most) if tool.runs_code else preinstalled(config) if tool is InstallPackage else ""
@@ -461,15 +462,21 @@ def limits(config: Config, most: float) -> str:
 
 def what_can_be_given(config: Config) -> str:
     """Name the folders whose files a call may be given, and the files in them if there are few."""
-    folders = config.files.folders()
     names: list[str] = []
-    for folder in folders:
+    for folder in config.files.folders():
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             found = itertools.islice(entries, FILES_LOOKED_AT)
             files = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
-            names += [name for name in files if name.isprintable() and not name.startswith(".")]
+            names += [name for name in files if not HARMFUL.search(name) and not name.startswith(".")]
     few = f", which has {', '.join(sorted(names))}" if 0 < len(names) <= FILES_NAMED else ""
-    return f"They are taken from {' or '.join(map(str, folders))}{few}."
+    return f"They are taken from {' or '.join(config.files.inputs)}{few}."
+
+
+async def looked_up(function: Callable[[], T], instead: T) -> T:
+    """Call a function that looks at the host's folders in a thread; return something else if that takes too long."""
+    with anyio.move_on_after(LOOK_PATIENCE):
+        return await anyio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+    return instead
 
 
 async def permitted(files: Sequence[str] | None, config: FilesConfig) -> list[InputFile]:
@@ -535,8 +542,10 @@ def files_in_and_out(config: Config) -> str:
             "paths. Tell the user those; there is no need to print what is in the files."
         )
     if config.files.inputs:
-        words += "\n- Files of the user's: name them in `files`, and open them by their base names. "
-        words += what_can_be_given(config)
+        words += (
+            "\n- Files of the user's: name them in `files`, and open them by their base names. They are taken from "
+            f"{' or '.join(config.files.inputs)}."
+        )
     return words
 
 
@@ -1193,6 +1202,10 @@ NO_POOL = (
 NO_FILE = "There is no file: the working directory is {docker.working_dir}; use paths relative to it."
 NO_IPYTHON = "This is plain Python, not IPython: leave it out. Shell lines (!ls) and figures work without it."
 DISK_FULL = "Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
+WRONG_NAME = (
+    "That server's certificate is for another name than the one asked for: use the name that it is for. A name that "
+    "leads to an address in this network is reached if docker.network_allow lists both."
+)
 UNKNOWN_AUTHORITY = (
     "That server's certificate is of an authority unknown here: the operator can name a bundle that has it "
     "(package.ca_bundle), for sandboxes started after that."
@@ -1323,7 +1336,7 @@ def hint_on_read_only(_: re.Match[str], failure: Failure) -> str | None:
 def hint_on_path(found: re.Match[str], failure: Failure) -> str | None:
     """Return which folders code sees, if a file was looked for outside of them."""
     docker = failure.config.docker
-    mounted = [split_mount(mount)[2] for mount in docker.mounts]
+    mounted = [split_mount(mount)[1] for mount in docker.mounts]
     known = (docker.working_dir, *WRITABLE_FOLDERS, *SYSTEM_FOLDERS, *mounted)
     if any(is_within(found[1], folder) for folder in known):
         return None
@@ -1351,7 +1364,7 @@ def hint_on_input(found: re.Match[str], failure: Failure) -> str | None:
 def hint_on_permission(found: re.Match[str], failure: Failure) -> str | None:
     """Return what to do where a mounted folder's permissions are in the way."""
     docker = failure.config.docker
-    for folder in (split_mount(mount)[2] for mount in docker.mounts):
+    for folder in (split_mount(mount)[1] for mount in docker.mounts):
         if is_within(found[1], folder):
             saved = ", from where it is saved for the user" if failure.config.files.output else ""
             return (
@@ -1391,6 +1404,7 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r"EOFError", r"EOF when reading a line", "Nobody can answer a prompt here: put the value into the code."),
     # the walls: by error number, as exceptions' types vary
     (r".*", r"\[Errno (?:-2|-3|101)\]|Temporary failure in name resolution", hint_on_network),
+    (r".*", r"(?i)hostname mismatch|ip address mismatch|certificate is not valid for", WRONG_NAME),
     (r".*", r"CERTIFICATE_VERIFY_FAILED", UNKNOWN_AUTHORITY),
     (r".*", r"\[Errno 30\]", hint_on_read_only),
     (r".*", r"\[Errno 28\]", DISK_FULL),
@@ -1472,10 +1486,13 @@ class Service:
     shelf: Shelf = field(default_factory=Shelf)
     reporter: Reporter = field(default_factory=lambda: Reporter())
 
-    def hint_on(self, result: Result, code: str) -> str | None:
+    async def hint_on(self, result: Result, code: str) -> str | None:
         """Return what to do about a failure of this runner's."""
-        image = self.runner.launcher.image
-        return hint_on(result, code, self.runner.config, image.problem if image else None)
+        image, config = self.runner.launcher.image, self.runner.config
+        lacking = image.problem if image else None
+        if config.files.inputs and result.exception:  # a hint may look for a file there
+            return await looked_up(lambda: hint_on(result, code, config, lacking), None)
+        return hint_on(result, code, config, lacking)
 
 
 Context = ServerRequestContext[Service]
@@ -1511,9 +1528,9 @@ def make_server(runner: Runner) -> Server[Service]:
 async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -> types.ListToolsResult:
     """List the tools, always in the same order."""
     config = context.lifespan_context.runner.config
-    # In a thread, as a description may name what lies in folders of the host's, which may be slow.
-    tools = await anyio.to_thread.run_sync(lambda: [describe(tool, config) for tool in TOOLS.values()])
-    return types.ListToolsResult(tools=tools)
+    folders = f"They are taken from {' or '.join(config.files.inputs)}."
+    given = await looked_up(lambda: what_can_be_given(config), folders) if config.files.inputs else ""
+    return types.ListToolsResult(tools=[describe(tool, config, given) for tool in TOOLS.values()])
 
 
 async def call_tool(context: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
@@ -1891,7 +1908,8 @@ class Patient:
         if name and name == podman.get("name"):
             found = re.search(r"\d+\.\d+[^\s,]*", str(podman.get("version")))
             return name, found[0] if found else ""
-        return name, component_version(self.version, name)
+        parts = (self.version.get("Server") or {}).get("Components") or []
+        return name, next((str(part.get("Version")) for part in parts if part.get("Name") == name), "")
 
     @property
     def runtime_details(self) -> Mapping[str, Any]:
@@ -1927,15 +1945,13 @@ def judge_engine(patient: Patient, *_: Any) -> Judgement:
 
 
 def judge_runtime(patient: Patient, *_: Any) -> Judgement:
-    """Which program starts the containers, and whether there are known ways out of them."""
+    """Which program starts the containers, and its version: distributions mend holes without raising that."""
     name, version = patient.runtime
     if not name:
         remedy = f"See what `{patient.engine.kind} info` says; it should name a runtime such as runc."
         return "warning", "the engine does not say which", remedy
     if patient.is_gvisor:
         return "ok", f"{name} {version}".strip() + ": gVisor, whose kernel stands between the code and the host's"
-    if problem := runc_problem(version) if name == "runc" else None:
-        return "warning", f"runc {version}; known ways out of this version: {problem}", RUNC_REMEDY
     return "ok", f"{name} {version}".strip()
 
 
@@ -1973,7 +1989,7 @@ def judge_file_system(patient: Patient, _: Result, seen: Any) -> Judgement:
     """Whether code can write to nothing but its own folders, and can't change what others import."""
     docker, (root, packages, mounts) = patient.config.docker, seen
     given = [docker.working_dir, *WRITABLE_FOLDERS]
-    given += [split_mount(mount)[2] for mount in docker.mounts if mount.endswith(":rw")]
+    given += [split_mount(mount)[1] for mount in docker.mounts if mount.endswith(":rw")]
     if others := sorted({*mounts, *([] if packages == "EROFS" else [PACKAGES])} - set(given)):
         return "failed", f"{', '.join(others)} can be written"
     places = ", ".join(path for path in given if path in mounts)
@@ -1987,10 +2003,10 @@ def judge_mounts(patient: Patient, _: Result, seen: Any) -> Judgement:
     """Whether code can use the folders of the host that are made visible to it."""
     said, remedies = [], []
     for mount, (can_read, can_write, entries) in zip(patient.config.docker.mounts, seen, strict=True):
-        place, source, target, mode = split_mount(mount)
+        place, target, mode = split_mount(mount)
         here = 0
         with contextlib.suppress(OSError):
-            here = len(os.listdir(source))
+            here = len(os.listdir(os.path.expanduser(place)))
         if not can_read:
             said.append(f"{target} can't be read")
             remedies.append(UNREADABLE.format(place))
@@ -2002,7 +2018,7 @@ def judge_mounts(patient: Patient, _: Result, seen: Any) -> Judgement:
             remedies.append(UNWRITABLE.format(place))
     if said:
         return "warning", "; ".join(said), " ".join(dict.fromkeys(remedies))
-    shown = [split_mount(mount)[2] for mount in patient.config.docker.mounts]
+    shown = [split_mount(mount)[1] for mount in patient.config.docker.mounts]
     return "ok", ", ".join(shown) or "of the host, code sees nothing"
 
 
@@ -2171,6 +2187,9 @@ def judge(check: Check, patient: Patient, result: Result) -> Finding:
         judgement, seen, *advice = check.judge(patient, result, (result.variables or {}).get("seen"))
         verdict: Verdict = judgement if isinstance(judgement, str) else "ok" if judgement else "failed"
         remedy = [""] if verdict == "ok" else advice or [unkept(patient, check.flag)]
+        if result.status == "out_of_memory" and verdict != "ok":
+            needs = f"needs more memory than {patient.config.docker.memory_limit}"
+            seen, remedy = f"{seen}; it {needs}", ["Raise docker.memory_limit."]
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a sandbox says is not to be believed
         verdict, seen = "failed", f"the probe's answer makes no sense ({type(error).__name__}: {error})"
         if result.status != "ok":
@@ -2298,7 +2317,7 @@ async def attempt(check: Check, runner: Runner, session: str | None) -> Result:
         "packages": repr(PACKAGES),
         "port": PROXY_PORT,
         "targets": proxy_targets(runner.config.docker),
-        "mounts": [split_mount(mount)[2] for mount in runner.config.docker.mounts],
+        "mounts": [split_mount(mount)[1] for mount in runner.config.docker.mounts],
     }
     code = f"{probe_source()}\nseen = {check.expression.format(**names)}"
     try:
@@ -2347,11 +2366,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_to_exit("python-docker-mcp", functools.partial(options.command, options))
     set_up_logging("python-docker-mcp: %(message)s", logging.INFO)
     try:
-        config = load_config(options.config)
+        config = load_config(options.config, look=False)  # nothing that may take long comes before the handshake
     except ConfigError as error:
         print(f"python-docker-mcp: {error}", file=sys.stderr)
         sys.exit(2)
-    anyio.run(_serve, config)
+    anyio.run(_serve, config, options.config)
+    sys.stderr.flush()
+    os._exit(0)  # a thread may still wait for a folder on a drive that has gone
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2593,11 +2614,11 @@ def _take_streams() -> list[Wire]:
         return [Inbox(sys.stdin, nothing, outbox), outbox]
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, file: str | None = None) -> None:
     received: list[int] = []
     async with stdio_server(*_take_streams()) as (reader, writer):
         # A signal cancels `tasks`, not the runner: calls still need the runner to interrupt their code.
-        async with open_runner(config, warm=True) as runner, open_tasks() as tasks:
+        async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
             if sys.platform != "win32":  # on Windows, EOF is the only orderly end
                 tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
             server = make_server(runner)

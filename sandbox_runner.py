@@ -295,18 +295,23 @@ HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, 
 
 @asynccontextmanager
 async def open_runner(
-    config: Config | None = None, *, warm: bool = False, on_status: OnStatus | None = None
+    config: Config | None = None,
+    *,
+    warm: bool = False,
+    on_status: OnStatus | None = None,
+    file: str | os.PathLike[str] | None = None,
 ) -> AsyncIterator[Runner]:
     """Provide a Runner for an `async with`.
 
     It starts nothing until the first call, unless it is `warm`: then it prepares the image and a pool of sandboxes in
     the background, while calls can already be made. `on_status` is called with what takes long in the background, or
-    in a call without an `on_status` of its own, and with "" when that is over.
+    in a call without an `on_status` of its own, and with "" when that is over. `file` is the configuration's, which no
+    code may see; by default, where `load_config` would look for it.
 
     At the end sessions are left detached: their containers wait `session.idle_timeout` seconds for the next host.
     """
     async with open_tasks() as tasks:
-        runner = Runner(config or Config(), tasks, on_status)
+        runner = Runner(config or Config(), tasks, on_status, config_file(file))
         if warm:
             tasks.start_soon(runner._warm_up)
             tasks.start_soon(runner._tidy)
@@ -323,9 +328,9 @@ class Runner:
     Attributes that may be looked at: `pool`, `sessions` (by name), `launcher`.
     """
 
-    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None = None) -> None:
+    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None, file: Path) -> None:
         self.config = config
-        self.launcher = Launcher(config, tasks, on_status)
+        self.launcher = Launcher(config, tasks, on_status, file)
         self.sessions: dict[str, Session] = {}
         self.pool = Pool(self.launcher.start, config.pool, tasks, config.session.idle_timeout)
         self._tasks = tasks
@@ -374,6 +379,7 @@ class Runner:
 
         Raises:
             RequestError: an argument can't be accepted.
+            ConfigError: a folder that the configuration names can't be used.
             EngineError, ImageError: there is nothing to run the code in, or the engine has stopped answering; code that
                 runs in a session then goes on, and the next call tells its end.
             SessionError: another program is using the session, or a call that was not waited for is going on in it.
@@ -381,6 +387,7 @@ class Runner:
         self.pool.touch()
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
+        await self.launcher.require_paths()
         if (files or output) and sys.platform == "win32":
             raise RequestError("On Windows no files can be copied: make a folder visible by docker.mounts instead.")
         given = await anyio.to_thread.run_sync(input_files, files, self.config) if files else ()
@@ -399,7 +406,7 @@ class Runner:
         """Return the result of a call that has ended with its files saved, and with a word on what happened."""
         if sandbox and result.files:
             folder = output_folder(call, self.config.files)
-            call.report(f"saving {len(result.files)} files" if folder else "")
+            call.report(f"saving {files_in_words(len(result.files))}" if folder else "")
             result = await bring_out(sandbox, result, folder, size_in_bytes(self.config.files.limit))
             call.report("")
         return self._explain(result, call)
@@ -476,7 +483,7 @@ class Runner:
                     await session.sandbox.cancel()
                 raise
         if not call.request.code.strip() and result.status in ("ok", "cancelled"):
-            nothing = "there was no code to run, and none running to wait for"
+            nothing = "nothing was running" if interrupt else "there was no code to run, and none running to wait for"
             result = dataclasses.replace(result, status="ok", exception=None, message=nothing)
         return dataclasses.replace(result, unread=earlier) if earlier else result
 
@@ -904,10 +911,6 @@ class Runner:
 
     async def _tidy(self) -> None:
         with contextlib.suppress(SandboxError):  # without an engine there is nothing to tidy up
-            engine = await self.launcher.find_engine()
-            problem = runc_problem(engine.runc)
-            if problem and self.config.docker.runtime in (None, "runc"):
-                log.warning("the engine's runc %s has known ways out: %s. %s", engine.runc, problem, RUNC_REMEDY)
             for name in await self.launcher.prune():
                 log.info("removed the container %s, which never ran", name)
 
@@ -1604,6 +1607,7 @@ class Pool:
 
 MAX_PLUGS = 8  # sandboxes asked at once; each costs the engine a process
 IMAGE_RETRY_PAUSE = 600  # seconds until another attempt to complete an image that lacks its preinstalled packages
+LOOK_TIMEOUT = 10  # seconds for the file system to tell of the folders that the configuration names
 PRUNE_PAUSE = 75  # seconds; longer than any container takes from being created to running
 
 
@@ -1613,8 +1617,9 @@ class Launcher:
     Attributes that may be looked at: `owner` (its id), `engine` and `image` (None until they are found).
     """
 
-    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None) -> None:
+    def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None, file: Path) -> None:
         self.config = config
+        self.file = file  # of the configuration
         self.on_status = on_status
         self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
         self.network = Network(config.docker.network_allow)
@@ -1627,6 +1632,27 @@ class Launcher:
         self._preparing = anyio.Lock()
         self._watching: list[OnStatus] = []  # those who wait until engine and image are there
         self._retry_at = 0.0  # when to try again to complete an image
+        self._may_look = anyio.CapacityLimiter(1)  # a thread that looks at folders may hang for a long time
+        self._has_looked = not (config.docker.mounts or config.files.named() or config.package.ca_bundle)
+
+    async def require_paths(self) -> None:
+        """See once, before the first call, that the folders which the configuration names may be used.
+
+        Raises ConfigError if not, or if they don't answer.
+        """
+        if self._has_looked:
+            return
+        look = functools.partial(require_paths, self.config, self.file)
+        try:
+            with anyio.fail_after(LOOK_TIMEOUT):
+                await anyio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._may_look)
+        except TimeoutError:
+            named = [place for _, place in self.config.files.named()] + list(self.config.docker.mounts)
+            raise ConfigError(
+                f"A folder of the configuration did not answer within {LOOK_TIMEOUT} seconds ({', '.join(named)}): is "
+                "one on a drive that is not there? Connect it, or take the folder out of the configuration."
+            ) from None
+        self._has_looked = True
 
     async def find_engine(self) -> Engine:
         """Return the engine. Raises EngineError."""
@@ -1651,6 +1677,7 @@ class Launcher:
         Raises:
             EngineError, ImageError: there is nothing to run code in.
         """
+        await self.require_paths()
         await self.find_engine()  # ahead of the queue: where there is none, no call waits for those before it
         watcher = report or self.report
         self._watching.append(watcher)
@@ -2072,7 +2099,7 @@ class Sandbox:
         log.debug("call %s of %s in the container %s", call.id, call.request.session or "no session", self.name)
         call.attempts += 1
         if call.request.files:
-            call.report(f"copying {len(call.request.files)} files into the sandbox")
+            call.report(f"copying {files_in_words(len(call.request.files))} into the sandbox")
             try:
                 await self.take_in(call.request.files)
             except SandboxError as error:
@@ -2339,10 +2366,16 @@ class InputFile:
             os.close(descriptor)
 
 
+def files_in_words(count: int) -> str:
+    """Return how many files there are."""
+    return "a file" if count == 1 else f"{count} files"
+
+
 def alike(place: Path) -> str | None:
     """Return what a file that does not exist may have been meant to be, in words; None if nothing is like it."""
     with contextlib.suppress(OSError):
-        if found := difflib.get_close_matches(place.name, [entry.name for entry in place.parent.iterdir()], 1):
+        files = [entry.name for entry in os.scandir(place.parent) if entry.is_file(follow_symlinks=False)]
+        if found := difflib.get_close_matches(place.name, files, 1):
             return f": did you mean {found[0]}?"
     return None
 
@@ -2625,6 +2658,10 @@ class Network:
         where = host if port == usual else f"{host}:{port}"
         raise RefusedError(403, f"{where} was refused: docker.network_allow has {self.allowed}")
 
+    def _lists(self, address: str, port: int, rule: HostRule) -> bool:
+        """Whether an address is listed itself, with this port or with none; `rule` is the one of its name."""
+        return any(one.name == address and one.port in (None, port) for one in self.rules if one is not rule)
+
     async def connect(self, host: str, port: int, rule: HostRule, scheme: str) -> tuple[anyio.abc.SocketStream, str]:
         """Connect to a host, or else to the proxy that this server's environment names for it; return its address, too.
 
@@ -2666,11 +2703,12 @@ class Network:
                 with anyio.fail_after(CONNECT_TIMEOUT):
                     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
                 addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-                if rule.name != "localhost" and (private := [one for one in addresses if not is_public(one)]):
+                private = [one for one in addresses if not (is_public(one) or self._lists(one, port, rule))]
+                if rule.name != "localhost" and private:
                     raise RefusedError(
                         403,
                         f"{host} was refused: its name leads to {private[0]}, which is not public; "
-                        "docker.network_allow can list that instead",
+                        "docker.network_allow can list that address beside the name",
                     )
             with anyio.fail_after(CONNECT_TIMEOUT):
                 for address in addresses[:-1]:
@@ -4502,8 +4540,11 @@ class Supervisor:
             done["status"] = call.stopped_for
         elif lost:
             done["status"] = "out_of_memory" if oom_kills else "died"
-        if others and done["status"] == "out_of_memory":
-            done["message"] = f"it ran in {others + 1} processes"
+        if done["status"] == "out_of_memory":
+            held = sum(map(bytes_held, {self.home, *self.settings["writable_folders"]})) >> 20
+            causes = [f"it ran in {others + 1} processes"] if others else []
+            causes += [f"its files, which are held in memory, took {held} MB of that"] if held >= 16 else []
+            done["message"] = " and ".join(causes) or None
         if call.stopped_for == "timeout" and call.code_ended and not message:
             done["message"] = "the code ended in time, but not all of its figures and variables could be shown"
         self.call = self.lost = None
@@ -4716,6 +4757,14 @@ def list_files(home: str, endings: tuple[str, ...] = ("",)) -> tuple[dict[str, t
                     state = entry.stat(follow_symlinks=False)
                     found[folder + entry.name] = (state.st_mtime_ns, state.st_size)
     return found, True
+
+
+def bytes_held(folder: str) -> int:
+    """Return how much the files of a file system that is held in memory take; 0 for one that is not there."""
+    with contextlib.suppress(OSError):
+        state = os.statvfs(folder)
+        return (state.f_blocks - state.f_bfree) * state.f_frsize
+    return 0
 
 
 def kill_all_others(patience: float, spared: int = 0) -> None:
@@ -5852,7 +5901,11 @@ class Notebook:
         wanted = [word for word in words if word[0].isalnum()] if "-r" not in words else []
         there = {plain_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
         found = {word: there.get(plain_name(re.split(r"[\[<>=!~]", word)[0])) for word in wanted}
+        modules = {
+            word for word in wanted if word.isidentifier() and importlib.util.find_spec(word)
+        }  # as sklearn is one
         absent = [word for word in wanted if found[word] is None or word.partition("==")[2] not in ("", found[word])]
+        absent = [word for word in absent if word not in modules]
         if verb in ("list", "freeze"):
             print("\n".join(f"{package}=={version}" for package, version in sorted(there.items())))
         elif absent or not wanted:
@@ -6787,7 +6840,6 @@ class Engine:
     command: str  # path to the executable
     kind: Literal["docker", "podman"]
     version: str
-    runc: str = ""  # version of the engine's runc, if reported
 
     async def run(self, *arguments: str, timeout: float = ENGINE_TIMEOUT, stdin: Any = subprocess.DEVNULL) -> str:
         """Run a command to its end and return its output.
@@ -7073,39 +7125,13 @@ async def _identify(path: str) -> Engine:
     major = re.match(r"\d+", version)
     if major and int(major[0]) < oldest:
         raise EngineError(f"{path} is {kind} {version}, which is too old: version {oldest} or later is needed.")
-    return Engine(path, kind, version, component_version({"Server": server}, "runc"))
-
-
-def component_version(answer: Any, name: str) -> str:
-    """Return the version of a component, such as runc, from the JSON of `docker version`; "" if it has none."""
-    try:
-        versions = {part["Name"]: str(part["Version"]) for part in answer["Server"]["Components"]}
-    except (KeyError, TypeError):
-        return ""
-    return versions.get(name, "")
-
-
-def runc_problem(version: str) -> str | None:
-    """Return the known container escapes that a version of runc is open to; None if there are none."""
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:-rc\.?(\d+))?", version)
-    if not match:
-        return None
-    number = (int(match[1]), int(match[2]), int(match[3]), int(match[4]) if match[4] else math.inf)
-    # https://github.com/opencontainers/runc/security/advisories
-    fixed_in_2025 = {(1, 2): (1, 2, 8), (1, 3): (1, 3, 3), (1, 4): (1, 4, 0, 3)}
-    problems = []
-    if number < (1, 1, 12):
-        problems.append("CVE-2024-21626")
-    if number < fixed_in_2025.get(number[:2], (1, 2, 8)):
-        problems.append("CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881")
-    return ", ".join(problems) or None
+    return Engine(path, kind, version)
 
 
 CGROUP_REMEDY = (
     "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu cpuset "
     "io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
 )
-RUNC_REMEDY = "Update runc to 1.2.8, 1.3.3 or 1.4.0 or later, unless your distribution has backported the fixes."
 
 
 def path_for(program: str) -> str:
@@ -7482,14 +7508,12 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
     docker, package = config.docker, config.package
     if not package.preinstalled:
         return await find_image(engine, docker, report)
-    name = derived_name(docker, package)
-    made = await _image_id(engine, name)
-    base_id = await _image_id(engine, docker.image) if made else None
-    if made and (
-        not base_id or base_id == await engine.inspect("image", name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
-    ):
-        return Image(name, made, "derived")  # from the current base image, or from one that is gone
+    if docker.image != "host" and (made := await _find_derived(engine, docker.image, package)):
+        return made
     base = await find_image(engine, docker, report)
+    if base.name != docker.image and (made := await _find_derived(engine, base.name, package)):
+        return made
+    name = derived_name(base.name, package)
     try:
         with anyio.fail_after(INSTALL_TIMEOUT):
             identity = await _build(engine, base, name, config, report)
@@ -7500,13 +7524,23 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
     return Image(name, identity, f"derived from {base.name} ({base.origin})")
 
 
-def derived_name(docker: DockerConfig, package: PackageConfig) -> str:
-    """Return the derived image's name, a digest of its ingredients."""
-    recipe = "\n".join((str(RECIPE), docker.image, host_image_name(), package.installer, *package.preinstalled))
+async def _find_derived(engine: Engine, base: str, package: PackageConfig) -> Image | None:
+    """Return the image derived from a base image as it is now, or from one that is gone; None if there is none."""
+    name = derived_name(base, package)
+    if not (made := await _image_id(engine, name)):
+        return None
+    base_id = await _image_id(engine, base)
+    derived_from = await engine.inspect("image", name, f'{{{{index .Config.Labels "{BASE_LABEL}"}}}}')
+    return Image(name, made, "derived") if base_id in (None, derived_from) else None
+
+
+def derived_name(base: str, package: PackageConfig) -> str:
+    """Return the name of the image derived from a base image: a digest of its ingredients, the same on every host."""
+    recipe = "\n".join((str(RECIPE), base, package.installer, *package.preinstalled))
     return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-RECIPE = 3  # increased when the same packages would yield a different image
+RECIPE = 4  # increased when the same packages would yield a different image
 BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of its base image
 BASE_NAME_LABEL = "python-docker-mcp.base-name"
 
@@ -7528,7 +7562,7 @@ async def _build(engine: Engine, base: Image, name: str, config: Config, report:
             except HelperError:
                 if attempt == BUILD_ATTEMPTS:
                     raise
-    await _remove_older_images(engine, name, config.docker.image)
+    await _remove_older_images(engine, name, base.name)
     return await _image_id(engine, name) or name
 
 
@@ -7544,7 +7578,7 @@ async def _build_once(
         await engine.run(
             "commit",
             f"--change=LABEL {BASE_LABEL}={base.id}",
-            f"--change=LABEL {BASE_NAME_LABEL}={config.docker.image}",
+            f"--change=LABEL {BASE_NAME_LABEL}={base.name}",
             helper,
             name,
             timeout=PULL_TIMEOUT,
@@ -8088,6 +8122,10 @@ WORKER_SCHEMAS = dict(map(schema_of, get_args(FromWorker)))
 # ── configuration ──
 
 
+# A size in Docker's format; in YAML it may also be a number of bytes.
+Size = Annotated[str, pydantic.BeforeValidator(lambda given: str(given) if type(given) in (int, float) else given)]
+
+
 @dataclass(frozen=True)
 class DockerConfig:
     """Settings of the containers. Sizes are text in Docker's format: a number and b, k, m or g."""
@@ -8095,11 +8133,11 @@ class DockerConfig:
     command: str | None = None
     image: str = "python:3.12.2-slim"
     working_dir: str = "/app"
-    memory_limit: str = "256m"
+    memory_limit: Size = "256m"
     cpu_limit: float = 0.5
     pids_limit: int = 256
-    disk_limit: str = "64m"
-    output_limit: str = "8m"
+    disk_limit: Size = "64m"
+    output_limit: Size = "8m"
     timeout: float = 30.0
     max_timeout: float = 300.0
     network_disabled: bool = True
@@ -8121,6 +8159,9 @@ class DockerConfig:
         for name in ("cpu_limit", "pids_limit", "timeout", "max_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"docker.{name}: {getattr(self, name)!r} is not a number above zero")
+        if self.timeout > self.max_timeout:
+            most = f"docker.max_timeout ({self.max_timeout:g}) allows: raise that, too"
+            raise ValueError(f"docker.timeout: {self.timeout:g} is more than {most}")
         if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.working_dir) or ".." in self.working_dir:
             raise ValueError(f"docker.working_dir: {self.working_dir!r} is not an absolute path such as /app")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", self.image):
@@ -8128,7 +8169,7 @@ class DockerConfig:
         if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
         for mount in self.mounts:
-            mount_argument(mount, self.working_dir)
+            split_mount(mount, self.working_dir)
         for host in self.network_allow:
             try:
                 HostRule.parse(host)
@@ -8186,8 +8227,6 @@ class PackageConfig:
         for name, value in (("network", self.network), ("volume", self.volume)):
             if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
                 raise ValueError(f"package.{name}: {value!r} is not the name of a {name}")
-        if self.ca_bundle is not None and not Path(self.ca_bundle).expanduser().is_file():
-            raise ValueError(f"package.ca_bundle: {self.ca_bundle!r} is not a file on this host")
 
 
 @dataclass(frozen=True)
@@ -8196,36 +8235,28 @@ class FilesConfig:
 
     output: str | None = None
     inputs: tuple[str, ...] = ()
-    limit: str = "100m"
+    limit: Size = "100m"
 
     def __post_init__(self) -> None:
-        """Refuse folders that are not there, or that no file should come from or go to."""
+        """Refuse what can be no folder's path, without a look at the file system."""
         try:
             size_in_bytes(self.limit)
         except ValueError as error:
             raise ValueError(f"files.limit: {error}") from None
         if (self.output or self.inputs) and sys.platform == "win32":
             raise ValueError("files.output: on Windows no files can be copied, use docker.mounts instead")
-        for setting, place, folder in self.named():
+        for setting, place in self.named():
             if not Path(place).expanduser().is_absolute():
                 raise ValueError(f"{setting}: {place!r} is not an absolute path, such as ~/Documents")
-            if not folder.is_dir() and (place in self.inputs or folder.exists()):
-                raise ValueError(f"{setting}: {place!r} is not a folder on this host")
-            if reason := why_not_mounted(folder):
-                raise ValueError(f"{setting}: {place!r} is refused, as {reason}: name a folder that holds only data")
 
-    def named(self) -> Iterator[tuple[str, str, Path]]:
-        """Yield each folder that a setting names: the setting, the folder as written, and without links in its path."""
-        places = [
-            *([("files.output", self.output)] if self.output else []),
-            *(("files.inputs", one) for one in self.inputs),
-        ]
-        for setting, place in places:
-            yield setting, place, Path(place).expanduser().resolve()
+    def named(self) -> list[tuple[str, str]]:
+        """Return each folder that a setting names: the setting, and the folder as written."""
+        output = [("files.output", self.output)] if self.output else []
+        return [*output, *(("files.inputs", one) for one in self.inputs)]
 
     def folders(self) -> list[Path]:
         """Return the folders whose files a call may be given, without links in their paths."""
-        return [folder for setting, _, folder in self.named() if setting == "files.inputs"]
+        return [Path(place).expanduser().resolve() for place in self.inputs]
 
 
 @dataclass(frozen=True)
@@ -8264,6 +8295,12 @@ class Config:
     allowed_modules: tuple[str, ...] = ()
     blocked_modules: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict one another."""
+        if self.docker.timeout > self.session.max_timeout:
+            most = f"session.max_timeout ({self.session.max_timeout:g}) allows: raise that, too"
+            raise ValueError(f"docker.timeout: {self.docker.timeout:g} is more than {most}")
+
 
 CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
 ENVIRONMENT = {  # variable: the setting it overrides
@@ -8278,10 +8315,14 @@ ENVIRONMENT = {  # variable: the setting it overrides
 }
 
 
-def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+def load_config(
+    path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ, *, look: bool = True
+) -> Config:
     """Load the configuration: defaults, overridden by the file, then by the environment.
 
     The file is `path`, else PYTHON_DOCKER_MCP_CONFIG, else ~/.python-docker-mcp/config.yaml (which may be missing).
+    Unless it is to `look`, it leaves it to the Runner to see whether the folders that are named can be used: on a drive
+    that has gone, that may take very long.
 
     Raises:
         ConfigError: the file can't be read or has an unknown key, or a value is invalid.
@@ -8313,8 +8354,30 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
             if isinstance(settings.setdefault(section, {}) or {}, dict):
                 settings[section] = {**(settings[section] or {}), name: value}
     config = _validated(settings, file, origin) if settings else Config()
-    refuse_to_share(file, config)
+    if look:
+        require_paths(config, file, environ)
     return config
+
+
+def require_paths(config: Config, file: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError if a file or folder that the configuration in `file` names can't be used, or should not be."""
+    try:
+        for mount in config.docker.mounts:
+            mount_argument(mount, config.docker.working_dir)
+        for setting, place in config.files.named():
+            folder = Path(place).expanduser().resolve()
+            if not folder.is_dir() and (setting == "files.inputs" or folder.exists()):
+                raise ValueError(f"{setting}: {place!r} is not a folder on this host")
+            if reason := why_not_mounted(folder):
+                raise ValueError(f"{setting}: {place!r} is refused, as {reason}: name a folder that holds only data")
+        bundle = config.package.ca_bundle
+        if bundle is not None and not Path(bundle).expanduser().is_file():
+            raise ValueError(f"package.ca_bundle: {bundle!r} is not a file on this host")
+    except ValueError as error:
+        key, _, reason = str(error).partition(": ")
+        variable = next((name for name, setting in ENVIRONMENT.items() if setting == key and environ.get(name)), None)
+        raise ConfigError(f"{variable or (f'{key} in {file}' if file.exists() else key)}: {reason}.") from None
+    refuse_to_share(file, config)
 
 
 def config_file(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Path:
@@ -8405,38 +8468,42 @@ def mount_argument(mount: str, working_dir: str = DockerConfig.working_dir) -> s
 
     Raises ValueError for other text, or a mount that would undo the sandbox (see the two functions `…_paths_to_keep`).
     """
-    place, source, target, mode = split_mount(mount)
+    place, target, mode = split_mount(mount, working_dir)
+    source = Path(place).expanduser().resolve()  # as the engine follows links
     if not source.exists():
         raise ValueError(f"docker.mounts: {str(source)!r} does not exist on this host")
     if "," in str(source):
         raise ValueError(f"docker.mounts: {str(source)!r} has a comma, which the engine's command line can't take")
     if reason := why_not_mounted(source):
         raise ValueError(f"docker.mounts: {place!r} is refused, as {reason}: mount a folder that holds only data")
-    for taken, all_of_it in container_paths_to_keep(working_dir):
-        if ".." in target.split("/") or is_within(taken, target) or (all_of_it and is_within(target, taken)):
-            raise ValueError(
-                f"docker.mounts: {target!r} is refused, as it would hide {taken} of the container: "
-                f"name a place such as {working_dir}/data or /data"
-            )
     return f"type=bind,source={source},target={target}" + ("" if mode == ":rw" else ",ro")
 
 
-def split_mount(mount: str) -> tuple[str, Path, str, str | None]:
-    """Split a mount into the host path as written, the host path resolved, the container path and the mode."""
+def split_mount(mount: str, working_dir: str = DockerConfig.working_dir) -> tuple[str, str, str | None]:
+    """Split a mount into the host path as written, the container path and the mode.
+
+    Raises ValueError for other text, or a container path that would hide what the sandbox needs.
+    """
     match = re.fullmatch(r"(.+?):(/[^:,]*)(:ro|:rw)?", mount)
     if not match:
         raise ValueError(
             f"docker.mounts: {mount!r} is not HOST_PATH:CONTAINER_PATH, with :rw after it to let code write"
         )
     target = "/" + "/".join(part for part in match[2].split("/") if part not in ("", "."))
-    return match[1], Path(match[1]).expanduser().resolve(), target, match[3]  # resolved, as the engine follows links
+    for taken, all_of_it in container_paths_to_keep(working_dir):
+        if ".." in target.split("/") or is_within(taken, target) or (all_of_it and is_within(target, taken)):
+            raise ValueError(
+                f"docker.mounts: {target!r} is refused, as it would hide {taken} of the container: "
+                f"name a place such as {working_dir}/data or /data"
+            )
+    return match[1], target, match[3]
 
 
 def refuse_to_share(file: Path, config: Config) -> None:
     """Raise ConfigError if the user's code could get at the configuration, which may hold passwords."""
-    mounts = [("docker.mounts", *split_mount(mount)[:2]) for mount in config.docker.mounts]
-    for setting, place, folder in (*mounts, *config.files.named()):
-        if is_within(file.resolve(), folder):
+    mounts = [("docker.mounts", split_mount(mount, config.docker.working_dir)[0]) for mount in config.docker.mounts]
+    for setting, place in (*mounts, *config.files.named()):
+        if is_within(file.resolve(), Path(place).expanduser().resolve()):
             raise ConfigError(f"{setting}: {place!r} is refused, as the configuration {file} is in it.")
 
 
@@ -8465,8 +8532,8 @@ def why_not_mounted(source: Path) -> str | None:
         if all_of_it and is_within(source, place):
             return f"it is part of {what} ({place})"
     entries = [source]
-    with contextlib.suppress(OSError):  # `source` is not a folder, or this user can't list it
-        entries += source.iterdir()
+    with contextlib.suppress(OSError), os.scandir(source) as found:  # it is not a folder, or this user can't list it
+        entries += [Path(entry.path) for entry in found if not (entry.is_dir() or entry.is_file(follow_symlinks=False))]
     for entry in entries:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(entry.stat().st_mode):
@@ -8677,6 +8744,9 @@ async def _run_script(options: argparse.Namespace) -> int:
     if result is None:
         return 128 + received[-1]
     if options.json:
+        for item in result.output if options.images else ():
+            if isinstance(item, Rich) and picture(item.forms):
+                await screen.print(item)
         engine, image = runner.launcher.engine, runner.launcher.image
         assert engine is not None
         assert image is not None
@@ -8694,11 +8764,18 @@ def _run_config(options: argparse.Namespace) -> Config:
     config = load_config(options.config)
     docker = config.docker
     try:
+        for mount in options.mount:
+            mount_argument(mount, docker.working_dir)
         docker = dataclasses.replace(
             docker, image=options.image or docker.image, mounts=(*docker.mounts, *options.mount)
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
+    setting, most = ("session", config.session.max_timeout) if options.session else ("docker", docker.max_timeout)
+    if options.timeout is not None and options.timeout > most:
+        raise ConfigError(
+            f"--timeout: {options.timeout:g} is more than {setting}.max_timeout ({most:g}): raise that, too."
+        )
     config = dataclasses.replace(config, docker=docker)
     refuse_to_share(config_file(options.config), config)
     return config

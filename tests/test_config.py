@@ -146,6 +146,15 @@ def test_an_empty_variable_is_as_one_that_is_not_set(file: Path) -> None:
         ("docker: {memory_limit: lots}", "docker.memory_limit in FILE: 'lots' is not a size such as 256m or 1g."),
         ("docker: {memory_limit: 1m}", "docker.memory_limit in FILE: '1m' is too little; the least is 32m."),
         ("docker: {disk_limit: 1k}", "docker.disk_limit in FILE: '1k' is too little; the least is 1m."),
+        (
+            "docker: {timeout: 400}",
+            "docker.timeout in FILE: 400 is more than docker.max_timeout (300) allows: raise that",
+        ),
+        (
+            "session: {max_timeout: 9}",
+            "docker.timeout in FILE: 30 is more than session.max_timeout (9) allows: raise that",
+        ),
+        ("docker: {memory_limit: 1024}", "docker.memory_limit in FILE: '1024' is too little; the least is 32m."),
         ("docker: {working_dir: app}", "docker.working_dir in FILE: 'app' is not an absolute path such as /app."),
         ("docker: {working_dir: /a/../b}", "docker.working_dir in FILE: '/a/../b' is not an absolute path"),
         ("docker: {image: --rm}", "docker.image in FILE: '--rm' is not the name of an image"),

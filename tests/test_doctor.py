@@ -44,9 +44,6 @@ from sandbox_runner import (
     PackageConfig,
     Result,
     Text,
-    component_version,
-    open_runner,
-    runc_problem,
 )
 
 NO_RIGHTS = {**dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)}
@@ -99,12 +96,6 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
     [
         ("engine", "warning", None, {"version": {"Server": {"Components": [{"Name": "Podman Engine"}]}}}),
         ("runtime", "warning", None, {"info": {}}),
-        (
-            "runtime",
-            "warning",
-            None,
-            {"version": {"Server": {"Components": [{"Name": "runc", "Version": "1.1.5+ds"}]}}},
-        ),
         ("image", "warning", None, {"is_hosts": True}),
         ("image", "failed", None, {"image": Image("image", "sha256:1", "pulled", "numpy could not be preinstalled")}),
         ("imports", "failed", Result("error", exception=ExceptionInfo("ImportError", "No numpy", 1, "")), {}),
@@ -223,40 +214,6 @@ def test_what_a_sandbox_tells_can_do_nothing_to_a_terminal() -> None:
     assert finding.verdict == "failed"
     assert finding.seen.isprintable()
     assert len(finding.seen) <= 1000
-
-
-@pytest.mark.parametrize(
-    ("version", "problem"),
-    [
-        ("1.0.0-rc93", "CVE-2024-21626 CVE-2025"),
-        ("1.1.5+ds1", "CVE-2024-21626 CVE-2025"),
-        ("1.1.11", "CVE-2024-21626 CVE-2025"),
-        ("1.1.12", "CVE-2025"),
-        ("1.2.0-rc.1", "CVE-2025"),
-        ("1.2.7", "CVE-2025"),
-        ("1.2.8", ""),
-        ("1.3.0-rc.2", "CVE-2025"),
-        ("1.3.2", "CVE-2025"),
-        ("1.3.3", ""),
-        ("1.3.10", ""),
-        ("1.4.0-rc.2", "CVE-2025"),
-        ("1.4.0-rc.3", ""),
-        ("1.4.0", ""),
-        ("2.0.0", ""),
-        ("", ""),
-        ("unknown", ""),
-    ],
-)
-def test_versions_of_runc_with_known_ways_out_are_known(version: str, problem: str) -> None:
-    found = runc_problem(version) or ""
-    assert [known in found for known in ("CVE-2024-21626", "CVE-2025")] == [
-        known in problem for known in ("CVE-2024-21626", "CVE-2025")
-    ]
-
-
-@pytest.mark.parametrize("answer", [None, [], {}, {"Server": None}, {"Server": {"Components": [{}]}}])
-def test_an_engine_that_tells_no_components_has_no_version_of_runc(answer: Any) -> None:
-    assert component_version(answer, "runc") == ""
 
 
 def test_the_name_that_is_imported_is_known_for_what_is_preinstalled() -> None:
@@ -408,21 +365,6 @@ def test_ctrl_c_ends_the_doctor_and_leaves_nothing_behind(docker: FakeEngine) ->
 
 def test_a_wrong_setting_is_status_2(doctor_here: DoctorHere) -> None:
     assert doctor_here("--config", "nowhere.yaml") == (2, "")
-
-
-@pytest.mark.anyio
-async def test_a_server_warns_once_of_a_runc_with_known_ways_out(
-    docker: FakeEngine, caplog: pytest.LogCaptureFixture
-) -> None:
-    components = [{"Name": "runc", "Version": "1.1.5"}]
-    server = {"Version": "20.10.24", "Components": components}
-    docker.script(version={"stdout": json.dumps({"Client": {"ApiVersion": "1.41"}, "Server": server})})
-    for runtime, warnings in ((None, 1), ("runsc", 0)):
-        caplog.clear()
-        config = Config(DockerConfig(command=docker.command, runtime=runtime))
-        async with open_runner(config) as runner:
-            await runner._tidy()
-            assert sum("runc 1.1.5 has known ways out" in line for line in caplog.messages) == warnings
 
 
 # ── on real engines ──

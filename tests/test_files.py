@@ -9,6 +9,7 @@ import re
 import stat
 import string
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_engines import CommandLine, run
 
+import python_docker_mcp
 import sandbox_runner
 from python_docker_mcp import CHECKS, Patient, attempt, hint_on, judge, render
 from sandbox_runner import (
     Config,
+    ConfigError,
     DockerConfig,
     ExceptionInfo,
     FileInfo,
@@ -37,6 +40,7 @@ from sandbox_runner import (
     Runner,
     list_files,
     open_runner,
+    require_paths,
 )
 
 pytestmark = pytest.mark.anyio
@@ -270,6 +274,7 @@ async def test_a_file_that_is_changed_while_it_is_read_is_saved_in_one_state_or_
 async def test_a_folder_that_can_not_be_written_is_told_and_the_file_is_still_in_the_session(
     runner: Runner, out: Path
 ) -> None:
+    await runner.execute("1", session="s")  # the folder is looked at before the first call
     (out.parent / "out").write_text("no folder any more")
     result = await runner.execute("open('a', 'w').write('1')", session="s")
     assert result.files_left_out == {"a": "File exists"}
@@ -508,10 +513,43 @@ def test_a_working_directory_without_room_keeps_what_it_has(tmp_path: Path, monk
         ({"limit": "much"}, "files.limit: 'much' is not a size such as 256m or 1g"),
     ],
 )
-def test_folders_that_no_file_should_come_from_or_go_to_are_refused(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=r".") as caught:
-        FilesConfig(**fields)
+def test_folders_that_no_file_should_come_from_or_go_to_are_refused(
+    tmp_path: Path, fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises((ValueError, ConfigError)) as caught:
+        require_paths(Config(files=FilesConfig(**fields)), tmp_path / "none.yaml", {})
     assert str(caught.value).startswith(says)
+
+
+async def test_a_call_is_refused_whose_folders_can_not_be_used_also_where_nobody_looked_before(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_runner(dataclasses.replace(settings, files=FilesConfig(inputs=("/proc",)))) as runner:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"files\.inputs: '/proc' is refused"):
+                await runner.execute("1")
+    (tmp_path / "data").mkdir()
+    hangs = threading.Event()
+    monkeypatch.setattr(sandbox_runner, "why_not_mounted", lambda _: hangs.wait(20))
+    monkeypatch.setattr(sandbox_runner, "LOOK_TIMEOUT", 0.05)
+    with_data = dataclasses.replace(settings, files=FilesConfig(inputs=(str(tmp_path / "data"),)))
+    async with open_runner(with_data) as runner:
+        with pytest.raises(ConfigError, match=r"did not answer within 0\.05 seconds .*/data\): is one on a drive that"):
+            await runner.execute("1")
+        hangs.set()
+
+
+async def test_neither_the_handshake_nor_the_list_of_tools_waits_for_a_folder(
+    with_files: Config, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+    monkeypatch.setattr(python_docker_mcp, "what_can_be_given", lambda _: hangs.wait(20))
+    monkeypatch.setattr(python_docker_mcp, "LOOK_PATIENCE", 0.05)
+    async with connected(with_files) as client:
+        assert f"They are taken from {data}." in (client.instructions or "")
+        tools = {tool.name: tool.input_schema["properties"] for tool in (await client.list_tools()).tools}
+        assert tools["execute-transient"]["files"]["description"].endswith(f"They are taken from {data}.")
+        hangs.set()
 
 
 # ── as a client sees it ──
@@ -532,7 +570,7 @@ async def test_the_parameter_is_there_only_if_there_are_folders(
         for name in ("execute-transient", "execute-persistent"):
             assert tools[name]["files"]["description"].endswith(f"They are taken from {data}, which has a.csv.")
             assert tools[name]["files"]["items"] == {"type": "string"}
-        assert f"They are taken from {data}, which has a.csv." in (client.instructions or "")
+        assert f"They are taken from {data}." in (client.instructions or "")
         assert f"is saved for the user in {data.parent}/out" in (client.instructions or "")
 
 

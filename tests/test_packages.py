@@ -112,7 +112,7 @@ async def settings(engine: Engine, index: Index, volume: str) -> AsyncIterator[C
     yield Config(docker=DockerConfig(command=engine.command, image="host", timeout=20), package=package)
     for installer in ("uv", "pip"):
         about = dataclasses.replace(package, installer=installer)
-        await quietly(engine, "rmi", sandbox_runner.derived_name(DockerConfig(image="host"), about))
+        await quietly(engine, "rmi", sandbox_runner.derived_name(sandbox_runner.host_image_name(), about))
     await in_volume(
         engine, volume, "import glob, shutil; [shutil.rmtree(path) for path in glob.glob('/packages/[!.]*')]"
     )
@@ -134,7 +134,7 @@ async def quietly(engine: Engine, *command: str) -> None:
 
 def derived_name(config: Config) -> str:
     """The derived image."""
-    return sandbox_runner.derived_name(config.docker, config.package)
+    return sandbox_runner.derived_name(sandbox_runner.host_image_name(), config.package)
 
 
 def plain(config: Config, **changes: Any) -> Config:
