@@ -1811,7 +1811,8 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
     settings = {
         "working_dir": config.docker.working_dir,
         "cpus": math.ceil(config.docker.cpu_limit),
-        "copied_memory": size_in_bytes(config.docker.memory_limit) // 3 if config.session.restore else 0,
+        "memory_limit": size_in_bytes(config.docker.memory_limit),
+        "restores": config.session.restore,
         "writable_folders": WRITABLE_FOLDERS,
         "idle_timeout": config.session.idle_timeout,
         "adoption_time": ADOPTION_TIME,
@@ -3465,6 +3466,8 @@ CERTIFICATES_FILE = "/tmp/.certificates.pem"
 FLOWS_OPEN = 128  # connections at once; more wait to be accepted
 CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that has ended
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
+UNTOUCHED_USUAL = 32 << 20  # bytes of memory that a program asks for without a use for all of it
+MEMORY_INTERVAL = 0.02  # seconds between two looks at what memory the running code has asked for
 COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
 STRAYS_READ = 64  # messages read while a copy is awaited
 COPY_ADDRESS = "\0python-docker-mcp-copy"
@@ -3782,6 +3785,7 @@ class Copy:
         self.key: str | None = None
         self.process = 0
         self.connection: socket.socket | None = None  # it wakes when it gets descriptors, and ends when this is closed
+        self.is_heavy = False  # whether the kernel ends it before the worker when memory runs out
         self.sources = sources  # what to call when a descriptor is readable
         self.address = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # where copies are announced
         self.strays = 0  # messages that were no announcement of the copy that is awaited
@@ -3807,18 +3811,25 @@ class Copy:
                 told = re.fullmatch(rb"([0-9a-f]{32}) ([0-9]{1,7})", message)
                 if descriptors and told and told[1].decode() == self.key and int(told[2]) in other_processes():
                     self.connection, self.process = socket.socket(fileno=descriptors.pop()), int(told[2])
-                    self.key = None
+                    self.key, self.is_heavy = None, True
                 self.strays += 1
                 for fd in descriptors:
                     os.close(fd)
         if self.key is None or self.strays == STRAYS_READ:
             self.sources.pop(self.address.fileno(), None)
 
+    def lighten(self) -> None:
+        """Have the kernel end the worker before the copy when memory runs out."""
+        self.is_heavy = False
+        with contextlib.suppress(OSError):
+            if self.connection:
+                self.connection.sendmsg([b"lighten"], (), socket.MSG_DONTWAIT)
+
     def end(self) -> None:
         """Let the copy end, or one that comes later."""
         if self.connection:
             self.connection.close()
-        self.key, self.process, self.connection = None, 0, None
+        self.key, self.process, self.connection, self.is_heavy = None, 0, None, False
         self.sources.pop(self.address.fileno(), None)
 
 
@@ -3979,6 +3990,7 @@ class Supervisor:
         self.waits_until = math.inf
         self.flows = False  # whether the last output filled a whole read, so that waiting gains nothing
         self.decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
+        self.call_had = 0  # bytes of memory that the worker had asked for when the call began, and never touched
         self.worker_used = False
         self.worker_cpu = 0.0  # CPU seconds up to the worker's last report
         self.lost: str | None = None  # why the session's variables were lost while no call was running
@@ -4270,7 +4282,7 @@ class Supervisor:
 
     def _want_copy(self) -> None:
         """See that there will be a copy of the worker as it is now."""
-        if self.session is not None and self.control and self.settings["copied_memory"]:
+        if self.session is not None and self.control and self.settings["restores"]:
             self.copy.due = time.monotonic() + COPY_DELAY
 
     def _ask_for_copy(self) -> None:
@@ -4299,6 +4311,8 @@ class Supervisor:
         if not self.copy.process or time.monotonic() >= self.copy.asked + COPY_INTERVAL:  # rarely, in a burst of calls
             self._ask_for_copy()
         self.call = RunningCall(request, self.grace)
+        asked, used = memory_asked_for(self.worker)
+        self.call_had = asked - used
         self.told = 0
         self._to_worker(request)
         self._tell({"id": request["id"], "kind": "begun"})
@@ -4519,8 +4533,7 @@ class Supervisor:
         for stream, data in call.tail:
             self._tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
         files, left_out = self._changed_files()
-        oom_kills, self.oom_kills = self.oom_kills, count_oom_kills(self.memory_events)
-        oom_kills = self.oom_kills - oom_kills
+        oom_kills = self._count_oom_kills()
         lost = state != "preserved"
         if not lost:
             self.worker_cpu += report["cpu"]
@@ -4554,6 +4567,15 @@ class Supervisor:
         self._tell(done)
         self._want_copy()
 
+    def _count_oom_kills(self) -> int:
+        """Return how many of the code's processes were killed since the last time because memory ran out."""
+        before, self.oom_kills = self.oom_kills, count_oom_kills(self.memory_events)
+        kills = self.oom_kills - before
+        if kills and self.copy.is_heavy:  # it goes first, and may just be ending
+            self.copy.end()
+            kills -= 1
+        return kills
+
     def _recycle(self, question: str) -> None:
         """Undo whatever the last call may have left, check whether anything remains, and tell the host."""
         kill_all_others(self.grace)
@@ -4577,7 +4599,8 @@ class Supervisor:
         if not self.worker:
             return 0.0
         if self.call:
-            return max(0.0, self.call.next_due() - time.monotonic())
+            due = max(0.0, self.call.next_due() - time.monotonic())
+            return min(due, MEMORY_INTERVAL) if self.copy.is_heavy else due
         due = min(self._end(), self.copy.due)
         return None if due == math.inf else max(0.0, due - time.monotonic())
 
@@ -4596,6 +4619,8 @@ class Supervisor:
                 os._exit(0)
             if now >= self.copy.due:
                 self._ask_for_copy()
+        elif self.copy.is_heavy and self._asks_for_too_much():
+            self.copy.lighten()
         elif now >= self.call.kill_at:
             self._abandon(None)
         elif now >= self.call.nudge:
@@ -4603,6 +4628,12 @@ class Supervisor:
             self._signal_worker()  # during os.system() Python ignores SIGINT, so only the command got the first one
         elif now >= self.call.deadline:
             self._interrupt("timeout", self.call.id)
+
+    def _asks_for_too_much(self) -> bool:
+        """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
+        asked, used = memory_asked_for(self.worker)
+        untouched = asked - used - self.call_had
+        return untouched > UNTOUCHED_USUAL and untouched > free_memory() + self.settings["memory_limit"] // 3
 
     def _interrupt(self, reason: StopReason, call_id: str) -> None:
         if self.call and self.call.id == call_id and self.call.interrupt(reason):
@@ -4630,6 +4661,8 @@ class Supervisor:
                 if pid == self.worker:
                     self._replace_worker(status, usage, None)
                 elif pid == self.copy.process:
+                    if self.copy.is_heavy and count_oom_kills(self.memory_events) > self.oom_kills:
+                        self.oom_kills += 1  # that was no process of the code's
                     self.copy.end()
 
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
@@ -4863,6 +4896,31 @@ def set_oom_score(score: int) -> None:
         write_kernel_file("/proc/self/oom_score_adj", b"%d" % score)
 
 
+@contextlib.contextmanager
+def weight(size: int) -> Iterator[None]:
+    """Have the kernel count `size` bytes more for this process, at next to no cost, when it looks for the heaviest one.
+
+    One piece of memory is mapped again and again, and each mapping counts: see oom_badness() in Linux' mm/oom_kill.c.
+    """
+    piece, place = max(size >> 9, 1 << 19), 0
+    mmap = libc().mmap
+    mmap.restype, mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    with contextlib.suppress(OSError, AttributeError):  # no memfd_create() here: then it is lighter than it should be
+        memory = os.memfd_create("weight")
+        os.ftruncate(memory, piece)
+        place = mmap(None, size, 0, 0x22, -1, 0)  # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses
+        for start in range(place, place + size - piece + 1, piece):
+            mmap(start, piece, 1, 0x8011, memory, 0)  # PROT_READ; MAP_SHARED, MAP_FIXED and MAP_POPULATE
+        os.close(memory)
+    try:
+        yield
+    finally:
+        libc().munmap(ctypes.c_void_p(place), ctypes.c_size_t(size))
+
+
 def allow_inspection(allowed: bool) -> None:
     """Set whether other processes of the same user may see this one's memory and descriptors (PR_SET_DUMPABLE)."""
     if libc().prctl(4, int(allowed), 0, 0, 0):
@@ -4965,6 +5023,14 @@ def private_memory() -> int:
     """Return the bytes of memory that this process has and no file."""
     resident, shared = read_kernel_file("/proc/self/statm").split()[1:3]
     return (int(resident) - int(shared)) * resource.getpagesize()
+
+
+def memory_asked_for(process: int) -> tuple[int, int]:
+    """Return the bytes of memory of its own that a process has asked for, and those of them that it has touched."""
+    with contextlib.suppress(OSError, ValueError):
+        _, resident, shared, _, _, data, _ = map(int, read_kernel_file(f"/proc/{process}/statm").split())
+        return data * resource.getpagesize(), (resident - shared) * resource.getpagesize()
+    return 0, 0
 
 
 def memory_in_use() -> int | None:
@@ -5154,7 +5220,8 @@ class Worker:
         self.packages_of_session: str | None = None
         self.had_packages: list[str] = []
         self.memory = 0  # bytes of its own before its first call
-        self.copied_memory: int = settings["copied_memory"]
+        self.memory_limit: int = settings["memory_limit"]
+        self.restores: bool = settings["restores"]
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
 
@@ -5236,7 +5303,7 @@ class Worker:
 
     def _can_be_copied(self) -> bool:
         """Whether a fork has all that the variables depend on, and memory does for two that write to it."""
-        if len(os.listdir("/proc/self/task")) > 1 or private_memory() - self.memory > self.copied_memory:
+        if len(os.listdir("/proc/self/task")) > 1 or private_memory() - self.memory > self.memory_limit // 3:
             return False
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -5291,7 +5358,6 @@ class Worker:
     def _sleep(self, supervisor: socket.socket) -> None:
         """Wait until the supervisor sends descriptors, then be the worker; end if it closes the connection."""
         os.setsid()
-        set_oom_score(1000)  # if little memory is left, the copy goes before the worker
         allow_inspection(False)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2, 3, *self.spares.values()):  # the pipes are not the copy's to hold open
@@ -5300,7 +5366,12 @@ class Worker:
         loop = self._parts_of_loop()
         for part in loop:
             part.close()
-        _, descriptors = receive_descriptors(supervisor, 3)
+        with weight(self.memory_limit if free_memory() < math.inf else 0):
+            set_oom_score(1000)  # if memory runs out, the copy goes before the worker, so that it costs no memory
+            message, descriptors = receive_descriptors(supervisor, 3)
+        set_oom_score(900)
+        if message == b"lighten":  # what the worker has asked for is not there, with or without this copy
+            message, descriptors = receive_descriptors(supervisor, 3)
         if not descriptors:
             os._exit(0)
         for target, fd in enumerate(descriptors, 1):
@@ -5313,7 +5384,6 @@ class Worker:
             vars(self.loop).update(vars(new))
             new._closed = True  # its parts are the other one's now
         allow_inspection(True)
-        set_oom_score(900)
         self.control = Channel(3, 3)
         self.frames = self._receive()
         self.process = os.getpid()

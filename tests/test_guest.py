@@ -16,6 +16,7 @@ import re
 import runpy
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -652,7 +653,8 @@ class Guest:
             "digest": "d",
             "working_dir": str(home),
             "cpus": 1,
-            "copied_memory": 0,
+            "memory_limit": 192 << 20,
+            "restores": False,
             "writable_folders": [],
             "idle_timeout": 60.0,
             "adoption_time": 60.0,
@@ -1892,7 +1894,7 @@ SAME = "(x, numbers, f(1), A.z, random.random(), os.getcwd()[-6:], log.write('mo
 @pytest.fixture
 def restoring(make_guest: MakeGuest) -> Iterator[Guest]:
     """A guest that restores sessions; it is of no use to other tests."""
-    guest = make_guest(copied_memory=64 << 20, unique=next(Guest.numbers))
+    guest = make_guest(restores=True, unique=next(Guest.numbers))
     yield guest
     guest.close()
 
@@ -2061,3 +2063,117 @@ def test_who_steals_the_key_of_a_copy_can_not_end_the_supervisor(restoring: Gues
 def test_a_session_is_not_restored_where_that_is_switched_off(guest: Guest) -> None:
     guest.run("x = 1")
     assert guest.run("import os; os._exit(3)").done["state"] == "lost"
+
+
+# ── what a call leaves ──
+
+
+def test_each_call_has_working_streams_whatever_the_last_one_did_to_them(guest: Guest) -> None:
+    for spoil in (
+        "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8'); print('mine')",
+        "import sys; sys.stdout.detach(); sys.stderr.detach()",
+        "import sys; sys.__stdout__.close(); sys.stdin.close()",
+        "import os; os.close(0); os.close(1)",
+        "exit()",
+        "import sys; del sys.stdout, sys.stdin",
+    ):
+        guest.run(spoil)
+        told = guest.run("import sys; print('out'); print('err', file=sys.stderr); repr(sys.stdin.read())")
+        assert (told.stdout, told.stderr, told.value) == ("out\n", "err\n", "\"''\""), spoil
+
+
+def test_what_python_writes_to_its_two_streams_comes_in_the_order_in_which_it_was_written(guest: Guest) -> None:
+    told = guest.run(
+        "import logging, sys\nlogging.basicConfig(level=logging.INFO)\n"
+        "for n in range(20):\n    print('out', n)\n    print('err', n, file=sys.stderr)\n    logging.info(n)"
+    )
+    written = b"".join(frame["data"] for frame in told.frames if frame["kind"] in ("stdout", "stderr")).decode()
+    assert written == "".join(f"out {n}\nerr {n}\nINFO:root:{n}\n" for n in range(20))
+
+
+def test_timers_and_handlers_that_a_call_leaves_can_not_end_an_idle_session(guest: Guest) -> None:
+    told = guest.run(
+        "import os, signal, threading\nx = 1\ndef late(*_): raise TimeoutError('late')\n"
+        "signal.signal(signal.SIGALRM, late)\nsignal.signal(signal.SIGUSR1, late)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.02)"
+    )
+    assert told.shown == [{"text/plain": "[a timer that the code left running was stopped]"}]
+    os.kill(int(guest.worker()[0]), signal.SIGUSR1)
+    told = guest.run("import time; time.sleep(0.05); x, signal.getsignal(signal.SIGUSR1) is late")
+    assert (told.value, told.done["lost_before"]) == ("(1, True)", None)
+
+
+def test_threads_that_send_signals_to_the_idle_worker_end_nothing(guest: Guest) -> None:
+    guest.run(
+        "import _thread, signal, threading, time\nx = 1\ndef late(*_): raise TimeoutError('late')\n"
+        "signal.signal(signal.SIGUSR1, late)\ndef disturb():\n    for _ in range(20):\n        time.sleep(0.005)\n"
+        "        _thread.interrupt_main(); signal.raise_signal(signal.SIGUSR1)\n"
+        "t = threading.Thread(target=disturb); t.start()"
+    )
+    wait_until(lambda: len(os.listdir(f"/proc/{guest.worker()[0]}/task")) == 1)
+    told = guest.run("x")
+    assert (told.value, told.done["lost_before"]) == ("1", None)
+
+
+def test_what_follows_the_code_is_not_the_codes_time(guest: Guest) -> None:
+    told = guest.run("import atexit, time; atexit.register(time.sleep, 0.6)\n1", timeout=0.4, final=True)
+    assert (told.status, told.value) == ("ok", "1")
+
+
+def test_variables_are_encoded_only_as_far_as_anyone_wants_them(guest: Guest) -> None:
+    told = guest.run("x = 1\nrows = [[n] * 10 for n in range(50_000)]\ntext = 'y' * 5000", state="{}", state_limit=4000)
+    (state,) = [frame for frame in told.frames if frame["kind"] == "state"]
+    assert json.loads(state["data"]) == {"x": 1}
+    assert state["left_out"] == {"rows": "too large: 50000 values", "text": "too large: 5000 characters"}
+
+
+def test_our_own_work_leaves_no_trace_in_the_codes_logs_and_warnings(guest: Guest) -> None:
+    told = guest.run(
+        "import logging, sys, types, warnings\n"
+        "logging.basicConfig(level=logging.DEBUG)\nwarnings.simplefilter('error')\n"
+        "image = types.ModuleType('PIL.Image')\ndef open(*_):\n    logging.debug('chunk'); warnings.warn('old')\n"
+        "image.open = open\npil = types.ModuleType('PIL'); pil.Image = image\n"
+        "sys.modules.update({'PIL': pil, 'PIL.Image': image})\n"
+        "class Picture:\n    def _repr_png_(self): return b'\\x89PNG\\r\\n\\x1a\\n'\ndisplay(Picture())\n"
+        "logging.root.manager.disable"
+    )
+    assert (told.stderr, told.value, told.status) == ("", "0", "ok")
+    assert "image/png" in told.shown[0]
+    told = guest.run("!pip install sandbox-nonesuch")
+    assert told.exception["type"] == "ModuleNotFoundError"
+    guest.run("warnings.resetwarnings()")
+
+
+def test_names_of_modules_count_as_installed_where_they_are(guest: Guest) -> None:
+    assert guest.run("!pip install json").shown == [{"text/plain": "[installed already: json]"}]
+    assert guest.run("!pip install json==9").exception["message"] == "code can't install packages: pip install json==9"
+
+
+def test_in_a_burst_of_calls_a_copy_is_made_now_and_then_and_its_age_is_told(restoring: Guest) -> None:
+    restoring.run("n = 0")
+    copy_of(restoring)
+    for _ in range(5):
+        restoring.run("n += 1")
+    told = restoring.run("n += 100; import os; os._exit(3)")
+    behind = told.done["behind"]
+    assert told.done["state"] == "restored"
+    assert restoring.run("n").value == str(5 - behind), "it is as old as it says"
+
+
+def test_children_of_the_code_find_what_is_installed(make_guest: MakeGuest, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "humble.py").write_text("print('imported')")
+    (folder / "dataclasses.py").write_text("1 / 0  # as of an old backport: the standard library's comes first")
+    (folder / "bin/humble").write_text("#!/bin/sh\necho run\n")
+    (folder / "bin/humble").chmod(0o755)
+    guest = make_guest(packages=str(tmp_path), unique=next(Guest.numbers))
+    guest.channel.send({"op": "use", "id": "q", "session": "s", "packages": str(folder)})
+    assert next(guest.frames) == {"id": "q", "kind": "used", "stale": []}
+    told = guest.run(
+        "import os, subprocess, sys, tempfile\n"
+        "run = lambda *command: print(subprocess.run(command, capture_output=True, text=True).stdout, end='')\n"
+        "run(sys._base_executable, '-c', 'import dataclasses, humble')\nrun('humble')"
+    )
+    assert told.stdout == "imported\nrun\n"
+    guest.close()
