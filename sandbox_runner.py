@@ -4902,7 +4902,10 @@ def weight(size: int) -> Iterator[None]:
 
     One piece of memory is mapped again and again, and each mapping counts: see oom_badness() in Linux' mm/oom_kill.c.
     """
-    piece, place = max(size >> 9, 1 << 19), 0
+    if not size:
+        yield
+        return
+    piece, place = max(size >> 9, 1 << 20), 0
     mmap = libc().mmap
     mmap.restype, mmap.argtypes = (
         ctypes.c_void_p,
@@ -4910,11 +4913,14 @@ def weight(size: int) -> Iterator[None]:
     )
     with contextlib.suppress(OSError, AttributeError):  # no memfd_create() here: then it is lighter than it should be
         memory = os.memfd_create("weight")
-        os.ftruncate(memory, piece)
+        os.write(memory, bytes(piece))
         place = mmap(None, size, 0, 0x22, -1, 0)  # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses
-        for start in range(place, place + size - piece + 1, piece):
-            mmap(start, piece, 1, 0x8011, memory, 0)  # PROT_READ; MAP_SHARED, MAP_FIXED and MAP_POPULATE
+        ends = range(place, place + size - piece + 1, piece)
+        for start in ends:
+            mmap(start, piece, 1, 0x11, memory, 0)  # PROT_READ; MAP_SHARED and MAP_FIXED
         os.close(memory)
+        mapped = (ctypes.c_char * (len(ends) * piece)).from_address(place)
+        memoryview(mapped)[:: 1 << 16].tobytes()  # a look at one page has the kernel map its neighbours, 64 kB in all
     try:
         yield
     finally:
@@ -5344,6 +5350,7 @@ class Worker:
             try:
                 ours, theirs = socket.socketpair()
                 if copy := os.fork():
+                    theirs.recv(1)
                     announce_copy(key, copy, theirs)  # before the worker goes on: it may crash at once
                     os._exit(0)
                 theirs.close()
@@ -5368,6 +5375,7 @@ class Worker:
             part.close()
         with weight(self.memory_limit if free_memory() < math.inf else 0):
             set_oom_score(1000)  # if memory runs out, the copy goes before the worker, so that it costs no memory
+            supervisor.send(b"1")
             message, descriptors = receive_descriptors(supervisor, 3)
         set_oom_score(900)
         if message == b"lighten":  # what the worker has asked for is not there, with or without this copy
