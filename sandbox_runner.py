@@ -1123,7 +1123,12 @@ class Call:
         self.refused: dict[str, None] = {}  # sentences on connections that were refused
         self._is_adopted = is_adopted  # whether another host began it, whose limits are not known
         self._keeps = request.output_limit is not None
-        self._text_left = (request.output_limit or 0) + LINE_LIMIT
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget the output that nobody has been told, with all that is counted of it."""
+        self._output.clear()
+        self._text_left = (self.request.output_limit or 0) + LINE_LIMIT
         self._data_left = CALL_LIMIT
 
     def report(self, status: str) -> None:
@@ -1200,6 +1205,8 @@ class Call:
             await self._show(Rich(self._forms(frame["data"]), frame["is_value"]))
         elif frame["kind"] == "omitted":
             await self._show(Omitted(frame["bytes"]))
+        elif frame["kind"] == "clear":
+            self._clear()
         elif frame["kind"] == "state":
             self._count(frame["data"])
             self._left_out = frame["left_out"]
@@ -3215,6 +3222,13 @@ class Turn(TypedDict):
     id: str
 
 
+class Clear(TypedDict):
+    """What the call has shown so far is gone."""
+
+    kind: Literal["clear"]
+    id: str
+
+
 class CodeEnded(TypedDict):
     """The code has come to its end; showing its figures and variables is not its own work, and not its time."""
 
@@ -3230,7 +3244,7 @@ class Used(TypedDict):
     stale: list[str]
 
 
-FromWorker = Display | State | Turn | CodeEnded | Used | Report
+FromWorker = Display | State | Turn | Clear | CodeEnded | Used | Report
 
 
 # From the supervisor to the host
@@ -3333,7 +3347,7 @@ class Done(EndOfCall):
     files_left_out: dict[str, str]  # others: name to reason
 
 
-OfCall = Answer | Output | Gap | Display | State | Done
+OfCall = Answer | Output | Gap | Clear | Display | State | Done
 
 
 class Passed(TypedDict):
@@ -3681,13 +3695,14 @@ class RunningCall:
         self.nudge = self.kill_at = math.inf  # when to interrupt again, and when to kill
         self.stopped_for: StopReason | None = None  # "timeout" or "cancelled" once interrupted
         self.code_ended = False  # whether it came to its end by itself, so that only what it has made is being shown
-        limit: int | None = request["output_limit"]
-        self.limited = limit is not None
-        self.head_left = (limit or 0) * 3 // 4  # bytes of output that are still passed on at once
-        self.tail_left = (limit or 0) - self.head_left
-        self.tail: deque[tuple[Stdio, bytes]] = (
-            deque()
-        )  # (stream, text): the end of the output, held until the call ends
+        self.limit: int | None = request["output_limit"]
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with no output."""
+        self.head_left = (self.limit or 0) * 3 // 4  # bytes of output that are still passed on at once
+        self.tail_left = (self.limit or 0) - self.head_left
+        self.tail: deque[tuple[Stdio, bytes]] = deque()  # stream and text: the end of the output, held until the end
         self.omitted = 0  # bytes dropped between head and tail
         self.data_left = CALL_LIMIT
 
@@ -3711,7 +3726,7 @@ class RunningCall:
 
     def admit(self, stream: Stdio, text: str) -> str:
         """Return the part of this output to pass on at once; the rest goes to the tail and pushes older output out."""
-        if not self.limited:
+        if self.limit is None:
             return text
         data = text.encode()
         passes = data[: self.head_left].decode("utf-8", "ignore")
@@ -4444,6 +4459,7 @@ class Supervisor:
                 if frame["kind"] == "used":
                     self._tell(frame)
                     self.question = None
+                    self._want_copy()
                     continue
                 if self.call is None:
                     continue
@@ -4458,11 +4474,14 @@ class Supervisor:
                 if frame["kind"] == "ended":
                     self.call.end_code()
                     continue
-                self.call.data_left -= len(frame["data"]) + FRAME_COST
+                if frame["kind"] == "clear":
+                    self.call.clear()
+                else:
+                    self.call.data_left -= len(frame["data"]) + FRAME_COST
                 if self.call.data_left < 0:
                     raise ValueError("more data than a call may return")
                 self._tell(frame)
-                if frame["kind"] == "display":
+                if frame["kind"] != "state":
                     self._let_proceed()
         except EOFError:
             del self.sources[self.control.reader]  # the worker is dying; if it only closed its end, the time limit acts
@@ -5209,6 +5228,7 @@ class Worker:
         self.streams: dict[str, Stream] = {}
         self.spares = {fd: os.dup(fd) for fd in (0, 1, 2)}
         self.turn = 0  # the descriptor that Python's own streams wrote to last
+        self.clears = False  # whether the next output takes the place of what was shown before
         self._restore_streams()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
@@ -5217,7 +5237,7 @@ class Worker:
         self.notebook = builtins.__notebook__ = Notebook(self)  # type: ignore[attr-defined]  # for translated code
         sys.breakpointhook = refuse_debugger
         sys.modules["sandbox_backend"] = self.pictures.backend()
-        sys.meta_path[:] = [Adapter(self), *sys.meta_path, StandIn(self.display)]
+        sys.meta_path[:] = [Adapter(self), *sys.meta_path, StandIn(self)]
         fit_to_share(settings["cpus"])
         if "numpy.random" in sys.modules:  # else every worker forked from here would draw the same numbers
             sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
@@ -5268,7 +5288,7 @@ class Worker:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
         self.memory = private_memory()
-        while frame := self._next_frame():
+        while frame := next(self.frames, None):  # a copy that goes on has others
             if frame["op"] == "state":
                 given = frame
             elif frame["op"] == "copy":
@@ -5288,14 +5308,6 @@ class Worker:
         with contextlib.suppress(EOFError):
             while True:
                 yield from self.control.receive()
-
-    def _next_frame(self) -> Any:
-        """Wait for the next frame, whatever the code's threads raise here meanwhile; None at the end."""
-        while True:
-            try:
-                return next(self.frames, None)  # a copy that goes on has others
-            except BaseException:
-                self.frames = self._receive()
 
     # ── the copy ──
 
@@ -5435,6 +5447,8 @@ class Worker:
 
         Only this process's own streams take turns: what its children write comes as it always did.
         """
+        if self.clears and os.getpid() == self.process:
+            self._clear()
         if fd != self.turn and os.getpid() == self.process:
             other, self.turn = self.turn, fd
             if other and has_unread(other):
@@ -5457,7 +5471,7 @@ class Worker:
         """Run the code and the steps after it, then report. Nothing that the code left behind may prevent that."""
         self.calls += 1
         self.call = request["id"]
-        self.rich_left = RICH_LIMIT
+        self.clears, self.rich_left = False, RICH_LIMIT
         self._attempt(self.pictures.begin)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -5776,11 +5790,24 @@ class Worker:
             self.pictures.note_shown(value)
         return forms
 
+    def clear_output(self, wait: bool = False) -> None:
+        """Take back what the call has shown so far: now or, to `wait`, as soon as it shows something else."""
+        self.flush_streams()
+        self.clears = wait
+        if not wait:
+            self._clear()
+
+    def _clear(self) -> None:
+        self.clears, self.rich_left = False, RICH_LIMIT
+        self._send("clear")
+
     def note(self, text: str) -> None:
         """Put a note from the worker, in brackets, into the output."""
         self.publish({"text/plain": f"[{clip(text, 500)}]"})
 
     def publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
+        if self.clears:
+            self._clear()
         if self.rich_left < 0:
             return  # a note has already said so
         self.pictures.shown.update(map(hash, bundle.values()))
@@ -5802,7 +5829,7 @@ class Worker:
             self.shielded = threading.current_thread() is threading.main_thread()
             try:
                 self.control.send({"id": self.call, "kind": kind, **fields})
-                if kind in ("display", "turn"):
+                if kind in ("display", "turn", "clear"):
                     while next(self.frames)["op"] != "proceed":
                         pass  # wait, so that the code's later output comes after this
             finally:
@@ -6203,14 +6230,14 @@ class StandIn:
 
     modules = ("IPython", "IPython.core", "IPython.core.display", "IPython.core.getipython", "IPython.display")
 
-    def __init__(self, display: Callable[..., Any]) -> None:
+    def __init__(self, worker: Worker) -> None:
         classes = {name: type(name, (Shown,), {"mime": mime}) for name, mime in DISPLAY_CLASSES.items()}
         self.names: dict[str, Any] = {
             **classes,
             "Image": type("Image", (Shown,), {}),
-            "display": display,
-            "update_display": display,
-            "clear_output": lambda **_: None,
+            "display": worker.display,
+            "update_display": worker.display,
+            "clear_output": worker.clear_output,
             "get_ipython": lambda: None,
         }
 
@@ -6281,7 +6308,7 @@ class Adapter:
     def _change_ipython(self, module: Any) -> None:
         """Have the real IPython's `display` show what ours shows; outside its shell it would print a repr."""
         module.display = module.update_display = self.worker.display
-        module.clear_output = lambda **_: None
+        module.clear_output = self.worker.clear_output
 
     def _change_image_show(self, module: Any) -> None:
         module.show = lambda image, *_, **__: self.worker.display(image) or True
@@ -6545,13 +6572,13 @@ class Pictures:
 
 @contextlib.contextmanager
 def without_trace() -> Iterator[None]:
-    """Do work that the code did not ask for without lines in its logs, and without warnings or errors made of them."""
+    """Keep warnings, and log records below warnings, from coming of work that the code did not ask for."""
     logging = sys.modules.get("logging")
     disabled = logging.root.manager.disable if logging else 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if logging:
-            logging.disable(logging.CRITICAL)
+            logging.disable(max(disabled, logging.INFO))  # warnings, as of a font that is not there, are for the code
         try:
             yield
         finally:

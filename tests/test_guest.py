@@ -2177,3 +2177,17 @@ def test_children_of_the_code_find_what_is_installed(make_guest: MakeGuest, tmp_
     )
     assert told.stdout == "imported\nrun\n"
     guest.close()
+
+
+def test_what_is_cleared_is_gone_at_once_or_when_something_else_is_shown(guest: Guest) -> None:
+    loop = "from IPython.display import clear_output, display\nfor n in range(30):\n    "
+    for show in ("print(n)", "display(n)"):
+        told = guest.run(f"{loop}clear_output(wait=True)\n    {show}")
+        assert [frame["kind"] for frame in told.frames].count("clear") == 30
+        last = [frame["kind"] for frame in told.frames][-3:]
+        assert last == ["clear", "stdout" if "print" in show else "display", "done"]
+    told = guest.run(f"{loop}print(n, end='')\n    clear_output(wait=True)")
+    assert [frame["kind"] for frame in told.frames][-2:] == ["stdout", "done"], "the last one stays"
+    told = guest.run("from IPython.display import clear_output\nprint(1)\nclear_output()")
+    assert [frame["kind"] for frame in told.frames] == ["stdout", "clear", "done"]
+    assert guest.run("print(2)").stdout == "2\n"

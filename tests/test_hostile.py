@@ -127,7 +127,7 @@ ATTACKS = [
         "looks for descriptors that it was not meant to have",
         "the supervisor's ends of pipes and sockets would be among them",
         "[fd for fd in range(1024) if attempt(os.fstat, fd) == 'done']",
-        "[0, 1, 2, 3, 4, 5]",  # the standard ones, the line to the supervisor, and spares of output and errors
+        "[0, 1, 2, 3, 4, 5, 6]",  # the standard ones, the line to the supervisor, and spares of the former
         CLOSING,
     ),
     Attack(
