@@ -103,11 +103,11 @@ from sandbox_runner import (
     plain_name,
     plain_text,
     run_to_exit,
+    runner_until_signal,
     set_up_logging,
     show_status,
     size_in_bytes,
     split_mount,
-    until_signal,
 )
 
 gc.freeze()  # later collections skip those objects too
@@ -2252,7 +2252,7 @@ async def examine(config: Config) -> list[Finding]:
     config = dataclasses.replace(without_rules(config), session=soon, docker=within_trial(config.docker))
     session = f"doctor-{secrets.token_hex(8)}"
     findings: list[Finding] = []
-    async with open_runner(config, on_status=show_status) as runner, until_signal():
+    async with runner_until_signal(config, show_status) as runner:
         try:
             where = "engine"
             await runner.launcher.find_engine()
@@ -2433,7 +2433,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
 
 async def _build(options: argparse.Namespace) -> int:
     """Make the image ahead of time, and print its name."""
-    async with open_runner(load_config(options.config), on_status=show_status) as runner, until_signal():
+    async with runner_until_signal(load_config(options.config), show_status) as runner:
         _, image = await runner.launcher.prepare()
     if image.problem:
         why = image.problem.rstrip(".")
@@ -2444,7 +2444,7 @@ async def _build(options: argparse.Namespace) -> int:
 
 async def _install(options: argparse.Namespace) -> int:
     """Install a package for a session, or for every later execution."""
-    async with open_runner(load_config(options.config), on_status=show_status) as runner, until_signal():
+    async with runner_until_signal(load_config(options.config), show_status) as runner:
         requirement, note = package_meant(options.requirement)
         installation = await runner.install(requirement, session=options.session)
     stream = sys.stdout if installation.ok else sys.stderr
@@ -2455,7 +2455,7 @@ async def _install(options: argparse.Namespace) -> int:
 
 async def _list(options: argparse.Namespace) -> int:
     """Print the sandboxes on this engine."""
-    async with open_runner(load_config(options.config)) as runner, until_signal():
+    async with runner_until_signal(load_config(options.config)) as runner:
         sandboxes = await runner.launcher.list_sandboxes()
     if options.json:
         print(json.dumps([dataclasses.asdict(sandbox) for sandbox in sandboxes], indent=2))
@@ -2492,7 +2492,7 @@ def duration(seconds: float) -> str:
 async def _remove(options: argparse.Namespace) -> int:
     """End sessions; exit status 1 if one of them was not there."""
     missing = 0
-    async with open_runner(load_config(options.config)) as runner, until_signal():
+    async with runner_until_signal(load_config(options.config)) as runner:
         for name in options.sessions:
             if not await runner.close_session(name):
                 missing = 1

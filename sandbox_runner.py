@@ -8708,6 +8708,7 @@ def run_to_exit(program: str, command: Callable[[], Awaitable[int]]) -> NoReturn
         code = 141
     except KeyboardInterrupt:
         code = 130
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: one that comes now must not change the exit status
     sys.exit(code)
 
 
@@ -8716,22 +8717,32 @@ class SignalError(Exception):
 
 
 @asynccontextmanager
-async def until_signal() -> AsyncIterator[None]:
-    """Cancel the block when SIGINT or SIGTERM comes, and raise SignalError at its end.
+async def on_signals(heed: Callable[[int], None]) -> AsyncIterator[None]:
+    """Call `heed` with the number of each SIGINT and SIGTERM that comes in the block, in place of what Python does."""
 
-    To be used within `open_runner`, which needs its own tasks to end what the block began.
-    """
-    received: list[int] = []
-
-    async def watch(scope: anyio.CancelScope) -> None:
+    async def watch() -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for number in signals:
-                received.append(number)
-                scope.cancel()
+                heed(number)
 
     async with open_tasks() as tasks:
-        tasks.start_soon(watch, tasks.cancel_scope)
+        tasks.start_soon(watch)
         yield
+
+
+@asynccontextmanager
+async def runner_until_signal(config: Config, on_status: OnStatus | None = None) -> AsyncIterator[Runner]:
+    """Provide a Runner; when SIGINT or SIGTERM comes, cancel the block, and raise SignalError once the Runner has left."""
+    received: list[int] = []
+    scope = anyio.CancelScope()
+
+    def heed(number: int) -> None:
+        received.append(number)
+        scope.cancel()
+
+    async with on_signals(heed), open_runner(config, on_status=on_status) as runner:
+        with scope:
+            yield runner
     if received:
         raise SignalError(received[-1])
 
@@ -8829,23 +8840,33 @@ async def _run_script(options: argparse.Namespace) -> int:
     state = _read_state(Path(options.state)) if options.state else None
     screen = Screen(Path(options.images or "."))
     interrupt = anyio.Event()
+    received: list[int] = []
+    scope = anyio.CancelScope()
     result = None
-    async with open_runner(config, on_status=show_status) as runner, open_tasks() as tasks:
-        received: list[int] = []
-        tasks.start_soon(_watch_signals, runner, interrupt, tasks.cancel_scope, received)
-        result = await runner.execute(
-            code,
-            session=options.session,
-            state=state,
-            timeout=options.timeout,
-            on_output=None if options.json else screen.print,
-            keep_output=options.json,
-            interrupt=interrupt,
-            filename=name,
-            arguments=arguments,
-            files=options.inputs,
-            output=options.out,
-        )
+
+    def heed(number: int) -> None:
+        """Interrupt the code on the first Ctrl-C, so that it shows where it was; leave on the next signal."""
+        received.append(number)
+        if number == signal.SIGINT and runner.running and not interrupt.is_set():
+            interrupt.set()
+        else:
+            scope.cancel()
+
+    async with on_signals(heed), open_runner(config, on_status=show_status) as runner:
+        with scope:
+            result = await runner.execute(
+                code,
+                session=options.session,
+                state=state,
+                timeout=options.timeout,
+                on_output=None if options.json else screen.print,
+                keep_output=options.json,
+                interrupt=interrupt,
+                filename=name,
+                arguments=arguments,
+                files=options.inputs,
+                output=options.out,
+            )
     if result is None:
         return 128 + received[-1]
     if options.json:
@@ -8884,17 +8905,6 @@ def _run_config(options: argparse.Namespace) -> Config:
     config = dataclasses.replace(config, docker=docker)
     refuse_to_share(config_file(options.config), config)
     return config
-
-
-async def _watch_signals(runner: Runner, interrupt: anyio.Event, scope: anyio.CancelScope, received: list[int]) -> None:
-    """Interrupt the code on the first Ctrl-C, so that it shows where it was; leave on the next signal."""
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            received.append(number)
-            if number == signal.SIGINT and runner.running and not interrupt.is_set():
-                interrupt.set()
-            else:
-                scope.cancel()
 
 
 OPERATOR_COMMANDS = ("doctor", "build", "install", "ps", "rm")  # of the other program, that one may look for here
