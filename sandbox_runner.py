@@ -8732,7 +8732,7 @@ async def on_signals(heed: Callable[[int], None]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def runner_until_signal(config: Config, on_status: OnStatus | None = None) -> AsyncIterator[Runner]:
-    """Provide a Runner; when SIGINT or SIGTERM comes, cancel the block, and raise SignalError once the Runner has left."""
+    """Provide a Runner; on SIGINT or SIGTERM cancel the block, and raise SignalError once the Runner has left."""
     received: list[int] = []
     scope = anyio.CancelScope()
 

@@ -298,6 +298,29 @@ async def test_what_fits_into_the_memory_without_a_copy_fits_with_one(
     assert result.value == (str(max(0, 2 - ended.behind)) if state == "restored" else None)
 
 
+async def test_a_copy_costs_no_memory_whatever_a_session_holds_and_its_next_call_needs(
+    config: Config, session: str
+) -> None:
+    """What runs without copies runs with them, at steps of 8 MB around the end of the memory."""
+    ended: dict[bool, dict[tuple[int, int], str]] = {}
+    for restore in (False, True):
+        settings = dataclasses.replace(config, session=dataclasses.replace(config.session, restore=restore))
+        ended[restore] = {}
+        async with open_runner(settings) as runner:
+            for holds in (8, 40, 80):
+                for needs in range(200 - holds, 256 - holds, 8):
+                    name = f"{session}-{restore}-{holds}"
+                    await runner.execute(f"x = globals().get('x') or bytearray({holds} << 20)", session=name)
+                    code = f"for at in range(0, len(x), 4096): x[at] ^= 1\nlen(b'x' * ({needs} << 20))"
+                    result = await runner.execute(code, session=name)
+                    ended[restore][holds, needs] = result.status
+                    assert result.oom_kills == (result.status == "out_of_memory"), "no copy is told of as the code's"
+                await runner.close_session(name)
+    assert {*ended[True].values()} == {"ok", "out_of_memory"}
+    worse = {size: end for size, end in ended[True].items() if ended[False][size] == "ok" and end != "ok"}
+    assert not worse, ended
+
+
 async def test_a_session_is_restored_after_its_host_was_killed_and_again_right_after_that(
     config: Config, command_line: CommandLine, session: str
 ) -> None:

@@ -580,6 +580,29 @@ async def test_connections_past_the_bounds_wait_for_their_turn_and_are_refused_w
 
 
 @pytest.mark.slow
+async def test_1500_small_downloads_by_200_threads_all_succeed_and_the_event_loop_answers_meanwhile(
+    servers: Servers,
+) -> None:
+    url = f"http://localhost:{servers.plain}/a.csv"
+    turns = 0
+    async with proxied(*servers.allowed) as both:
+
+        async def fetch_many() -> None:
+            for _ in range(15):
+                assert await fetched(both, servers, url) == b"x,y\n1,2\n"
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(100):
+                    tasks.start_soon(fetch_many)
+                while both.proxy._last < 1500:
+                    assert len(both.proxy._open) <= sandbox_runner.FLOWS_OPEN + sandbox_runner.CONNECTIONS_AT_ONCE
+                    await anyio.sleep(0.01)
+                    turns += 1
+        assert turns > 100
+
+
+@pytest.mark.slow
 async def test_no_number_of_connections_that_are_opened_and_closed_is_a_breach_of_the_protocol(
     servers: Servers,
 ) -> None:

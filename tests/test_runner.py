@@ -1653,3 +1653,108 @@ async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, mon
         await runner.execute("x = 2", session="s", state={"y": "much too long"})
     assert (await runner.execute("x", session="s")).value == "1"
     await runner.close_session("s")
+
+
+# ── what a call must not cost ──
+
+
+@pytest.mark.slow
+async def test_a_caller_that_takes_output_slowly_holds_the_code_back_and_loses_nothing(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "INTERRUPT_GRACE", 0.1)
+    monkeypatch.setattr(sandbox_runner, "HOST_PATIENCE", 0.1)
+    received = 0
+
+    async def on_output(item: object) -> None:
+        nonlocal received
+        if not received:
+            await anyio.sleep(3)  # three times what the code may take
+        assert isinstance(item, Text)
+        received += len(item.text)
+
+    code = "for n in range(200_000): print('x' * 99)\n'done'"
+    result = await runner.execute(code, timeout=1, on_output=on_output, keep_output=False)
+    assert (result.status, result.value, received) == ("ok", "'done'", 20_000_000)
+
+
+async def test_an_error_that_ended_an_earlier_call_is_told_as_its_own_and_the_new_code_runs(
+    runner: Runner, docker: FakeEngine
+) -> None:
+    docker.script(down="Cannot connect to the Docker daemon")
+    with pytest.raises(EngineError):
+        await runner.execute("1", session="s")  # at once, as somebody waits for it
+    docker.script(down=None)
+    entry = runner.sessions["s"]
+    failed = entry.call = sandbox_runner.Call(sandbox_runner.Request("1", "s"))
+    failed.fail(EngineError("The engine has failed."))  # as while it was placed, after it was answered as running
+    result = await runner.execute("6 * 7", session="s")
+    assert (result.status, result.value) == ("ok", "42")
+    assert result.unread is not None
+    assert (result.unread.status, result.unread.message) == ("died", "it could not be run: The engine has failed")
+
+
+async def test_of_sessions_that_have_ended_little_is_kept(
+    runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "ENDED_SESSIONS", 3)
+    for number in range(6):
+        await runner.execute("print('x' * 100_000)", session=f"s{number}")
+        sandbox = runner.sessions[f"s{number}"].sandbox
+        assert sandbox
+        assert sandbox.call is None, "its output was told, and is not kept as long as the session"
+        docker.run("kill", sandbox_runner.session_container(f"s{number}"))
+        await until(sandbox.gone.is_set)
+    await runner.execute("1", session="last")
+    assert list(runner.sessions) == ["s3", "s4", "s5", "last"]
+    assert runner.living() == {"last"}
+
+
+async def test_interrupting_where_nothing_runs_says_so(runner: Runner) -> None:
+    await runner.execute("x = 1", session="s")
+    stop = anyio.Event()
+    stop.set()
+    result = await runner.execute("", session="s", interrupt=stop)
+    assert (result.status, result.message, result.exception) == ("ok", "nothing was running", None)
+    assert (await runner.execute("x", session="s")).value == "1"
+
+
+async def test_an_install_neither_runs_a_call_nor_costs_an_unread_one(
+    runner: Runner, settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "packages").mkdir()
+
+    async def install(*_: object) -> sandbox_runner.Outcome:
+        return sandbox_runner.Outcome(True, folder=str(tmp_path / "packages"), installed=(("x", "1"),))
+
+    monkeypatch.setattr(runner, "_install", install)
+    answer = await runner.execute(f"y = 1\n{WAIT_FOR_GO}print('off')", session="s", answer_within=0)
+    assert answer.status == "running"
+    with pytest.raises(SessionError, match="the code of an earlier call is still running"):
+        await runner.install("x", session="s")
+    go(settings)
+    entry = runner.sessions["s"]
+    assert entry.call
+    await until(entry.call.ended.is_set)
+    assert (await runner.install("x", session="s")).ok
+    result = await runner.execute("y", session="s")
+    assert result.unread
+    assert result.unread.stdout.endswith("off\n")
+    assert (result.value, result.earlier, result.lost_before) == ("1", "", None)
+
+
+async def test_a_session_of_another_version_is_told_at_once_not_harmed_and_can_be_ended(
+    runner: Runner, docker: FakeEngine, settings: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_runner, "PROTOCOL", 3)
+        async with open_runner(settings) as older:
+            await older.execute("x = 1", session="old")
+    for _ in range(2):
+        with pytest.raises(SessionError, match="'old' was begun by another version of this server"):
+            await runner.execute("x", session="old")
+    assert docker.containers() == [sandbox_runner.session_container("old")]
+    (info,) = await runner.launcher.list_sandboxes()
+    assert not info.is_known
+    assert await runner.close_session("old")
+    await until(lambda: not docker.containers())

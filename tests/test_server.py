@@ -1675,3 +1675,35 @@ def test_the_official_inspector_lists_the_tools_and_calls_one(real: Config, tmp_
     assert call("print(6 * 7)") == (0, "42")
     status, text = call("1/0")
     assert (status, text.partition("\n")[0]) == (5, "Failed on line 1: ZeroDivisionError: division by zero")
+
+
+async def test_a_progress_notification_that_fails_is_its_calls_business(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: python_docker_mcp.Progress) -> None:
+        raise RuntimeError("the client has gone mad")
+
+    monkeypatch.setattr(python_docker_mcp, "PROGRESS_INTERVAL", 0.01)
+    monkeypatch.setattr(python_docker_mcp.Progress, "report", fail)
+    async with connected(config) as client:
+        for _ in range(2):
+            result = await client.call_tool("execute-transient", {"code": "import time; time.sleep(0.1); 6 * 7"})
+            assert text_of(result).startswith("Value: 42")
+
+
+async def test_resources_are_listed_in_pages(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_docker_mcp, "RESOURCES_LISTED", 4)
+    async with connected(config) as client:
+        code = "for n in range(10): open(f'{n}.txt', 'w').close()"
+        await client.call_tool("execute-persistent", {"code": code, "session_id": "s"})
+        listed = await client.list_resources()
+        names = [resource.name for resource in listed.resources]
+        while listed.next_cursor:
+            listed = await client.list_resources(cursor=listed.next_cursor)
+            assert len(listed.resources) <= 4
+            names += [resource.name for resource in listed.resources]
+        assert sorted(names) == [f"{n}.txt" for n in range(10)]
+        with pytest.raises(MCPError, match="'x' is no cursor of this list"):
+            await client.list_resources(cursor="x")
+        await client.call_tool("cleanup-session", {"session_id": "s"})
+        assert (await client.list_resources()).resources == []
