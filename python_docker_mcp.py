@@ -2187,13 +2187,13 @@ def judge(check: Check, patient: Patient, result: Result) -> Finding:
         judgement, seen, *advice = check.judge(patient, result, (result.variables or {}).get("seen"))
         verdict: Verdict = judgement if isinstance(judgement, str) else "ok" if judgement else "failed"
         remedy = [""] if verdict == "ok" else advice or [unkept(patient, check.flag)]
-        if result.status == "out_of_memory" and verdict != "ok":
-            needs = f"needs more memory than {patient.config.docker.memory_limit}"
-            seen, remedy = f"{seen}; it {needs}", ["Raise docker.memory_limit."]
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a sandbox says is not to be believed
         verdict, seen = "failed", f"the probe's answer makes no sense ({type(error).__name__}: {error})"
         if result.status != "ok":
             seen = f"the attempt ended with {result.status} ({why_not(result)})"
+    if result.status == "out_of_memory" and verdict != "ok":
+        limit = megabytes(patient.config.docker.memory_limit)
+        remedy = [f"Raise docker.memory_limit: {limit} are not enough for what was tried."]
     return Finding(check.name, verdict, one_line(seen), one_line(remedy[0]))
 
 

@@ -415,7 +415,9 @@ class Runner:
         """Return the result with a word on what happened, where the sandbox could not know it."""
         message = result.message
         if result.status == "out_of_memory":
-            needed = f"the code needed more memory than the sandbox may have ({self.config.docker.memory_limit})"
+            limit = self.config.docker.memory_limit
+            limit = f"{int(limit) >> 20}m" if limit.isdigit() else limit
+            needed = f"the code needed more memory than the sandbox may have ({limit})"
             message = f"{needed}; {message}" if message else needed
         elif result.status == "timeout" and not message:
             limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -75,6 +76,16 @@ class Engine:
             return False
         marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.launcher.owner}"] if runner else [])]
         return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, *marks)
+
+
+def remove_volume(command: str, name: str) -> None:
+    """Remove a volume as soon as no container uses it any more: sandboxes that are being ended may still do."""
+    end = time.monotonic() + PATIENCE
+    while subprocess.run([command, "volume", "rm", name], capture_output=True, check=False).returncode:
+        if subprocess.run([command, "volume", "inspect", name], capture_output=True, check=False).returncode:
+            return  # there is none
+        assert time.monotonic() < end, f"something uses the volume {name}"
+        time.sleep(0.1)
 
 
 def host_processes() -> Iterator[tuple[int, int, list[str]]]:

@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT
 from package_index import Index, fill
 from pytest_subprocess import FakeProcess
+from real_engines import remove_volume
 
 import sandbox_runner
 from sandbox_runner import (
@@ -101,7 +102,7 @@ async def volume(engine: Engine) -> AsyncIterator[str]:
     """A volume for installed packages of these tests' own, which keeps the installer from being fetched every time."""
     name = f"python-docker-mcp-test-{os.urandom(4).hex()}"
     yield name
-    await quietly(engine, "volume", "rm", "--force", name)
+    remove_volume(engine.command, name)
 
 
 @pytest.fixture
@@ -361,7 +362,7 @@ async def test_behind_an_inspecting_proxy_its_authority_is_trusted_when_told(
                     assert installed.ok, (way, installed)
                     assert (await runner.execute("import alpha; alpha.__version__")).value == "'2.0'"
                 engine = await find_engine(settings.docker.command)
-                await quietly(engine, "volume", "rm", "--force", told.package.volume)
+                remove_volume(engine.command, told.package.volume)
     finally:
         served.close()
 

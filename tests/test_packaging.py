@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import base64
+import importlib.metadata
 import json
 import os
 import re
@@ -20,9 +22,11 @@ from conftest import ROOT
 from pytest_subprocess import FakeProcess
 
 import python_docker_mcp
+import sandbox_runner
 from sandbox_runner import DockerConfig, __version__
 
 MODULES = ["python_docker_mcp", "sandbox_runner"]
+IN_THE_SANDBOX = {"matplotlib", "PIL"}  # imported there, where the image has them
 
 
 def read(name: str) -> str:
@@ -219,3 +223,17 @@ def test_the_tests_run_from_an_unpacked_source_distribution(built: Path, tmp_pat
     done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_config.py", cwd=folder)
     assert " passed" in done.stdout
     assert "failed" not in done.stdout
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {
+        re.split(r"[<>=; ]", line)[0] for line in tomllib.loads(read("pyproject.toml"))["project"]["dependencies"]
+    }
+    distributions = importlib.metadata.packages_distributions()
+    for module in (sandbox_runner, python_docker_mcp):
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        imported = {name.partition(".")[0] for name in names} - {"sandbox_runner", *IN_THE_SANDBOX}
+        foreign = imported - set(sys.stdlib_module_names)
+        assert {sandbox_runner.plain_name(distributions[name][0]) for name in foreign} <= declared

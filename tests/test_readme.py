@@ -32,7 +32,7 @@ import yaml
 from conftest import ROOT, text_of, wait_until
 from mcp import Client, StdioServerParameters
 from pytest_subprocess import FakeProcess
-from real_engines import PATIENCE
+from real_engines import PATIENCE, remove_volume
 
 from python_docker_mcp import TOOLS
 from sandbox_runner import ENVIRONMENT, DockerConfig, load_config
@@ -88,7 +88,7 @@ def configuration(engine_command: str) -> Iterator[dict[str, Any]]:
     yield {"docker": {"command": engine_command, "image": "host"}, "package": {"volume": volume}}
     users = [engine_command, "ps", "--all", "--quiet", f"--filter=volume={volume}"]
     wait_until(lambda: not subprocess.run(users, capture_output=True, check=True).stdout)
-    subprocess.run([engine_command, "volume", "rm", "--force", volume], capture_output=True, check=False)
+    remove_volume(engine_command, volume)
 
 
 def environment(configuration: Mapping[str, Any], folder: Path) -> dict[str, str]:

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from mcp import Client, StdioServerParameters
 from mcp.shared.exceptions import MCPError
 from package_index import Index, fill
+from real_engines import remove_volume
 
 import python_docker_mcp
 import sandbox_runner
@@ -1580,7 +1581,7 @@ async def test_conversation_3_a_package_is_installed_for_a_session_that_does_not
             assert "nosuch could not be installed" in text_of(missing)
     finally:
         index.close()
-        await anyio.run_process([engine_command, "volume", "rm", "--force", volume], check=False)
+        remove_volume(engine_command, volume)
 
 
 @pytest.mark.engine

@@ -11,9 +11,8 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-import anyio
 import pytest
-from real_engines import eventually
+from real_engines import eventually, remove_volume
 
 from sandbox_runner import (
     Config,
@@ -120,7 +119,7 @@ async def default(engine_command: str) -> AsyncIterator[Config]:
     """The default settings, with a volume that is empty."""
     volume = f"python-docker-mcp-test-{secrets.token_hex(4)}"
     yield Config(docker=DockerConfig(command=engine_command, image="host"), package=PackageConfig(volume=volume))
-    await anyio.run_process([engine_command, "volume", "rm", "--force", volume], check=False)
+    remove_volume(engine_command, volume)
 
 
 async def until_warm(runner: Runner) -> None:
@@ -176,7 +175,7 @@ async def installed(config: Config) -> AsyncIterator[Execute]:
         async with warm(config) as execute:
             yield execute
     finally:
-        await anyio.run_process([str(config.docker.command), "volume", "rm", "--force", volume], check=False)
+        remove_volume(str(config.docker.command), volume)
 
 
 @asynccontextmanager

@@ -5,9 +5,10 @@
 Each client is a server process of its own and speaks lines with it, as real clients do. Two workers of each make calls
 of all kinds, with and without a session, while a third party kills servers, the engine's command lines and containers,
 and pauses containers. Of every call it is known what it must come to; of every session, which numbers its counter may
-have; and its state may be lost only where the soak did that, or its code in the very first call: else it is restored.
-The first server is never killed: its memory has to stay level. At the end no container and no command line of the
-soak's may be left.
+have; and its state may be lost only where the soak did that, or its code in the very first call, or memory ran out:
+else it is restored, to what it was as many calls ago as is told. Now and then the program for one run is read slowly,
+and must pass on every byte. The first server is never killed: its memory has to stay level. At the end no container, no
+command line and no volume of the soak's may be left.
 
 All that is random follows from the seed, though not in which order the tasks run. A line a minute tells how it goes,
 each violation is told at once and again at the end, and `trace.log`, in the folder that is named first, has every call.
@@ -49,6 +50,7 @@ import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from sandbox_runner import (
+    PROXY_PORT,
     Config,
     DockerConfig,
     FilesConfig,
@@ -104,7 +106,20 @@ class Kind:
 
 
 MEMORY = "data = bytearray(1 << 30)\nfor i in range(0, 1 << 30, 4096): data[i] = 1"
-PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nprint('TOKEN')"
+PLOT = """import matplotlib.pyplot as plt
+for i in range(4):
+    plt.plot([0, i])
+    plt.title(f'TOKEN {i}')
+    plt.show()
+print('TOKEN')"""
+PLOTTED = Kind(5, PLOT, images=4)
+# The first call keeps 60 MB; the next ones change all of that, which a sleeping copy shares, and need 40 MB beside it.
+HOLD = """held = globals().get('held') or bytearray(60 << 20)
+for i in range(0, len(held), 4096): held[i] = (held[i] + 1) % 256
+more = bytearray(40 << 20)
+for i in range(0, len(more), 4096): more[i] = 1
+del more
+print(len(held) >> 20, 'MB', 'TOKEN')"""
 MUCH = "for _ in range(500): print('x' * 999)\nprint('TOKEN')"
 STUBBORN = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
 LONG = "import time\nfor i in range(6):\n    print('step', i, flush=True)\n    time.sleep(1)\nprint('TOKEN')"
@@ -114,21 +129,33 @@ FILE = Kind(3, "open('a.txt', 'w').write('TOKEN')", words=("a.txt",), saves=True
 SENT = 3_000_000  # bytes that the web server on the host sends
 FETCH = Kind(
     4,
-    "import urllib.request\nprint(len(urllib.request.urlopen('http://localhost:PORT/').read()), 'TOKEN')",
+    f"import urllib.request\nprint(len(urllib.request.urlopen('http://localhost:PORT/{SENT}').read()), 'TOKEN')",
     words=(f"{SENT} TOKEN",),
     fetches=True,
 )
+# Connections that are opened and closed at once, more than the proxy has places for; then many downloads.
+MANY = f"""import concurrent.futures, socket, urllib.request
+for _ in range(3):
+    opened = [socket.create_connection(('127.0.0.1', {PROXY_PORT})) for _ in range(200)]
+    for one in opened: one.close()
+def get(_): return len(urllib.request.urlopen('http://localhost:PORT/1000').read())
+with concurrent.futures.ThreadPoolExecutor(50) as pool: print(sum(pool.map(get, range(300))), 'TOKEN')"""
+CONNECT = Kind(2, MANY, words=("300000 TOKEN",), fetches=True)
+SLOWLY = 0.02  # how often the program for one run is read slowly, of all that a worker does
+LINES = 7000  # of a thousand characters, that it prints then
+BURST = 0.04  # how often calls in a session follow one another without a pause, until its process crashes
 GET = Kind(3, "print(len(open('given.txt').read()), 'TOKEN')", words=(f"{GIVEN} TOKEN",), files=("given.txt",))
 
 TRANSIENT = {
     "sum": Kind(20, "print(sum(range(100_000)), 'TOKEN')", words=("4999950000 TOKEN",)),
     "error": Kind(5, "x = 1\nraise ValueError('TOKEN')", "error", ("line 2", "ValueError: TOKEN")),
     "timeout": Kind(2, "while True: pass", "timeout", (), timeout=1, stops=True),
-    "plot": Kind(3, PLOT, images=1),
+    "plot": PLOTTED,
     "much": Kind(2, MUCH, words=("characters left out", "TOKEN")),
     "file": FILE,
     "given": GET,
     "fetch": FETCH,
+    "connect": CONNECT,
     "crash": Kind(2, "import os; os._exit(3)", "died", ("exit status 3",)),
     "memory": Kind(1, MEMORY, "out_of_memory", ("needed more memory",)),
     "cancel": Kind(3, SLEEP, cancel=True),
@@ -137,11 +164,13 @@ SESSION = {
     "count": Kind(40, "print('TOKEN')"),
     "error": Kind(6, "raise ValueError('TOKEN')", "error", ("line 3", "ValueError: TOKEN")),
     "timeout": Kind(4, "while True: pass", "timeout", (), timeout=1, stops=True),
-    "plot": Kind(5, PLOT, images=1),
+    "plot": PLOTTED,
+    "hold": Kind(5, HOLD, words=("60 MB TOKEN",)),
     "much": Kind(4, MUCH, words=("characters left out", "TOKEN"), resource="output"),
     "file": dataclasses.replace(FILE, resource="file"),
     "given": GET,
     "fetch": FETCH,
+    "connect": CONNECT,
     "long": Kind(6, LONG, words=("step 0", "step 5", "TOKEN")),
     "interrupt": Kind(4, SLEEP, "cancelled", (), interrupt=True, stops=True),
     "cancel": Kind(6, SLEEP, cancel=True, stops=True),
@@ -162,6 +191,7 @@ class Session:
     name: str
     owner: int  # the client that may use it
     counts: set[int] = field(default_factory=lambda: {0})  # what its counter may be; 0 if there is none
+    known: int = 0  # how many calls until now have each told their count
     used: float = field(default_factory=time.monotonic)
     busy: bool = False  # whether one of our workers is at it
     goes_on: bool = False  # whether code of a call whose end was not told may be running
@@ -184,19 +214,26 @@ class Answer:
 
     status: str
     text: str
-    images: int
+    images: tuple[int, ...]  # hashes of their data
     state: str | None  # of the session
 
     @classmethod
     def of(cls, message: dict[str, Any]) -> Answer:
         """Read the answer to a tool call. Results with images have no data beside their text."""
         if "result" not in message:
-            return cls("refused", json.dumps(message.get("error")), 0, None)
+            return cls("refused", json.dumps(message.get("error")), (), None)
         blocks, data = message["result"]["content"], message["result"].get("structuredContent") or {}
         texts = [block.get("text") or block.get("resource", {}).get("text") or block.get("uri", "") for block in blocks]
-        images = sum(block["type"] == "image" for block in blocks)
-        default = "failed" if message["result"].get("isError") else "ok"
+        images = tuple(hash(block["data"]) for block in blocks if block["type"] == "image")
+        running = any("Still running: the call" in text for text in texts)
+        default = "failed" if message["result"].get("isError") else "running" if running else "ok"
         return cls(data.get("status", default), "\n".join(texts), images, data.get("session_state"))
+
+    @property
+    def behind(self) -> int:
+        """How many calls before the one that it was restored in are missing, too."""
+        told = re.findall(r"before this call and the (\d+) before it", self.text)
+        return int(told[-1]) if told else 0
 
 
 class ServerGoneError(Exception):
@@ -362,7 +399,9 @@ class Worker:
         """Make calls until the time is over."""
         while time.monotonic() < self.soak.end:
             try:
-                if self.random.random() < 0.4:
+                if self.random.random() < SLOWLY:
+                    await self._read_slowly()
+                elif self.random.random() < 0.4:
                     await self._transient()
                 else:
                     await self._persistent()
@@ -401,6 +440,25 @@ class Worker:
         elif state and f'"seen": {state["seen"] + 1}' not in answer.text:
             self.soak.violation(f"transient {name} {token}: the state is not what it should be: {answer}")
 
+    async def _read_slowly(self) -> None:
+        """Leave the output of the program for one run in its pipe, for longer than its code may take; then read it."""
+        token = f"{self.random.randrange(16**8):08x}"
+        code = f"for i in range({LINES}): print(f'{{i:06}} {{i % 10}}', 'x' * 990)\nprint('{token}')"
+        wanted = "".join(f"{i:06} {i % 10} {'x' * 990}\n" for i in range(LINES)) + f"{token}\n"
+        command = [sys.executable, "sandbox_runner.py", "--timeout", "10", "-c", code]
+        environment, started = self.soak.environment(self.client.index), time.monotonic()
+        with (self.soak.folder / "server-slow.log").open("ab") as errors, anyio.fail_after(PATIENCE):
+            async with await anyio.open_process(command, stderr=errors, env=environment, cwd=ROOT) as process:
+                assert process.stdout is not None
+                await anyio.sleep(self.random.uniform(2, 20))
+                got = b"".join([piece async for piece in process.stdout]).decode()
+                status = await process.wait()
+        self.soak.trace(f"slow reader {token}: {len(got)} characters, status {status}, since {started:.1f}")
+        self.soak.kinds["read slowly"] += 1
+        if (status or got != wanted) and not (status in (125, 137) and self.soak.excuse(started)):
+            same = next((at for at, pair in enumerate(zip(got, wanted, strict=False)) if pair[0] != pair[1]), len(got))
+            self.soak.violation(f"slow reader {token}: status {status}; {len(got)} characters, the first {same} right")
+
     # ── in a session ──
 
     async def _persistent(self) -> None:
@@ -412,6 +470,9 @@ class Worker:
                 await self._catch_up(session)
             if self.random.random() < CLEAN_UP / sum(kind.weight for kind in SESSION.values()):
                 await self._clean_up(session)
+            elif self.random.random() < BURST:
+                for name in [*["count"] * self.random.randrange(1, 8), "crash"]:
+                    await self._call(session, {name: SESSION[name]})
             else:
                 await self._call(session)
         finally:
@@ -465,6 +526,8 @@ class Worker:
         session.goes_on = False
         if NEW in answer.text or "had been lost before" in answer.text:
             self._begin_anew(session, answer)
+        elif answer.state == "restored":
+            session.counts |= reaching_back(session.counts, answer.behind)
         elif answer.state == "lost":
             self._lose(
                 session, answer, time.monotonic(), "its code, its server gone" if stop or session.loses else None
@@ -474,8 +537,8 @@ class Worker:
         if answer.status != "failed":
             session.used = time.monotonic()
 
-    async def _call(self, session: Session) -> None:
-        name, kind, token = self._choose(SESSION)
+    async def _call(self, session: Session, kinds: dict[str, Kind] = SESSION) -> None:
+        name, kind, token = self._choose(kinds)
         started = time.monotonic()
         before = set(session.counts)
         reason = session.may_be_lost()
@@ -488,21 +551,24 @@ class Worker:
         self.soak.kinds[f"session {name}"] += 1
         try:
             answer = await self._use(session, code, moment, timeout=kind.timeout, files=kind.files)
-            text = answer.text
+            text, images = answer.text, answer.images
             while answer.status == "running":
                 self.soak.kinds["session wait"] += 1
                 answer = await self._use(session, "", interrupt=kind.interrupt or None)
-                text += answer.text
+                text, images = text + answer.text, images + answer.images
         except ServerGoneError:
             # The end of the call may have been told in the very moment in which the server died.
-            session.counts |= {0, 1} if reason or kind.loses else set()
+            session.known = 0
+            session.counts |= reaching_back(before, max(before)) if reason or kind.loses else set()
             raise
         session.goes_on = False
+        session.known = session.known + 1 if f" {token}" in text and not kind.cancel else 0
         if reason and (kind.cancel or answer.status == "failed"):
             session.counts |= {0, 1}
             return
         if not kind.cancel:
-            self._judge(session, name, kind, token, dataclasses.replace(answer, text=text), before, started)
+            whole = dataclasses.replace(answer, text=text, images=images)
+            self._judge(session, name, kind, token, whole, before, started)
             if answer.status == "ok" and kind.resource and "Still running" not in text:  # else it is in several parts
                 await self._read_resource(session, kind.resource, token, text)
         session.used = time.monotonic()
@@ -512,19 +578,25 @@ class Worker:
     ) -> None:
         """Compare what came of a call with what should have."""
         found = re.search(rf"count (\d+) {token}", answer.text)
+        if answer.state != "restored":  # what is told then is how the call before ended, which nobody waited for
+            before = before | reaching_back(before, answer.behind)
         if found:
             self._compare(session, int(found[1]), before, answer)
         elif NEW in answer.text or "had been lost before" in answer.text:
             self._begin_anew(session, answer)
         if answer.state == "restored":
-            self.soak.fates[f"restored: {name}"] += 1
-            session.counts = {int(found[1]) - 1} if found else before
+            self.soak.fates[f"restored: {name}" + (", some calls behind" if answer.behind else "")] += 1
+            session.counts = reaching_back({int(found[1]) - 1} if found else before, answer.behind)
+            if answer.behind < session.known:  # each of these calls has counted
+                session.counts = {min(session.counts)}
             if not (kind.loses or session.risk or self.soak.excuse(started)):
                 self.soak.violation(f"{session.name} is restored, and its code did not need that: {answer}")
         if answer.state == "lost":
             paused = kind.stops and self.soak.has_paused(session, started)
             first = kind.loses and (0 in before or not found)
             reason = "its code" if first else "paused while it was to be stopped" if paused else None
+            if kind.status == answer.status == "out_of_memory":  # the copy goes first
+                reason = "memory ran out"
             self._lose(session, answer, started, reason)
         if session.risk and started > session.risk_until and found:
             session.risk = None
@@ -607,6 +679,11 @@ class Worker:
             self.soak.sessions.append(Session(session.name, session.owner))
 
 
+def reaching_back(counts: set[int], calls: int) -> set[int]:
+    """What a counter may be that had one of these, if up to so many calls are undone."""
+    return {count - undone for count in counts for undone in range(calls + 1) if undone <= count}
+
+
 def unsaved(answer: Answer, token: str) -> str:
     """What is wrong with the file that a call wrote: where it is saved it holds the token, or else the result does."""
     saved = re.search(r"Saved for the user as (\S+) \(", answer.text)
@@ -618,8 +695,10 @@ def wrong(kind: Kind, answer: Answer, token: str) -> str:
     """What is wrong with an answer, in a word; nothing if it is as it should be."""
     if answer.status != kind.status and not (answer.images and kind.images):
         return f"not {kind.status}"
-    if answer.images != kind.images:
-        return f"not {kind.images} images"
+    if not len(answer.images) == len(set(answer.images)) == kind.images:
+        return f"not {kind.images} different images"
+    if "killed because memory ran out" in answer.text:
+        return "none of its processes was killed"
     missing = [words for words in kind.words if words.replace("TOKEN", token) not in answer.text]
     return f"{missing} missing" if missing else ""
 
@@ -729,12 +808,12 @@ class Web(http.server.BaseHTTPRequestHandler):
     """Sends code what it fetches."""
 
     def do_GET(self) -> None:
-        """Send it, unless the connection is cut."""
+        """Send as many bytes as the path says, unless the connection is cut."""
         with contextlib.suppress(OSError):
             self.send_response(200)
-            self.send_header("Content-Length", str(SENT))
+            self.send_header("Content-Length", self.path[1:])
             self.end_headers()
-            self.wfile.write(bytes(SENT))
+            self.wfile.write(bytes(int(self.path[1:])))
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -764,6 +843,7 @@ class Soak:
         self.over = False
         self.memory: list[tuple[float, int]] = []  # minutes, and kB of the server that is never killed
         self.web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+        self.web.socket.listen(1024)
         threading.Thread(target=self.web.serve_forever, daemon=True).start()
         (self.folder / "in").mkdir()
         (self.folder / "in/given.txt").write_text("x" * GIVEN, encoding="utf-8")
@@ -781,10 +861,11 @@ class Soak:
             session=SessionConfig(idle_timeout=IDLE_TIMEOUT, answer_within=ANSWER_WITHIN),
             package=PackageConfig(volume=self.volume),
             files=FilesConfig(str(self.folder / "out") if index >= CLIENTS // 2 else None, (str(self.folder / "in"),)),
-            pool=PoolConfig(size=4, max_age=60, preload=("numpy",), reuse=bool(index % 2)),
+            pool=PoolConfig(size=4, max_age=60, reuse=bool(index % 2)),
         )
         file = self.folder / f"config-{index}.yaml"
-        file.write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
+        if not file.exists():  # else a server may be reading it
+            file.write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
         ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON_DOCKER_MCP_")}
         return {**ours, "PYTHON_DOCKER_MCP_CONFIG": str(file), "LOGNAME": self.volume}
 
@@ -911,6 +992,8 @@ class Soak:
                 self.violation(f"a server wrote a traceback: {file}")
         self._judge_memory()
         await self.engine("volume", "rm", self.volume)
+        if volumes := await self.engine("volume", "ls", "--quiet", f"--filter=name={self.volume}"):
+            self.violation(f"volumes are left: {volumes.split()}")
 
     def _judge_memory(self) -> None:
         early = [size for minute, size in self.memory if minute <= WARM_UP + 2][-3:]
