@@ -2563,6 +2563,8 @@ NOT_PASSED_ON = {
 }
 LABEL_OF_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
 traffic_log = log.getChild("network")  # a line for each connection
+OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
+FIRST_DIALED = 1 << 32  # number of a connection from which on this host has opened them
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -2672,7 +2674,7 @@ class Network:
         """Whether an address is listed itself, with this port or with none; `rule` is the one of its name."""
         return any(one.name == address and one.port in (None, port) for one in self.rules if one is not rule)
 
-    async def connect(self, host: str, port: int, rule: HostRule, scheme: str) -> tuple[anyio.abc.SocketStream, str]:
+    async def connect(self, host: str, port: int, rule: HostRule, scheme: str) -> tuple[anyio.abc.ByteStream, str]:
         """Connect to a host, or else to the proxy that this server's environment names for it; return its address, too.
 
         Of the host, all addresses are checked first. Raises RefusedError.
@@ -2751,14 +2753,14 @@ class Connection:
 
     def __init__(self, number: int, write: Callable[[Pass], Awaitable[None]]) -> None:
         self.number = number
-        self.waits = anyio.CancelScope()  # for its turn; there is no point once the code has closed it
+        self.waits: anyio.CancelScope | None = anyio.CancelScope()  # as long as it waits for its turn
         self.received = self.sent = 0  # bytes
         self.used = anyio.current_time()
         self._write = write
         self._inbox = bytearray()
         self._owed = 0  # bytes taken out of the inbox, for which the code has no new credit yet
         self._credit = TAKEN_AHEAD
-        self._ended = False
+        self._heard = self._ended = False
         self._news = anyio.Event()
 
     def take(self, frame: Passed) -> None:
@@ -2766,13 +2768,17 @@ class Connection:
         self.used = anyio.current_time()
         self._inbox += frame["data"]
         self._credit = min(self._credit + frame["credit"], TAKEN_AHEAD)
-        self._ended = self._ended or frame["ended"]
-        if frame["ended"]:
-            self.waits.cancel()
+        self._heard, self._ended = True, self._ended or frame["ended"]
         if len(self._inbox) > SENT_AHEAD:
             raise ProtocolError("more of a connection than was credited")
         self._news.set()
         self._news = anyio.Event()
+
+    async def is_open(self) -> bool:
+        """Wait for the first frame, and return whether it was not the end."""
+        while not self._heard:
+            await self._news.wait()
+        return not self._ended
 
     async def receive(self) -> bytes:
         """Return the next bytes from the code, b"" at their end. What was returned before counts as passed on."""
@@ -2810,6 +2816,33 @@ class Connection:
         await self._write({"op": "pass", "flow": self.number, "data": data, "credit": credit, "ended": ended})
 
 
+class OwnServer(anyio.abc.ByteStream):
+    """A connection to a server of the code's own, through its supervisor."""
+
+    def __init__(self, connection: Connection, forget: Callable[[], object]) -> None:
+        self._connection = connection
+        self._forget = forget
+
+    async def send(self, item: bytes) -> None:
+        """Send bytes. Raises anyio.BrokenResourceError if the server has gone."""
+        await self._connection.send(item)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:  # noqa: ARG002  # a frame's bytes are few enough
+        """Return the next bytes. Raises anyio.EndOfStream."""
+        if data := await self._connection.receive():
+            return data
+        raise anyio.EndOfStream
+
+    async def send_eof(self) -> None:
+        """Do nothing: the server sees the end when the connection is closed."""
+
+    async def aclose(self) -> None:
+        """Close it."""
+        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
+            await self._connection.end()
+        self._forget()
+
+
 class Proxy:
     """The proxy of one sandbox."""
 
@@ -2819,20 +2852,28 @@ class Proxy:
         self._open: dict[int, Connection] = {}
         self._places = anyio.Semaphore(CONNECTIONS_AT_ONCE)
         self._next = 0.0  # when the next one may be served, of those that come too fast
+        self._dialed = 0  # connections to the code's own servers so far
         self._last = 0  # the highest number so far
 
     def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
         """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
         number = frame["flow"]
+        if number >= FIRST_DIALED:
+            if number in self._open:
+                self._open[number].take(frame)
+            return
         if number > self._last:
-            # Those that the code has closed are gone here, too, or have a place: so no order of events makes more.
-            if len(self._open) > FLOWS_OPEN + CONNECTIONS_AT_ONCE:
+            # Those that the code has closed are gone here, too, unless they have a place: in no order are there more.
+            if len(self._open) > FLOWS_OPEN + 2 * CONNECTIONS_AT_ONCE:
                 raise ProtocolError("more connections than a supervisor has")
             self._last = number
             self._open[number] = Connection(number, self._pass)
             tasks.start_soon(self._serve, self._open[number])
-        if number in self._open:  # else it is over here, and the code does not know yet
-            self._open[number].take(frame)
+        if connection := self._open.get(number):  # else it is over here, and the code does not know yet
+            connection.take(frame)
+            if frame["ended"] and connection.waits:
+                connection.waits.cancel()
+                del self._open[number]  # as the supervisor has: else those that come now would be too many
 
     async def _pass(self, frame: Pass) -> None:
         await self._sandbox._write(encoded(frame))
@@ -2848,8 +2889,14 @@ class Proxy:
                 request, http = await read_request(connection)
             host, port, path = target_of(request)
             where = f"{host}:{port}"
-            rule = self.network.rule(host, port, 443 if path is None else 80)
-            there, proxy = await self.network.connect(host, port, rule, "https" if path is None else "http")
+            try:
+                rule = self.network.rule(host, port, 443 if path is None else 80)
+                there, proxy = await self.network.connect(host, port, rule, "https" if path is None else "http")
+            except RefusedError:
+                own = await self._dial(port) if host in OWN_HOSTS else None
+                if own is None:
+                    raise
+                there, proxy = own, ""  # no server of the host's is meant, but one of the code's
             async with there:
                 if path is None:
                     verdict = "closed, as it did not begin with TLS for that host"
@@ -2882,10 +2929,24 @@ class Proxy:
                 with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
                     await connection.end()
 
+    async def _dial(self, port: int) -> anyio.abc.ByteStream | None:
+        """Have the supervisor connect to a server of the code's own; return the connection, None if there is none."""
+        self._dialed += 1
+        number = FIRST_DIALED + self._dialed
+        connection = self._open[number] = Connection(number, self._pass)
+        await self._sandbox._write(encoded({"op": "dial", "flow": number, "port": port}))
+        with anyio.fail_after(CONNECT_TIMEOUT):
+            if await connection.is_open():
+                return OwnServer(connection, lambda: self._open.pop(number, None))
+        del self._open[number]
+        return None
+
     async def _wait_for_turn(self, connection: Connection) -> bool:
         """Wait for a place among CONNECTIONS_AT_ONCE; return whether it was had, and the code still wants it."""
+        assert connection.waits is not None
         with connection.waits, anyio.move_on_after(TURN_TIMEOUT) as late:
             await self._places.acquire()
+            connection.waits = None
             now = anyio.current_time()
             self._next = max(self._next, now - CONNECTIONS_AT_ONCE / CONNECTIONS_A_SECOND) + 1 / CONNECTIONS_A_SECOND
             try:
@@ -2905,7 +2966,7 @@ class Proxy:
     async def _relay(
         self,
         connection: Connection,
-        there: anyio.abc.SocketStream,
+        there: anyio.abc.ByteStream,
         first: bytes,
         rest: AsyncIterator[bytes],
         *,
@@ -3145,7 +3206,15 @@ class Pass(TypedDict):
     ended: bool
 
 
-ToSupervisor = Run | Use | GiveState | Read | Write | Order | Parting | Pass
+class Dial(TypedDict):
+    """Connect to a server of the code's own, on the sandbox's loopback; bytes pass as on a connection to the proxy."""
+
+    op: Literal["dial"]
+    flow: int
+    port: int
+
+
+ToSupervisor = Run | Use | GiveState | Read | Write | Order | Parting | Pass | Dial
 
 
 class PlugRequest(TypedDict):
@@ -3479,6 +3548,7 @@ PROXY_PORT = 3128  # on the sandbox's own loopback
 SENT_AHEAD = 1 << 18  # bytes that the code may send on a connection before the host has passed them on
 TAKEN_AHEAD = 1 << 21  # bytes that the host may send before the code has taken them: the pipe is slow to answer
 CERTIFICATES_FILE = "/tmp/.certificates.pem"
+DIAL_TIMEOUT = 0.01  # seconds; a server on the same loopback answers at once, or has too much to do
 FLOWS_OPEN = 128  # connections at once; more wait to be accepted
 CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that has ended
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
@@ -3879,7 +3949,7 @@ class Flows:
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.listener.bind(("127.0.0.1", PROXY_PORT))
-        self.listener.listen(FLOWS_OPEN)
+        self.listener.listen(1024)  # a connection for which there is no room tries again only a second later
         self.listener.setblocking(False)
         self.sources[self.listener.fileno()] = self._admit
 
@@ -3887,12 +3957,25 @@ class Flows:
         assert self.listener is not None
         with contextlib.suppress(OSError):
             connection = self.listener.accept()[0]
-            connection.setblocking(False)
             self.count += 1
-            number = self.count
-            self.open[number] = Flow(connection)
-            self.sources[connection.fileno()] = lambda: self._take(number)
-            self._pass(number)
+            self._add(self.count, connection)
+            self._pass(self.count)
+
+    def dial(self, frame: Dial) -> None:
+        """Connect to a server of the code's own, and tell whether there is one."""
+        connection = socket.socket()
+        connection.settimeout(DIAL_TIMEOUT)
+        try:
+            connection.connect(("127.0.0.1", frame["port"]))
+            self._add(frame["flow"], connection)
+        except OSError:
+            connection.close()
+        self._pass(frame["flow"], ended=frame["flow"] not in self.open)
+
+    def _add(self, number: int, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.open[number] = Flow(connection)
+        self.sources[connection.fileno()] = lambda: self._take(number)
 
     def resting(self, congested: bool, attached: bool) -> set[int]:
         """Return the descriptors that are not to be read from now."""
@@ -4170,6 +4253,8 @@ class Supervisor:
                     self._recycle(frame["id"])
                 elif frame["op"] == "pass":
                     self.connections.receive(frame)
+                elif frame["op"] == "dial":
+                    self.connections.dial(frame)
                 elif frame["op"] == "farewell":
                     self.channel.send({"kind": "farewell"})
                     self._detach(self.session is not None)

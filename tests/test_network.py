@@ -265,6 +265,7 @@ class Both:
         self.port = self.flows.listener.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.to_sandbox = 0  # bytes that the host has sent
+        self.has_servers = False  # whether this process' loopback is the code's, too, with servers of its own
 
     def _tell(self, frame: Any) -> None:
         self.proxy.take(frame, self.tasks)
@@ -274,7 +275,9 @@ class Both:
         fields = json.loads(frame)
         self.to_sandbox += len(rest)
         fields["data"] = rest
-        self.flows.receive(fields)
+        if fields["op"] == "dial" and not self.has_servers:
+            fields["port"] = 1  # where nobody is
+        (self.flows.dial if fields["op"] == "dial" else self.flows.receive)(fields)
 
     async def run(self) -> None:
         """Do what a supervisor's loop does for connections."""
@@ -602,6 +605,29 @@ async def test_1500_small_downloads_by_200_threads_all_succeed_and_the_event_loo
         assert turns > 100
 
 
+async def test_a_server_of_the_codes_own_is_reached_by_the_name_localhost_where_the_hosts_is_allowed(
+    servers: Servers,
+) -> None:
+    """Here the loopback of the sandbox and of the host are the same: only the ports tell them apart."""
+    own = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=own.serve_forever, daemon=True).start()
+    async with proxied(f"localhost:{servers.plain}") as both:
+        both.has_servers = True
+        for port in (own.server_address[1], servers.plain):
+            for _ in range(3):
+                assert await fetched(both, servers, f"http://localhost:{port}/a.csv") == b"x,y\n1,2\n"
+        await until(lambda: not both.proxy._open and not both.flows.open)
+    await anyio.to_thread.run_sync(own.shutdown)
+    own.server_close()
+
+
+def open_and_close(port: int) -> None:
+    """Open many connections at once, then close them."""
+    opened = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+    for one in opened:
+        one.close()
+
+
 @pytest.mark.slow
 async def test_no_number_of_connections_that_are_opened_and_closed_is_a_breach_of_the_protocol(
     servers: Servers,
@@ -610,6 +636,8 @@ async def test_no_number_of_connections_that_are_opened_and_closed_is_a_breach_o
     async with proxied(*servers.allowed) as both:
         for _ in range(600):
             await (await anyio.connect_tcp("127.0.0.1", both.port)).aclose()
+        for _ in range(6):  # frames of many of them come in one read
+            await anyio.to_thread.run_sync(open_and_close, both.port)
         assert await fetched(both, servers, url) == b"x,y\n1,2\n"
         await until(lambda: not both.proxy._open)
 

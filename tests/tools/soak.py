@@ -192,6 +192,7 @@ class Session:
     owner: int  # the client that may use it
     counts: set[int] = field(default_factory=lambda: {0})  # what its counter may be; 0 if there is none
     known: int = 0  # how many calls until now have each told their count
+    holds: bool = False  # whether it holds so much memory that, with what else it did, it may not be restorable
     used: float = field(default_factory=time.monotonic)
     busy: bool = False  # whether one of our workers is at it
     goes_on: bool = False  # whether code of a call whose end was not told may be running
@@ -543,6 +544,7 @@ class Worker:
         before = set(session.counts)
         reason = session.may_be_lost()
         session.goes_on, session.imports, session.loses = True, bool(kind.images), kind.loses
+        session.holds |= kind.code == HOLD
         session.counts = before | {count + 1 for count in before}
         if session.orphaned and kind.cancel:
             name, kind = "count", SESSION["count"]
@@ -593,7 +595,7 @@ class Worker:
                 self.soak.violation(f"{session.name} is restored, and its code did not need that: {answer}")
         if answer.state == "lost":
             paused = kind.stops and self.soak.has_paused(session, started)
-            first = kind.loses and (0 in before or not found)
+            first = kind.loses and (0 in before or not found or session.holds)
             reason = "its code" if first else "paused while it was to be stopped" if paused else None
             if kind.status == answer.status == "out_of_memory":  # the copy goes first
                 reason = "memory ran out"
@@ -643,7 +645,7 @@ class Worker:
             self.soak.fates[f"lost: {reason}"] += 1
         elif session.counts - {0, 1} or not self.soak.excuse(started):
             self.soak.violation(f"{session.name} is lost, and nobody did that: {answer}")
-        session.counts = {0}
+        session.counts, session.holds = {0}, False
 
     async def _read_resource(self, session: Session, what: str, token: str, text: str) -> None:
         """Read what a result pointed at."""
@@ -988,8 +990,9 @@ class Soak:
             self.violation(f"command lines are left: {lines}")
         print(f"command lines at the end: {len(lines)}", flush=True)
         for file in sorted(self.folder.glob("server-*.log")):
-            if "Traceback" in file.read_text(encoding="utf-8", errors="replace"):
-                self.violation(f"a server wrote a traceback: {file}")
+            told = file.read_text(encoding="utf-8", errors="replace")
+            for words in sorted(set(re.findall("Traceback|no supervisor sends", told))):
+                self.violation(f"a server wrote {words!r}: {file}")
         self._judge_memory()
         await self.engine("volume", "rm", self.volume)
         if volumes := await self.engine("volume", "ls", "--quiet", f"--filter=name={self.volume}"):
