@@ -752,7 +752,8 @@ def as_shown(text: str) -> str:
     if "\x1b" in text:
         text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
     if "\r" in text:
-        text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        lines = (line.rstrip("\r").rpartition("\r") for line in text.split("\n"))
+        text = "\n".join(last.rstrip() if found else last for _, found, last in lines)  # blanks wiped what was there
     return text
 
 
@@ -1192,6 +1193,7 @@ NO_LIBRARY = (
     "The system library {0} is missing, and can't be added from code: have the operator set docker.image to an image "
     "that has it."
 )
+NO_FFMPEG = "There is no ffmpeg in this image: save the animation as a GIF, by anim.save('name.gif', writer='pillow')."
 NO_IPYTHON_DISPLAY = (
     "IPython.display has only display, HTML, Markdown, Image, SVG, Latex, JSON and clear_output here: use one of them."
 )
@@ -1327,6 +1329,12 @@ def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
     )
 
 
+def hint_on_port(found: re.Match[str], failure: Failure) -> str | None:
+    """Return how a server of the host's is reached, if code looked for it in its own sandbox."""
+    named = f"localhost:{found[1]}" in failure.config.docker.network_allow
+    return hint_on_network(found, failure) if named else None
+
+
 def hint_on_read_only(_: re.Match[str], failure: Failure) -> str | None:
     """Return what can be written to, if not everything can."""
     docker = failure.config.docker
@@ -1396,6 +1404,11 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     # what this image and plain Python lack
     (r"ImportError", r"^lib(?:GL|gthread|glib)\b.* cannot open shared object file", NO_GRAPHICS),
     (r"ImportError", r"^(\S+): cannot open shared object file", NO_LIBRARY),
+    (
+        r".*",
+        r"unknown file extension: \.(?:mp4|avi|mov|mkv|webm)|MovieWriter \(?'?ffmpeg'?\)? (?:not|un)avail",
+        NO_FFMPEG,
+    ),
     (r"ImportError", r"cannot import name '\w+' from 'IPython\.display'(?! \(/)", NO_IPYTHON_DISPLAY),
     (r"NameError", r"name '__file__'", NO_FILE),
     (r"NameError", r"name 'get_ipython'", NO_IPYTHON),
@@ -1406,6 +1419,7 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r".*", r"\[Errno (?:-2|-3|101)\]|Temporary failure in name resolution", hint_on_network),
     (r".*", r"(?i)hostname mismatch|ip address mismatch|certificate is not valid for", WRONG_NAME),
     (r".*", r"CERTIFICATE_VERIFY_FAILED", UNKNOWN_AUTHORITY),
+    (r".*", r"\('(?:127\.0\.0\.1|::1)', (\d+)", hint_on_port),
     (r".*", r"\[Errno 30\]", hint_on_read_only),
     (r".*", r"\[Errno 28\]", DISK_FULL),
     (r"FileNotFoundError", r"No such file or directory: ['\"]?([^'\"]+)", hint_on_input),

@@ -2561,6 +2561,7 @@ NOT_PASSED_ON = {
     b"trailer",
     b"upgrade",
 }
+OF_A_HOP = {b"connection", b"proxy-connection", b"keep-alive"}  # fields of an answer's head
 LABEL_OF_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
 traffic_log = log.getChild("network")  # a line for each connection
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -2986,8 +2987,10 @@ class Proxy:
 
         async def downwards() -> None:
             with contextlib.suppress(anyio.EndOfStream):
+                answer = b"" if is_tunnel else await read_answer(there)
                 while True:
-                    await connection.send(await there.receive(PIECE_SIZE))
+                    await connection.send(answer or await there.receive(PIECE_SIZE))
+                    answer = b""
             tasks.cancel_scope.cancel()
 
         async def watch() -> None:
@@ -3061,6 +3064,28 @@ def head_for_server(request: h11.Request, target: str, proxy: str = "") -> bytes
     lines += [b"%s: %s" % field for field in request.headers if field[0] not in dropped]
     lines += [line.encode() for line in credentials_for(proxy)]
     return b"\r\n".join([*lines, b"connection: close", b"", b""])
+
+
+async def read_answer(there: anyio.abc.ByteStream) -> bytes:
+    """Return the beginning of a server's answer, with a head which says that this connection is not used again.
+
+    Whether it is belongs to each hop (RFC 9110, 7.6.1), and a client that is not told may send to one that is closing.
+    """
+    answer, begun = b"", 0
+    while len(answer) <= HEAD_LIMIT:
+        head, found, rest = answer[begun:].partition(b"\r\n\r\n")
+        if not found:
+            try:
+                answer += await there.receive(PIECE_SIZE)
+            except anyio.EndOfStream:
+                break
+        elif re.match(rb"HTTP/1\.[01] 1\d\d\b", head):
+            begun += len(head + found)  # the answer itself is still to come
+        else:
+            first, *fields = head.split(b"\r\n")
+            kept = [field for field in fields if field.partition(b":")[0].strip().lower() not in OF_A_HOP]
+            return answer[:begun] + b"\r\n".join([first, *kept, b"connection: close"]) + found + rest
+    return answer
 
 
 async def chunks_of(connection: Connection) -> AsyncIterator[bytes]:
@@ -4119,6 +4144,7 @@ class Supervisor:
         self._catch_children()
         self._listen()
         warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")  # show() works here
+        warnings.filterwarnings("ignore", "joblib backend '.*' is not available")  # our setting, for half a core
         self._attach(self.channel)
         if unfiltered:
             text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
@@ -5230,7 +5256,15 @@ def source_lines(code: str) -> list[str]:
 
 
 class Stream(io.TextIOWrapper):
-    """Standard output or errors, with an instance `__dict__` for `passes_on` to use."""
+    """Standard output or errors, with an instance `__dict__` for `passes_on` to use.
+
+    It stays open: whoever holds it, such as a handler of a log, would else complain for the rest of the session.
+    """
+
+    def close(self) -> None:
+        """Flush it."""
+        with contextlib.suppress(ValueError):  # it is detached
+            self.flush()
 
 
 class Descriptor(io.FileIO):
@@ -5654,7 +5688,7 @@ class Worker:
         if request["final"]:  # as at the end of a script
             yield "waiting for threads", threading._shutdown  # type: ignore[attr-defined]
         yield "telling the end", functools.partial(self._send, "ended")
-        yield "showing the figures", self.pictures.show_figures
+        yield "showing the figures", self.pictures.show_last_states
         if with_state:
             yield "collecting the state", functools.partial(self._send_state, request["state_limit"])
         if request["final"]:
@@ -6557,6 +6591,7 @@ class Pictures:
         """Forget the pictures of the previous call."""
         self.shown: set[Any] = set()  # marks of figures and images, hashes of what was shown, and paths
         self.saved: dict[str, bytes] = {}  # marks of figures and images, by path
+        self.live: list[Any] = []  # figures that were shown without blocking
         self.without_glyph: set[str] = set()  # characters that no font has
 
     def noting(self, save: Callable[..., Any], picture_of: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -6615,11 +6650,30 @@ class Pictures:
                 raise AttributeError(name)
             from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-            vars(backend).update(FigureCanvas=FigureCanvasAgg, show=lambda *_, **__: self.show_figures())
+            vars(backend).update(FigureCanvas=FigureCanvasAgg, show=self.show)
             return FigureCanvasAgg
 
         backend.__getattr__ = find  # type: ignore[method-assign]  # a module's own __getattr__: PEP 562
         return backend
+
+    def show(self, *_: object, block: bool | None = None, **__: object) -> None:
+        """Show the open figures; if code goes on with them, as this does not block, show their last state at last."""
+        pyplot: Any = sys.modules["matplotlib.pyplot"]
+        if not (pyplot.isinteractive() if block is None else not block):
+            self.show_figures()
+            return
+        figures = [pyplot.figure(number) for number in pyplot.get_fignums()]
+        self.live += [figure for figure in figures if figure not in self.live]
+        self.show_figures()
+
+    def show_last_states(self) -> None:
+        """Show the figures that the code has changed since it showed them without blocking, and those still open."""
+        for figure in self.live:
+            forms = self.draw(figure)
+            if forms and not self.shown & set(map(hash, forms.values())):
+                self.worker.publish({"text/plain": describe(figure), **forms})
+        self.live.clear()
+        self.show_figures()
 
     def show_figures(self) -> None:
         """Put every open Matplotlib figure into the result, unless nothing is drawn in it, and close it."""
@@ -6635,23 +6689,29 @@ class Pictures:
     def show_saved(self) -> None:
         """Show the pictures that the call saved, and say which characters no font has, if there are any."""
         now, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
-        changed = [path for path in sorted(now) if now[path] != self.before.get(path)]
+        changed = [path for path in sorted(now, key=now.__getitem__) if now[path] != self.before.get(path)]  # by time
         inside = [f"{self.worker.home}/{path}" for path in changed]
         paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
-        left = PICTURES_SHOWN
+        left, more = PICTURES_SHOWN, 0
         for path in paths:
             with contextlib.suppress(OSError):
-                if not left or {path, self.saved.get(path)} & self.shown:
+                if {path, self.saved.get(path)} & self.shown:
                     continue
                 with open(path, "rb") as file:
-                    data = fit_image(file.read(PICTURE_LIMIT))
+                    data = file.read(PICTURE_LIMIT)
+                data = fit_image(data) if left else data
                 name = shown_path(os.path.relpath(path, self.worker.home))
                 if (mime := image_type(data)) and hash(image := base64.b64encode(data).decode()) not in self.shown:
+                    if not left:
+                        more += 1
+                        continue
                     fits = len(data) <= IMAGE_BYTES
                     left -= fits
                     self.worker.note(f"saved as {name}" + ", which is too large to be shown" * (not fits))
                     if fits:
                         self.worker.publish({"text/plain": os.path.basename(name), mime: image})
+        if more:
+            self.worker.note(f"{more} more pictures were saved, and are not shown")
         if self.without_glyph:
             text = clip(" ".join(sorted(self.without_glyph)), 100)
             self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
@@ -6694,10 +6754,21 @@ def is_figure(value: Any) -> bool:
 
 
 def is_blank(figure: Any) -> bool:
-    """Whether a Matplotlib figure has nothing in it but its background."""
+    """Whether a Matplotlib figure has nothing in it but its background, and axes without data, names and legends."""
     with contextlib.suppress(Exception):  # it may be of the code's own class
-        return len(figure.get_children()) <= 1
+        others = [child for child in figure.get_children() if child not in (figure.patch, *figure.axes)]
+        return not others and all(map(is_empty, figure.axes))
     return False
+
+
+def is_empty(axes: Any) -> bool:
+    """Whether axes are as they were made."""
+    modules = sys.modules
+    frame: Any = (modules["matplotlib.spines"].Spine, modules["matplotlib.axis"].Axis)
+    others = [child for child in axes.get_children() if child is not axes.patch and not isinstance(child, frame)]
+    texts = [child for child in others if isinstance(child, modules["matplotlib.text"].Text)]
+    shown = [axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in texts)]
+    return len(others) == len(texts) and not any(shown)
 
 
 def image_type(data: bytes) -> str | None:

@@ -1836,9 +1836,7 @@ def test_pictures_that_a_call_saves_are_shown_once(guest: Guest) -> None:
         "class Picture:\n    def _repr_png_(self): return PNG + b'shown'\ndisplay(Picture())"
     )
     notes = [bundle["text/plain"] for bundle in told.shown if bundle["text/plain"][0] == "["]
-    assert notes == [
-        f"[saved as {name}]" for name in ("a.png", "b.png", "big.png, which is too large to be shown", "c.png", "d.png")
-    ]
+    assert notes == [*(f"[saved as {name}.png]" for name in "edcb"), "[2 more pictures were saved, and are not shown]"]
     assert len([bundle for bundle in told.shown if "image/png" in bundle]) == 5
     assert guest.run("open('a.png', 'rb').read()[:0]").shown == []
     assert [bundle["text/plain"] for bundle in guest.run("open('a.png', 'ab').write(b'more')\nNone").shown] == [
@@ -1876,7 +1874,7 @@ CRASHES = {
     "becomes another program": "import os; os.execv('/bin/sh', ['sh', '-c', 'exit 4'])",
     "ignores the interruption": "import time\nwhile True:\n    try: time.sleep(9)\n    except KeyboardInterrupt: pass",
     "breaks the protocol": "import os; os.write(3, b'nonsense\\n'); __import__('time').sleep(60)",
-    "kills all that it can": "import os; os.kill(-1, 9); os._exit(1)",
+    "kills all that it can": "import os\ntry: os.kill(-1, 9)\nexcept ProcessLookupError: pass\nos._exit(1)",
 }
 VARIABLES = """
 import os, random, sys

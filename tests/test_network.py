@@ -559,6 +559,19 @@ async def test_a_slow_reader_holds_back_a_fast_sender(servers: Servers) -> None:
             size += len(await stream.receive())
 
 
+async def test_a_client_is_told_that_its_connection_is_not_used_again(servers: Servers) -> None:
+    async with proxied(*servers.allowed) as both, await anyio.connect_tcp("127.0.0.1", both.port) as stream:
+        target = f"localhost:{servers.plain}"
+        await stream.send(get(f"http://{target}/a.csv", target))
+        answer = b""
+        with contextlib.suppress(anyio.EndOfStream):
+            while True:
+                answer += await stream.receive()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.lower().count(b"\r\nconnection: close") == 1
+    assert body == b"x,y\n1,2\n"
+
+
 @pytest.mark.slow
 async def test_connections_past_the_bounds_wait_for_their_turn_and_are_refused_when_it_does_not_come(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
