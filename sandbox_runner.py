@@ -3577,6 +3577,7 @@ DIAL_TIMEOUT = 0.01  # seconds; a server on the same loopback answers at once, o
 FLOWS_OPEN = 128  # connections at once; more wait to be accepted
 CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that has ended
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
+COPY_ROOM = 8 << 20  # bytes that have to be free to make a copy, which must not be what fills the memory
 UNTOUCHED_USUAL = 32 << 20  # bytes of memory that a program asks for without a use for all of it
 MEMORY_INTERVAL = 0.02  # seconds between two looks at what memory the running code has asked for
 COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
@@ -5039,10 +5040,8 @@ def weight(size: int) -> Iterator[None]:
         return
     piece, place = max(size >> 9, 1 << 20), 0
     mmap = libc().mmap
-    mmap.restype, mmap.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
-    )
+    mmap.restype = ctypes.c_void_p
+    mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     with contextlib.suppress(OSError, AttributeError):  # no memfd_create() here: then it is lighter than it should be
         memory = os.memfd_create("weight")
         os.write(memory, bytes(piece))
@@ -5441,8 +5440,10 @@ class Worker:
                 self.rehearse()
 
     def _can_be_copied(self) -> bool:
-        """Whether a fork has all that the variables depend on, and memory does for two that write to it."""
+        """Whether a fork has all that the variables depend on, and there is memory for two that write to it."""
         if len(os.listdir("/proc/self/task")) > 1 or private_memory() - self.memory > self.memory_limit // 3:
+            return False
+        if free_memory() < COPY_ROOM:
             return False
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -5506,8 +5507,8 @@ class Worker:
         loop = self._parts_of_loop()
         for part in loop:
             part.close()
-        with weight(self.memory_limit if free_memory() < math.inf else 0):
-            set_oom_score(1000)  # if memory runs out, the copy goes before the worker, so that it costs no memory
+        set_oom_score(1000)
+        with weight(self.memory_limit if free_memory() < math.inf else 0):  # if memory runs out, the copy goes first
             supervisor.send(b"1")
             message, descriptors = receive_descriptors(supervisor, 3)
         set_oom_score(900)
@@ -6127,11 +6128,9 @@ class Notebook:
         wanted = [word for word in words if word[0].isalnum()] if "-r" not in words else []
         there = {plain_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
         found = {word: there.get(plain_name(re.split(r"[\[<>=!~]", word)[0])) for word in wanted}
-        modules = {
-            word for word in wanted if word.isidentifier() and importlib.util.find_spec(word)
-        }  # as sklearn is one
         absent = [word for word in wanted if found[word] is None or word.partition("==")[2] not in ("", found[word])]
-        absent = [word for word in absent if word not in modules]
+        # Many ask for the name of the import, such as sklearn.
+        absent = [word for word in absent if not (word.isidentifier() and importlib.util.find_spec(word))]
         if verb in ("list", "freeze"):
             print("\n".join(f"{package}=={version}" for package, version in sorted(there.items())))
         elif absent or not wanted:
@@ -6657,7 +6656,7 @@ class Pictures:
         return backend
 
     def show(self, *_: object, block: bool | None = None, **__: object) -> None:
-        """Show the open figures; if code goes on with them, as this does not block, show their last state at last."""
+        """Show the open figures. Where that does not block, code may go on with them: see `show_last_states`."""
         pyplot: Any = sys.modules["matplotlib.pyplot"]
         if not (pyplot.isinteractive() if block is None else not block):
             self.show_figures()
