@@ -1406,7 +1406,7 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r"ImportError", r"^(\S+): cannot open shared object file", NO_LIBRARY),
     (
         r".*",
-        r"unknown file extension: \.(?:mp4|avi|mov|mkv|webm)|MovieWriter \(?'?ffmpeg'?\)? (?:not|un)avail",
+        r"unknown file extension: \.(?:mp4|avi|mov|mkv|webm)|MovieWriter \(?'?ffmpeg'?\)? (?:not |un)avail",
         NO_FFMPEG,
     ),
     (r"ImportError", r"cannot import name '\w+' from 'IPython\.display'(?! \(/)", NO_IPYTHON_DISPLAY),

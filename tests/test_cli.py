@@ -137,6 +137,8 @@ def test_the_exit_status_is_what_a_shell_would_have_it(result: Result, status: i
         (["-c", "import os; os.kill(os.getpid(), 11)"], 139, "was killed by SIGSEGV"),
         (["nowhere.py"], 2, "nowhere.py can't be read: No such file or directory."),
         (["-c", "1", "--timeout", "-1"], 2, "A timeout of -1.0 seconds can't be"),
+        (["-c", "1", "--timeout", "400"], 2, "--timeout: 400 is more than docker.max_timeout (300): raise that, too."),
+        (["-c", "1", "--session", "s", "--timeout", "2000"], 2, "2000 is more than session.max_timeout (1800)"),
         (["-c", "1", "--config", "nowhere.yaml"], 2, "nowhere.yaml can't be read"),
         (["-c", "1", "--image", "none/such"], 125, "The image none/such is not here and can't be pulled"),
         (["-c", "1", "--mount", "nowhere:/x"], 2, "does not exist on this host"),
@@ -249,12 +251,14 @@ def test_pictures_are_saved_under_the_first_free_numbers_and_told_beside_the_out
     assert (home / "figure-1.jpg").read_text(encoding="utf-8") == "mine"
 
 
-def test_pictures_are_saved_where_it_is_said_and_not_at_all_with_json(run: Run, home: Path, drawing: str) -> None:
+def test_pictures_are_saved_where_it_is_said_and_with_json_only_there(run: Run, home: Path, drawing: str) -> None:
     assert run("--images", "new/plots", drawing).stderr.count("saved new/plots/figure-") == 2
     assert len(list((home / "new/plots").iterdir())) == 2
     told = json.loads(run("--json", drawing).stdout)
     assert ["image/png" in item["forms"] for item in told["output"] if "forms" in item] == [True, True]
     assert list(home.glob("figure-*")) == []
+    assert json.loads(run("--json", "--images", "more", drawing).stdout)["status"] == "ok"
+    assert len(list((home / "more").iterdir())) == 2
 
 
 def test_a_folder_that_can_not_be_written_costs_the_pictures_and_nothing_else(

@@ -169,6 +169,13 @@ def test_what_only_looks_unwell_is_well(check: str, seen: Any, facts: dict[str, 
     assert verdict(check, seen, **facts).verdict == "ok"
 
 
+def test_where_memory_is_too_little_for_a_check_the_remedy_is_more_of_it() -> None:
+    for check in ("imports", "processes", "output", "disk"):
+        finding = verdict(check, Result("out_of_memory"))
+        assert finding.verdict == "failed"
+        assert finding.remedy.startswith("Raise docker.memory_limit: "), finding
+
+
 def test_limits_that_gvisor_ignores_are_failures_and_the_remedy_is_its_setting() -> None:
     for check, seen in (("memory", 335544320), ("CPU", 0.9), ("processes", [306, None])):
         finding = verdict(check, seen, info=RUNSC)

@@ -307,6 +307,18 @@ VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'test
         ("ImportError", "cannot import name 'Audio' from 'IPython.display' (unknown location)", "clear_output here"),
         ("ImportError", "cannot import name 'Audio' from 'IPython.display' (/packages/IPython/display.py)", None),
         ("ImportError", "import of os is not allowed", None),
+        ("ValueError", "unknown file extension: .mp4", "There is no ffmpeg in this image: save the animation as a GIF"),
+        ("RuntimeError", "Requested MovieWriter (ffmpeg) not available", "There is no ffmpeg in this image"),
+        (
+            "SSLCertVerificationError",
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: Hostname mismatch, certificate is not valid",
+            "That server's certificate is for another name",
+        ),
+        (
+            "SSLCertVerificationError",
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate",
+            "of an authority unknown here",
+        ),
         ("NameError", "name '__file__' is not defined", "the working directory is /app;"),
         ("NameError", "name 'get_ipython' is not defined", "This is plain Python, not IPython"),
         ("NameError", "name 'x' is not defined", None),
@@ -698,6 +710,8 @@ def test_what_the_wire_can_not_carry_is_replaced() -> None:
 @pytest.mark.parametrize(
     ("written", "shown"),
     [
+        ("\r50%\r" + " " * 20 + "\rdone\n", "done\n"),
+        ("\r" + " " * 20 + "\r", ""),
         ("\x1b[31mred\x1b[0m", "red"),
         ("10%\r20%\r30%\ndone\n", "30%\ndone\n"),
         ("10%\r20%\r", "20%"),
