@@ -3579,7 +3579,7 @@ CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that ha
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
 COPY_ROOM = 8 << 20  # bytes that have to be free to make a copy, which must not be what fills the memory
 UNTOUCHED_USUAL = 32 << 20  # bytes of memory that a program asks for without a use for all of it
-MEMORY_INTERVAL = 0.02  # seconds between two looks at what memory the running code has asked for
+MEMORY_INTERVAL = 0.01  # seconds between two looks at what memory the running code has asked for
 COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
 STRAYS_READ = 64  # messages read while a copy is awaited
 COPY_ADDRESS = "\0python-docker-mcp-copy"
@@ -4764,9 +4764,11 @@ class Supervisor:
 
     def _asks_for_too_much(self) -> bool:
         """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
+        _, held = memory_asked_for(self.copy.process)  # at most so much more is free once the copy has gone
+        free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
         asked, used = memory_asked_for(self.worker)
         untouched = asked - used - self.call_had
-        return untouched > UNTOUCHED_USUAL and untouched > free_memory() + self.settings["memory_limit"] // 3
+        return untouched > max(UNTOUCHED_USUAL, free)
 
     def _interrupt(self, reason: StopReason, call_id: str) -> None:
         if self.call and self.call.id == call_id and self.call.interrupt(reason):
@@ -4785,18 +4787,21 @@ class Supervisor:
         self._replace_worker(status, usage, message)
 
     def _reap(self) -> None:
-        """Reap dead children, as process 1 has to; if the worker is one of them, replace it."""
+        """Reap dead children, as process 1 has to; if the worker is one of them, replace it once the copy is reaped."""
+        ended: tuple[int, Any] | None = None
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
                 if pid == 0:
                     break
                 if pid == self.worker:
-                    self._replace_worker(status, usage, None)
+                    ended = status, usage
                 elif pid == self.copy.process:
-                    if self.copy.is_heavy and count_oom_kills(self.memory_events) > self.oom_kills:
+                    if status == signal.SIGKILL and count_oom_kills(self.memory_events) > self.oom_kills:
                         self.oom_kills += 1  # that was no process of the code's
                     self.copy.end()
+        if ended:
+            self._replace_worker(*ended, None)
 
     def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
         """Clean up after a dead worker: kill all that it started and conclude its call; `run` forks the next one."""
