@@ -5050,12 +5050,17 @@ def weight(size: int) -> Iterator[None]:
     with contextlib.suppress(OSError, AttributeError):  # no memfd_create() here: then it is lighter than it should be
         memory = os.memfd_create("weight")
         os.write(memory, bytes(piece))
-        place = mmap(None, size, 0, 0x22, -1, 0)  # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses
-        ends = range(place, place + size - piece + 1, piece)
-        for start in ends:
+        lines = read_kernel_file("/proc/self/maps").splitlines()
+        ends = (int(line.split()[0].split("-")[1], 16) for line in lines)
+        top = max(end for end in ends if end < 1 << 63)  # a page of the kernel's lies above that
+        # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses. Linux unmaps the highest last, and may kill the
+        # next process before the last 40 MB of that are free (exit_mmap() in mm/mmap.c): these are to be the last.
+        place = mmap(top + (1 << 24), size, 0, 0x22, -1, 0)
+        starts = range(place, place + size - piece + 1, piece)
+        for start in starts:
             mmap(start, piece, 1, 0x11, memory, 0)  # PROT_READ; MAP_SHARED and MAP_FIXED
         os.close(memory)
-        mapped = (ctypes.c_char * (len(ends) * piece)).from_address(place)
+        mapped = (ctypes.c_char * (len(starts) * piece)).from_address(place)
         memoryview(mapped)[:: 1 << 16].tobytes()  # a look at one page has the kernel map its neighbours, 64 kB in all
     try:
         yield
