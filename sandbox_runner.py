@@ -5053,8 +5053,8 @@ def weight(size: int) -> Iterator[None]:
         lines = read_kernel_file("/proc/self/maps").splitlines()
         ends = (int(line.split()[0].split("-")[1], 16) for line in lines)
         top = max(end for end in ends if end < 1 << 63)  # a page of the kernel's lies above that
-        # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses. Linux unmaps the highest last, and may kill the
-        # next process before the last 40 MB of that are free (exit_mmap() in mm/mmap.c): these are to be the last.
+        # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses. Linux unmaps the highest last, and may kill
+        # the next process before the last 40 MB of that are free (exit_mmap() in mm/mmap.c): these are to be the last.
         place = mmap(top + (1 << 24), size, 0, 0x22, -1, 0)
         starts = range(place, place + size - piece + 1, piece)
         for start in starts:
