@@ -4440,8 +4440,7 @@ class Supervisor:
         if not self.copy.process or time.monotonic() >= self.copy.asked + COPY_INTERVAL:  # rarely, in a burst of calls
             self._ask_for_copy()
         self.call = RunningCall(request, self.grace)
-        asked, used = memory_asked_for(self.worker)
-        self.call_had = asked - used
+        _, self.call_had = own_memory(self.worker)
         self.told = 0
         self._to_worker(request)
         self._tell({"id": request["id"], "kind": "begun"})
@@ -4764,11 +4763,10 @@ class Supervisor:
 
     def _asks_for_too_much(self) -> bool:
         """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
-        _, held = memory_asked_for(self.copy.process)  # at most so much more is free once the copy has gone
+        held, _ = own_memory(self.copy.process)  # at most so much more is free once the copy has gone
         free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
-        asked, used = memory_asked_for(self.worker)
-        untouched = asked - used - self.call_had
-        return untouched > max(UNTOUCHED_USUAL, free)
+        _, untouched = own_memory(self.worker)
+        return untouched - self.call_had > max(UNTOUCHED_USUAL, free)
 
     def _interrupt(self, reason: StopReason, call_id: str) -> None:
         if self.call and self.call.id == call_id and self.call.interrupt(reason):
@@ -5166,17 +5164,12 @@ def write_kernel_file(path: str, text: bytes) -> None:
         os.close(fd)
 
 
-def private_memory() -> int:
-    """Return the bytes of memory that this process has and no file."""
-    resident, shared = read_kernel_file("/proc/self/statm").split()[1:3]
-    return (int(resident) - int(shared)) * resource.getpagesize()
-
-
-def memory_asked_for(process: int) -> tuple[int, int]:
-    """Return the bytes of memory of its own that a process has asked for, and those of them that it has touched."""
+def own_memory(process: int | Literal["self"] = "self") -> tuple[int, int]:
+    """Return the bytes of memory that a process has and no file, and those that it has asked for and not touched."""
     with contextlib.suppress(OSError, ValueError):
         _, resident, shared, _, _, data, _ = map(int, read_kernel_file(f"/proc/{process}/statm").split())
-        return data * resource.getpagesize(), (resident - shared) * resource.getpagesize()
+        touched, page = resident - shared, resource.getpagesize()
+        return touched * page, (data - touched) * page
     return 0, 0
 
 
@@ -5417,7 +5410,7 @@ class Worker:
     def serve(self) -> None:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
-        self.memory = private_memory()
+        self.memory = own_memory()[0]
         while frame := next(self.frames, None):  # a copy that goes on has others
             if frame["op"] == "state":
                 given = frame
@@ -5451,7 +5444,7 @@ class Worker:
 
     def _can_be_copied(self) -> bool:
         """Whether a fork has all that the variables depend on, and there is memory for two that write to it."""
-        if len(os.listdir("/proc/self/task")) > 1 or private_memory() - self.memory > self.memory_limit // 3:
+        if len(os.listdir("/proc/self/task")) > 1 or own_memory()[0] - self.memory > self.memory_limit // 3:
             return False
         if free_memory() < COPY_ROOM:
             return False
@@ -5523,7 +5516,7 @@ class Worker:
             message, descriptors = receive_descriptors(supervisor, 3)
         set_oom_score(900)
         if message == b"lighten":  # what the worker has asked for is not there, with or without this copy
-            message, descriptors = receive_descriptors(supervisor, 3)
+            _, descriptors = receive_descriptors(supervisor, 3)
         if not descriptors:
             os._exit(0)
         for target, fd in enumerate(descriptors, 1):
@@ -5754,12 +5747,8 @@ class Worker:
         self.codes.pop(filename, None)
         self.codes[filename] = code
         # Until Python 3.13 the carets below a line are counted with the newline that linecache adds to the last one.
-        linecache.cache[filename] = (
-            len(code),
-            None,
-            source_lines(code if code.endswith("\n") else f"{code}\n"),
-            filename,
-        )
+        lines = source_lines(code if code.endswith("\n") else f"{code}\n")
+        linecache.cache[filename] = (len(code), None, lines, filename)
         flags = self.flags
 
         def parse(code: str) -> Any:
