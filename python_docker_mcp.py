@@ -67,6 +67,7 @@ from sandbox_runner import (
     CONFIG_HELP,
     HARMFUL,
     IMAGE_SIDE,
+    NOBODY,
     PACKAGES,
     PROXY_PORT,
     WRITABLE_FOLDERS,
@@ -1376,7 +1377,7 @@ def hint_on_permission(found: re.Match[str], failure: Failure) -> str | None:
         if is_within(found[1], folder):
             saved = ", from where it is saved for the user" if failure.config.files.output else ""
             return (
-                f"The sandbox's user (uid 65534) has no permission for this in {folder}: write to "
+                f"The sandbox's user has no permission for this in {folder}: write to "
                 f"{docker.working_dir}{saved}, or have the operator chmod the folder on the host."
             )
     return None
@@ -1823,6 +1824,15 @@ def open_system_calls() -> list[str]:
     return found if refused_with(lambda: socket.socket(40, socket.SOCK_STREAM).close()) else [*found, "vsock"]
 
 
+def inotify_instances(most: int) -> int:
+    """Return how many instances of inotify, of at most `most`, code can have at once."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    taken = [fd for fd in (libc.inotify_init() for _ in range(most)) if fd >= 0]
+    for fd in taken:
+        os.close(fd)
+    return len(taken)
+
+
 def spend_cpu(processes: int, seconds: float) -> float:
     """Return how many cores `processes` processes get if each wants one."""
     started = time.monotonic()
@@ -1886,6 +1896,7 @@ def look_at(places: list[str]) -> list[Any]:
 PROBE: tuple[Callable[..., Any], ...] = (
     look_at, refused_with, rights, create_in, writable_mounts, network, answers_of_proxy, open_parts_of_process_1,
     open_system_calls,
+    inotify_instances,
     spend_cpu, fork_all, fill, hold_memory,
 )  # fmt: skip
 
@@ -2119,6 +2130,19 @@ def judge_system_calls(patient: Patient, _: Result, seen: Any) -> Judgement:
     return "ok", "filtered (seccomp); io_uring, keyrings, user namespaces and vsock are refused"
 
 
+def judge_neighbours(_: Patient, __: Result, seen: Any) -> Judgement:
+    """Whether there is enough for every sandbox of what the kernel counts by user."""
+    user, taken = seen
+    shared = ", which all sandboxes with docker.mounts share" if user == NOBODY else ", which no other sandbox has"
+    if taken < INOTIFY_WANTED:
+        remedy = "Raise the limit: `sysctl fs.inotify.max_user_instances=1024`; and see which other program takes them."
+        return "warning", f"of uid {user}{shared}, only {taken} inotify instances are left", remedy
+    return "ok", f"its limits are those of uid {user}{shared}"
+
+
+INOTIFY_WANTED = 32  # what a program that watches files needs, and some more
+
+
 def judge_process_1(patient: Patient, result: Result, seen: Any) -> Judgement:
     """Whether code can neither look into nor end the process that speaks for the sandbox."""
     parts = ", ".join(seen if result.status == "ok" else ["kill"])
@@ -2186,6 +2210,7 @@ CHECKS = (
           "{{'setuid': refused_with(os.setuid, 0), 'chroot': refused_with(os.chroot, '/')}})",
           judge_root, "--user, --cap-drop=ALL and --security-opt=no-new-privileges"),
     Check("system calls", "(rights('self'), rights('1'), open_system_calls())", judge_system_calls),
+    Check("neighbours", f"(os.getuid(), inotify_instances({INOTIFY_WANTED}))", judge_neighbours),
     Check("process 1", "open_parts_of_process_1()", judge_process_1),
     Check("environment", "[name for name in os.environ if name.lower().endswith('_proxy') and os.environ[name] and "
           "not ({docker.network_allow} and name.lower() in ('http_proxy', 'https_proxy', 'no_proxy'))]",

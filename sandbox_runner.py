@@ -85,6 +85,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -3579,19 +3580,24 @@ CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that ha
 COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
 COPY_ROOM = 8 << 20  # bytes that have to be free to make a copy, which must not be what fills the memory
 UNTOUCHED_USUAL = 32 << 20  # bytes of memory that a program asks for without a use for all of it
+SOCKET_MEMORY = 64 << 20  # bytes that may wait in the queues of a sandbox's sockets
+TERMINALS = 64  # of the host's 3,072 for all containers
+LOOK_INTERVAL = (0.05, 0.5)  # seconds between two looks at these, while code runs and between calls
 MEMORY_INTERVAL = 0.01  # seconds between two looks at what memory the running code has asked for
 COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
 STRAYS_READ = 64  # messages read while a copy is awaited
 COPY_ADDRESS = "\0python-docker-mcp-copy"
 PLUG_UID = 65533  # `docker exec` can run as this user; the code, being 65534 without capabilities, can't
 
-# System calls that exploits start from and the code can do without, with their numbers on x86_64 and on aarch64.
-# Docker's own filter passes some of them, Podman's passes others, and gVisor has none. clone3 is refused altogether,
-# as it keeps its flags where no filter can see them; the C library falls back to clone.
+# System calls that exploits start from, or that take from the whole host, and the code can do without: their numbers on
+# x86_64 and aarch64, and the error that code gets. Docker's own filter passes some of them, Podman's passes others, and
+# gVisor has none. clone3 keeps its flags where no filter can see them; the C library falls back to clone.
+NO_CALL = 0xFFFFFFFF  # where a kind of machine has no such call
 REFUSED_CALLS = (
     ("io_uring_setup", 425, 425, errno.EPERM),
     ("io_uring_enter", 426, 426, errno.EPERM),
     ("io_uring_register", 427, 427, errno.EPERM),
+    ("io_setup", 206, 0, errno.ENOSYS),  # its requests are counted for the whole host (fs.aio-max-nr)
     ("add_key", 248, 217, errno.EPERM),
     ("request_key", 249, 218, errno.EPERM),
     ("keyctl", 250, 219, errno.EPERM),
@@ -3600,12 +3606,17 @@ REFUSED_CALLS = (
     ("bpf", 321, 280, errno.EPERM),
     ("perf_event_open", 298, 241, errno.EPERM),
     ("userfaultfd", 323, 282, errno.EPERM),
+    ("fanotify_init", 300, 262, errno.EPERM),
+    ("memfd_secret", 447, 447, errno.ENOSYS),
+    ("modify_ldt", 154, NO_CALL, errno.ENOSYS),
     ("ptrace", 101, 117, errno.EPERM),
     ("process_vm_readv", 310, 270, errno.EPERM),
     ("process_vm_writev", 311, 271, errno.EPERM),
     ("pidfd_getfd", 438, 438, errno.EPERM),
     ("vmsplice", 278, 75, errno.EPERM),
     ("clone3", 435, 435, errno.ENOSYS),
+    ("sync", 162, 81, 0),  # does nothing, successfully: it would write what the whole host has not written yet
+    ("syncfs", 306, 267, 0),
 )
 NOT_TO_PROCESS_1 = (  # allowed between processes of the same user; and gVisor lets any process kill process 1
     ("kill", 62, 129),
@@ -3613,14 +3624,31 @@ NOT_TO_PROCESS_1 = (  # allowed between processes of the same user; and gVisor l
     ("tgkill", 234, 131),
     ("rt_sigqueueinfo", 129, 138),
     ("rt_tgsigqueueinfo", 297, 240),
-    ("prlimit64", 302, 261),
     ("sched_setparam", 142, 118),
     ("sched_setscheduler", 144, 119),
     ("sched_setaffinity", 203, 122),
     ("sched_setattr", 314, 274),
 )
-SOCKET_FAMILIES = (1, 2, 10)  # unix, inet, inet6: others, such as vsock, reach past namespaces
-NETLINK, NETLINK_ROUTE = 16, 0  # the C library lists interfaces with it; the other protocols have had hole after hole
+UNIX, INET, INET6, NETLINK = 1, 2, 10, 16  # families of sockets: others, such as vsock, reach past namespaces
+INET_SOCKETS = ((1, 0), (1, 6), (2, 0), (2, 17))  # kind and protocol: TCP and UDP; another may load a kernel module
+NETLINK_ROUTE = 0  # the C library lists interfaces with it; the other protocols have had hole after hole
+REFUSED_OPTIONS = (  # level and number
+    (1, 26),  # SO_ATTACH_FILTER, and the next three: programs that run in the kernel
+    (1, 50),
+    (1, 51),
+    (1, 52),
+    (6, 31),  # TCP_ULP: another protocol on top of TCP in the kernel
+    (17, 100),  # UDP_ENCAP: IPsec and L2TP
+)
+REFUSED_CONTROLS = (  # of ioctl()
+    0x5412,  # TIOCSTI: types into a terminal
+    0x5423,  # TIOCSETD, which may load a module for a kind of line, as the rest do for bridges and virtual networks
+    *(0x8940, 0x8941, 0x89A0, 0x89A1, 0x89A2, 0x89A3),
+    *(0x8980, 0x8981, 0x8982, 0x8983),
+)
+CORE_LIMIT = (
+    4  # RLIMIT_CORE; of exactly 1 it also stops a handler of core dumps, which runs as the host's root: core(5)
+)
 NAMESPACE_FLAGS = 0x7E020000  # clone's flags for new namespaces of any kind
 
 with contextlib.suppress(ImportError):  # on Windows, where only the host's part runs
@@ -4000,6 +4028,7 @@ class Flows:
 
     def _add(self, number: int, connection: socket.socket) -> None:
         connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)  # else the kernel holds megabytes of each
         self.open[number] = Flow(connection)
         self.sources[connection.fileno()] = lambda: self._take(number)
 
@@ -4059,6 +4088,8 @@ class Flows:
     def _close(self, number: int) -> None:
         flow = self.open.pop(number)
         del self.sources[flow.connection.fileno()]
+        with contextlib.suppress(OSError):
+            flow.connection.recv(READ_SIZE)  # what is unread would make the kernel reset the connection
         flow.connection.close()
 
     def close_all(self) -> None:
@@ -4135,6 +4166,8 @@ class Supervisor:
         self.copy = Copy(self.sources)
         self.home: str = settings["working_dir"]
         self.files, _ = list_files(self.home)
+        self.folders = {folder: attributes(folder) for folder in (self.home, *settings["writable_folders"])}
+        self.look_due = math.inf  # when to look at the sandbox's shares next
         self.escaped: dict[str, str] = {}  # paths as the host knows them, of files whose names it could not show
 
     def run(self) -> None:
@@ -4446,6 +4479,7 @@ class Supervisor:
         self._tell({"id": request["id"], "kind": "begun"})
         self.unread = self.begun = self.call.id
         self.worker_used = True
+        self.look_due = self.call.started + LOOK_INTERVAL[0]
 
     def _use(self, request: Use) -> None:
         """Be this session's, with these packages, and have the worker answer."""
@@ -4686,7 +4720,7 @@ class Supervisor:
         elif lost:
             done["status"] = "out_of_memory" if oom_kills else "died"
         if done["status"] == "out_of_memory":
-            held = sum(map(bytes_held, {self.home, *self.settings["writable_folders"]})) >> 20
+            held = sum(map(bytes_held, self.folders)) >> 20
             causes = [f"it ran in {others + 1} processes"] if others else []
             causes += [f"its files, which are held in memory, took {held} MB of that"] if held >= 16 else []
             done["message"] = " and ".join(causes) or None
@@ -4715,11 +4749,12 @@ class Supervisor:
         self._forget_worker()
         self.earlier.clear()
         self.lost = self.packages = self.begun = None
-        folders = (self.home, *self.settings["writable_folders"])
-        for folder in folders:
+        self.look_due = math.inf
+        for folder in self.folders:
             empty_folder(folder)
         self.files, _ = list_files(self.home)
-        clean = not any(os.listdir(folder) for folder in folders if os.path.isdir(folder))
+        clean = not any(os.listdir(folder) for folder in self.folders if os.path.isdir(folder))
+        clean = clean and self.folders == {folder: attributes(folder) for folder in self.folders}
         clean = clean and not other_processes() and not system_v_objects()
         prepare_files(self.settings)
         self._tell({"id": question, "kind": "recycled", "clean": clean})
@@ -4731,9 +4766,9 @@ class Supervisor:
         if not self.worker:
             return 0.0
         if self.call:
-            due = max(0.0, self.call.next_due() - time.monotonic())
+            due = max(0.0, min(self.call.next_due(), self.look_due) - time.monotonic())
             return min(due, MEMORY_INTERVAL) if self.copy.is_heavy else due
-        due = min(self._end(), self.copy.due)
+        due = min(self._end(), self.copy.due, self.look_due)
         return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _end(self) -> float:
@@ -4744,6 +4779,13 @@ class Supervisor:
 
     def _keep_time(self) -> None:
         now = time.monotonic()
+        if now >= self.look_due:
+            problem = overdraft()
+            took = time.monotonic() - now
+            self.look_due = now + max(LOOK_INTERVAL[self.call is None], 20 * took)
+            if problem and self.worker:
+                self._abandon(problem)
+                return
         if self.call is None:
             if now >= self._end():
                 if self.channel:  # tell the host that a call already on its way has not begun
@@ -4826,7 +4868,7 @@ class Supervisor:
         elif not self.worker_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
-            self.lost = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+            self.lost = message or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
 
     def _forget_worker(self) -> None:
         for fd in self.worker_fds:
@@ -4980,6 +5022,56 @@ def other_processes() -> list[int]:
     return others
 
 
+def attributes(folder: str) -> tuple[object, ...]:
+    """Set a folder's times to now, and return what else code can leave in a folder that it has emptied."""
+    try:
+        os.utime(folder)
+        names = os.listxattr(folder)
+        about = os.stat(folder)
+        return about.st_mode, about.st_uid, about.st_gid, *((name, os.getxattr(folder, name)) for name in sorted(names))
+    except OSError as error:
+        return (error.errno,)
+
+
+def overdraft() -> str | None:
+    """Say what the sandbox's processes hold of that which all on the host share, if it is more than they may.
+
+    Nobody else counts it: the bytes in the queues of most sockets belong to no container's memory, and thousands of
+    processes may have a thousand sockets each; and the number of terminals is a limit of the whole host.
+    """
+    with contextlib.suppress(OSError):
+        terminals = len(os.listdir("/dev/pts")) - 1  # besides `ptmx`
+        if terminals > TERMINALS:
+            return f"the code had {terminals} pseudo-terminals open, and a sandbox may have {TERMINALS}"
+    held = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for path in ("netlink", *protocols_in_use(SOCKET_MEMORY)):
+            with open(f"/proc/net/{path}") as lines:
+                held += sum(bytes_queued(path, line.split(None, 5)) for line in itertools.islice(lines, 1, None))
+            if held > SOCKET_MEMORY:
+                return f"the code's sockets held over {SOCKET_MEMORY >> 20} MB that nobody had read"
+    return None
+
+
+def protocols_in_use(limit: int) -> list[str]:
+    """Return the protocols whose sockets, of the whole host, hold more than `limit` bytes: to list them takes long."""
+    found = []
+    for line in read_kernel_file("/proc/net/sockstat").splitlines():
+        name, *about = line.split()
+        if name in ("TCP:", "UDP:") and int(about[about.index("mem") + 1]) * resource.getpagesize() > limit:
+            found += [name[:-1].lower(), f"{name[:-1].lower()}6"]
+    return found
+
+
+def bytes_queued(protocol: str, fields: list[str]) -> int:
+    """Return the bytes of kernel memory that a socket in a list of /proc/net holds."""
+    if protocol == "netlink":
+        return int(fields[4])
+    sent, _, received = fields[4].partition(":")
+    itself = 0 if fields[3] == "06" else 4096  # 6 is TIME_WAIT, when little is left of it
+    return int(sent, 16) + int(received, 16) + itself
+
+
 def system_v_objects() -> int:
     """Count the shared memory segments, semaphores and message queues, which outlive their processes."""
     count = 0
@@ -5081,40 +5173,70 @@ def libc() -> Any:
 def filter_program(machine: str) -> bytes | None:
     """Return a system call filter in BPF for this kind of machine, or None if its call numbers are not known here.
 
-    The filter refuses REFUSED_CALLS, NOT_TO_PROCESS_1 on process 1, new namespaces, sockets outside SOCKET_FAMILIES
-    (except NETLINK_ROUTE), and system calls in another ABI: x86_64 kernels also take those of 32-bit programs, which
-    are numbered differently, and those of x32, which are numbered from 2**30.
+    The filter refuses REFUSED_CALLS, NOT_TO_PROCESS_1 on process 1, new namespaces, sockets of other families and
+    protocols than the code needs, REFUSED_OPTIONS, REFUSED_CONTROLS, changes of the limit of core dumps, and system
+    calls in another ABI: x86_64 kernels also take those of 32-bit programs, which are numbered differently, and those
+    of x32, which are numbered from 2**30.
     """
     if machine not in ("x86_64", "aarch64"):
         return None
     first = machine == "x86_64"
-    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
-    argument, architecture = 16, 4  # offsets in the kernel's struct seccomp_data; the call's number is at 0
+    number, architecture, one, two, three = 0, 4, 16, 24, 32  # offsets in the kernel's struct seccomp_data
+    load, mask, equal, at_least, leave = 0x20, 0x54, 0x15, 0x35, 0x06
     allow = (leave, 0, 0, 0x7FFF0000)
 
     def refuse(reason: int) -> tuple[int, int, int, int]:
         return leave, 0, 0, 0x00050000 | reason
 
+    def when(
+        *conditions: tuple[int, int, int], then: list[tuple[int, int, int, int]]
+    ) -> list[tuple[int, int, int, int]]:
+        """Return the steps that go on with `then` if each word has this value under its mask, else after it."""
+        for offset, bits, value in reversed(conditions):
+            jump = (equal, 0, len(then), value)  # steps to skip if true, and if false
+            then = [(load, 0, 0, offset), (mask, 0, 0, bits), jump, *then]
+        return then
+
+    every = 0xFFFFFFFF
+    sockets = when((one, every, UNIX), then=[allow])
+    sockets += when((one, every, NETLINK), (three, every, NETLINK_ROUTE), then=[allow])
+    known = [when((two, 0xF, kind), (three, every, protocol), then=[allow]) for kind, protocol in INET_SOCKETS]
+    for family in (INET, INET6):
+        sockets += when((one, every, family), then=[*itertools.chain(*known), refuse(errno.EPROTONOSUPPORT)])
+    sockets += [refuse(errno.EAFNOSUPPORT)]
+    options = [
+        when((two, every, level), (three, every, option), then=[refuse(errno.ENOPROTOOPT)])
+        for level, option in REFUSED_OPTIONS
+    ]
+    controls = [when((two, every, control), then=[refuse(errno.EPERM)]) for control in REFUSED_CONTROLS]
+    process = when((one, every, 1), then=[refuse(errno.EPERM)])
+    limits = [
+        *process,
+        *when((three, every, 0), (three + 4, every, 0), then=[allow]),  # no new limit
+        *when((two, every, CORE_LIMIT), then=[refuse(0)]),
+    ]
+    rules = [
+        ("clone", 56, 220, [*when((one, NAMESPACE_FLAGS, 0), then=[allow]), refuse(errno.EPERM)]),
+        ("socket", 41, 198, sockets),
+        ("socketpair", 53, 199, sockets),
+        ("setsockopt", 54, 208, [*itertools.chain(*options), allow]),
+        ("ioctl", 16, 29, [*itertools.chain(*controls), allow]),
+        ("setrlimit", 160, 164, [*when((one, every, CORE_LIMIT), then=[refuse(0)]), allow]),
+        ("prlimit64", 302, 261, [*limits, allow]),
+        *((*call, [*process, allow]) for call in NOT_TO_PROCESS_1),
+    ]
     steps = [
         (load, 0, 0, architecture),
-        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),  # in a jump: steps to skip if true, and if false
+        (equal, 1, 0, 0xC000003E if first else 0xC00000B7),
         refuse(errno.ENOSYS),
-        (load, 0, 0, 0),
+        (load, 0, 0, number),
         (at_least, 0, 1, 1 << 30),
         refuse(errno.ENOSYS),
     ]
-    for _, number, other, reason in REFUSED_CALLS:
-        steps += [(equal, 0, 1, number if first else other), refuse(reason)]
-    flags = [(any_bit, 0, 1, NAMESPACE_FLAGS), refuse(errno.EPERM), allow]
-    families = [(equal, len(SOCKET_FAMILIES) - place + 3, 0, family) for place, family in enumerate(SOCKET_FAMILIES)]
-    third = argument + 16  # the protocol
-    families += [(equal, 0, 2, NETLINK), (load, 0, 0, third), (equal, 1, 0, NETLINK_ROUTE)]
-    families += [refuse(errno.EAFNOSUPPORT), allow]
-    process = [(equal, 0, 1, 1), refuse(errno.EPERM), allow]
-    rules = [("clone", 56, 220, flags), ("socket", 41, 198, families), ("socketpair", 53, 199, families)]
-    rules += [(*call, process) for call in NOT_TO_PROCESS_1]
-    for _, number, other, rule in rules:  # each on the call's first argument
-        steps += [(equal, 0, 1 + len(rule), number if first else other), (load, 0, 0, argument), *rule]
+    for _, here, there, reason in REFUSED_CALLS:
+        steps += [(equal, 0, 1, here if first else there), refuse(reason)]
+    for _, here, there, rule in rules:
+        steps += [(equal, 0, len(rule), here if first else there), *rule]
     return b"".join(struct.pack("HBBI", *step) for step in [*steps, allow])
 
 
@@ -7150,6 +7272,7 @@ class Engine:
             "TMPDIR": "/tmp",
             "MPLCONFIGDIR": "/tmp/.matplotlib",
             "LANG": "C.UTF-8",
+            "USER": "sandbox",
         }
         for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
             environment[f"{library}_NUM_THREADS"] = "1"  # forking needs a single thread, and half a core feeds no more
@@ -7161,8 +7284,11 @@ class Engine:
         if docker.cpu_limit <= 1:  # each of joblib's processes would import everything anew, for no gain
             environment["JOBLIB_MULTIPROCESSING"] = "0"
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
+        # The kernel counts inotify instances, queued signals, pipes and more for each user of the host, so that code of
+        # one sandbox could use up what all have. But a mounted folder's permissions are given to a user that is known.
+        user = NOBODY if docker.mounts else OWN_USERS[zlib.crc32(name.encode()) % len(OWN_USERS)]  # a random name
         if self.kind == "docker":  # runc before 1.2 keeps the mount point's own mode, so the owner has to grant access
-            tmpfs += ",uid=65534,gid=65534"  # (Podman neither knows nor needs these two)
+            tmpfs += f",uid={user},gid={NOBODY}"  # (Podman neither knows nor needs these two)
         return [
             *self._run(name),
             f"--label={LABEL}={PROTOCOL}",
@@ -7185,12 +7311,12 @@ class Engine:
             f"--pids-limit={docker.pids_limit}",
             "--cap-drop=ALL",
             "--security-opt=no-new-privileges",
-            "--user=65534:65534",
+            f"--user={user}:{NOBODY}",
             "--ipc=private",
             f"--shm-size={size_in_bytes(docker.disk_limit)}",
             "--ulimit=nofile=1024:1024",
             "--ulimit=nproc=4096:4096",  # limits nothing, but Podman drops its own default once any ulimit is given
-            "--ulimit=core=0:0",
+            "--ulimit=core=1:1",  # also stops a handler of core dumps on the host: core(5)
             "--stop-timeout=1",
             "--oom-score-adj=500",
             f"--mount=type=volume,source={config.package.volume},target={PACKAGES},ro",
@@ -7801,7 +7927,7 @@ def derived_name(base: str, package: PackageConfig) -> str:
     return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-RECIPE = 4  # increased when the same packages would yield a different image
+RECIPE = 5  # increased when the same packages would yield a different image
 BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of its base image
 BASE_NAME_LABEL = "python-docker-mcp.base-name"
 
@@ -8031,6 +8157,8 @@ def host_certificates(package: PackageConfig) -> tuple[str, bool]:
 INSTALLER_FOLDER = "/opt/python-docker-mcp"  # in the derived image: the installer itself, and Matplotlib's font cache
 PACKAGES = "/packages"  # where the volume with installed packages is mounted, in sandboxes read-only
 CERTIFICATES = "/dev/shm/certificates.pem"  # in memory, so that the host's certificates never stay in an image
+NOBODY = 65534
+OWN_USERS = range(60706, 61184)  # ids that nobody else has: https://systemd.io/UIDS-GIDS
 UNUSED_AFTER = 30 * 86400  # seconds after which a set of packages is pruned if no installation asks for it
 
 
@@ -8053,7 +8181,10 @@ def run_installer(settings: str) -> None:
         UV_BREAK_SYSTEM_PACKAGES="1",
         PIP_BREAK_SYSTEM_PACKAGES="1",
     )
-    os.environ.update(UV_CACHE_DIR=f"{PACKAGES}/.cache", PIP_CACHE_DIR=f"{PACKAGES}/.cache", UV_NO_PROGRESS="1")
+    cache = f"{PACKAGES}/.cache"
+    os.environ.update(UV_CACHE_DIR=cache, PIP_CACHE_DIR=cache, UV_NO_PROGRESS="1")
+    os.makedirs(cache, exist_ok=True)
+    os.chmod(cache, 0o700)  # code that could open the installer's lock could hold it, and so every installation up
     work = build_content if task["task"] == "build" else add_packages
     if task["certificates"] and task["certificates_asked_for"]:
         trust(task["certificates"])
@@ -8108,6 +8239,8 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
         tell("progress", text="listing fonts for Matplotlib", step=4)
         environment = {**os.environ, "MPLCONFIGDIR": f"{INSTALLER_FOLDER}/matplotlib"}
         subprocess.call([sys.executable, "-c", "import matplotlib.font_manager"], env=environment)
+    with contextlib.suppress(OSError), open("/etc/passwd", "a") as users:
+        users.writelines(f"sandbox:x:{user}:{NOBODY}:sandbox:/tmp:/bin/sh\n" for user in OWN_USERS)
     for entry in os.scandir("/tmp"):  # Podman would copy its contents into every sandbox
         shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
     found = importlib.metadata.distributions(path=[*folders])
@@ -8174,7 +8307,7 @@ WITHOUT_WINDOWS = {
 def make_set(folder: str, wanted: dict[str, str], command: list[str], task: dict[str, Any]) -> None:
     """Install what the image lacks of `wanted` in a temporary folder, and rename that to `folder` once complete."""
     aside = f"{os.path.dirname(folder)}/.new-{os.urandom(8).hex()}"
-    os.mkdir(aside)
+    os.mkdir(aside, 0o700)  # until it is complete: the installer has a lock in it, too
     try:
         found = resolve(command, [*task["options"], *wanted.values()])
         missing = sorted({WITHOUT_WINDOWS.get(name, name): version for name, version in found}.items())

@@ -105,8 +105,7 @@ multiprocessing.get_context('spawn').Pool(2).map(f, [1])
 """
 TOO_MUCH = """
 import multiprocessing, time
-pool = multiprocessing.Pool(3)
-pool.map_async(time.sleep, [60] * 3)
+for _ in range(3): multiprocessing.Process(target=time.sleep, args=[60]).start()
 x = bytearray(400_000_000)
 """
 PIP = "import subprocess, sys\nsubprocess.check_call([sys.executable, '-m', 'pip', 'install', 'nonesuch'])"

@@ -63,6 +63,7 @@ WELL: dict[str, Any] = {  # by check, the values of its expression in a sandbox 
     "network": [["lo"], "ENETUNREACH", "gaierror"],
     "root": [[65534] * 6, OWN, FIRST, REFUSED],
     "system calls": [OWN, FIRST, []],
+    "neighbours": [60706, 32],
     "process 1": [],
     "environment": [],
 }
@@ -137,6 +138,8 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
         ("root", "failed", [[65534], {}, FIRST, REFUSED], {}),
         ("root", "failed", [[65534], {**OWN, "NoNewPrivs": "0"}, FIRST, REFUSED], {}),
         ("root", "failed", [[65534], OWN, {"NoNewPrivs": "0"}, REFUSED], {}),
+        ("neighbours", "warning", [60706, 3], {}),
+        ("neighbours", "failed", [], {}),
         ("system calls", "failed", [{**OWN, "Seccomp": "0"}, FIRST, []], {}),
         ("system calls", "failed", [OWN, {"Seccomp": "0"}, []], {}),
         ("system calls", "warning", [OWN, FIRST, ["io_uring"]], {}),

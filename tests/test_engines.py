@@ -789,8 +789,9 @@ async def test_every_container_has_the_full_set_of_limits(
     for options in host["Tmpfs"].values():
         assert {"nosuid", "nodev", f"size={64 << 20}"} <= set(options.split(","))
     limits = {limit["Name"].lower().removeprefix("rlimit_"): limit["Hard"] for limit in host["Ulimits"]}
-    assert (limits["core"], limits["nofile"]) == (0, 1024)
-    assert about["Config"]["User"] == "65534:65534"
+    assert (limits["core"], limits["nofile"]) == (1, 1024)
+    user, group = map(int, about["Config"]["User"].split(":"))
+    assert (user in sandbox_runner.OWN_USERS, group) == (True, 65534)
     assert about["Config"]["Hostname"] == "sandbox"
     variables = dict(variable.split("=", 1) for variable in about["Config"]["Env"])
     assert {name: value for name, value in variables.items() if "proxy" in name.lower() and value} == {}
@@ -921,6 +922,41 @@ async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_m
         with anyio.fail_after(30):
             while runner.pool.count:
                 await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "os.setxattr('/tmp', 'user.note', b'42')",
+        "os.setxattr('/app', 'user.note', b'42')",
+        "os.chmod('/tmp', 0o1770)",
+        "os.chmod('/app', 0o700)",
+        "os.utime('/tmp', (42, 42))",
+        "os.utime('/app', (42, 42))",
+        "fd = libc.mq_open(b'/note', os.O_CREAT | os.O_RDWR, 0o600, None)",
+        "open('/dev/shm/note', 'w').write('42')",
+        "libc.semget(42, 1, 0o1600)",
+        "libc.msgget(42, 0o1600)",
+    ],
+)
+async def test_no_message_reaches_the_next_caller_of_a_sandbox(config: Config, message: str) -> None:
+    leave = f"import os, ctypes\nlibc = ctypes.CDLL(None)\ntry: {message}\nexcept OSError: pass"
+    look = (
+        "import os\n"
+        "folders = [os.stat(folder) for folder in ('/tmp', '/app')]\n"
+        "names = [os.listxattr(folder) for folder in ('/tmp', '/app')]\n"
+        "kept = [[name for name in os.listdir(folder) if name != '.matplotlib'] for folder in WRITABLE]\n"
+        "ids = [len(open(f'/proc/sysvipc/{kind}').readlines()) for kind in ('shm', 'sem', 'msg')]\n"
+        "(names, kept, ids, [oct(about.st_mode) for about in folders], [about.st_mtime > 42 for about in folders])"
+    ).replace("WRITABLE", "('/tmp', '/app', '/dev/shm', '/dev/mqueue')")
+    async with open_runner(dataclasses.replace(config, pool=PoolConfig(warm=0, preload=(), reuse=True))) as runner:
+        fresh = (await runner.execute(look)).value
+        with anyio.fail_after(30):
+            while not runner.pool.ready:
+                await anyio.sleep(0.01)
+        assert fresh is not None
+        assert (await runner.execute(leave)).status == "ok"
+        assert (await runner.execute(look)).value == fresh
 
 
 async def test_a_sandbox_is_used_again_however_often_others_look_at_it(config: Config) -> None:

@@ -232,8 +232,8 @@ ATTACKS = [
     Attack(
         "becomes the user that plugs are run as, or root",
         "the supervisor would take it for the host, the kernel for the administrator",
-        "attempt(os.setuid, 65533), attempt(os.setresuid, 0, 0, 0), attempt(os.setgroups, [0]), os.getuid()",
-        "('EPERM', 'EPERM', 'EPERM', 65534)",
+        "attempt(os.setuid, 65533), attempt(os.setresuid, 0, 0, 0), attempt(os.setgroups, [0]), os.getuid() > 60000",
+        "('EPERM', 'EPERM', 'EPERM', True)",
         Defence("--user"),
     ),
     # ── privileges ──
@@ -261,7 +261,7 @@ ATTACKS = [
         "[system_call(165, 40, b'none', b'/tmp', b'tmpfs', 0, 0), attempt(os.chroot, '/tmp'), "
         "attempt(os.mknod, '/tmp/disk', 0o600 | stat.S_IFBLK, os.makedev(8, 0)), attempt(socket.sethostname, 'x'), "
         "attempt(socket.socket, socket.AF_INET, socket.SOCK_RAW, 1)]",
-        "['EPERM', 'EPERM', 'EPERM', 'EPERM', 'EPERM']",
+        "['EPERM', 'EPERM', 'EPERM', 'EPERM', 'EPROTONOSUPPORT']",
         Defence("--cap-drop"),
         alone=(),  # an unprivileged user has none of its capabilities in effect
         gvisor=False,
@@ -455,8 +455,9 @@ ATTACKS = [
     Attack(
         "looks for the host's environment",
         "API keys of the server",
-        "sorted(set(os.environ) - {'PATH', 'HOSTNAME', 'TERM', 'container', 'HOME', 'TMPDIR', 'LANG', 'MPLBACKEND', "
-        "'MPLCONFIGDIR', 'JOBLIB_MULTIPROCESSING'} - {name for name in os.environ if name.endswith('_NUM_THREADS')} "
+        "sorted(set(os.environ) - {'PATH', 'HOSTNAME', 'TERM', 'container', 'HOME', 'TMPDIR', 'LANG', 'USER', "
+        "'MPLBACKEND', 'MPLCONFIGDIR', 'JOBLIB_MULTIPROCESSING'} "
+        "- {name for name in os.environ if name.endswith('_NUM_THREADS')} "
         "- {name for name in os.environ if name.lower().endswith('_proxy') and not os.environ[name]})",
         "[]",
         Defence("--env"),
@@ -531,7 +532,7 @@ ATTACKS = [
         "leaves core files",
         "the memory of a crashed process would be on the host's disk",
         "resource.getrlimit(resource.RLIMIT_CORE)",
-        "(0, 0)",
+        "(1, 1)",
         Defence("--ulimit=core"),
     ),
     Attack(
@@ -659,6 +660,135 @@ def remove(defence: Defence, monkeypatch: pytest.MonkeyPatch) -> None:
         return [flag.replace(defence.piece, defence.instead) for flag in flags]
 
     monkeypatch.setattr(Engine, "sandbox_arguments", without)
+
+
+# ── neighbours ──
+
+
+@dataclass(frozen=True)
+class Taking:
+    """What one sandbox takes of what all on the host share, and how a neighbour notices."""
+
+    takes: str
+    code: str
+    noticed: str  # by code in a sandbox of another server, whose value is `unharmed` if it does not notice
+    unharmed: str
+    defence: Defence
+    ends: bool = False  # whether the taker's call ends with what it did
+
+
+TAKINGS = [
+    Taking(
+        "inotify instances, of which a user has 128",
+        "[libc.inotify_init() for _ in range(200)][-1]",
+        "libc.inotify_init() > 0",
+        "True",
+        Defence("OWN_USERS", "NOBODY"),
+    ),
+    Taking(
+        "signals that wait, and timers with them, of which a user has as many as a process may have",
+        "timer, taken = ctypes.c_void_p(), 0\n"
+        "while libc.timer_create(0, None, ctypes.byref(timer)) == 0: taken += 1\n"
+        "taken > 9",
+        "libc.timer_create(0, None, ctypes.byref(ctypes.c_void_p()))",
+        "0",
+        Defence("OWN_USERS", "NOBODY"),
+    ),
+    Taking(
+        "pseudo-terminals, of which all containers have 3,072",
+        "for _ in range(6):\n"
+        "    if os.fork() == 0:\n"
+        "        try:\n"
+        "            while True: os.open('/dev/ptmx', os.O_RDWR)\n"
+        "        except OSError: time.sleep(60)\n"
+        "time.sleep(4)",
+        "attempt(os.openpty)",
+        "'done'",
+        Defence("terminals > TERMINALS", "terminals > 1 << 20"),
+        ends=True,
+    ),
+]
+FILLINGS = {  # by kind of socket, code that has the kernel hold memory that it counts for no container
+    "udp": (
+        "sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)\n"
+        "sink.bind(('127.0.0.1', 0))\n"
+        "for _ in range(8): sink.sendto(bytes(60000), socket.MSG_DONTWAIT, sink.getsockname())\n"
+        "held.append(sink)"
+    ),
+    "tcp": (
+        "held.append((socket.create_connection(listener.getsockname()), listener.accept()))\n"
+        "held[-1][0].setblocking(False)\n"
+        "attempt(lambda: [held[-1][0].send(bytes(1 << 20)) for _ in range(99)])"
+    ),
+    "tcp that nobody accepts": (
+        "for _ in range(40): socket.create_connection(listener.getsockname())\n"
+        "listener = socket.create_server(('127.0.0.1', 0), backlog=1000)\n"
+        "held.append(listener)"
+    ),
+    "netlink": (
+        "held.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))\n"
+        "question = struct.pack('IHHIIBxHiII', 32, 18, 0x301, 1, 0, 0, 0, 0, 0, 0)\n"
+        "attempt(lambda: [held[-1].send(question, socket.MSG_DONTWAIT) for _ in range(400)])"
+    ),
+}
+FILL = """
+held, listener = [], socket.create_server(('127.0.0.1', 0), backlog=1000)
+deadline = time.monotonic() + 4
+while time.monotonic() < deadline and len(held) < 450:
+    BODY
+time.sleep(2)
+"""
+COUNTING = Defence("if problem and self.worker:", "if False:")
+
+
+@pytest.mark.parametrize("kind", FILLINGS)
+@pytest.mark.parametrize("is_between", [False, True], ids=["in a call", "between two calls"])
+async def test_code_whose_sockets_hold_much_of_the_kernels_memory_is_stopped(
+    runner: Runner, session: str, kind: str, is_between: bool
+) -> None:
+    code = PRELUDE + FILL.replace("BODY", FILLINGS[kind].replace("\n", "\n    "))
+    if not is_between:
+        result = await runner.execute(code, session=session)
+        assert (result.status, result.message) == ("died", "the code's sockets held over 64 MB that nobody had read")
+        assert await evaluate(runner, "1 + 1", session) == "2"
+        return
+    later = f"import threading\nthreading.Thread(target=exec, args=({code!r}, {{}})).start()"
+    assert (await runner.execute(later, session=session)).status == "ok"
+    with anyio.fail_after(PATIENCE):
+        while not (result := await runner.execute("1 + 1", session=session)).lost_before:
+            assert result.status == "ok"
+            await anyio.sleep(1)
+    assert result.lost_before == "the code's sockets held over 64 MB that nobody had read"
+
+
+@pytest.mark.parametrize("kind", FILLINGS)
+async def test_without_the_count_of_sockets_memory_such_code_goes_on(
+    config: Config, session: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove(COUNTING, monkeypatch)
+    async with run_closed(config, session) as runner:
+        code = PRELUDE + FILL.replace("BODY", FILLINGS[kind].replace("\n", "\n    "))
+        assert (await runner.execute(code, session=session)).status == "ok"
+
+
+@pytest.mark.parametrize("taking", TAKINGS, ids=lambda taking: taking.takes)
+@pytest.mark.parametrize("is_defended", [True, False])
+async def test_a_neighbour_does_not_notice_what_a_sandbox_takes(
+    config: Config, session: str, taking: Taking, is_defended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_defended and taking.defence.piece in sandbox_runner.GUEST_SOURCE:
+        remove(taking.defence, monkeypatch)
+    elif not is_defended:
+        monkeypatch.setattr(sandbox_runner, taking.defence.piece, (sandbox_runner.NOBODY,))
+    config = dataclasses.replace(config, docker=dataclasses.replace(config.docker, timeout=PATIENCE))
+    async with run_closed(config, session) as runner, open_runner(fixed(config)) as neighbour:
+        await evaluate(neighbour, "1", f"{session}-b")
+        taken = await runner.execute(PRELUDE + taking.code, session=session)
+        assert taken.status == ("died" if taking.ends and is_defended else "ok"), taken
+        seen = await evaluate(neighbour, PRELUDE + taking.noticed, f"{session}-b")
+        await neighbour.close_session(f"{session}-b")
+    assert (seen == taking.unharmed) == is_defended
 
 
 # ── the channel between worker and supervisor ──

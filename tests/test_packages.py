@@ -416,6 +416,60 @@ async def test_a_session_sees_what_is_installed_at_once_with_its_variables_kept(
             await runner.close_session(name)
 
 
+LOCK_ALL = """
+import fcntl, os, threading, time
+held = {}
+def lock_all():
+    while True:
+        for folder, _, names in os.walk('/packages'):
+            for path in [folder, *(f'{folder}/{name}' for name in names)]:
+                try:
+                    if path not in held and len(held) < 900:
+                        held[path] = os.open(path, os.O_RDONLY)
+                        fcntl.flock(held[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    pass
+        time.sleep(0.001)
+threading.Thread(target=lock_all, daemon=True).start()
+time.sleep(1)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_defended", [True, False])
+async def test_two_servers_install_side_by_side_while_code_locks_all_that_it_can_open(
+    settings: Config, engine: Engine, volume: str, is_defended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = "import os; os.makedirs('/packages/.cache', exist_ok=True); os.chmod('/packages/.cache', {})"
+    if not is_defended:
+        weak = sandbox_runner.INSTALLER_SOURCE.replace("os.chmod(cache, 0o700)", "os.chmod(cache, 0o755)")
+        monkeypatch.setattr(sandbox_runner, "INSTALLER_SOURCE", weak)
+        monkeypatch.setattr(sandbox_runner, "INSTALL_TIMEOUT", 20)
+        await in_volume(engine, volume, mode.format("0o755"))
+    outcomes: list[object] = []
+
+    async def install(runner: Runner, package: str) -> None:
+        try:
+            outcomes.append((await runner.install(package)).ok)
+        except sandbox_runner.EngineError as error:
+            outcomes.append(str(error))
+
+    async with open_runner(plain(settings)) as one, open_runner(plain(settings)) as other:
+        assert (await one.install("loud", session="s")).ok  # so that there is something to lock
+        await one.execute(LOCK_ALL, session="s")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(install, one, "alpha")
+            tasks.start_soon(install, other, "gamma")
+        for runner in (one, other):
+            await runner.close_session("s")
+    if is_defended:
+        assert outcomes == [True, True]
+    else:
+        assert any("did not end within 20 seconds" in str(outcome) for outcome in outcomes), outcomes
+        await in_volume(engine, volume, mode.format("0o700"))
+
+
 @pytest.mark.engine
 @pytest.mark.anyio
 async def test_extras_and_versions_count_and_sets_build_on_each_other(settings: Config) -> None:

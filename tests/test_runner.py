@@ -1241,7 +1241,7 @@ def arguments(kind: Any, **docker: Any) -> list[str]:
         "--pids-limit=256",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
-        "--user=65534:65534",
+        "--ulimit=core=1:1",
         "--workdir=/app",
         "--env=HTTPS_PROXY=",
         "--entrypoint=python3",

@@ -176,6 +176,7 @@ class TamedSupervisor(Supervisor):
             "idle_timeout": 60.0,
             "preload": [],
             "packages": "/nowhere",
+            "writable_folders": [],
             "grace": 2.0,
             "working_dir": "/nowhere",
             "cpus": 1,
