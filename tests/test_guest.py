@@ -102,8 +102,9 @@ def names(code: types.CodeType, *operations: str) -> set[str]:
     return {str(step.argval) for step in dis.get_instructions(code) if step.opname in operations}
 
 
-def test_the_shipped_guest_refers_to_nothing_outside_itself() -> None:
-    module = compile(GUEST_SOURCE, "guest", "exec", dont_inherit=True)
+@pytest.mark.parametrize("source", [GUEST_SOURCE, sandbox_runner.INSTALLER_SOURCE], ids=["guest", "installer"])
+def test_what_is_shipped_refers_to_nothing_outside_itself(source: str) -> None:
+    module = compile(source, "shipped", "exec", dont_inherit=True)
     defined = names(module, "STORE_NAME") | set(vars(builtins)) - NEWER_BUILTINS | {"__name__"}
     for code in code_objects(module):
         local = names(code, "STORE_NAME") if code is not module else set()  # the body of a class
