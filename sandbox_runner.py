@@ -3650,6 +3650,7 @@ CORE_LIMIT = (
     4  # RLIMIT_CORE; of exactly 1 it also stops a handler of core dumps, which runs as the host's root: core(5)
 )
 NAMESPACE_FLAGS = 0x7E020000  # clone's flags for new namespaces of any kind
+HUGE_MAPPING, HUGE_FILE = 0x40000, 0x4  # flags of mmap and memfd_create: huge pages are the host's, for its databases
 
 with contextlib.suppress(ImportError):  # on Windows, where only the host's part runs
     import fcntl
@@ -5174,14 +5175,14 @@ def filter_program(machine: str) -> bytes | None:
     """Return a system call filter in BPF for this kind of machine, or None if its call numbers are not known here.
 
     The filter refuses REFUSED_CALLS, NOT_TO_PROCESS_1 on process 1, new namespaces, sockets of other families and
-    protocols than the code needs, REFUSED_OPTIONS, REFUSED_CONTROLS, changes of the limit of core dumps, and system
-    calls in another ABI: x86_64 kernels also take those of 32-bit programs, which are numbered differently, and those
-    of x32, which are numbered from 2**30.
+    protocols than the code needs, REFUSED_OPTIONS, REFUSED_CONTROLS, huge pages, and calls in another ABI: x86_64
+    kernels also take those of 32-bit programs, which are numbered differently, and those of x32, which are numbered
+    from 2**30. It keeps the limit of core dumps as it is, and tells code that it was changed.
     """
     if machine not in ("x86_64", "aarch64"):
         return None
     first = machine == "x86_64"
-    number, architecture, one, two, three = 0, 4, 16, 24, 32  # offsets in the kernel's struct seccomp_data
+    number, architecture, one, two, three, four = 0, 4, 16, 24, 32, 40  # offsets in the kernel's struct seccomp_data
     load, mask, equal, at_least, leave = 0x20, 0x54, 0x15, 0x35, 0x06
     allow = (leave, 0, 0, 0x7FFF0000)
 
@@ -5223,6 +5224,8 @@ def filter_program(machine: str) -> bytes | None:
         ("ioctl", 16, 29, [*itertools.chain(*controls), allow]),
         ("setrlimit", 160, 164, [*when((one, every, CORE_LIMIT), then=[refuse(0)]), allow]),
         ("prlimit64", 302, 261, [*limits, allow]),
+        ("mmap", 9, 222, [*when((four, HUGE_MAPPING, 0), then=[allow]), refuse(errno.ENOMEM)]),
+        ("memfd_create", 319, 279, [*when((two, HUGE_FILE, 0), then=[allow]), refuse(errno.EINVAL)]),
         *((*call, [*process, allow]) for call in NOT_TO_PROCESS_1),
     ]
     steps = [

@@ -544,8 +544,10 @@ def test_the_filter_refuses_what_its_table_names_and_no_other_call(machine: str,
     assert program is not None
     refused = {numbers[machine == "aarch64"]: reason for _, *numbers, reason in REFUSED_CALLS}
     to_process_1 = {numbers[machine == "aarch64"] for _, *numbers in NOT_TO_PROCESS_1}
-    names = ("clone", "socket", "socketpair", "setsockopt", "ioctl", "setrlimit", "prlimit64")
-    numbers = (56, 41, 53, 54, 16, 160, 302) if machine == "x86_64" else (220, 198, 199, 208, 29, 164, 261)
+    names = ("clone", "socket", "socketpair", "setsockopt", "ioctl", "setrlimit", "prlimit64", "mmap", "memfd_create")
+    numbers = (56, 41, 53, 54, 16, 160, 302, 9, 319)
+    if machine == "aarch64":
+        numbers = (220, 198, 199, 208, 29, 164, 261, 222, 279)
     judged = dict(zip(names, numbers, strict=True))
     ask = functools.partial(verdict, program, architecture)
     for number in range(600):
@@ -578,6 +580,12 @@ def test_the_filter_refuses_what_its_table_names_and_no_other_call(machine: str,
         assert ask(judged["prlimit64"], 0, kind, limit) == (0 if kind == resource.RLIMIT_CORE else ALLOWED)
         assert ask(judged["prlimit64"], 0, kind, 0, limit) == ALLOWED
         assert ask(judged["prlimit64"], 1, kind, 0, limit) == errno.EPERM
+    for flags in (0, 0x22, 0x22 | 21 << 26):
+        assert ask(judged["mmap"], 0, 1 << 21, 3, flags) == ALLOWED
+        assert ask(judged["mmap"], 0, 1 << 21, 3, flags | 0x40000) == errno.ENOMEM
+    assert [ask(judged["memfd_create"], 1 << 40, flags) for flags in (1, 2, 3, 4, 5)] == [ALLOWED] * 3 + [
+        errno.EINVAL
+    ] * 2
 
 
 def test_the_filter_refuses_calls_of_another_kind_of_program() -> None:
