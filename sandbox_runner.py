@@ -91,7 +91,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar
 
 import anyio
 import anyio.abc
@@ -1831,7 +1831,6 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
         "blocked_modules": config.blocked_modules,
         "preload": preload,
         "packages": image.packages,
-        "worker_schemas": WORKER_SCHEMAS,
         "has_proxy": bool(config.docker.network_allow),
         "certificates": host_certificates(config.package) if config.docker.network_allow else None,
     }
@@ -3135,9 +3134,9 @@ def refusal(status: int, sentence: str) -> bytes:
 # A frame is a JSON object on a line of its own. Where it has `data`, a number, that many bytes follow the line as they
 # are, because encoding what is large as JSON would cost more than everything else. In memory, `data` is those bytes.
 #
-# These types are the only definition of the frames. The host validates every line from a sandbox with FROM_SANDBOX; the
-# supervisor checks what the worker sends against the schemas that WORKER_SCHEMAS makes of them; and where the guest
-# writes or reads a frame, the annotation (which is never evaluated there) has the type checker compare the two.
+# These types define the frames. The host validates every line from a sandbox with FROM_SANDBOX; the supervisor looks at
+# the names of fields in what the worker sends (WORKER_FIELDS); and where the guest writes or reads a frame, the
+# annotation, which is never evaluated there, has the type checker compare the two.
 
 Count = Annotated[int, pydantic.Field(ge=0, le=1 << 62)]
 Number = Annotated[int, pydantic.Field(ge=-(1 << 62), le=1 << 62)]
@@ -3872,43 +3871,32 @@ class RunningCall:
         return passes
 
 
-def conforms(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether a value conforms to a JSON schema, of the few keywords that the frames' schemas have."""
-    if "anyOf" in schema:
-        return any(conforms(value, each) for each in schema["anyOf"])
-    if "const" in schema or "enum" in schema:
-        return type(value) is str and value in schema.get("enum", [schema.get("const")])
-    kind = schema["type"]
-    if kind == "object":
-        fields: dict[str, Any] = schema.get("properties", {})
-        others: Any = schema.get("additionalProperties")
-        return (
-            type(value) is dict
-            and all(name in value for name in schema.get("required", ()))
-            and all(name in fields or (others and conforms(name, {"type": "string"})) for name in value)
-            and all(conforms(each, fields.get(name, others)) for name, each in value.items())
-        )
-    if kind == "array":
-        items = schema.get("prefixItems") or [schema["items"]] * len(value) if type(value) is list else ()
-        return type(value) is list and len(items) == len(value) and all(map(conforms, value, items))
-    if kind in ("integer", "number"):
-        low, high = schema["minimum"], schema["maximum"]
-        return type(value) in ((int,) if kind == "integer" else (int, float)) and low <= value <= high
-    if kind == "string":
-        return type(value) is str and (value.isascii() or value == exact(value))
-    return type(value) is {"boolean": bool, "null": type(None)}[kind]
+WORKER_FIELDS = {  # of each kind of frame from the worker, besides kind and id: what it has, and what it may have
+    "display": ({"data", "is_value"}, set()),
+    "state": ({"data", "left_out"}, set()),
+    "done": (
+        {"status", "cpu"},
+        {"memory", "value", "value_length", "exit_code", "exception", "stale"},
+    ),
+    "turn": (set(), set()),
+    "clear": (set(), set()),
+    "ended": (set(), set()),
+    "used": ({"stale"}, set()),
+}
 
 
-def check_worker_frame(frame: Any, schemas: dict[str, dict[str, Any]]) -> None:
-    """Refuse a frame that the worker can't have sent, so the user's code did, before it troubles the host.
+def check_worker_frame(frame: Any) -> None:
+    """Refuse a frame that the worker can't have sent, so the user's code did. The host looks at what the fields hold.
 
-    Raises ValueError.
+    Raises ValueError, or others for what is no frame at all.
     """
-    kind = frame.get("kind")
-    if type(kind) is not str or kind not in schemas:
-        raise ValueError(f"a frame of kind {str(kind)[:40]!r}")
-    if not conforms({**frame, "data": len(frame["data"])} if "data" in frame else frame, schemas[kind]):
-        raise ValueError(f"a frame {kind} that no worker sends")
+    if frame["kind"] not in WORKER_FIELDS:
+        raise ValueError(f"a frame of kind {clip(repr(frame['kind']), 40)}")
+    needed, possible = WORKER_FIELDS[frame["kind"]]
+    if not needed <= frame.keys() - {"kind", "id"} <= needed | possible:
+        raise ValueError(f"a frame {frame['kind']} that no worker sends")
+    if frame["kind"] == "done" and frame["status"] not in ("ok", "error"):
+        raise ValueError("an end that no worker reports")
     if len(head(frame)) > LINE_LIMIT - READ_SIZE:  # the supervisor adds some fields before passing it on
         raise ValueError("a frame that is too long")
 
@@ -4602,7 +4590,7 @@ class Supervisor:
                 number = received.get("id")
                 if type(number) is not str or number not in (self.question, self.call and self.call.id):
                     continue  # left over from an earlier call
-                check_worker_frame(received, self.settings["worker_schemas"])
+                check_worker_frame(received)
                 frame: FromWorker = received  # type: ignore[assignment]  # it has been checked
                 if frame["kind"] == "used":
                     self._tell(frame)
@@ -4633,8 +4621,8 @@ class Supervisor:
                     self._let_proceed()
         except EOFError:
             del self.sources[self.control.reader]  # the worker is dying; if it only closed its end, the time limit acts
-        except ValueError as error:
-            self._abandon(f"the code broke the protocol between worker and supervisor: {error}")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self._abandon(f"the code broke the protocol between worker and supervisor: {clip(str(error), 200)}")
 
     def _let_proceed(self) -> None:
         """Answer a worker that waits until its output is read. Raises ValueError if it asks without waiting."""
@@ -8498,23 +8486,6 @@ FROM_SANDBOX: pydantic.TypeAdapter[FromSandbox] = pydantic.TypeAdapter(
 FROM_INSTALLER: pydantic.TypeAdapter[FromInstaller] = pydantic.TypeAdapter(
     Annotated[FromInstaller, pydantic.Field(discriminator="kind")], config=STRICT
 )
-
-
-def schema_of(frame: Any) -> tuple[str, dict[str, Any]]:
-    """Return a frame's kind and its JSON schema, without references, as `conforms` reads it."""
-    schema = pydantic.TypeAdapter(frame).json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def resolve(part: Any) -> Any:
-        if isinstance(part, dict):
-            part = definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
-            return {key: resolve(value) for key, value in part.items() if key not in ("title", "description")}
-        return [resolve(value) for value in part] if isinstance(part, list) else part
-
-    return schema["properties"]["kind"]["const"], resolve(schema)
-
-
-WORKER_SCHEMAS = dict(map(schema_of, get_args(FromWorker)))
 
 
 # ── configuration ──

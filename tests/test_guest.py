@@ -693,7 +693,6 @@ class Guest:
             "blocked_modules": [],
             "preload": [],
             "packages": "/packages/x",
-            "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
             "has_proxy": False,
             "certificates": None,
             **settings,

