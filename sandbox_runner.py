@@ -3538,7 +3538,6 @@ READ_SIZE = 1 << 16  # bytes of one read from a pipe
 PARTS_WRITTEN = 64  # of frames, at once; the kernel takes up to 1,024
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # shared: json.dumps() would make one per frame
 OUTBOX_LIMIT = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
-OUTPUT_DELAY = 0.002  # seconds that output waits for more: waking each process on its way costs more than the bytes
 EARLIER_LIMIT = 1 << 16  # bytes kept of the output written while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while the session is detached
 VALUE_LIMIT = 32_000  # characters of a value's repr
@@ -4132,9 +4131,6 @@ class Supervisor:
         self.control: Channel | None = None
         self.worker_fds: set[int] = set()
         self.pipes: dict[Stdio, int] = {}
-        self.waiting: Stdio | None = None  # the stream whose output is left in its pipe to be read with more
-        self.waits_until = math.inf
-        self.flows = False  # whether the last output filled a whole read, so that waiting gains nothing
         self.decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
         self.call_had = 0  # bytes of memory that the worker had asked for when the call began, and never touched
         self.worker_used = False
@@ -4181,16 +4177,13 @@ class Supervisor:
             elif not self.worker:
                 self._fork()
             congested = self.channel is not None and self.channel.outbox.size > OUTBOX_LIMIT
-            resting = self.worker_fds if congested else {self.pipes[self.waiting]} if self.waiting else set()
+            resting = self.worker_fds if congested else set()
             resting = resting | self.connections.resting(congested, self.channel is not None)
             readers = [fd for fd in self.sources if fd not in resting]
             flows = self.connections.writers()
             writers = [channel.writer for channel in channels if channel.outbox.size] + list(flows)
-            patience = self._patience()
-            if self.waiting and not congested:
-                patience = max(0.0, self.waits_until - time.monotonic())
             before = time.monotonic()
-            readable, writable, _ = select.select(readers, writers, [], patience)
+            readable, writable, _ = select.select(readers, writers, [], self._patience())
             if congested and self.call:
                 self.call.deadline += time.monotonic() - before  # the code is held back until the host reads
             for fd in writable:
@@ -4199,8 +4192,6 @@ class Supervisor:
             for fd in readable:
                 if fd in self.sources:
                     self.sources[fd]()
-            if self.waiting and not congested and time.monotonic() >= self.waits_until:
-                self._read_all_output()
             self._keep_time()
 
     def _import_next(self) -> None:
@@ -4386,7 +4377,6 @@ class Supervisor:
                 if self.installed and self.settings["preload"] and self.session is None:
                     worker.preload(self.installed, self.settings["preload"])
                 if not self.prepared:  # once: every frame wakes each process that relays it
-                    worker.rehearse()
                     worker.control.send({"kind": "prepared"})
                 worker.serve()
             finally:
@@ -4408,7 +4398,7 @@ class Supervisor:
         self.sources[fd] = self._from_worker
         for stream, pipe in self.pipes.items():
             os.set_blocking(pipe, False)
-            self.sources[pipe] = functools.partial(self._await_output, stream)
+            self.sources[pipe] = functools.partial(self._read_output, stream)
         return out[1], err[1], theirs.detach()
 
     def _restore(self) -> bool:
@@ -4631,19 +4621,11 @@ class Supervisor:
             raise ValueError("more questions than answers taken")
         self._to_worker({"op": "proceed"})
 
-    def _await_output(self, stream: Stdio) -> None:
-        """Let output wait for more, unless the other stream's is waiting too: that would change their order."""
-        if self.waiting:
-            self._read_all_output()
-        else:
-            self.waiting, self.waits_until = stream, time.monotonic() + (0.0 if self.flows else OUTPUT_DELAY)
-
     def _read_all_output(self) -> None:
-        for stream in sorted(self.pipes, key=lambda stream: stream != self.waiting):
+        for stream in self.pipes:
             for _ in range(32):  # bounded: a child process of the code may never stop writing
                 if not self._read_output(stream):
                     break
-        self.waiting = None
 
     def _read_output(self, stream: Stdio) -> bool:
         pipe = self.pipes[stream]
@@ -4651,7 +4633,6 @@ class Supervisor:
             data = os.read(pipe, READ_SIZE)
         except BlockingIOError:
             return False
-        self.flows = len(data) == READ_SIZE
         if not data:
             self.sources.pop(pipe, None)
         elif self.call:
@@ -4863,7 +4844,7 @@ class Supervisor:
         for fd in self.worker_fds:
             self.sources.pop(fd, None)
             os.close(fd)
-        self.worker, self.control, self.worker_fds, self.pipes, self.waiting = 0, None, set(), {}, None
+        self.worker, self.control, self.worker_fds, self.pipes = 0, None, set(), {}
 
 
 def import_ahead(name: str) -> None:
@@ -5496,30 +5477,6 @@ class Worker:
             with contextlib.suppress(Exception):  # code that imports it will get the error itself
                 import_ahead(name)
 
-    def rehearse(self) -> None:
-        """Run an empty call after a fork, so that the next real one need not wait for the pages that it writes to.
-
-        The supervisor ignores the report, which belongs to none of its calls.
-        """
-        calls, filename = self.calls, self.filename
-        nothing: Run = {
-            "op": "run",
-            "id": "",
-            "data": b"",
-            "session": None,
-            "final": False,
-            "timeout": 0,
-            "filename": None,
-            "argv": [],
-            "output_limit": None,
-            "state_limit": 0,
-            "packages": self.packages_of_session,
-        }
-        self._serve_call(nothing, None)
-        linecache.cache.pop(self.filename)
-        del self.codes[self.filename]
-        self.calls, self.filename = calls, filename
-
     def serve(self) -> None:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
@@ -5548,12 +5505,9 @@ class Worker:
     # ── the copy ──
 
     def _copy(self, key: str) -> None:
-        """Leave a copy, if it would be a true one, and warm up again, unless the next call is there already."""
+        """Leave a copy, if it would be a true one."""
         if self._can_be_copied():
             self._leave_copy(key)
-            has_streams = sys.stdout is self.streams["stdout"] and sys.stderr is self.streams["stderr"]
-            if has_streams and not self.control.has_more():  # else the next call tells that one was replaced
-                self.rehearse()
 
     def _can_be_copied(self) -> bool:
         """Whether a fork has all that the variables depend on, and there is memory for two that write to it."""
@@ -6059,7 +6013,7 @@ class Worker:
         """Send a frame of the running call, whole even if an interruption arrives meanwhile."""
         with self.lock:
             if not self.call:
-                return  # from a thread that outlived its call, or a rehearsal: there is no result to put this into
+                return  # from a thread that outlived its call: there is no result to put this into
             self.shielded = threading.current_thread() is threading.main_thread()
             try:
                 self.control.send({"id": self.call, "kind": kind, **fields})

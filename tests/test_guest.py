@@ -1310,7 +1310,7 @@ def test_a_sandbox_that_has_imported_what_was_replaced_since_refuses_its_first_c
     assert guest.run("import alpha; alpha.version", session=None).value == "1"
 
 
-def test_the_first_call_is_the_first_although_a_worker_has_rehearsed(guest: Guest) -> None:
+def test_the_first_calls_code_is_numbered_1(guest: Guest) -> None:
     told = guest.run("import linecache\nassert sum('<call' in name for name in linecache.cache) == 1\n1 / 0")
     assert told.exception["type"] == "ZeroDivisionError"
     assert '"<call 1>"' in told.exception["traceback"]

@@ -870,7 +870,8 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         assert await evaluate(runner, "'kept' in globals()", session) == "False"
     for attack in ("memory=1e999", "exception={'type': []}", "exception={}", "exit_code=True"):
         await evaluate(runner, "kept = 1; 1", session)
-        result = await runner.execute(f"{FORGE}forge(mine, cpu=0, {attack})\nimport time\ntime.sleep(60)", session=session)
+        code = f"{FORGE}forge(mine, cpu=0, {attack})\nimport time\ntime.sleep(60)"
+        result = await runner.execute(code, session=session)
         assert (result.status, result.state) == ("died", "lost"), attack
         assert "what no supervisor sends" in str(result.message)
         assert (await runner.execute("'kept' in globals()", session=session)).value == "False"
