@@ -2298,8 +2298,6 @@ class Sandbox:
 
 CONTENT_LIMIT = 64 << 10  # bytes of a file whose content a result has, if it would be gone with the sandbox
 CONTENTS_LIMIT = 256 << 10  # bytes of all such files
-READING_ATTEMPTS = 5  # of a file that is changed meanwhile
-READING_PAUSE = 0.015  # seconds between them
 
 
 @dataclass(frozen=True)
@@ -2485,34 +2483,29 @@ def output_folder(call: Call, config: FilesConfig) -> OutputFolder | None:
 
 
 async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most: int) -> FileInfo:
-    """Copy a sandbox's file to the host, in one state; return what was saved.
+    """Copy a sandbox's file to the host; return what was saved.
 
     Raises:
-        OSError: the host can't take it; or it has more than `most` bytes, or was being changed all the time.
+        OSError: the host can't take it; or it has more than `most` bytes, or was changed meanwhile.
         RequestError, SessionError: it can't be read.
     """
-    for _ in range(READING_ATTEMPTS):
-        if info.size > most:
-            raise OSError(errno.EFBIG, f"its {info.size} bytes are more than files.limit has left for this call")
-        file = await anyio.to_thread.run_sync(folder.open, info.path)
-        try:
-            size, version = 0, None
-            async with contextlib.aclosing(sandbox.pieces(info.path, 0, info.size + 1)) as pieces:
-                async for piece in pieces:
-                    version = version or piece["version"]
-                    if not piece["settled"] or piece["version"] != version:
-                        break
-                    await anyio.to_thread.run_sync(file.write, piece["data"])
-                    size += len(piece["data"])
-                else:
-                    if size == piece["size"]:
-                        await anyio.to_thread.run_sync(file.keep)
-                        return dataclasses.replace(info, saved=folder.full_path(info.path))
-            info = dataclasses.replace(info, size=piece["size"])
-        finally:
-            file.close()
-        await anyio.sleep(READING_PAUSE)
-    raise OSError(errno.EBUSY, "it was being changed while it was read")
+    if info.size > most:
+        raise OSError(errno.EFBIG, f"its {info.size} bytes are more than files.limit has left for this call")
+    file = await anyio.to_thread.run_sync(folder.open, info.path)
+    try:
+        size, versions = 0, set()
+        async with contextlib.aclosing(sandbox.pieces(info.path, 0, most + 1)) as pieces:
+            async for piece in pieces:
+                await anyio.to_thread.run_sync(file.write, piece["data"])
+                size += len(piece["data"])
+                versions.add((piece["version"], piece["size"]))
+        (version, stated), *others = versions
+        if others or not version or stated != size:
+            raise OSError(errno.EBUSY, "it was being changed while it was read")
+        await anyio.to_thread.run_sync(file.keep)
+        return dataclasses.replace(info, size=size, saved=folder.full_path(info.path))
+    finally:
+        file.close()
 
 
 async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | None, most: int) -> Result:
@@ -3425,8 +3418,7 @@ class Piece(TypedDict):
     data: Data
     problem: str | None
     size: Count  # of the whole file
-    version: str  # changes whenever the file does
-    settled: bool  # whether the file was left alone for longer than its version could fail to change
+    version: str  # changes when the file does, within a tick of the kernel's clock; "" if it did just now
 
 
 class Done(EndOfCall):
@@ -3531,7 +3523,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
-PROTOCOL = 6  # version of the frames and the plug; raised by a change that older sandboxes would not understand
+PROTOCOL = 7  # version of the frames and the plug; raised by a change that older sandboxes would not understand
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
@@ -3564,8 +3556,6 @@ NAME_SHOWN = 60  # of one that is not listed
 ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
 HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # in a name
 PIECE_SIZE = 1 << 19  # bytes of a file that are read or written at once
-PIPE_SIZE = 1 << 19  # bytes that the pipe to the host holds; those of all sandboxes count against 64 MB for their user
-DRAINING_TIME = 0.0005  # seconds in which the engine takes a good part of that
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
 PROXY_PORT = 3128  # on the sandbox's own loopback
@@ -3655,15 +3645,6 @@ with contextlib.suppress(ImportError):  # on Windows, where only the host's part
     import resource  # now: os.wait4() would import it in the middle of the first call
 
 
-def clock_tick() -> int:
-    """Return the nanoseconds within which two changes may leave a file with one time; a bit more, as ticks vary."""
-    resolution = time.clock_getres(5) if sys.platform == "linux" else 0  # CLOCK_REALTIME_COARSE
-    return int(1.25e9 * (resolution if resolution >= 0.001 else 0.01))  # gVisor's is none, but files may be the host's
-
-
-CLOCK_TICK = clock_tick()
-
-
 class Outbox:
     """Bytes that wait until they can be written. They are not joined: to copy a file's pieces would take longer."""
 
@@ -3694,15 +3675,13 @@ class Channel:
     A frame is a JSON object on a line of its own. If its `data` is a number, that many raw bytes follow the line: large
     data would cost more as JSON than everything else on its way. In memory, `data` holds those bytes.
 
-    A channel blocks exactly where its descriptors do: the supervisor makes them non-blocking, and so waits here for
-    DRAINING_TIME at most; the worker leaves them blocking and so needs no loop of its own.
+    `flush` blocks only on blocking descriptors: the worker's, which so needs no loop of its own.
     """
 
     def __init__(self, reader: int, writer: int) -> None:
         self.reader = reader
         self.writer = writer
         self.outbox = Outbox()
-        self._is_wide = False
         self._inbox = bytearray()
         self._searched = 0
         self._head: dict[str, Any] | None = None  # of the frame whose data is being read
@@ -3779,8 +3758,7 @@ class Channel:
             while self.outbox.size:
                 self.outbox.write(functools.partial(os.writev, self.writer))
         except BlockingIOError:
-            if self._is_wide and self.outbox.size > PIPE_SIZE:
-                time.sleep(DRAINING_TIME)
+            pass
         except (BrokenPipeError, ConnectionResetError):
             self.outbox = Outbox()  # reading from the channel meets EOF, and the reader decides
 
@@ -3788,14 +3766,6 @@ class Channel:
         """Make both descriptors blocking or non-blocking."""
         for fd in {self.reader, self.writer}:
             os.set_blocking(fd, blocking)
-
-    def widen(self) -> None:
-        """Have the pipe hold PIPE_SIZE bytes, if the kernel lets us, and leave its reader time to take many of them.
-
-        An engine reads 8 to 32 kB at a time: to be woken up for each of its reads would cost more than the writing.
-        """
-        with contextlib.suppress(OSError):
-            self._is_wide = fcntl.fcntl(self.writer, 1031, PIPE_SIZE) >= PIPE_SIZE  # F_SETPIPE_SZ, unnamed until 3.10
 
     def close(self) -> None:
         """Close both descriptors."""
@@ -4230,7 +4200,6 @@ class Supervisor:
     def _attach(self, channel: Channel) -> None:
         self.channel = channel
         channel.set_blocking(False)
-        channel.widen()
         self.sources[channel.reader] = self._from_host
         channel.send(self._status("ready"))
         while self.backlog:
@@ -4481,18 +4450,15 @@ class Supervisor:
         try:
             fd = open_inside(self.home, self.escaped.get(request["path"], request["path"]))
             try:
-                unsettled = os.fstat(fd).st_ctime_ns + CLOCK_TICK - time.time_ns()
-                if 0 < unsettled <= CLOCK_TICK:
-                    time.sleep(unsettled / 1e9)
-                begun = time.time_ns()
+                before = os.fstat(fd).st_ctime_ns
                 data = os.pread(fd, PIECE_SIZE, request["offset"])
                 state = os.fstat(fd)
             finally:
                 os.close(fd)
-            size, version = state.st_size, f"{state.st_ino} {state.st_ctime_ns}"
-            settled, problem = begun - state.st_ctime_ns >= CLOCK_TICK, None
+            version = f"{state.st_ino} {before}" if before == state.st_ctime_ns else ""
+            size, problem = state.st_size, None
         except OSError as error:
-            data, size, version, settled, problem = b"", 0, "", True, error.strerror or str(error)
+            data, size, version, problem = b"", 0, "", error.strerror or str(error)
         piece: Piece = {
             "id": request["id"],
             "kind": "file",
@@ -4500,7 +4466,6 @@ class Supervisor:
             "problem": problem,
             "size": size,
             "version": version,
-            "settled": settled,
         }
         self._tell(piece)
 
@@ -7157,7 +7122,6 @@ ANSWER_TIMEOUT = 8  # seconds for the engine to answer at all; with the next, le
 ENGINE_TIMEOUT = 15  # seconds for an engine command that only queries
 REMOVE_TIMEOUT = 30  # seconds for an engine command that removes something
 PULL_TIMEOUT = 900  # seconds to pull or make an image
-SMALL_READ = 65536  # bytes that are read as they come; more are waited for
 ERRORS_KEPT = 8192  # bytes kept of the stderr of the engine's command line
 
 
@@ -7191,22 +7155,10 @@ class Engine:
 
     async def spawn(self, *arguments: str) -> tuple[anyio.abc.Process, anyio.abc.ByteStream]:
         """Start a command; return it, and the stream to its standard input and from its standard output."""
-        command = [self.command, *arguments]
-        if sys.platform == "win32":  # whose programs take no socket for a pipe
-            process = await open_command(command, subprocess.PIPE)
-            assert process.stdin is not None
-            assert process.stdout is not None
-            return process, StapledByteStream(process.stdin, process.stdout)
-        (to_command, stdin), (from_command, stdout) = socket.socketpair(), socket.socketpair()
-        for sender in (to_command, stdout):
-            sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE_SIZE)
-        stream = SocketStream(to_command, from_command)
-        with stdin, stdout:
-            try:
-                return await open_command(command, stdin, stdout), stream
-            except BaseException:
-                await stream.aclose()
-                raise
+        process = await open_command([self.command, *arguments], subprocess.PIPE)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        return process, StapledByteStream(process.stdin, process.stdout)
 
     def sandbox_arguments(self, name: str, image: Image, config: Config, labels: Mapping[str, str]) -> list[str]:
         """Return the command that starts a sandbox; Security in the README explains what its flags prevent."""
@@ -7497,77 +7449,6 @@ async def open_command(command: Sequence[str], stdin: Any, stdout: Any = subproc
     return process
 
 
-class SocketStream(anyio.abc.ByteStream):
-    """Standard input and output of a command as sockets, by which large pieces pass with little effort.
-
-    Engines read and write in parts of 8 to 32 kB. Waking up the event loop for each of them costs more than anything
-    else on the way. A socket has its writer wake up only when a good part is free, and it lets a thread have the kernel
-    wait for all of a piece.
-
-    There is one for each way: a single one that is closed with output unread gives the command an error in place of the
-    end of its input, and Podman's command then waits for ever.
-    """
-
-    def __init__(self, to_command: socket.socket, from_command: socket.socket) -> None:
-        self._to_command = to_command
-        self._from_command = from_command
-        self._one_thread = anyio.CapacityLimiter(1)  # its own, as a paused container may hold it up
-        self._outbox = Outbox()
-        self._turn = anyio.Lock()  # only one task may wait for a socket
-
-    async def send(self, item: bytes) -> None:
-        """Send bytes. If that is cancelled, the rest of them go ahead of those that are sent next."""
-        self._outbox.add(item)
-        self._flush()
-        while self._outbox.size:
-            async with self._turn:
-                await anyio.wait_writable(self._to_command)
-                self._flush()
-
-    def _flush(self) -> None:
-        """Send what the socket takes now. Raises anyio.BrokenResourceError if nobody reads it any more."""
-        try:
-            while self._outbox.size:
-                self._outbox.write(lambda parts: self._to_command.sendmsg(parts, (), socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            pass
-        except OSError:
-            raise anyio.BrokenResourceError from None
-
-    async def receive(self, max_bytes: int = SMALL_READ) -> bytes:
-        """Return what is there; if more than SMALL_READ bytes are wanted, wait for all of them, or the end.
-
-        If that is cancelled, what has come meanwhile is lost.
-        """
-        await anyio.lowlevel.checkpoint()
-        if max_bytes > SMALL_READ:
-            wait = functools.partial(self._from_command.recv, max_bytes, socket.MSG_WAITALL)
-            data = await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=self._one_thread)
-        else:
-            while True:
-                try:
-                    data = self._from_command.recv(max_bytes, socket.MSG_DONTWAIT)
-                    break
-                except BlockingIOError:
-                    await anyio.wait_readable(self._from_command)
-        if not data:
-            raise anyio.EndOfStream
-        return data
-
-    async def send_eof(self) -> None:
-        """Let the command meet the end of its input."""
-        with contextlib.suppress(OSError):
-            self._to_command.shutdown(socket.SHUT_WR)
-
-    async def aclose(self) -> None:
-        """Close the sockets, and let go whoever waits for them."""
-        for end in (self._to_command, self._from_command):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            anyio.notify_closing(end)
-            end.close()
-
-
 async def run_command(
     command: Sequence[str],
     timeout: float,
@@ -7618,7 +7499,7 @@ async def wait_or_doubt(wait: Callable[[], Awaitable[T]], require: Callable[[], 
 
 async def send_quietly(stream: anyio.abc.ByteSendStream, data: bytes) -> None:
     """Write to a process, ignoring that it has ended: the reader of its output notices."""
-    with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+    with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
         await stream.send(data)
 
 

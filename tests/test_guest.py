@@ -7,7 +7,6 @@ import builtins
 import contextlib
 import dis
 import errno
-import fcntl
 import functools
 import itertools
 import json
@@ -23,7 +22,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,17 +223,6 @@ def test_what_a_full_pipe_does_not_take_waits_in_the_outbox(channel: Channel) ->
         received += channel.receive()
         channel.flush()
     assert received == frames
-
-
-def test_a_channel_is_widened_only_where_the_kernel_can_do_that(channel: Channel) -> None:
-    channel.widen()
-    assert fcntl.fcntl(channel.writer, 1032) == sandbox_runner.PIPE_SIZE  # F_GETPIPE_SZ
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        alike = Channel(theirs.fileno(), ours.fileno())
-        alike.widen()
-        alike.send({"n": 1})
-        assert list(alike.receive()) == [{"n": 1}]
 
 
 def test_more_frames_than_are_written_at_once_come_in_their_order_and_are_counted(channel: Channel) -> None:
@@ -1468,22 +1455,6 @@ def test_the_code_has_no_descriptors_but_its_own(guest: Guest) -> None:
 def test_a_forged_frame_of_another_call_is_passed_over(guest: Guest) -> None:
     told = guest.run('import os\nos.write(3, b\'{"id":"other","kind":"done","status":"ok"}\\n\')\nprint(\'real\')')
     assert (told.status, told.stdout) == ("ok", "real\n")
-
-
-def test_a_file_that_was_just_changed_is_read_once_a_further_change_would_show(guest: Guest) -> None:
-    place = guest.home / "fresh"
-    for number in range(10):
-        place.write_text(str(number))
-        piece = guest.read("fresh")
-        assert (piece["data"], piece["settled"]) == (str(number).encode(), True)
-
-
-@pytest.mark.parametrize(("resolution", "tick"), [(0.004, 5_000_000), (0.001, 1_250_000), (1e-9, 12_500_000)])
-def test_a_tick_is_the_kernels_or_where_it_has_none_the_longest(
-    monkeypatch: pytest.MonkeyPatch, resolution: float, tick: int
-) -> None:
-    monkeypatch.setattr(time, "clock_getres", lambda _: resolution)
-    assert sandbox_runner.clock_tick() == tick
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Clock:
         unmark = f"os.path.exists(f'{self.file}-{{self.session}}') and os.unlink(f'{self.file}-{{self.session}}')"
         for old, new in (
             ("time.monotonic()", f"(time.monotonic() + float(open({str(self.file)!r}).read()))"),
-            ("patience = self._patience()", "patience = 0 if self._patience() == 0 else 0.01"),
+            ("[], self._patience())", "[], 0 if self._patience() == 0 else 0.01)"),
             ("        self.channel = channel\n", f"        self.channel = channel\n        {unmark}\n"),
             ("        self.channel = None\n", f"        self.channel = None\n        {mark}\n"),
         ):

@@ -7,9 +7,7 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from pytest_subprocess import FakeProcess
 
 import sandbox_runner
 from sandbox_runner import (
-    SMALL_READ,
     Config,
     DockerConfig,
     Engine,
@@ -38,7 +35,6 @@ from sandbox_runner import (
     Sandbox,
     SessionConfig,
     SessionError,
-    SocketStream,
     Text,
     find_engine,
     host_image_name,
@@ -46,7 +42,6 @@ from sandbox_runner import (
     last_line,
     open_runner,
     run_command,
-    send_quietly,
 )
 
 pytestmark = pytest.mark.anyio
@@ -1547,103 +1542,6 @@ async def test_nothing_is_made_ready_while_calls_wait_for_new_sandboxes() -> Non
         await anyio.wait_all_tasks_blocked()
         assert created == [(), (), (), ("numpy",), ("numpy",)]
         tasks.cancel_scope.cancel()
-
-
-@pytest.fixture
-async def command() -> AsyncIterator[tuple[SocketStream, socket.socket, socket.socket]]:
-    """Our end of a command's input and output, and the command's own ends: its input, and its output."""
-    (ours, stdin), (output, stdout) = socket.socketpair(), socket.socketpair()
-    stream = SocketStream(ours, output)
-    with stdin, stdout:
-        yield stream, stdin, stdout
-    await stream.aclose()
-
-
-async def test_what_a_command_puts_out_is_read_as_it_comes_but_a_large_piece_at_once(
-    command: tuple[SocketStream, socket.socket, socket.socket],
-) -> None:
-    stream, _, theirs = command
-    theirs.sendall(b"x" * 10)
-    assert await stream.receive(SMALL_READ) == b"x" * 10
-
-    async def put() -> None:
-        for _ in range(SMALL_READ // 1000 + 1):
-            await anyio.to_thread.run_sync(theirs.sendall, b"y" * 1000)
-        theirs.sendall(b"z" * 20)
-        theirs.shutdown(socket.SHUT_WR)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(put)
-        assert await stream.receive(SMALL_READ + 1) == b"y" * (SMALL_READ + 1)
-        assert (await stream.receive(SMALL_READ + 1)).endswith(b"z" * 20), "all there was to the end"
-        for wanted in (SMALL_READ, SMALL_READ + 1):
-            with pytest.raises(anyio.EndOfStream):
-                await stream.receive(wanted)
-
-
-async def test_what_is_sent_to_a_command_comes_whole_and_in_order_though_its_senders_are_cancelled(
-    command: tuple[SocketStream, socket.socket, socket.socket],
-) -> None:
-    stream, theirs, _ = command
-    items = [bytes([number]) * (1 << 20) for number in range(4)]  # more than the socket holds
-    with anyio.move_on_after(0.05) as scope:
-        await stream.send(items[0])
-    assert scope.cancelled_caught
-    received = bytearray()
-
-    async def take() -> None:
-        while len(received) < 4 << 20:
-            received.extend(await anyio.to_thread.run_sync(theirs.recv, 1 << 20))
-
-    async with anyio.create_task_group() as tasks:
-        for item in items[1:]:
-            tasks.start_soon(stream.send, item)
-        await anyio.sleep(0.05)
-        tasks.start_soon(take)
-    assert received == b"".join(items)
-    await stream.send_eof()
-    assert theirs.recv(1) == b""
-
-
-@pytest.mark.parametrize("by_command", [True, False])
-async def test_sending_to_a_command_ends_when_it_does_or_when_the_stream_is_closed(
-    command: tuple[SocketStream, socket.socket, socket.socket], by_command: bool
-) -> None:
-    stream, *theirs = command
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(send_quietly, stream, bytes(4 << 20))
-        await anyio.sleep(0.05)
-        if by_command:
-            for end in theirs:
-                end.close()
-        else:
-            await stream.aclose()
-    with pytest.raises(anyio.BrokenResourceError):
-        await stream.send(b"more")
-    if by_command:
-        with pytest.raises(anyio.EndOfStream):
-            await stream.receive()
-
-
-async def test_a_piece_that_never_comes_holds_nothing_up() -> None:
-    let_go = threading.Event()
-
-    class Watched(socket.socket):
-        def recv(self, *arguments: Any) -> bytes:
-            try:
-                return super().recv(*arguments)
-            finally:
-                let_go.set()
-
-    (ours, stdin), (output, stdout) = socket.socketpair(), socket.socketpair()
-    stream = SocketStream(ours, Watched(fileno=output.detach()))
-    with stdin, stdout:
-        with anyio.move_on_after(0.05) as scope:
-            await stream.receive(SMALL_READ + 1)
-        assert scope.cancelled_caught
-        assert not let_go.is_set()
-        await stream.aclose()
-        await until(let_go.is_set)
 
 
 async def test_state_that_is_refused_costs_a_session_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
