@@ -337,7 +337,6 @@ class ExecutePersistent(Tool):
             on_output=progress.on_output,
             on_status=progress.on_status,
             interrupt=stop if self.interrupt else None,
-            is_new=self.session_id is None,
             answer_within=config.answer_within,
         )
         return render(

@@ -351,7 +351,6 @@ class Runner:
         interrupt: anyio.Event | None = None,
         filename: str | None = None,
         arguments: Sequence[str] = (),
-        is_new: bool = False,
         answer_within: float | None = None,
         files: Sequence[str | os.PathLike[str] | InputFile] = (),
         output: str | os.PathLike[str] | None = None,
@@ -372,7 +371,6 @@ class Runner:
             interrupt: when set, the code is interrupted, and the result has the status `cancelled`.
             filename: name of the code in tracebacks; it also becomes `__file__`, in the working directory.
             arguments: for `sys.argv[1:]`.
-            is_new: whether the session's id was just drawn, so that looking for the session can be saved.
             answer_within: seconds after which a call in a session returns with the status `running` and the output so
                 far. The code goes on; a call without code waits for the rest, and interrupts it if `interrupt` is set.
             files: files on the host to copy into the working directory ahead of the code, under their base names.
@@ -399,7 +397,6 @@ class Runner:
             return await self._execute_transient(call, on_output, interrupt)
         self._forget_ended()
         entry = self.sessions.setdefault(session, Session(session))
-        entry.is_fresh = is_new
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
         return await self._execute_in_session(entry, call, on_output, interrupt, deadline)
 
@@ -624,7 +621,7 @@ class Runner:
             EngineError: it can't be found out whether there is one.
             SessionError: another program has it, or its container does not answer.
         """
-        if session.is_attached or (session.sandbox is None and session.is_fresh):
+        if session.is_attached:
             return
         had = session.sandbox
         session.sandbox = await self._find(session)  # if it can't be found out, the next call looks again
@@ -647,10 +644,6 @@ class Runner:
             session.is_coming = False
         self.pool.let_go(sandbox)
         session.sandbox = sandbox
-        if session.is_fresh:
-            session.is_fresh = False
-            self._tasks.start_soon(self._claim_later, session, sandbox)
-            return
         try:
             await self._claim(session, sandbox)
         except BaseException:
@@ -704,14 +697,6 @@ class Runner:
                 await sandbox.end()
                 return
             await anyio.sleep(0.1)
-
-    async def _claim_later(self, session: Session, sandbox: Sandbox) -> None:
-        """Claim a session that no other program can know yet; at worst none will find it."""
-        try:
-            await self._claim(session, sandbox)
-        except SandboxError as error:
-            if not sandbox.gone.is_set() and session.sandbox is sandbox:
-                log.warning("the session %s will not be found by other programs: %s", session.name, error)
 
     async def _find(self, session: Session) -> Sandbox | None:
         """Find a session's container by its name, and plug into it; None if there is none.
@@ -1377,7 +1362,6 @@ class Session:
     """
 
     name: str
-    is_fresh: bool = False  # whether its id was just drawn, so that there can't be a container with its name
     lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
     sandbox: Sandbox | None = None
     call: Call | None = None  # the last one, until its result has been told
@@ -5787,7 +5771,7 @@ class Worker:
             return compile(code, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
 
         code, tree, context = self.notebook.parse(code, parse)
-        self.policy.check(tree, filename)
+
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr) and not code.rstrip().endswith(";"):
             last = ast.Expression(tree.body.pop().value)
@@ -5998,7 +5982,6 @@ FENCE = re.compile(r"\s*(```|~~~)")
 SHELL_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?(!!?)(?!=)[ \t]*(.+)")
 MAGIC_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?%(\w+)[ \t]*(.*)")
 CELL_MAGIC = re.compile(r"%%(\w+|!)[ \t]*(.*)")
-QUESTION = re.compile(r"([ \t]*)(?:\?\??[ \t]*([\w.]+)|([\w.]+)(\?\??))[ \t]*;?[ \t]*")
 PIP = re.compile(
     r"(?:\S*python[\d.]*\s+-m\s+|\{sys\.executable\}\s+-m\s+)?(?:pip[\d.]*|conda|mamba|uv\s+pip|uv)"
     r"\s+(install|add|list|freeze)\b((?:'[^']*'|\"[^\"]*\"|[<>]=|(?!\s\d?[<>][^=])[^;&|<>'\"])*)"
@@ -6010,12 +5993,7 @@ PIP = re.compile(
 # with {1} for the code.
 LINE_MAGICS = {
     **dict.fromkeys("autoreload config gui load_ext matplotlib reload_ext unload_ext xmode".split(), "pass"),
-    **{name: f"__notebook__.shell('{name} ' + {{0}})" for name in "cat cp head ls mkdir mv rm rmdir tail".split()},
-    **dict.fromkeys(("env", "set_env"), "__notebook__.env({0})"),
     **dict.fromkeys(("system", "sx"), "__notebook__.lines({0})"),
-    "cd": "__notebook__.cd({0})",
-    "pwd": "__notebook__.cd('.')",
-    "run": "__notebook__.run({0})",
     "timeit": "__notebook__.timeit({0})",
 }
 CELL_MAGICS = {
@@ -6024,16 +6002,14 @@ CELL_MAGICS = {
     "bash": "__notebook__.script({1}, 'bash')",
     "script": "__notebook__.script({1}, {0})",
     "html": "display({{'text/html': {1}}}, raw=True)",
-    "latex": "display({{'text/latex': {1}}}, raw=True)",
     "markdown": "display({{'text/markdown': {1}}}, raw=True)",
-    "svg": "display({{'image/svg+xml': {1}}}, raw=True)",
     "timeit": "__notebook__.timeit({0}, {1})",
 }
 NO_CONTEXT = contextlib.nullcontext()
 
 
 class Notebook:
-    """IPython's ways of writing code: shell lines, magics and questions, as calls of the builtin `__notebook__`."""
+    """IPython's ways of writing code: shell lines and magics, as calls of the builtin `__notebook__`."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -6070,7 +6046,7 @@ class Notebook:
                     raise
 
     def _translate_line(self, lines: list[str], at: int) -> bool:
-        """Put a call in place of a shell line, a magic or a question; return whether the line is one."""
+        """Put a call in place of a shell line or a magic; return whether the line is one."""
         line = lines[at] if 0 <= at < len(lines) else ""
         if found := SHELL_LINE.fullmatch(line):
             indentation, target, mark, command = found.groups()
@@ -6090,9 +6066,6 @@ class Notebook:
                 call = timed(arguments)
             else:
                 call = self._magic(LINE_MAGICS, name, line, at).format(repr(arguments))
-        elif found := QUESTION.fullmatch(line):
-            indentation, target, name = found[1], None, found[2] or found[3]
-            call = f"__notebook__.explain({name!r}, {name}, {found[4] == '??'})"
         else:
             return False
         lines[at] = f"{indentation}{f'{target} = ' if target else ''}{call}"
@@ -6101,8 +6074,8 @@ class Notebook:
     def _translate_cell(self, lines: list[str], at: int, name: str, arguments: str) -> Any:
         """Translate a magic that is for all of the code; return the context to run the code in."""
         line, lines[at] = lines[at], ""
-        if name in ("time", "capture", "python", "python3", "py"):  # the code stays as it is
-            return Timing() if name == "time" else self._capture(arguments) if name == "capture" else NO_CONTEXT
+        if name in ("time", "python", "python3", "py"):  # the code stays as it is
+            return Timing() if name == "time" else NO_CONTEXT
         call = self._magic(CELL_MAGICS, name, line, at).format(repr(arguments), repr("\n".join([*lines[at + 1 :], ""])))
         lines[at:] = [call, *[""] * (len(lines) - at - 1)]
         return NO_CONTEXT
@@ -6175,40 +6148,11 @@ class Notebook:
 
     # Magics
 
-    def cd(self, folder: str) -> str:
-        """Change the working directory, and return it."""
-        os.chdir(os.path.expanduser(folder.strip("'\" ") or self.worker.home))
-        return os.getcwd()
-
-    def env(self, text: str) -> Any:
-        """Set an environment variable, or return one, or all."""
-        name, _, value = (text.replace("=", " ", 1) if "=" in text.partition(" ")[0] else text).partition(" ")
-        if value:
-            os.environ[name] = value
-        return (os.environ.get(name) if name else dict(os.environ)) if not value else None
-
-    def run(self, arguments: str) -> None:
-        """Run a file as a script, and keep its variables."""
-        import runpy
-
-        sys.argv = arguments.split()
-        self.worker.names.update(runpy.run_path(sys.argv[0], run_name="__main__"))
-
     def write(self, arguments: str, text: str) -> None:
         """Write a file, or append to it."""
         *options, path = arguments.split()
         with open(path, "a" if "-a" in options else "w", encoding="utf-8") as file:
             file.write(text)
-
-    def explain(self, name: str, value: Any, with_source: bool) -> None:
-        """Print how a function is called and what it does, or its source."""
-        if with_source:
-            with contextlib.suppress(Exception):
-                print(inspect.getsource(value))
-                return
-        with contextlib.suppress(Exception):
-            print(f"{name}{inspect.signature(value)}\n")
-        print(inspect.getdoc(value) or "no documentation")
 
     def timed(self, timing: Timing, value: Any) -> Any:
         """Tell how long an expression took, and return its value."""
@@ -6233,21 +6177,6 @@ class Notebook:
             f"(mean ± std. dev. of {len(each)} runs, {loops:,} loops each)"
         )
 
-    @contextlib.contextmanager
-    def _capture(self, arguments: str) -> Iterator[None]:
-        """Keep what the code writes and displays, in the variable that is named or nowhere."""
-        captured, worker = Captured(), self.worker
-        publish, worker.publish = worker.publish, captured.outputs.append  # type: ignore[assignment]
-        output, errors = io.StringIO(), io.StringIO()
-        try:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-                yield
-        finally:
-            worker.publish = publish  # type: ignore[method-assign]
-            captured.stdout, captured.stderr = output.getvalue(), errors.getvalue()
-            for name in [word for word in arguments.split() if word.isidentifier()]:
-                worker.names[name] = captured
-
 
 class Timing:
     """Context that tells what time passes in it."""
@@ -6259,26 +6188,6 @@ class Timing:
     def __exit__(self, *_: object) -> None:
         cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
         print(f"CPU time: {readable_seconds(cpu)}, wall time: {readable_seconds(wall)}")
-
-
-class Captured:
-    """What %%capture keeps."""
-
-    def __init__(self) -> None:
-        self.stdout = self.stderr = ""
-        self.outputs: list[dict[str, str]] = []
-
-    def __str__(self) -> str:
-        return self.stdout
-
-    def show(self) -> None:
-        """Write and display what was kept."""
-        sys.stdout.write(self.stdout)
-        sys.stderr.write(self.stderr)
-        for bundle in self.outputs:
-            builtins.display(bundle, raw=True)  # type: ignore[attr-defined]  # see Worker
-
-    __call__ = show
 
 
 def inside_fences(lines: list[str]) -> list[str]:
@@ -7005,30 +6914,6 @@ class ImportPolicy:
         self.blocked = set(blocked)
         self.home = home
 
-    def check(self, tree: Any, filename: str) -> None:
-        """Refuse code whose imports visibly break the policy, before any of it runs."""
-        if not (self.allowed or self.blocked):
-            return
-        for node in ast.walk(tree):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-                function = getattr(node.func, "id", getattr(node.func, "attr", None))
-                if function in ("__import__", "import_module") and isinstance(node.args[0].value, str):
-                    names = [node.args[0].value]
-            for name in names:
-                refusal = self.refusal(name)
-                if refusal:
-                    # Raise from the import's own position, so that line and traceback are as for any error.
-                    statement = ast.parse("raise refusal").body[0]
-                    for part in ast.walk(statement):
-                        ast.copy_location(part, node)
-                    code = compile(ast.Module([statement], []), filename, "exec", dont_inherit=True)
-                    exec(code, {"refusal": refusal})
-
     def refusal(self, name: str) -> ImportError | None:
         top = name.partition(".")[0]
         if top == "__future__":
@@ -7044,7 +6929,7 @@ class ImportPolicy:
         return None
 
     def install(self) -> None:
-        """Check at run time the imports that `check` can't see."""
+        """Check imports when they are made."""
         if not (self.allowed or self.blocked):
             return
         real_import, real_import_module = builtins.__import__, importlib.import_module
@@ -7527,7 +7412,6 @@ def last_line(text: str) -> str:
 # ── image ──
 
 INSTALL_TIMEOUT = 900  # seconds to build the derived image, or to install a package
-LOCK_PAUSE = 0.2  # seconds between attempts to take a lock that another program holds
 
 
 @dataclass(frozen=True)
@@ -7711,9 +7595,8 @@ def _libraries_of(*programs: Path) -> set[Path]:
 async def derive_image(engine: Engine, config: Config, report: Callable[[str], None]) -> Image:
     """Find or make the sandboxes' image: the base image plus preinstalled packages, their bytecode and a font list.
 
-    It is made by committing a helper container, which any engine can do, once per base image and list of packages;
-    another program that wants it meanwhile waits. If the packages can't be installed, return the base image, with
-    `problem`.
+    It is made by committing a helper container, which any engine can do, once per base image and list of packages. If
+    the packages can't be installed, return the base image, with `problem`.
 
     Raises:
         ImageError: not even the base image could be found, pulled or made.
@@ -7759,22 +7642,15 @@ BASE_NAME_LABEL = "python-docker-mcp.base-name"
 
 
 async def _build(engine: Engine, base: Image, name: str, config: Config, report: Callable[[str], None]) -> str:
-    """Build the derived image and return its id; if another program is building it, wait for its image."""
-    packages = ", ".join(config.package.preinstalled)
-    build = f"build-{name.rpartition(':')[2]}"
-    waiting = f"waiting for another program that is preparing the image with {packages}"
-    async with file_lock(build, lambda: report(waiting)) as has_waited:
-        if has_waited and (made := await _image_id(engine, name)):
-            return made
-        for attempt in itertools.count(1):
-            try:
-                await _build_once(
-                    engine, base, name, f"python-docker-mcp-{build}-{secrets.token_hex(4)}", config, report
-                )
-                break
-            except HelperError:
-                if attempt == BUILD_ATTEMPTS:
-                    raise
+    """Build the derived image and return its id. If two programs do so at once, both do, and the later image stays."""
+    for attempt in itertools.count(1):
+        helper = f"python-docker-mcp-build-{name.rpartition(':')[2]}-{secrets.token_hex(4)}"
+        try:
+            await _build_once(engine, base, name, helper, config, report)
+            break
+        except HelperError:
+            if attempt == BUILD_ATTEMPTS:
+                raise
     await _remove_older_images(engine, name, base.name)
     return await _image_id(engine, name) or name
 
@@ -7807,37 +7683,6 @@ def build_status(step: int, text: str) -> str:
     """Return a progress line for the derived image; each is self-contained, as a client may show only one of them."""
     bar = "█" * step + "░" * (BUILD_STEPS - step)
     return f"{bar} preparing the image (once; a minute or so): {text}"
-
-
-@asynccontextmanager
-async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[bool]:
-    """Keep other programs of this user out of the same block; yield whether this program had to wait for one of them.
-
-    The system frees the lock when its holder ends, in whatever way. Without such locks, as on Windows, or without a
-    place for the file, nothing is locked.
-    """
-    try:
-        import fcntl
-
-        folder = CONFIG_PATH.parent.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-    except (ImportError, OSError):
-        yield False
-        return
-    has_waited = False
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                has_waited = True
-                on_wait()
-                await anyio.sleep(LOCK_PAUSE)
-        yield has_waited
-    finally:
-        os.close(descriptor)
 
 
 async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:

@@ -132,7 +132,7 @@ CODE = [  # code, and what its text has
     ("from IPython.display import Audio", "IPython.display has only display, HTML"),
     (f"from IPython import get_ipython\nprint(get_ipython())\n{PLOT}", "None\n"),
     ("get_ipython().system('ls')", "This is plain Python, not IPython"),
-    ("len?", "len(obj, /)"),
+    ("len?", "SyntaxError: invalid syntax"),
     ("from google.colab import drive", "google.colab exists only in Google Colab"),
     ("__file__", "There is no file: the working directory is /app"),
     ("breakpoint()", "a debugger can't be answered in the sandbox"),

@@ -443,60 +443,12 @@ def test_input_says_what_to_do_instead() -> None:
         refuse_input("name?")
 
 
-def refusal(policy: ImportPolicy, code: str) -> ImportError | None:
-    try:
-        policy.check(compile(code, "<call>", "exec", 1024), "<call>")
-    except ImportError as error:
-        return error
-    return None
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import math",
-        "import math.x as y",
-        "from math import pi",
-        "from __future__ import annotations",
-        "from . import os",
-        "__import__('math')",
-        "os = 1; os.path",
-        "'import os'",
-        "importlib.import_module(name)",
-    ],
-)
-def test_code_that_keeps_to_the_policy_is_let_through(code: str) -> None:
-    assert refusal(ImportPolicy(["math"], ["os"], "/app"), code) is None
-
-
-@pytest.mark.parametrize(
-    ("code", "line"),
-    [
-        ("import math, os", 1),
-        ("x = 1\nfrom os import path", 2),
-        ("def f():\n  try:\n    import os.path as p\n  except ImportError: pass", 3),
-        ("x = 1\n\n__import__('os')", 3),
-        ("importlib.import_module('os.path')", 1),
-    ],
-)
-def test_code_that_breaks_the_policy_is_refused_at_the_line_that_does(code: str, line: int) -> None:
-    error = refusal(ImportPolicy([], ["os"], "/app"), code)
-    assert str(error) == "module 'os' may not be imported: the setting blocked_modules names it"
-    assert error is not None
-    assert error.__traceback__ is not None
-    frames = [frame for frame in walk(error.__traceback__) if frame.tb_frame.f_code.co_filename == "<call>"]
-    assert [frame.tb_lineno for frame in frames] == [line]
-
-
-def walk(frame: types.TracebackType | None) -> Iterator[types.TracebackType]:
-    while frame:
-        yield frame
-        frame = frame.tb_next
-
-
-def test_the_refusal_of_a_module_that_is_not_allowed_names_those_that_are() -> None:
-    error = refusal(ImportPolicy(["math", "json"], [], "/app"), "import os")
-    assert str(error) == "module 'os' may not be imported: the setting allowed_modules permits only json, math"
+@pytest.mark.parametrize(("allowed", "blocked", "module"), [(["math"], [], "os"), ([], ["os"], "os.path")])
+def test_the_refusal_of_a_module_names_the_setting(allowed: list[str], blocked: list[str], module: str) -> None:
+    refusal = str(ImportPolicy(allowed, blocked, "/app").refusal(module))
+    assert refusal == "module 'os' may not be imported: the setting " + (
+        "blocked_modules names it" if blocked else "allowed_modules permits only math"
+    )
 
 
 # ── the filter of system calls ──
@@ -1515,11 +1467,6 @@ def test_a_blocked_module_is_refused_by_every_ordinary_route(make_guest: MakeGue
     assert "sandbox_runner" not in told.exception["traceback"]
 
 
-def test_what_can_be_seen_before_is_refused_before_anything_runs(make_guest: MakeGuest) -> None:
-    told = make_guest(blocked_modules=["os"]).run("print('started')\ndef f():\n    import os")
-    assert (told.stdout, told.exception["line"]) == ("", 3)
-
-
 def test_a_module_of_the_users_own_keeps_to_the_policy_too(make_guest: MakeGuest) -> None:
     guest = make_guest(blocked_modules=["os"])
     (guest.home / "own.py").write_text("x = 1\nimport os\n")
@@ -1618,10 +1565,7 @@ FENCED = "```python\nx = 1\n{}\n```"
         ("%%sh\necho $((5 + 6))", "11\n"),
         ("%%script sh\necho 12", "12\n"),
         ("%%writefile a.txt\nline\n", ""),
-        ("%%capture out\nprint(13)\n!echo 14", ""),
         ("%%python\nprint(15)", "15\n"),
-        ("len?", "len(obj, /)\n\nReturn the number of items in a container.\n"),
-        ("def f():\n    return 16\nf??", "def f():\n    return 16\n\n"),
         ("print(17 if 5\n%3 else 0)", "17\n"),
         ("s = '''\n!ls\n%time\n```\n'''\nprint(len(s))", "15\n"),
     ],
@@ -1640,7 +1584,6 @@ def test_code_runs_as_it_comes(guest: Guest, code: str, output: str) -> None:
         ("\ufeff\n1 / 0", 2, "division by zero"),
         ("!true\n1 / 0", 2, "division by zero"),
         ("!true \\\n  x\n1 / 0", 3, "division by zero"),
-        ("%%capture\n1 / 0", 2, "division by zero"),
         (FENCED.format("y = ="), 3, "invalid syntax"),
         ("x = 1\n%sql select", 2, "%sql is a magic of IPython that is not available here: write it in Python"),
         ("%%sql\nselect", 1, "%%sql is a magic of IPython that is not available here: write it in Python"),
@@ -1728,17 +1671,10 @@ def test_magics_that_time_tell_the_time_and_keep_the_value(guest: Guest) -> None
         assert re.fullmatch(pattern, guest.run(code).stdout)
 
 
-def test_other_magics_do_what_ipythons_do(guest: Guest) -> None:
-    guest.run("%%writefile script.py\nprint('ran')\ny = __name__\n")
-    told = guest.run("%run script.py\n%env WORD=value\n%cd /\nprint(y)\n%env WORD")
-    assert (told.stdout, told.value) == ("ran\n__main__\n", "'value'")
-    assert guest.run("%pwd").value == "'/'"
-    assert guest.run("%cd").value == repr(str(guest.home))
+def test_files_are_written_and_displays_made_by_magics(guest: Guest) -> None:
+    guest.run("%%writefile script.py\nprint('ran')\n")
     guest.run("%%writefile -a script.py\nprint('more')")
-    assert guest.run("%cat script.py").stdout == "print('ran')\ny = __name__\nprint('more')\n"
-    guest.run("%%capture out\nprint('kept')\ndisplay(7)")
-    told = guest.run("print(out.stdout, end='')\nout.show()")
-    assert (told.stdout, told.shown) == ("kept\nkept\n", [{"text/plain": "7"}])
+    assert guest.run("!cat script.py").stdout == "print('ran')\nprint('more')\n"
     assert guest.run("%%html\n<b>").shown == [{"text/html": "<b>\n"}]
 
 
