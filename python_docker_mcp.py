@@ -37,7 +37,6 @@ import mimetypes
 import os
 import re
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -49,16 +48,18 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import anyio
 import mcp_types as types
 import pydantic
 import pydantic_core
+from anyio.streams.memory import MemoryObjectSendStream
 from mcp.server import Server, ServerRequestContext
 from mcp.server.session import ServerSession
 from mcp.server.stdio import stdio_server
 from mcp.shared.exceptions import MCPError
+from mcp.shared.message import SessionMessage
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
 from sandbox_runner import (
@@ -2547,61 +2548,20 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Awaitable[int]], str]] 
 }
 
 
-class Wire(anyio.AsyncFile[str]):
-    """Standard input or output for the SDK, whose own streams cost three switches to a thread, 8 % of a session's call.
-
-    The rest of this process loses the descriptor, and has `instead` in its place.
-    """
-
-    def __init__(self, file: IO[str], instead: IO[Any]) -> None:
-        super().__init__(file)
-        self._fd = os.dup(file.fileno())
-        os.dup2(instead.fileno(), file.fileno())
-        self._writing = anyio.Lock(fast_acquire=True)
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        line: list[bytes] = []
-        while data := await self._read():
-            *ends, rest = data.split(b"\n")
-            for end in ends:
-                yield b"".join([*line, end]).decode("utf-8", "replace")
-                line = []
-            line.append(rest)
-        if any(line):
-            yield b"".join(line).decode("utf-8", "replace")
-
-    async def _read(self) -> bytes:
-        await self._until(anyio.wait_readable)
-        with contextlib.suppress(ConnectionError):  # a socket whose other end closed with data unread
-            return os.read(self._fd, 1 << 16)
-        return b""
-
-    async def write(self, text: Any) -> int:
-        data = memoryview(text.encode())
-        async with self._writing:  # lines stay whole
-            with contextlib.suppress(ConnectionError):  # the client is gone: EOF on standard input ends the server
-                while data:
-                    await self._until(anyio.wait_writable)
-                    data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # PIPE_BUF bytes never block now
-        return len(text)
-
-    async def flush(self) -> None:
-        """Do nothing: `write` keeps nothing back."""
-
-    async def _until(self, ready: Callable[[int], Awaitable[None]]) -> None:
-        with contextlib.suppress(OSError):  # a regular file, say: the loop can't wait for it, and need not
-            await ready(self._fd)
-
-
-class Inbox(Wire):
+class Inbox(anyio.AsyncFile[str]):
     """Standard input without the lines that the SDK can't parse: it drops them, and the client would wait for ever.
 
-    The inbox answers each such line itself, with the request's id if that can be read.
+    The inbox answers each such line itself, with the request's id if that can be read. The rest of this process finds
+    nothing on descriptor 0.
     """
 
-    def __init__(self, file: IO[str], instead: IO[Any], outbox: Wire) -> None:
-        super().__init__(file, instead)
-        self._outbox = outbox
+    outbox: MemoryObjectSendStream[SessionMessage]
+
+    def __init__(self) -> None:
+        descriptor = os.dup(sys.stdin.fileno())
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdin.fileno())
+        super().__init__(os.fdopen(descriptor, encoding="utf-8", errors="replace", closefd=False))
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async for line in super().__aiter__():
@@ -2609,7 +2569,7 @@ class Inbox(Wire):
                 types.jsonrpc_message_adapter.validate_json(line, by_name=False)
             except ValueError as error:
                 for answer in answers_to(line, error):
-                    await self._outbox.write(f"{json.dumps(answer)}\n")
+                    await self.outbox.send(SessionMessage(types.JSONRPCError.model_validate(answer)))
             else:
                 yield line
 
@@ -2643,28 +2603,24 @@ def answers_to(line: str, error: ValueError) -> Iterator[dict[str, Any]]:
 REQUEST_ID = r'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})'  # the id, in a line that is not JSON
 
 
-def _take_streams() -> list[Wire]:
-    """Take over standard input and output; not on Windows, where only sockets can be waited for: the SDK does it."""
-    if sys.platform == "win32":
-        return []
-    with open(os.devnull, "r+b", buffering=0) as nothing:
-        outbox = Wire(sys.stdout, sys.stderr or nothing)
-        return [Inbox(sys.stdin, nothing, outbox), outbox]
-
-
 async def _serve(config: Config, file: str | None = None) -> None:
     received: list[int] = []
-    async with stdio_server(*_take_streams()) as (reader, writer):
-        # A signal cancels `tasks`, not the runner: calls still need the runner to interrupt their code.
-        async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
-            if sys.platform != "win32":  # on Windows, EOF is the only orderly end
-                tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
-            server = make_server(runner)
-            await server.run(reader, writer, server.create_initialization_options())
-        if received:
-            # Leaving the block would wait for standard input, which the client may keep open.
-            sys.stderr.flush()
-            os._exit(128 + received[0])
+    inbox = Inbox()
+    try:
+        async with stdio_server(inbox) as (reader, writer):
+            inbox.outbox = writer
+            # A signal cancels `tasks`, not the runner: calls still need the runner to interrupt their code.
+            async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
+                if sys.platform != "win32":  # on Windows, EOF is the only orderly end
+                    tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
+                server = make_server(runner)
+                await server.run(reader, writer, server.create_initialization_options())
+            if received:
+                # Leaving the block would wait for standard input, which the client may keep open.
+                sys.stderr.flush()
+                os._exit(128 + received[0])
+    except* ConnectionError:
+        log.debug("the client has gone")
 
 
 async def _watch_signals(scope: anyio.CancelScope, received: list[int]) -> None:

@@ -11,13 +11,12 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +42,6 @@ from python_docker_mcp import (
     OUTPUT_BUDGET,
     STATE_BUDGET,
     Shelf,
-    Wire,
     answers_to,
     as_shown,
     describe,
@@ -1436,75 +1434,6 @@ async def test_a_server_that_ends_in_the_middle_of_calls_leaves_nothing_but_sess
     with anyio.fail_after(PATIENCE):
         while docker.containers():
             await anyio.sleep(0.01)
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[IO[str], IO[str]]]:
-    """Both ends of a pipe."""
-    reader, writer = os.pipe()
-    with open(reader, encoding="utf-8", newline="") as ours, open(writer, "w", encoding="utf-8", newline="") as theirs:
-        yield ours, theirs
-
-
-async def test_lines_come_whole_however_they_are_cut_and_the_last_one_without_its_end(
-    pipe: tuple[IO[str], IO[str]],
-) -> None:
-    reader, writer = pipe
-    with tempfile.TemporaryFile() as nothing:
-        wire = Wire(reader, nothing)
-    texts = ["é" * 100_000, "", "short", "\u2028", "last"]
-
-    def write() -> None:
-        with writer:
-            writer.write("\n".join(texts))
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(anyio.to_thread.run_sync, write)
-        assert [line async for line in wire] == texts
-    assert reader.read() == ""
-
-
-async def test_a_long_line_waits_for_a_client_that_reads_slowly_and_stray_output_goes_elsewhere(
-    pipe: tuple[IO[str], IO[str]],
-) -> None:
-    reader, writer = pipe
-    text = "é" * 500_000
-    with tempfile.TemporaryFile() as elsewhere:
-        wire = Wire(writer, elsewhere)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(wire.write, text)
-            await anyio.wait_all_tasks_blocked()  # the pipe is full, and the loop goes on
-            print("stray", file=writer, flush=True)
-            assert await anyio.to_thread.run_sync(reader.read, len(text)) == text
-        elsewhere.seek(0)
-        assert elsewhere.read() == b"stray\n"
-
-
-async def test_input_and_output_may_be_plain_files() -> None:
-    with tempfile.TemporaryFile("w+") as file, tempfile.TemporaryFile() as nothing:
-        wire = Wire(file, nothing)
-        assert await wire.write("a\nb\n") == 4
-        os.lseek(wire._fd, 0, os.SEEK_SET)
-        assert [line async for line in wire] == ["a", "b"]
-
-
-async def test_writing_to_a_client_that_is_gone_is_no_error(pipe: tuple[IO[str], IO[str]]) -> None:
-    reader, writer = pipe
-    reader.close()
-    with tempfile.TemporaryFile() as nothing:
-        await Wire(writer, nothing).write("x" * 100_000)
-
-
-async def test_a_client_with_sockets_that_leaves_answers_unread_has_gone_like_any_other() -> None:
-    ours, theirs = socket.socketpair()  # as Node's child processes have them
-    with ours, ours.makefile(encoding="utf-8") as file, tempfile.TemporaryFile() as nothing:
-        wire = Wire(file, nothing)
-        theirs.send(b"last\n")
-        await wire.write("unread")
-        theirs.close()
-        lines = aiter(wire)
-        await wire.write("x" * 100_000)
-        assert [line async for line in lines] == ["last"]
 
 
 @pytest.mark.slow
