@@ -1107,4 +1107,4 @@ async def test_the_import_policy_is_a_guard_rail_that_can_be_climbed_over(config
         result = await runner.execute("import os", session=session)
         assert result.exception is not None
         assert result.exception.type == "ImportError"
-        assert await evaluate(runner, "import random\nrandom._os.getuid()", session) == "65534"
+        assert int(await evaluate(runner, "import random\nrandom._os.getuid()", session)) > 60_000
