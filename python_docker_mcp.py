@@ -1521,7 +1521,6 @@ def make_server(runner: Runner) -> Server[Service]:
         service = Service(runner)
         async with open_tasks() as tasks:
             tasks.start_soon(service.reporter.run)
-            tasks.start_soon(warn_of_mounts, runner.config)
             yield service
 
     return Server(
@@ -1735,13 +1734,12 @@ def cut(data: Any, length: int | None, size: str) -> Any:
 # Ceilings for what is tried, so that an examination harms no host whose limits are high, or do not hold.
 TRIED_MEMORY = 512 << 20  # bytes
 TRIED_DISK = 64 << 20  # bytes in one folder; they count as memory, so a quarter of that at most
-TRIED_OUTPUT = 8 << 20  # bytes
 TRIED_PROCESSES = 500
 TRIED_CPU = 0.5  # cores
 
 
 # The probe: functions that run in the sandbox, with these modules.
-PROBE_MODULES = "ctypes, errno, importlib, os, signal, socket, time"
+PROBE_MODULES = "ctypes, errno, importlib, os, socket, time"
 
 
 def refused_with(action: Callable[..., object], *arguments: Any) -> str | None:
@@ -2061,20 +2059,6 @@ ELSEWHERE = (
 )
 
 
-async def warn_of_mounts(config: Config) -> None:
-    """Log what keeps code from using the mounted folders, if there is anything."""
-    if not config.docker.mounts:
-        return
-    check = next(check for check in CHECKS if check.judge is judge_mounts)
-    config = dataclasses.replace(without_rules(config), pool=dataclasses.replace(config.pool, enabled=False))
-    with contextlib.suppress(SandboxError):  # the first call will meet the same error, and tell it
-        async with open_runner(config) as runner:
-            patient = Patient(config, *await runner.launcher.prepare())
-            finding = judge(check, patient, await attempt(check, runner, None))
-            if finding.verdict == "warning":
-                log.warning("docker.mounts: %s. %s", finding.seen, finding.remedy)
-
-
 def judge_network(patient: Patient, _: Result, seen: Any) -> Judgement:
     """Whether there is nothing to reach."""
     names, connecting, resolving = seen
@@ -2168,7 +2152,6 @@ class Check:
     timeout: float = 60.0  # seconds
 
 
-LOOP = "exec('while True: pass')"
 CHECKS = (
     Check("engine", "", judge_engine),
     Check("runtime", "", judge_runtime),
@@ -2189,18 +2172,6 @@ CHECKS = (
     ), "--pids-limit"),
     Check("disk", "[fill(folder, {docker.disk_limit} + (2 << 20)) for folder in {folders}]", judge_disk,
           "--tmpfs and --shm-size"),
-    Check("output", "print('x' * ({docker.output_limit} + (1 << 20)))", lambda patient, result, _: (
-        result.status == "ok" and 0 < len(result.stdout) <= size_in_bytes(patient.config.docker.output_limit),
-        f"{megabytes(len(result.stdout))} were kept, and the call ended with {result.status}", REPORT,
-    )),
-    Check("time-out", LOOP, lambda _, result, __: (
-        (result.status, result.state) == ("timeout", "preserved"),
-        f"a loop ended with {result.status} after {result.wall:.1f} s, its session is {result.state}", BUSY,
-    ), timeout=0.3),
-    Check("kill", f"(signal.signal(2, signal.SIG_IGN), {LOOP})", lambda _, result, __: (
-        (result.status, result.lost) == ("timeout", True),
-        f"a loop that ignores the interrupt ended with {result.status} after {result.wall:.1f} s", BUSY,
-    ), timeout=0.3),
     Check("file system", "(create_in('/'), create_in({packages}), writable_mounts())", judge_file_system,
           "--read-only, --tmpfs and --mount=…,ro"),
     Check("mounts", "look_at({mounts})", judge_mounts),
@@ -2288,7 +2259,9 @@ async def examine(config: Config) -> list[Finding]:
     Where there is no engine, no image or no sandbox to be had, that is the last finding.
     """
     soon = SessionConfig(idle_timeout=60)  # for a session whose program is killed
-    config = dataclasses.replace(without_rules(config), session=soon, docker=within_trial(config.docker))
+    config = dataclasses.replace(
+        config, allowed_modules=(), blocked_modules=(), session=soon, docker=within_trial(config.docker)
+    )
     session = f"doctor-{secrets.token_hex(8)}"
     findings: list[Finding] = []
     async with runner_until_signal(config, show_status) as runner:
@@ -2312,11 +2285,6 @@ async def examine(config: Config) -> list[Finding]:
     return findings
 
 
-def without_rules(config: Config) -> Config:
-    """Drop the import rules: they are no wall, and would only keep the probe out."""
-    return dataclasses.replace(config, allowed_modules=(), blocked_modules=())
-
-
 def within_trial(docker: DockerConfig) -> DockerConfig:
     """Lower limits to what can be tried: whether the engine keeps to one does not depend on its value."""
     memory = min(size_in_bytes(docker.memory_limit), TRIED_MEMORY)
@@ -2324,7 +2292,6 @@ def within_trial(docker: DockerConfig) -> DockerConfig:
         docker,
         memory_limit=str(memory),
         disk_limit=str(min(size_in_bytes(docker.disk_limit), TRIED_DISK, memory // 4)),
-        output_limit=str(min(size_in_bytes(docker.output_limit), TRIED_OUTPUT)),
         pids_limit=min(docker.pids_limit, TRIED_PROCESSES),
         cpu_limit=min(docker.cpu_limit, TRIED_CPU),
     )

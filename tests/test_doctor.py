@@ -40,10 +40,8 @@ from sandbox_runner import (
     Engine,
     ExceptionInfo,
     Image,
-    Omitted,
     PackageConfig,
     Result,
-    Text,
 )
 
 NO_RIGHTS = {**dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)}
@@ -55,9 +53,6 @@ WELL: dict[str, Any] = {  # by check, the values of its expression in a sandbox 
     "CPU": 0.5,
     "processes": [254, "EAGAIN"],
     "disk": [["/tmp", 64 << 20, "ENOSPC"], ["/app", 64 << 20, "ENOSPC"]],
-    "output": Result("ok", (Text("stdout", "x" * 1000), Omitted(9 << 20))),
-    "time-out": Result("timeout", state="preserved"),
-    "kill": Result("timeout", lost=True),
     "file system": ["EROFS", "EROFS", ["/tmp", "/app", "/dev/shm"]],
     "mounts": [],
     "network": [["lo"], "ENETUNREACH", "gaierror"],
@@ -109,12 +104,6 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
         ("disk", "failed", [["/tmp", 66 << 20, None]], {}),
         ("disk", "failed", [["/tmp", 90 << 20, "ENOSPC"]], {}),
         ("disk", "failed", Result("out_of_memory"), {}),
-        ("output", "failed", Result("ok", (Text("stdout", "x" * (9 << 20)),)), {}),
-        ("output", "failed", Result("died"), {}),
-        ("time-out", "failed", Result("timeout", state="lost"), {}),
-        ("time-out", "failed", Result("ok", state="preserved"), {}),
-        ("kill", "failed", Result("ok"), {}),
-        ("kill", "failed", Result("timeout"), {}),
         ("file system", "failed", ["EACCES", "EROFS", ["/tmp"]], {}),
         ("file system", "failed", ["EROFS", "EACCES", ["/tmp"]], {}),
         ("file system", "failed", ["EROFS", "EROFS", ["/tmp", "/run"]], {}),
@@ -173,7 +162,7 @@ def test_what_only_looks_unwell_is_well(check: str, seen: Any, facts: dict[str, 
 
 
 def test_where_memory_is_too_little_for_a_check_the_remedy_is_more_of_it() -> None:
-    for check in ("imports", "processes", "output", "disk"):
+    for check in ("imports", "processes", "disk"):
         finding = verdict(check, Result("out_of_memory"))
         assert finding.verdict == "failed"
         assert finding.remedy.startswith("Raise docker.memory_limit: "), finding
@@ -209,13 +198,13 @@ def test_whatever_a_sandbox_tells_the_doctor_ends_with_a_finding(seen: Any) -> N
 
 
 def test_limits_are_lowered_to_what_can_be_tried_and_never_raised() -> None:
-    huge = DockerConfig(memory_limit="64g", disk_limit="32g", output_limit="1g", pids_limit=9000, cpu_limit=16.0)
+    huge = DockerConfig(memory_limit="64g", disk_limit="32g", pids_limit=9000, cpu_limit=16.0)
     tried = within_trial(huge)
-    assert (tried.memory_limit, tried.disk_limit, tried.output_limit) == (str(512 << 20), str(64 << 20), str(8 << 20))
+    assert (tried.memory_limit, tried.disk_limit) == (str(512 << 20), str(64 << 20))
     assert (tried.pids_limit, tried.cpu_limit) == (500, 0.5)
-    small = DockerConfig(memory_limit="64m", disk_limit="1m", output_limit="1k", pids_limit=20, cpu_limit=0.1)
+    small = DockerConfig(memory_limit="64m", disk_limit="1m", pids_limit=20, cpu_limit=0.1)
     tried = within_trial(small)
-    assert (tried.memory_limit, tried.disk_limit, tried.output_limit) == (str(64 << 20), str(1 << 20), "1024")
+    assert (tried.memory_limit, tried.disk_limit) == (str(64 << 20), str(1 << 20))
     assert (tried.pids_limit, tried.cpu_limit) == (20, 0.1)
 
 
@@ -323,7 +312,7 @@ def test_where_nothing_is_limited_the_doctor_sees_it_and_leaves_nothing_behind(
     assert done.returncode == 1
     assert {name for name, said in verdicts.items() if said == "failed"} >= set(UNLIMITED), told
     assert told["count"] == {said: list(verdicts.values()).count(said) for said in ("ok", "warning", "failed")}
-    assert [verdicts[name] for name in ("engine", "output", "kill", "network")] == ["ok"] * 4
+    assert [verdicts[name] for name in ("engine", "network")] == ["ok"] * 2
     assert all(bool(check["remedy"]) == (check["verdict"] != "ok") for check in told["checks"])
     assert not docker.containers()
 

@@ -617,17 +617,6 @@ def test_reasons_and_places_are_told_in_words() -> None:
     assert "Files left out: b (it was being changed while it was read)" in block.text
 
 
-@pytest.mark.parametrize("rules", [{}, {"allowed_modules": ("math",)}, {"blocked_modules": ("os",)}])
-async def test_a_server_says_once_in_its_log_which_mounts_code_can_not_use(
-    settings: Config, data: Path, caplog: pytest.LogCaptureFixture, rules: dict[str, Any]
-) -> None:
-    docker = dataclasses.replace(settings.docker, mounts=(f"{data}:/not-there",))
-    async with connected(dataclasses.replace(settings, docker=docker, **rules)):
-        await until(lambda: "docker.mounts" in caplog.text)
-    (said,) = [record.getMessage() for record in caplog.records if "docker.mounts" in record.getMessage()]
-    assert said.startswith("docker.mounts: /not-there can't be read. Let the sandbox's user (uid 65534) into ")
-
-
 # ── whatever the names ──
 
 parts = st.text(st.sampled_from([*string.printable, "é", "\u202e", "\udcff", ".", "/"]), max_size=12) | st.sampled_from(
