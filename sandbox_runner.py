@@ -3405,10 +3405,13 @@ class Piece(TypedDict):
     version: str  # changes when the file does, within a tick of the kernel's clock; "" if it did just now
 
 
+EndStatus = Literal["ok", "error", "timeout", "out_of_memory", "cancelled", "died"]
+
+
 class Done(EndOfCall):
     """The end of a call: the worker's report, or the supervisor's if the worker is gone."""
 
-    status: Literal["ok", "error", "timeout", "out_of_memory", "cancelled", "died"]
+    status: EndStatus
     wall: Seconds
     oom_kills: Count
     state: Variables  # unless preserved, the worker that ran the code is gone
@@ -4058,6 +4061,312 @@ def receive_descriptors(connection: socket.socket, most: int) -> tuple[bytes, li
     return message, [fd for *_, data in ancillary for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4])]
 
 
+class Files:
+    """The working directory and the other folders that code may write to, as process 1 sees them."""
+
+    def __init__(self, home: str, others: Sequence[str]) -> None:
+        self.home = home
+        self.seen, _ = list_files(home)  # at the last call's end: path to time and size
+        self.escaped: dict[str, str] = {}  # paths as the host knows them, of files whose names it could not show
+        self.folders = {folder: attributes(folder) for folder in (home, *others)}
+
+    def read(self, request: Read) -> Piece:
+        """Return a piece of a file in the working directory."""
+        try:
+            fd = open_inside(self.home, self.escaped.get(request["path"], request["path"]))
+            try:
+                before = os.fstat(fd).st_ctime_ns
+                data = os.pread(fd, PIECE_SIZE, request["offset"])
+                state = os.fstat(fd)
+            finally:
+                os.close(fd)
+            version = f"{state.st_ino} {before}" if before == state.st_ctime_ns else ""
+            size, problem = state.st_size, None
+        except OSError as error:
+            data, size, version, problem = b"", 0, "", error.strerror or str(error)
+        return {
+            "id": request["id"],
+            "kind": "file",
+            "data": data,
+            "problem": problem,
+            "size": size,
+            "version": version,
+        }
+
+    def write(self, request: Write) -> Written:
+        """Write a piece of a file that the next call is given, at first under another name."""
+        aside, place = f"{self.home}/.{request['id']}", f"{self.home}/{request['name']}"
+        data, offset, problem = request["data"], request["offset"], None
+        try:
+            if offset == 0:
+                self._make_room(request["needs"], place)
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            try:
+                while data:
+                    written = os.pwrite(fd, data, offset)
+                    data, offset = data[written:], offset + written
+            finally:
+                os.close(fd)
+            if request["last"]:
+                os.rename(aside, place)
+                state = os.stat(place, follow_symlinks=False)
+                self.seen[request["name"]] = (state.st_mtime_ns, state.st_size)  # as the call has not written it
+        except OSError as error:
+            problem = error.strerror or str(error)
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        return {"id": request["id"], "kind": "written", "problem": problem}
+
+    def _make_room(self, needed: int, place: str) -> None:
+        """See that there is room for files, at the cost of the one that the first will replace. Raises OSError."""
+        folder, old = os.statvfs(self.home), 0
+        free = folder.f_bavail * folder.f_frsize
+        with contextlib.suppress(OSError):
+            old = os.stat(place, follow_symlinks=False).st_size
+        if free + old < needed:
+            raise OSError(errno.ENOSPC, f"there is room for {free + old} bytes, and {needed} are needed")
+        if free < needed:
+            os.unlink(place)
+
+    def changed(self) -> tuple[list[tuple[str, int]], dict[str, str]]:
+        """Return the files made or changed since the last time: path and size; and others: name to reason."""
+        before = self.seen
+        self.seen, complete = list_files(self.home)
+        self.escaped = {shown: path for shown, path in self.escaped.items() if path in self.seen}
+        listed: list[tuple[str, int]] = []
+        left_out: dict[str, str] = {}
+        room, more = LISTING_LIMIT, 0
+        for path in sorted(self.seen):
+            if self.seen[path] == before.get(path):
+                continue
+            reason = ""
+            if len(path) > PATH_LIMIT:
+                reason = f"its path is longer than {PATH_LIMIT} characters"
+            shown = shown_path(path)
+            room -= len(ENCODER.encode(shown))
+            brief = shown if len(shown) <= NAME_SHOWN else f"{shown[:NAME_SHOWN]}…"
+            if reason and len(left_out) < FILES_UNLISTED and brief not in left_out:
+                left_out[brief] = reason
+            elif reason or room < 0 or len(listed) == FILES_LISTED:
+                more += 1
+            else:
+                listed.append((shown, self.seen[path][1]))
+                if shown != path:
+                    self.escaped[shown] = path
+        if more:
+            left_out[f"({more} more)"] = "there are too many to list"
+        if not complete:
+            left_out["(others)"] = f"only {ENTRIES_SEEN} files and folders are looked at"
+        return listed, left_out
+
+    def held(self) -> int:
+        """Return how many bytes of memory the files take."""
+        return sum(map(bytes_held, self.folders))
+
+    def empty(self) -> bool:
+        """Remove all files, and return whether nothing is left of them or of what code can leave in a folder itself."""
+        for folder in self.folders:
+            empty_folder(folder)
+        self.seen, _ = list_files(self.home)
+        is_empty = not any(os.listdir(folder) for folder in self.folders if os.path.isdir(folder))
+        return is_empty and self.folders == {folder: attributes(folder) for folder in self.folders}
+
+
+class Host:
+    """The host that the sandbox is attached to or, while there is none, what is kept for the next one."""
+
+    def __init__(self, owner: str) -> None:
+        self.channel: Channel | None = None
+        self.owner = owner
+        self.plug: socket.socket | None = None  # through which the host came, unless it started the sandbox
+        self.unread: str | None = None  # id of the last call, until a host has been sent its end
+        self.told = 0  # bytes of that call's output sent to a host
+        self.backlog: deque[FromSandbox] = deque()
+        self.backlog_left = BACKLOG_LIMIT
+
+    def tell(self, frame: FromSandbox) -> None:
+        """Send a frame or, if there is no host, keep it for the next one."""
+        if self.channel:
+            self.channel.queue(frame)  # the main loop writes it, together with what follows at once
+            if frame["kind"] == "done":
+                self.unread = None
+            elif frame["kind"] == "stdout" or frame["kind"] == "stderr":
+                self.told += len(frame["data"])
+        else:
+            data: Any = frame.get("data", b"")
+            self.backlog_left -= len(head(frame)) + len(data)  # all fields: the code may have forged them
+            if self.backlog_left > 0 or frame["kind"] == "done":
+                self.backlog.append(frame)
+
+    def greet(self, greeting: Greeting) -> None:
+        """Greet a new host, and send it what was kept."""
+        assert self.channel is not None
+        self.channel.set_blocking(False)
+        self.channel.send(greeting)
+        while self.backlog:
+            self.tell(self.backlog.popleft())
+        self.backlog_left = BACKLOG_LIMIT
+
+    def detach(self) -> None:
+        """Let go of the host, and of the plug through which it came."""
+        if self.channel:
+            self.channel.close()
+        self.channel = None
+        if self.plug:
+            self.plug.close()
+        self.plug = None
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the host reads more slowly than it is told."""
+        return self.channel is not None and self.channel.outbox.size > OUTBOX_LIMIT
+
+
+class Streams:
+    """The standard streams of the worker, and of all that code started; what comes between two calls is kept apart."""
+
+    def __init__(self, sources: dict[int, Callable[[], object]], pass_on: Callable[[Stdio, str], bool]) -> None:
+        self.sources = sources  # what to call when a descriptor is readable
+        self.pass_on = pass_on  # text of the running call; returns whether there is one
+        self.earlier = bytearray()  # what came between calls
+        self.pipes: dict[Stdio, int] = {}
+        self._decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
+
+    def connect(self) -> tuple[int, int]:
+        """Make pipes for a worker, and return its ends: standard output and errors."""
+        out, err = os.pipe(), os.pipe()
+        self.pipes = {"stdout": out[0], "stderr": err[0]}
+        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self.pipes}
+        for stream, pipe in self.pipes.items():
+            os.set_blocking(pipe, False)
+            self.sources[pipe] = functools.partial(self._read, stream)
+        return out[1], err[1]
+
+    def disconnect(self) -> None:
+        """Close the pipes."""
+        for pipe in self.pipes.values():
+            self.sources.pop(pipe, None)
+            os.close(pipe)
+        self.pipes = {}
+
+    def read_all(self) -> None:
+        """Read what is there."""
+        for stream in self.pipes:
+            for _ in range(32):  # bounded: a child process of the code may never stop writing
+                if not self._read(stream):
+                    break
+
+    def _read(self, stream: Stdio) -> bool:
+        pipe = self.pipes[stream]
+        try:
+            data = os.read(pipe, READ_SIZE)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.sources.pop(pipe, None)
+        elif not self.pass_on(stream, ""):
+            self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
+        else:
+            self.pass_on(stream, self._decoders[stream].decode(data))
+        return bool(data)
+
+    def flush(self) -> None:
+        """Pass on what has come of a character that is not complete."""
+        for stream, decoder in self._decoders.items():
+            self.pass_on(stream, decoder.decode(b"", True))
+
+    def take_earlier(self) -> bytes:
+        """Return the text that came since the last call, as UTF-8, and forget it."""
+        text = self.earlier.decode("utf-8", "replace").encode()
+        self.earlier.clear()
+        return text
+
+
+class OomKills:
+    """The kernel's count of processes killed because memory ran out, as far as they were the code's."""
+
+    def __init__(self) -> None:
+        self.events = open_memory_events()
+        self._seen = count_oom_kills(self.events)
+
+    def disregard_copy(self) -> None:
+        """Pass over one, if there was one: that was the copy."""
+        self._seen += count_oom_kills(self.events) > self._seen
+
+    def count(self, copy: Copy) -> int:
+        """Return how many there were since the last time."""
+        before, self._seen = self._seen, count_oom_kills(self.events)
+        kills = self._seen - before
+        if kills and copy.is_heavy:  # it goes first, and may just be ending
+            copy.end()
+            kills -= 1
+        return kills
+
+
+class Preloading:
+    """Modules that process 1 imports ahead, so that workers have them at no cost.
+
+    Packages installed for all sessions may do anything when imported: of those, each worker imports what it is to.
+    """
+
+    def __init__(self, packages: str, modules: Sequence[str]) -> None:
+        self.packages = packages
+        self.modules = list(modules)
+        self.installed = package_folders(packages, None)  # for all sessions, when the sandbox started
+        self.left = [] if self.installed else list(modules)
+        self.is_told = False  # whether the host knows that a worker with these modules is ready
+
+    def import_next(self) -> str:
+        """Import one of the modules; return what is wrong with it, "" if nothing is."""
+        name = self.left.pop(0)
+        try:
+            import_ahead(name)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            threads = len(os.listdir("/proc/self/task"))
+            problem = f"it leaves {threads - 1} threads running, which a fork does not copy" if threads > 1 else ""
+        if not self.left:
+            gc.collect()
+            gc.freeze()  # a later collection must not touch, and so copy, the pages that workers share
+        return clip(f"preloading {name}: {problem}", 300) if problem else ""
+
+    def fits(self, packages: str | None) -> bool:
+        """Whether nothing was preloaded but what code with these packages is to import."""
+        return not self.modules or self.installed == package_folders(self.packages, packages)
+
+
+class WorkerProcess:
+    """The process that runs the code, and the socket to it, as the supervisor has them."""
+
+    def __init__(self) -> None:
+        self.id = 0  # 0 until it is forked, after preloading or for the first call
+        self.control: Channel | None = None
+        self.is_used = False
+        self.cpu = 0.0  # CPU seconds up to its last report
+        self.had = 0  # bytes of memory that it had asked for when the call began, and never touched
+
+    def connect(self) -> int:
+        """Make a socket for a worker, and return its end."""
+        ours, theirs = socket.socketpair()
+        fd = ours.detach()
+        self.control = Channel(fd, fd)
+        self.control.set_blocking(False)
+        return theirs.detach()
+
+    def disconnect(self) -> None:
+        """Close the socket; there is no worker any more."""
+        if self.control:
+            self.control.close()
+        self.id, self.control = 0, None
+
+    def signal(self) -> None:
+        """Interrupt the code and all that it started, also what is stopped."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.id, signal.SIGCONT)
+            os.killpg(self.id, signal.SIGINT)
+
+
 class Supervisor:
     """Process 1 of the sandbox: holds the channel to the host, and forks, watches and replaces the worker.
 
@@ -4066,103 +4375,76 @@ class Supervisor:
     another host can plug into it.
     """
 
-    def __init__(self, channel: Channel, settings: dict[str, Any]) -> None:
-        self.channel: Channel | None = channel
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.owner: str = settings["owner"]
-        self.idle_timeout: float = settings["idle_timeout"]
-        self.grace: float = settings["grace"]
         self.session: str | None = None
         self.call: RunningCall | None = None
         self.begun: str | None = None  # id of the last call
-        self.unread: str | None = None  # the same, until a host has been sent its end
-        self.told = 0  # bytes of that call's output sent to a host
         self.state: Variables = "preserved"  # fate of the variables in the last call
-        self.backlog: deque[FromSandbox] = deque()
-        self.backlog_left = BACKLOG_LIMIT
-        self.plug: socket.socket | None = None
-        self.worker = 0  # process id; 0 until it is forked, after preloading or for the first call
-        self.control: Channel | None = None
-        self.worker_fds: set[int] = set()
-        self.pipes: dict[Stdio, int] = {}
-        self.decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
-        self.call_had = 0  # bytes of memory that the worker had asked for when the call began, and never touched
-        self.worker_used = False
-        self.worker_cpu = 0.0  # CPU seconds up to the worker's last report
         self.lost: str | None = None  # why the session's variables were lost while no call was running
-        self.earlier = bytearray()  # output written between calls
-        self.started = self.active = time.monotonic()
-        self.memory_events = open_memory_events()
-        self.oom_kills = count_oom_kills(self.memory_events)
-        # Packages installed for all sessions may do anything when imported, so process 1 imports only the image's own.
-        self.installed = package_folders(settings["packages"], None)  # when the sandbox started
-        self.preload: list[str] = [] if self.installed else list(settings["preload"])
-        self.prepared = False  # whether the host has been told that a worker with these modules is ready
         self.packages: str | None = None  # folder of the packages installed for the session
         self.question: str | None = None  # id of the request to use others, until the worker has answered it
-        self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
-        self.connections = Flows(self._tell, self.sources)
-        self.copy = Copy(self.sources)
-        self.home: str = settings["working_dir"]
-        self.files, _ = list_files(self.home)
-        self.folders = {folder: attributes(folder) for folder in (self.home, *settings["writable_folders"])}
+        self.started = self.active = time.monotonic()
         self.look_due = math.inf  # when to look at the sandbox's shares next
-        self.escaped: dict[str, str] = {}  # paths as the host knows them, of files whose names it could not show
+        self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
+        self.host = Host(settings["owner"])
+        self.worker = WorkerProcess()
+        self.output = Streams(self.sources, self._pass_on)
+        self.files = Files(settings["working_dir"], settings["writable_folders"])
+        self.connections = Flows(self.host.tell, self.sources)
+        self.copy = Copy(self.sources)
+        self.preloading = Preloading(settings["packages"], settings["preload"])
+        self.kills = OomKills()
 
-    def run(self) -> None:
+    def run(self, channel: Channel) -> None:
         """Serve until the sandbox is no longer needed."""
-        assert self.channel is not None
         allow_inspection(False)
         unfiltered = filter_system_calls()
         self._catch_children()
         self._listen()
         warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")  # show() works here
         warnings.filterwarnings("ignore", "joblib backend '.*' is not available")  # our setting, for half a core
-        self._attach(self.channel)
+        self._attach(channel)
         if unfiltered:
-            text = f"system calls are not filtered beyond what the engine does: {unfiltered}"
-            self._tell({"kind": "note", "text": text})
+            self._note(f"system calls are not filtered beyond what the engine does: {unfiltered}")
         while True:
-            channels = [channel for channel in (self.channel, self.control) if channel]
-            for channel in channels:
-                channel.flush()
-            if not self.worker and self.preload:
-                self._import_next()
-            elif not self.worker:
-                self._fork()
-            congested = self.channel is not None and self.channel.outbox.size > OUTBOX_LIMIT
-            resting = self.worker_fds if congested else set()
-            resting = resting | self.connections.resting(congested, self.channel is not None)
-            readers = [fd for fd in self.sources if fd not in resting]
-            flows = self.connections.writers()
-            writers = [channel.writer for channel in channels if channel.outbox.size] + list(flows)
-            before = time.monotonic()
-            readable, writable, _ = select.select(readers, writers, [], self._patience())
-            if congested and self.call:
-                self.call.deadline += time.monotonic() - before  # the code is held back until the host reads
-            for fd in writable:
-                if fd in flows:
-                    self.connections.flush(flows[fd])
-            for fd in readable:
-                if fd in self.sources:
-                    self.sources[fd]()
-            self._keep_time()
+            self._turn()
 
-    def _import_next(self) -> None:
-        """Import one of the modules to preload; workers forked later have it at no cost."""
-        name = self.preload.pop(0)
-        try:
-            import_ahead(name)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        else:
-            threads = len(os.listdir("/proc/self/task"))
-            problem = f"it leaves {threads - 1} threads running, which a fork does not copy" if threads > 1 else ""
-        if problem:
-            self._tell({"kind": "note", "text": clip(f"preloading {name}: {problem}", 300)})
-        if not self.preload:
-            gc.collect()
-            gc.freeze()  # a later collection must not touch, and so copy, the pages that workers share
+    def _turn(self) -> None:
+        """Write what is to be written, wait until something happens, and see to it."""
+        channels = [channel for channel in (self.host.channel, self.worker.control) if channel]
+        for channel in channels:
+            channel.flush()
+        if not self.worker.id:
+            self._prepare_worker()
+        is_congested = self.host.is_congested
+        resting = self.connections.resting(is_congested, self.host.channel is not None)
+        if is_congested:
+            resting |= {self.worker.control.reader if self.worker.control else -1, *self.output.pipes.values()}
+        flows = self.connections.writers()
+        writers = [channel.writer for channel in channels if channel.outbox.size] + list(flows)
+        readers = [fd for fd in self.sources if fd not in resting]
+        before = time.monotonic()
+        readable, writable, _ = select.select(readers, writers, [], self._patience())
+        if is_congested and self.call:
+            self.call.deadline += time.monotonic() - before  # the code is held back until the host reads
+        for fd in writable:
+            if fd in flows:
+                self.connections.flush(flows[fd])
+        for fd in readable:
+            if fd in self.sources:
+                self.sources[fd]()
+        self._keep_time()
+
+    def _prepare_worker(self) -> None:
+        """Import a module that workers are to have, or fork the next worker if they have all."""
+        if not self.preloading.left:
+            self._fork()
+        elif problem := self.preloading.import_next():
+            self._note(problem)
+
+    def _note(self, text: str) -> None:
+        self.host.tell({"kind": "note", "text": text})
 
     def _catch_children(self) -> None:
         """Wake select() when a child dies. A process inside can forge SIGCHLD, but that only costs a check."""
@@ -4182,99 +4464,73 @@ class Supervisor:
     # ── the host ──
 
     def _attach(self, channel: Channel) -> None:
-        self.channel = channel
-        channel.set_blocking(False)
+        self.host.channel = channel
         self.sources[channel.reader] = self._from_host
-        channel.send(self._status("ready"))
-        while self.backlog:
-            self._tell(self.backlog.popleft())
-        self.backlog_left = BACKLOG_LIMIT
+        self.host.greet(self._status("ready"))
 
     def _status(self, kind: Literal["ready", "status"]) -> Greeting:
         now = time.monotonic()
         return {
             "kind": kind,
             "session": self.session,
-            "attached": self.channel is not None,
-            "owner": self.owner,
-            "unread": self.unread,
-            "told": self.told,
+            "attached": self.host.channel is not None,
+            "owner": self.host.owner,
+            "unread": self.host.unread,
+            "told": self.host.told,
             "state": self.state,
             "packages": self.packages,
             "busy": self.call is not None,
             "ran": now - self.call.started if self.call else 0.0,  # seconds
-            "left": max(0.0, self.call.next_due() - now) + self.grace if self.call else 0.0,
+            "left": max(0.0, self.call.next_due() - now) + self.settings["grace"] if self.call else 0.0,
             "age": round(now - self.started, 1),
             "idle": 0.0 if self.call else round(now - self.active, 1),
             "memory": memory_in_use(),
         }
 
-    def _tell(self, frame: FromSandbox) -> None:
-        """Send a frame to the host or, if there is none, keep it for the next host."""
-        if self.channel:
-            self.channel.queue(frame)  # the main loop writes it, together with what follows at once
-            if frame["kind"] == "done":
-                self.unread = None
-            elif frame["kind"] == "stdout" or frame["kind"] == "stderr":
-                self.told += len(frame["data"])
-        else:
-            data: Any = frame.get("data", b"")
-            self.backlog_left -= len(head(frame)) + len(data)  # all fields: the code may have forged them
-            if self.backlog_left > 0 or frame["kind"] == "done":
-                self.backlog.append(frame)
-
     def _from_host(self) -> None:
-        assert self.channel is not None
+        channel = self.host.channel
+        assert channel is not None
+        orders: dict[str, Callable[[Any], object]] = {
+            "run": self._start,
+            "use": self._use,
+            "state": self._to_worker,
+            "read": lambda frame: self.host.tell(self.files.read(frame)),
+            "write": lambda frame: self.host.tell(self.files.write(frame)),
+            "interrupt": lambda frame: self._interrupt("cancelled", frame["id"]),
+            "ping": lambda frame: self.host.tell({"id": frame["id"], "kind": "pong"}),
+            "recycle": self._recycle,
+            "pass": self.connections.receive,
+            "dial": self.connections.dial,
+            "farewell": self._part,
+            "end": lambda _: os._exit(0),
+        }
         try:
-            for received in self.channel.receive():
-                frame: ToSupervisor = received  # type: ignore[assignment]  # the host is trusted
-                if frame["op"] == "run":
-                    self._start(frame)
-                elif frame["op"] == "use":
-                    self._use(frame)
-                elif frame["op"] == "state":
-                    self._to_worker(frame)
-                elif frame["op"] == "read":
-                    self._read_file(frame)
-                elif frame["op"] == "interrupt":
-                    self._interrupt("cancelled", frame["id"])
-                elif frame["op"] == "ping":
-                    self._tell({"id": frame["id"], "kind": "pong"})
-                elif frame["op"] == "write":
-                    self._write_file(frame)
-                elif frame["op"] == "recycle":
-                    self._recycle(frame["id"])
-                elif frame["op"] == "pass":
-                    self.connections.receive(frame)
-                elif frame["op"] == "dial":
-                    self.connections.dial(frame)
-                elif frame["op"] == "farewell":
-                    self.channel.send({"kind": "farewell"})
-                    self._detach(self.session is not None)
+            for frame in channel.receive():
+                orders[frame["op"]](frame)  # the host is trusted
+                if self.host.channel is not channel:
                     break
-                elif frame["op"] == "end":
-                    os._exit(0)
         except EOFError:
             # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, since the kernel closes the
             # descriptors of a dead host one by one: that of what we read, perhaps well before that of what we write.
             for pause in (0.0, 0.05, 0.2):
                 time.sleep(pause)
-                self.channel.send({"kind": "farewell"})
+                channel.send({"kind": "farewell"})
             self._detach(self.session is not None or self.begun is None)
+
+    def _part(self, _: Parting) -> None:
+        assert self.host.channel is not None
+        self.host.channel.send({"kind": "farewell"})
+        self._detach(self.session is not None)
 
     def _detach(self, stay: bool) -> None:
         """Detach from the host; exit if there is nothing to `stay` for, or if plugs can't be authenticated here."""
         if not stay or not peers_are_told():
             os._exit(0)
-        assert self.channel is not None
         self.connections.close_all()
-        del self.sources[self.channel.reader]
-        self.channel.close()
-        self.channel = None
+        if self.host.channel:
+            del self.sources[self.host.channel.reader]
+        self.host.detach()
         self.active = time.monotonic()
-        if self.plug:
-            self.plug.close()
-            self.plug = None
 
     def _listen(self) -> None:
         listener = socket.socket(socket.AF_UNIX)
@@ -4286,7 +4542,7 @@ class Supervisor:
             try:
                 self.connections.listen()
             except OSError as error:
-                self._tell({"kind": "note", "text": f"code can't reach the allowed hosts: no proxy ({error})"})
+                self._note(f"code can't reach the allowed hosts: no proxy ({error})")
 
     def _admit(self, listener: socket.socket) -> None:
         """Answer a plug: take over its standard input and output as the channel, or tell it the supervisor's status."""
@@ -4298,17 +4554,17 @@ class Supervisor:
                 return
             message, (reader, writer) = receive_descriptors(connection, 2)
             request = json.loads(message)
-            if self.channel or not self._is_meant(request):
+            if self.host.channel or not self._is_meant(request):
                 os.write(writer, head(self._status("status")))
                 os.close(reader)
                 os.close(writer)
                 return
-            self.plug, self.owner = connection, request["owner"]
+            self.host.plug, self.host.owner = connection, request["owner"]
             self._attach(Channel(reader, writer))
         except (OSError, ValueError, LookupError, TypeError, struct.error):
             pass  # the plug went away, or sent nonsense: it sees its connection close
         finally:
-            if self.plug is not connection:
+            if self.host.plug is not connection:
                 connection.close()
 
     def _is_meant(self, request: dict[str, Any]) -> bool:
@@ -4322,37 +4578,34 @@ class Supervisor:
     def _fork(self) -> None:
         """Fork a worker, in its own setsid() session, with /dev/null, two pipes and a socket to the supervisor only."""
         ends = self._connect()
-        self.worker = os.fork()
-        if self.worker == 0:
+        self.worker.id = os.fork()
+        if self.worker.id == 0:
             try:
                 become_worker((os.open(os.devnull, os.O_RDWR), *ends))
                 worker = Worker(Channel(3, 3), self.settings)
-                if self.installed and self.settings["preload"] and self.session is None:
-                    worker.preload(self.installed, self.settings["preload"])
-                if not self.prepared:  # once: every frame wakes each process that relays it
+                if self.preloading.installed and self.session is None:
+                    worker.preload(self.preloading.installed, self.preloading.modules)
+                if not self.preloading.is_told:  # once: every frame wakes each process that relays it
                     worker.control.send({"kind": "prepared"})
                 worker.serve()
             finally:
                 os._exit(70)
         for fd in ends:
             os.close(fd)
-        self.worker_used, self.worker_cpu = False, 0.0
+        self.worker.is_used, self.worker.cpu = False, 0.0
 
     def _connect(self) -> tuple[int, int, int]:
         """Make pipes and a socket for a worker; return its ends: standard output, errors and control."""
-        out, err = os.pipe(), os.pipe()
-        ours, theirs = socket.socketpair()
-        fd = ours.detach()
-        self.control = Channel(fd, fd)
-        self.control.set_blocking(False)
-        self.pipes = {"stdout": out[0], "stderr": err[0]}
-        self.decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self.pipes}
-        self.worker_fds = {fd, *self.pipes.values()}
-        self.sources[fd] = self._from_worker
-        for stream, pipe in self.pipes.items():
-            os.set_blocking(pipe, False)
-            self.sources[pipe] = functools.partial(self._read_output, stream)
-        return out[1], err[1], theirs.detach()
+        ends = (*self.output.connect(), self.worker.connect())
+        assert self.worker.control is not None
+        self.sources[self.worker.control.reader] = self._from_worker
+        return ends
+
+    def _disconnect(self) -> None:
+        if self.worker.control:
+            self.sources.pop(self.worker.control.reader, None)
+        self.output.disconnect()
+        self.worker.disconnect()
 
     def _restore(self) -> bool:
         """Have the copy, if there is one, go on in the place of the worker, which is gone; return whether it does."""
@@ -4361,328 +4614,196 @@ class Supervisor:
             return False
         ends = self._connect()
         try:
-            connection.settimeout(self.grace)
+            connection.settimeout(self.settings["grace"])
             connection.sendmsg([b"wake"], rights(*ends))
-            self.worker = process if connection.recv(1) else 0
+            self.worker.id = process if connection.recv(1) else 0
         except OSError:
-            self.worker = 0
+            self.worker.id = 0
         for fd in ends:
             os.close(fd)
         self.copy.end()
-        if not self.worker:
-            self._forget_worker()
-        self.worker_cpu = 0.0
-        return self.worker != 0
+        if not self.worker.id:
+            self._disconnect()
+        self.worker.cpu = 0.0
+        return self.worker.id != 0
 
     def _want_copy(self) -> None:
         """See that there will be a copy of the worker as it is now."""
-        if self.session is not None and self.control and self.settings["restores"]:
+        if self.session is not None and self.worker.control and self.settings["restores"]:
             self.copy.due = time.monotonic() + COPY_DELAY
 
     def _ask_for_copy(self) -> None:
         """Have the worker leave a copy of itself, if one is due; the last one ends."""
-        if self.copy.due < math.inf and self.control:
-            self.control.queue({"op": "copy", "key": self.copy.ask()})
+        if self.copy.due < math.inf and self.worker.control:
+            self.worker.control.queue({"op": "copy", "key": self.copy.ask()})
 
     def _to_worker(self, frame: Mapping[str, Any]) -> None:
-        if self.control is None:
+        if self.worker.control is None:
             self._fork()
-        assert self.control is not None
-        self.control.send(frame)
+        assert self.worker.control is not None
+        self.worker.control.send(frame)
 
     def _start(self, request: Run) -> None:
         self._reap()  # a worker that has just died must not be given the call
-        if self.begun is None and not self._fits(self.packages):
-            self._tell({"id": request["id"], "kind": "unfit"})
+        if self.begun is None and not self.preloading.fits(self.packages):
+            self.host.tell({"id": request["id"], "kind": "unfit"})
             return
         self.session = request["session"]
         request["packages"] = self.packages
-        self._read_all_output()
-        if self.earlier:
-            text = self.earlier.decode("utf-8", "replace")
-            self._tell({"id": request["id"], "kind": "earlier", "data": text.encode()})
-            self.earlier.clear()
+        self.output.read_all()
+        if earlier := self.output.take_earlier():
+            self.host.tell({"id": request["id"], "kind": "earlier", "data": earlier})
         if not self.copy.process or time.monotonic() >= self.copy.asked + COPY_INTERVAL:  # rarely, in a burst of calls
             self._ask_for_copy()
-        self.call = RunningCall(request, self.grace)
-        _, self.call_had = own_memory(self.worker)
-        self.told = 0
+        self.call = RunningCall(request, self.settings["grace"])
+        _, self.worker.had = own_memory(self.worker.id)
+        self.host.told = 0
         self._to_worker(request)
-        self._tell({"id": request["id"], "kind": "begun"})
-        self.unread = self.begun = self.call.id
-        self.worker_used = True
+        self.host.tell({"id": request["id"], "kind": "begun"})
+        self.host.unread = self.begun = self.call.id
+        self.worker.is_used = True
         self.look_due = self.call.started + LOOK_INTERVAL[0]
 
     def _use(self, request: Use) -> None:
         """Be this session's, with these packages, and have the worker answer."""
-        if self.begun is None and not self._fits(request["packages"]):
-            self._tell({"id": request["id"], "kind": "unfit"})
+        if self.begun is None and not self.preloading.fits(request["packages"]):
+            self.host.tell({"id": request["id"], "kind": "unfit"})
             return
         self.session, self.packages, self.question = request["session"], request["packages"], request["id"]
         self.active = time.monotonic()
         self._to_worker(request)
 
-    def _fits(self, packages: str | None) -> bool:
-        """Whether the sandbox has preloaded nothing but what code with these packages is to import."""
-        folders = package_folders(self.settings["packages"], packages)
-        return not self.settings["preload"] or self.installed == folders
-
-    # ── files ──
-
-    def _read_file(self, request: Read) -> None:
-        """Send a piece of a file in the working directory."""
-        try:
-            fd = open_inside(self.home, self.escaped.get(request["path"], request["path"]))
-            try:
-                before = os.fstat(fd).st_ctime_ns
-                data = os.pread(fd, PIECE_SIZE, request["offset"])
-                state = os.fstat(fd)
-            finally:
-                os.close(fd)
-            version = f"{state.st_ino} {before}" if before == state.st_ctime_ns else ""
-            size, problem = state.st_size, None
-        except OSError as error:
-            data, size, version, problem = b"", 0, "", error.strerror or str(error)
-        piece: Piece = {
-            "id": request["id"],
-            "kind": "file",
-            "data": data,
-            "problem": problem,
-            "size": size,
-            "version": version,
-        }
-        self._tell(piece)
-
-    def _write_file(self, request: Write) -> None:
-        """Write a piece of a file that the next call is given, at first under another name."""
-        aside, place = f"{self.home}/.{request['id']}", f"{self.home}/{request['name']}"
-        data, offset, problem = request["data"], request["offset"], None
-        try:
-            if offset == 0:
-                self._make_room(request["needs"], place)
-            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-            try:
-                while data:
-                    written = os.pwrite(fd, data, offset)
-                    data, offset = data[written:], offset + written
-            finally:
-                os.close(fd)
-            if request["last"]:
-                os.rename(aside, place)
-                state = os.stat(place, follow_symlinks=False)
-                self.files[request["name"]] = (state.st_mtime_ns, state.st_size)  # as the call has not written it
-        except OSError as error:
-            problem = error.strerror or str(error)
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-        self._tell({"id": request["id"], "kind": "written", "problem": problem})
-
-    def _make_room(self, needed: int, place: str) -> None:
-        """See that there is room for files, at the cost of the one that the first will replace. Raises OSError."""
-        folder, old = os.statvfs(self.home), 0
-        free = folder.f_bavail * folder.f_frsize
-        with contextlib.suppress(OSError):
-            old = os.stat(place, follow_symlinks=False).st_size
-        if free + old < needed:
-            raise OSError(errno.ENOSPC, f"there is room for {free + old} bytes, and {needed} are needed")
-        if free < needed:
-            os.unlink(place)
-
-    def _changed_files(self) -> tuple[list[tuple[str, int]], dict[str, str]]:
-        """Return the files made or changed since the last time: path and size; and others: name to reason."""
-        before = self.files
-        self.files, complete = list_files(self.home)
-        self.escaped = {shown: path for shown, path in self.escaped.items() if path in self.files}
-        listed: list[tuple[str, int]] = []
-        left_out: dict[str, str] = {}
-        room, more = LISTING_LIMIT, 0
-        for path in sorted(self.files):
-            if self.files[path] == before.get(path):
-                continue
-            reason = ""
-            if len(path) > PATH_LIMIT:
-                reason = f"its path is longer than {PATH_LIMIT} characters"
-            shown = shown_path(path)
-            room -= len(ENCODER.encode(shown))
-            brief = shown if len(shown) <= NAME_SHOWN else f"{shown[:NAME_SHOWN]}…"
-            if reason and len(left_out) < FILES_UNLISTED and brief not in left_out:
-                left_out[brief] = reason
-            elif reason or room < 0 or len(listed) == FILES_LISTED:
-                more += 1
-            else:
-                listed.append((shown, self.files[path][1]))
-                if shown != path:
-                    self.escaped[shown] = path
-        if more:
-            left_out[f"({more} more)"] = "there are too many to list"
-        if not complete:
-            left_out["(others)"] = f"only {ENTRIES_SEEN} files and folders are looked at"
-        return listed, left_out
+    # ── what the worker says ──
 
     def _from_worker(self) -> None:
-        assert self.control is not None
+        control = self.worker.control
+        assert control is not None
         try:
-            for received in self.control.receive():
-                if received.get("kind") == "prepared" and self.channel and not self.prepared:
-                    self.prepared = True
-                    self._tell({"kind": "prepared"})
-                number = received.get("id")
-                if type(number) is not str or number not in (self.question, self.call and self.call.id):
-                    continue  # left over from an earlier call
-                check_worker_frame(received)
-                frame: FromWorker = received  # type: ignore[assignment]  # it has been checked
-                if frame["kind"] == "used":
-                    self._tell(frame)
-                    self.question = None
-                    self._want_copy()
-                    continue
-                if self.call is None:
-                    continue
-                if frame["kind"] != "state":
-                    self._read_all_output()  # output written before it goes before it
-                if frame["kind"] == "done":
-                    self._conclude(frame)
-                    continue
-                if frame["kind"] == "turn":
-                    self._let_proceed()
-                    continue
-                if frame["kind"] == "ended":
-                    self.call.end_code()
-                    continue
-                if frame["kind"] == "clear":
-                    self.call.clear()
-                else:
-                    self.call.data_left -= len(frame["data"]) + FRAME_COST
-                if self.call.data_left < 0:
-                    raise ValueError("more data than a call may return")
-                self._tell(frame)
-                if frame["kind"] != "state":
-                    self._let_proceed()
+            for frame in control.receive():
+                if frame.get("kind") == "prepared" and self.host.channel and not self.preloading.is_told:
+                    self.preloading.is_told = True
+                    self.host.tell({"kind": "prepared"})
+                number = frame.get("id")
+                if type(number) is str and number in (self.question, self.call and self.call.id):
+                    check_worker_frame(frame)
+                    self._hear(frame)  # others are left over from an earlier call
         except EOFError:
-            del self.sources[self.control.reader]  # the worker is dying; if it only closed its end, the time limit acts
+            del self.sources[control.reader]  # the worker is dying; if it only closed its end, the time limit acts
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self._abandon(f"the code broke the protocol between worker and supervisor: {clip(str(error), 200)}")
 
+    def _hear(self, frame: Any) -> None:
+        """Take note of a frame of the running call's, or of the answer to a question."""
+        if frame["kind"] == "used":
+            self.host.tell(frame)
+            self.question = None
+            self._want_copy()
+        elif self.call:
+            if frame["kind"] != "state":
+                self.output.read_all()  # output written before it goes before it
+            orders: dict[str, Callable[[RunningCall, Any], None]] = {
+                "done": self._hear_end,
+                "turn": self._hear_turn,
+                "ended": lambda call, _: call.end_code(),
+                "clear": self._hear_clear,
+                "display": self._hear_data,
+                "state": self._hear_data,
+            }
+            orders[frame["kind"]](self.call, frame)
+
+    def _hear_end(self, _: RunningCall, frame: Report) -> None:
+        self.worker.cpu += frame["cpu"]
+        self._conclude(frame, frame["status"], self.kills.count(self.copy))
+
+    def _hear_turn(self, _: RunningCall, __: Turn) -> None:
+        self._let_proceed()
+
+    def _hear_clear(self, call: RunningCall, frame: Clear) -> None:
+        call.clear()
+        self.host.tell(frame)
+        self._let_proceed()
+
+    def _hear_data(self, call: RunningCall, frame: Display | State) -> None:
+        call.data_left -= len(frame["data"]) + FRAME_COST
+        if call.data_left < 0:
+            raise ValueError("more data than a call may return")
+        self.host.tell(frame)
+        if frame["kind"] == "display":
+            self._let_proceed()
+
     def _let_proceed(self) -> None:
         """Answer a worker that waits until its output is read. Raises ValueError if it asks without waiting."""
-        assert self.control is not None
-        if self.control.outbox.size > READ_SIZE:
+        assert self.worker.control is not None
+        if self.worker.control.outbox.size > READ_SIZE:
             raise ValueError("more questions than answers taken")
         self._to_worker({"op": "proceed"})
 
-    def _read_all_output(self) -> None:
-        for stream in self.pipes:
-            for _ in range(32):  # bounded: a child process of the code may never stop writing
-                if not self._read_output(stream):
-                    break
-
-    def _read_output(self, stream: Stdio) -> bool:
-        pipe = self.pipes[stream]
-        try:
-            data = os.read(pipe, READ_SIZE)
-        except BlockingIOError:
-            return False
-        if not data:
-            self.sources.pop(pipe, None)
-        elif self.call:
-            self._pass_on(stream, self.decoders[stream].decode(data))
-        else:
-            self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
-        return bool(data)
-
-    def _pass_on(self, stream: Stdio, text: str) -> None:
+    def _pass_on(self, stream: Stdio, text: str) -> bool:
+        """Tell the host of output of the running call's; return whether there is a call."""
         if self.call and (text := self.call.admit(stream, text)):
-            self._tell({"id": self.call.id, "kind": stream, "data": text.encode()})
-
-    def _flush_decoders(self) -> None:
-        for stream, decoder in self.decoders.items():
-            self._pass_on(stream, decoder.decode(b"", True))
+            self.host.tell({"id": self.call.id, "kind": stream, "data": text.encode()})
+        return self.call is not None
 
     def _conclude(
         self,
-        report: Report,
+        report: EndOfCall,
+        status: EndStatus,
+        kills: int,
         state: Variables = "preserved",
         message: str | None = None,
-        others: int = 0,
         behind: int = 0,
     ) -> None:
-        """End the call with the worker's report or, if the worker is gone, with the supervisor's own.
+        """End the call, and tell the host.
 
-        `others` is how many processes there were besides that worker; the copy that goes on was `behind` calls behind.
+        So many of its processes were killed as memory ran out; a copy that goes on does not know of the `behind` calls
+        before this one.
         """
         call = self.call
         assert call is not None
-        self._flush_decoders()
+        self.output.flush()
         if call.omitted:
-            self._tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
+            self.host.tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
         for stream, data in call.tail:
-            self._tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
-        files, left_out = self._changed_files()
-        oom_kills = self._count_oom_kills()
-        lost = state != "preserved"
-        if not lost:
-            self.worker_cpu += report["cpu"]
+            self.host.tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
+        files, left_out = self.files.changed()
+        if call.stopped_for == "timeout" and call.code_ended and not message:
+            message = "the code ended in time, but not all of its figures and variables could be shown"
         done: Done = {
             **report,
-            "status": report["status"],
+            "status": call.stopped_for or status,
             "wall": time.monotonic() - call.started,
-            "oom_kills": oom_kills,
+            "oom_kills": kills,
             "state": state,
             "lost_before": self.lost,
-            "behind": behind if state == "restored" else 0,
+            "behind": behind,
             "message": message,
             "files": files,
             "files_left_out": left_out,
         }
-        if call.stopped_for:
-            done["status"] = call.stopped_for
-        elif lost:
-            done["status"] = "out_of_memory" if oom_kills else "died"
-        if done["status"] == "out_of_memory":
-            held = sum(map(bytes_held, self.folders)) >> 20
-            causes = [f"it ran in {others + 1} processes"] if others else []
-            causes += [f"its files, which are held in memory, took {held} MB of that"] if held >= 16 else []
-            done["message"] = " and ".join(causes) or None
-        if call.stopped_for == "timeout" and call.code_ended and not message:
-            done["message"] = "the code ended in time, but not all of its figures and variables could be shown"
         self.call = self.lost = None
         self.state = state
         self.copy.behind += 1
         self.active = time.monotonic()
-        self._tell(done)
+        self.host.tell(done)
         self._want_copy()
 
-    def _count_oom_kills(self) -> int:
-        """Return how many of the code's processes were killed since the last time because memory ran out."""
-        before, self.oom_kills = self.oom_kills, count_oom_kills(self.memory_events)
-        kills = self.oom_kills - before
-        if kills and self.copy.is_heavy:  # it goes first, and may just be ending
-            self.copy.end()
-            kills -= 1
-        return kills
-
-    def _recycle(self, question: str) -> None:
+    def _recycle(self, request: Order) -> None:
         """Undo whatever the last call may have left, check whether anything remains, and tell the host."""
-        kill_all_others(self.grace)
+        kill_all_others(self.settings["grace"])
         self.connections.close_all()
-        self._forget_worker()
-        self.earlier.clear()
+        self._disconnect()
+        self.output.earlier.clear()
         self.lost = self.packages = self.begun = None
         self.look_due = math.inf
-        for folder in self.folders:
-            empty_folder(folder)
-        self.files, _ = list_files(self.home)
-        clean = not any(os.listdir(folder) for folder in self.folders if os.path.isdir(folder))
-        clean = clean and self.folders == {folder: attributes(folder) for folder in self.folders}
-        clean = clean and not other_processes() and not system_v_objects()
+        clean = self.files.empty() and not other_processes() and not system_v_objects()
         prepare_files(self.settings)
-        self._tell({"id": question, "kind": "recycled", "clean": clean})
+        self.host.tell({"id": request["id"], "kind": "recycled", "clean": clean})
 
     # ── time, interruption and death ──
 
     def _patience(self) -> float | None:
         """Return the seconds until something is due, or None if nothing is."""
-        if not self.worker:
+        if not self.worker.id:
             return 0.0
         if self.call:
             due = max(0.0, min(self.call.next_due(), self.look_due) - time.monotonic())
@@ -4693,8 +4814,8 @@ class Supervisor:
     def _end(self) -> float:
         """Return when the sandbox ends by itself if it stays unused."""
         if self.session is not None:
-            return self.active + self.idle_timeout
-        return math.inf if self.channel else self.active + float(self.settings["adoption_time"])
+            return self.active + float(self.settings["idle_timeout"])
+        return math.inf if self.host.channel else self.active + float(self.settings["adoption_time"])
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -4702,13 +4823,13 @@ class Supervisor:
             problem = overdraft()
             took = time.monotonic() - now
             self.look_due = now + max(LOOK_INTERVAL[self.call is None], 20 * took)
-            if problem and self.worker:
+            if problem and self.worker.id:
                 self._abandon(problem)
                 return
         if self.call is None:
             if now >= self._end():
-                if self.channel:  # tell the host that a call already on its way has not begun
-                    self.channel.send({"kind": "expired"})
+                if self.host.channel:  # tell the host that a call already on its way has not begun
+                    self.host.channel.send({"kind": "expired"})
                 os._exit(0)
             if now >= self.copy.due:
                 self._ask_for_copy()
@@ -4718,7 +4839,7 @@ class Supervisor:
             self._abandon(None)
         elif now >= self.call.nudge:
             self.call.nudge = math.inf
-            self._signal_worker()  # during os.system() Python ignores SIGINT, so only the command got the first one
+            self.worker.signal()  # during os.system() Python ignores SIGINT, so only the command got the first one
         elif now >= self.call.deadline:
             self._interrupt("timeout", self.call.id)
 
@@ -4726,23 +4847,18 @@ class Supervisor:
         """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
         held, _ = own_memory(self.copy.process)  # at most so much more is free once the copy has gone
         free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
-        _, untouched = own_memory(self.worker)
-        return untouched - self.call_had > max(UNTOUCHED_USUAL, free)
+        _, untouched = own_memory(self.worker.id)
+        return untouched - self.worker.had > max(UNTOUCHED_USUAL, free)
 
     def _interrupt(self, reason: StopReason, call_id: str) -> None:
         if self.call and self.call.id == call_id and self.call.interrupt(reason):
             self.connections.close_all()
-            self._signal_worker()
-
-    def _signal_worker(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.worker, signal.SIGCONT)
-            os.killpg(self.worker, signal.SIGINT)
+            self.worker.signal()
 
     def _abandon(self, message: str | None) -> None:
         """Kill the worker and everything it started, and conclude its call."""
-        os.kill(self.worker, signal.SIGKILL)
-        _, status, usage = os.wait4(self.worker, 0)
+        os.kill(self.worker.id, signal.SIGKILL)
+        _, status, usage = os.wait4(self.worker.id, 0)
         self._replace_worker(status, usage, message)
 
     def _reap(self) -> None:
@@ -4753,11 +4869,11 @@ class Supervisor:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
                 if pid == 0:
                     break
-                if pid == self.worker:
+                if pid == self.worker.id:
                     ended = status, usage
                 elif pid == self.copy.process:
-                    if status == signal.SIGKILL and count_oom_kills(self.memory_events) > self.oom_kills:
-                        self.oom_kills += 1  # that was no process of the code's
+                    if status == signal.SIGKILL:
+                        self.kills.disregard_copy()
                     self.copy.end()
         if ended:
             self._replace_worker(*ended, None)
@@ -4770,30 +4886,36 @@ class Supervisor:
             self.copy.end()  # nobody would be told that it is out of date
         self.copy.due = math.inf
         others = len(other_processes()) - bool(self.copy.process)
-        kill_all_others(self.grace, self.copy.process)
-        self._read_all_output()
-        self._flush_decoders()
-        self._forget_worker()
-        restored = self._restore()
+        kill_all_others(self.settings["grace"], self.copy.process)
+        self.output.read_all()
+        self.output.flush()
+        self._disconnect()
+        is_restored = self._restore()
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         if self.call:
-            cpu = max(0.0, usage.ru_utime + usage.ru_stime - self.worker_cpu)
-            memory = usage.ru_maxrss * 1024
-            report: Report = {"id": self.call.id, "kind": "done", "status": "error", "cpu": cpu}
-            report["memory"], report["exit_code"] = memory, code
-            self._conclude(report, "restored" if restored else "lost", message, others, behind)
-        elif restored:
+            self._conclude_death(self.call, code, usage, is_restored, message, others, behind)
+        elif is_restored:
             self._want_copy()
-        elif not self.worker_used:
+        elif not self.worker.is_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
             self.lost = message or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
 
-    def _forget_worker(self) -> None:
-        for fd in self.worker_fds:
-            self.sources.pop(fd, None)
-            os.close(fd)
-        self.worker, self.control, self.worker_fds, self.pipes = 0, None, set(), {}
+    def _conclude_death(
+        self, call: RunningCall, code: int, usage: Any, is_restored: bool, message: str | None, others: int, behind: int
+    ) -> None:
+        """Conclude the call of a worker that has died, which ran in so many processes besides."""
+        report: EndOfCall = {"id": call.id, "kind": "done", "cpu": 0.0, "exit_code": code}
+        report["cpu"] = max(0.0, usage.ru_utime + usage.ru_stime - self.worker.cpu)
+        report["memory"] = usage.ru_maxrss * 1024
+        kills = self.kills.count(self.copy)
+        if kills and not call.stopped_for:
+            causes = [f"it ran in {others + 1} processes"] if others else []
+            if (held := self.files.held() >> 20) >= 16:
+                causes.append(f"its files, which are held in memory, took {held} MB of that")
+            message = " and ".join(causes) or None
+        status: EndStatus = "out_of_memory" if kills else "died"
+        self._conclude(report, status, kills, "restored" if is_restored else "lost", message, is_restored * behind)
 
 
 def import_ahead(name: str) -> None:
@@ -6995,7 +7117,7 @@ def supervise(settings: str) -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    Supervisor(channel, told).run()
+    Supervisor(told).run(channel)
 
 
 # ════════ end of guest ════════

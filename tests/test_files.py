@@ -18,7 +18,6 @@ import anyio
 import mcp_types as types
 import pytest
 from conftest import WAIT_FOR_GO, FakeEngine, Hears, connected, go, text_of, until
-from fuzz_frames import tamed
 from hypothesis import given
 from hypothesis import strategies as st
 from real_engines import CommandLine, run
@@ -32,13 +31,13 @@ from sandbox_runner import (
     DockerConfig,
     ExceptionInfo,
     FileInfo,
+    Files,
     FilesConfig,
     InputFile,
     OutputFolder,
     RequestError,
     Result,
     Runner,
-    list_files,
     open_runner,
     require_paths,
 )
@@ -483,18 +482,13 @@ async def test_an_empty_file_and_one_of_many_pieces_get_in_and_out_whole(
 def test_a_working_directory_without_room_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_text("old")
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((1, 1, 0, 0, 10, 0, 0, 0, 0, 255)))
-    with tamed(attached=False) as supervisor:
-        supervisor.home = str(tmp_path)
-        request: Any = {"id": "q", "name": "a", "data": b"0123456789abc", "offset": 0, "needs": 14, "last": True}
-        supervisor._write_file(request)
-        told: Any = supervisor.backlog.pop()
-        assert told["problem"] == "there is room for 13 bytes, and 14 are needed"
-        assert tree(tmp_path) == {"a": b"old"}
-        request["needs"] = 13
-        supervisor._write_file(request)
-        told = supervisor.backlog.pop()
-        assert told["problem"] is None
-        assert tree(tmp_path) == {"a": b"0123456789abc"}
+    files = Files(str(tmp_path), ())
+    request: Any = {"id": "q", "name": "a", "data": b"0123456789abc", "offset": 0, "needs": 14, "last": True}
+    assert files.write(request)["problem"] == "there is room for 13 bytes, and 14 are needed"
+    assert tree(tmp_path) == {"a": b"old"}
+    request["needs"] = 13
+    assert files.write(request)["problem"] is None
+    assert tree(tmp_path) == {"a": b"0123456789abc"}
 
 
 # ── the settings ──
@@ -667,16 +661,15 @@ def test_no_name_gets_at_a_file_outside_of_the_input_folders(asked: str) -> None
 @pytest.mark.slow
 @given(st.lists(st.lists(parts, min_size=1, max_size=3).map("/".join), max_size=6))
 def test_whatever_a_tree_has_is_listed_or_told_and_what_is_listed_can_be_read(paths: list[str]) -> None:
-    with walled() as (_, inside), tamed(attached=False) as supervisor:
-        supervisor.home = str(inside)
-        supervisor.files, _ = list_files(supervisor.home)
+    with walled() as (_, inside):
+        files = Files(str(inside), ())
         for path in paths:
             with contextlib.suppress(OSError, ValueError):
                 place = inside / path.lstrip("/")
                 if ".." not in place.parts and "link" not in place.parts:
                     place.parent.mkdir(parents=True, exist_ok=True)
                     place.write_bytes(b"x")
-        listed, left_out = supervisor._changed_files()
+        listed, left_out = files.changed()
         visible = {
             name
             for name in tree(inside)
@@ -686,8 +679,7 @@ def test_whatever_a_tree_has_is_listed_or_told_and_what_is_listed_can_be_read(pa
         assert len(listed) + len(left_out) + more == len(visible)
         for path, size in listed:
             request: Any = {"id": "q", "path": path, "offset": 0}
-            supervisor._read_file(request)
-            piece: Any = supervisor.backlog.pop()
+            piece = files.read(request)
             assert (piece["problem"], piece["data"], size) == (None, b"x", 1)
 
 

@@ -306,13 +306,13 @@ def test_a_knock_by_anybody_but_the_plug_changes_nothing_and_no_knock_stops_the_
     for is_plug in (False, True):
         with tamed(attached=True) as supervisor, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sandbox_runner, "PLUG_UID", os.getuid() if is_plug else os.getuid() + 1)
-            before = supervisor.channel, supervisor.owner, supervisor.plug
+            before = supervisor.host.channel, supervisor.host.owner, supervisor.host.plug
             ours, theirs = socket.socketpair()
             with ours, open(os.devnull, "rb+", buffering=0) as null:
                 socket.send_fds(ours, [message or b" "], [null.fileno()] * descriptors)
                 listener: Any = Knocking(theirs)
                 supervisor._admit(listener)
-            assert (supervisor.channel, supervisor.owner, supervisor.plug) == before
+            assert (supervisor.host.channel, supervisor.host.owner, supervisor.host.plug) == before
 
 
 # ── arguments of tools ──

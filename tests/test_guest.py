@@ -66,9 +66,10 @@ def test_a_command_that_is_not_registered_is_refused() -> None:
 
 
 def test_a_supervisor_does_not_run_in_this_process() -> None:
-    for function in (sandbox_runner.kill_all_others, sandbox_runner.Supervisor.run):
+    refused: Any = (sandbox_runner.kill_all_others, sandbox_runner.Supervisor.run)
+    for function in refused:
         with pytest.raises(AssertionError, match="never in this process"):
-            function(None)  # type: ignore[arg-type]
+            function(None)
 
 
 def test_the_fake_engine_runs_nothing_that_is_not_process_1_of_another_pid_namespace() -> None:

@@ -739,7 +739,7 @@ while time.monotonic() < deadline and len(held) < 450:
     BODY
 time.sleep(2)
 """
-COUNTING = Defence("if problem and self.worker:", "if False:")
+COUNTING = Defence("if problem and self.worker.id:", "if False:")
 
 
 @pytest.mark.parametrize("kind", FILLINGS)

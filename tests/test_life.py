@@ -95,8 +95,8 @@ class Clock:
         for old, new in (
             ("time.monotonic()", f"(time.monotonic() + float(open({str(self.file)!r}).read()))"),
             ("[], self._patience())", "[], 0 if self._patience() == 0 else 0.01)"),
-            ("        self.channel = channel\n", f"        self.channel = channel\n        {unmark}\n"),
-            ("        self.channel = None\n", f"        self.channel = None\n        {mark}\n"),
+            ("        self.host.channel = channel\n", f"        self.host.channel = channel\n        {unmark}\n"),
+            ("        self.host.detach()\n", f"        self.host.detach()\n        {mark}\n"),
         ):
             assert old in guest_source
             guest_source = guest_source.replace(old, new)

@@ -185,44 +185,41 @@ class TamedSupervisor(Supervisor):
             "has_proxy": False,
             "certificates": None,
         }
-        self.host, theirs = os.pipe()
-        super().__init__(Channel(os.open(os.devnull, os.O_RDONLY), theirs), settings)
-        assert self.channel is not None
-        for fd in (self.host, theirs):
+        super().__init__(settings)
+        self.told, theirs = os.pipe()
+        for fd in (self.told, theirs):
             os.set_blocking(fd, False)
+        if attached:
+            self.host.channel = Channel(os.open(os.devnull, os.O_RDONLY), theirs)
+        else:
+            os.close(theirs)
         ours, self.mouth = socket.socketpair()
         fd = ours.detach()
-        self.control = Channel(fd, fd)
-        self.control.set_blocking(False)
+        self.worker.control = Channel(fd, fd)
+        self.worker.control.set_blocking(False)
         self.mouth.setblocking(False)
         self.sources[fd] = self._from_worker
         self.abandoned: str | None = None
         request: Any = {"id": CALL, "timeout": 60, "output_limit": 1000}
         self.call = RunningCall(request, 2.0)
-        if not attached:
-            self.channel.close()
-            self.channel = None
 
     def _fork(self) -> None:
         raise AssertionError("nothing is to be forked here")
 
-    def _signal_worker(self) -> None:
-        raise AssertionError("there is nobody to be signalled here")
-
     def _abandon(self, message: str | None) -> None:
         assert message
         self.abandoned = message
-        assert self.control is not None
-        self.sources.pop(self.control.reader, None)
+        assert self.worker.control is not None
+        self.sources.pop(self.worker.control.reader, None)
 
     def close(self) -> None:
         """Close what is open."""
         self.mouth.close()
         self.copy.address.close()
-        os.close(self.host)
-        if self.memory_events >= 0:
-            os.close(self.memory_events)
-        for channel in (self.channel, self.control):
+        os.close(self.told)
+        if self.kills.events >= 0:
+            os.close(self.kills.events)
+        for channel in (self.host.channel, self.worker.control):
             if channel:
                 channel.close()
 
@@ -240,17 +237,18 @@ def tamed(attached: bool) -> Iterator[TamedSupervisor]:
 def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
     """What the supervisor tells the host when a worker sends this: frames of its call."""
     with tamed(attached) as supervisor:
-        assert supervisor.control is not None
+        control = supervisor.worker.control
+        assert control is not None
         for start in range(0, len(data), 4096):
             supervisor.mouth.send(data[start : start + 4096])
-            if supervisor.control.reader in supervisor.sources:
+            if control.reader in supervisor.sources:
                 supervisor._from_worker()
-        told: list[Any] = list(supervisor.backlog)
-        if supervisor.channel:
+        told: list[Any] = list(supervisor.host.backlog)
+        if supervisor.host.channel:
             sent = b""
             with contextlib.suppress(BlockingIOError):
-                sent = os.read(supervisor.host, 1 << 20)  # more than a pipe holds
-            told = list(unwire(sent + b"".join(supervisor.channel.outbox._parts)))
+                sent = os.read(supervisor.told, 1 << 20)  # more than a pipe holds
+            told = list(unwire(sent + b"".join(supervisor.host.channel.outbox._parts)))
     for frame in told:
         assert frame["id"] == CALL
         assert frame["kind"] in ("display", "state", "done", "omitted", "stdout", "stderr")
