@@ -4584,7 +4584,7 @@ class Supervisor:
                 become_worker((os.open(os.devnull, os.O_RDWR), *ends))
                 worker = Worker(Channel(3, 3), self.settings)
                 if self.preloading.installed and self.session is None:
-                    worker.preload(self.preloading.installed, self.preloading.modules)
+                    worker.preload(self.preloading.modules)
                 if not self.preloading.is_told:  # once: every frame wakes each process that relays it
                     worker.control.send({"kind": "prepared"})
                 worker.serve()
@@ -5497,8 +5497,7 @@ class Worker:
         self.home: str = settings["working_dir"]
         self.call: str | None = None
         self.calls = 0
-        self.filename = ""
-        self.codes: dict[str, str] = {}  # code run so far, by file name, newest last
+        self.sources = Sources(self.home)
         self.flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # plus those of the code's __future__ imports
         self.loop: Any = None  # asyncio's event loop, once the code awaits something
         self.rich_left = RICH_LIMIT
@@ -5520,7 +5519,7 @@ class Worker:
         self._restore_streams()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
-        self._teach_inspect()
+        self.sources.teach_inspect()
         self.pictures = Pictures(self)
         self.notebook = builtins.__notebook__ = Notebook(self)  # type: ignore[attr-defined]  # for translated code
         sys.breakpointhook = refuse_debugger
@@ -5529,19 +5528,16 @@ class Worker:
         fit_to_share(settings["cpus"])
         if "numpy.random" in sys.modules:  # else every worker forked from here would draw the same numbers
             sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
-        self.packages_root: str = settings["packages"]
-        self.packages: list[str] = []
-        self.packages_of_session: str | None = None
-        self.had_packages: list[str] = []
+        self.packages = Packages(settings["packages"])
         self.memory = 0  # bytes of its own before its first call
         self.memory_limit: int = settings["memory_limit"]
         self.restores: bool = settings["restores"]
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
 
-    def preload(self, folders: list[str], modules: list[str]) -> None:
-        """Import these modules, with these package folders on the path, until a call arrives."""
-        self._use_packages(folders)
+    def preload(self, modules: list[str]) -> None:
+        """Import these modules, with the packages for all sessions on the path, until a call arrives."""
+        self.packages.use(None)
         for name in modules:
             if self.control.has_more():
                 break
@@ -5744,7 +5740,7 @@ class Worker:
         report: Report = {"id": request["id"], "kind": "done", "status": "ok", "cpu": 0.0}
         if error := self._attempt(self._run, request, state, report):
             self.interruptible = True
-            self._describe(error, report)
+            self.sources.describe(error, report)
             self.interruptible = False
         if os.getpid() != self.process:
             self._end_child(report)
@@ -5810,8 +5806,7 @@ class Worker:
         sys.argv = [name, *request["argv"]]
         self._restore_streams()
         self.names["__builtins__"] = builtins
-        self.packages_of_session = request["packages"]
-        report["stale"] = self._use_packages(package_folders(self.packages_root, request["packages"]))
+        report["stale"] = self.packages.use(request["packages"])
         if not name.startswith("<"):
             self.names["__file__"] = os.path.join(self.home, name)
         if state is not None:
@@ -5853,40 +5848,12 @@ class Worker:
         """Use other packages from now on, and answer which modules had been imported in another version."""
         stale: list[str] = []
         with contextlib.suppress(Exception):  # the code may have put anything into sys.path
-            stale = self._use_packages(package_folders(self.packages_root, request["packages"]))
+            stale = self.packages.use(request["packages"])
         self.control.send({"id": request["id"], "kind": "used", "stale": stale})
-
-    def _use_packages(self, folders: list[str]) -> list[str]:
-        """Make the installed packages importable; return the modules already imported in another version."""
-        added = [path for path in folders if path not in self.packages]
-        if folders != self.packages:
-            others = [entry for entry in sys.path if entry not in self.packages]
-            site = [index for index, entry in enumerate(others) if entry.endswith("-packages")]
-            at = site[0] if site else len(others)  # before the image's packages, after the standard library
-            sys.path[:] = [*others[:at], *folders, *others[at:]]
-            self.had_packages, self.packages = self.packages, folders
-            importlib.invalidate_caches()
-            tell_children(self.packages_root, folders)
-        return sorted({name for path in added for name in self._replaced(path) if name in sys.modules})[:20]
-
-    def _replaced(self, folder: str) -> Iterator[str]:
-        """Yield the modules of the distributions in a folder that no other folder has in the same version."""
-        for entry in os.listdir(folder):
-            elsewhere = (
-                os.path.exists(f"{path}/{entry}") for path in [*self.had_packages, *sys.path] if path != folder
-            )
-            if entry.endswith(".dist-info") and not any(elsewhere):
-                with contextlib.suppress(OSError), open(f"{folder}/{entry}/RECORD", encoding="utf-8") as record:
-                    yield from {re.split(r"[/.,]", line)[0] for line in record}
 
     def _evaluate(self, code: str, filename: str) -> Any:
         """Run the code; return the value of the expression it ends with, or None."""
-        self.filename = filename
-        self.codes.pop(filename, None)
-        self.codes[filename] = code
-        # Until Python 3.13 the carets below a line are counted with the newline that linecache adds to the last one.
-        lines = source_lines(code if code.endswith("\n") else f"{code}\n")
-        linecache.cache[filename] = (len(code), None, lines, filename)
+        self.sources.enter(code, filename)
         flags = self.flags
 
         def parse(code: str) -> Any:
@@ -5942,84 +5909,6 @@ class Worker:
         elif self.interruptible:
             self.interruptible = False
             raise KeyboardInterrupt
-
-    def _teach_inspect(self) -> None:
-        """Make `inspect` find the source of the session's classes; unaided, it finds that of functions only."""
-        find_file = inspect.getfile
-
-        def getfile(object: Any) -> str:
-            if isinstance(object, type) and object.__module__ == "__main__":
-                for filename, code in reversed(list(self.codes.items())):
-                    if re.search(rf"^[ \t]*class[ \t]+{re.escape(object.__name__)}\b", code, re.MULTILINE):
-                        return filename
-            return find_file(object)
-
-        inspect.getfile = getfile
-
-    # ── failures ──
-
-    def _describe(self, error: BaseException, report: Report) -> None:
-        """Enter the exception that ended the code into the call's report."""
-        report["status"] = "error"
-        if issubclass(type(error), SystemExit):
-            code: Any = 1
-            with contextlib.suppress(BaseException):  # the code's own subclass may make it anything
-                code = error.code  # type: ignore[attr-defined]  # SystemExit has it
-            report["exit_code"] = exit_code_of(code)
-            if code is not None and not issubclass(type(code), int):
-                with contextlib.suppress(Exception):  # the code's own __str__ or stream may raise
-                    print(code, file=sys.stderr)
-            if report["exit_code"] == 0:
-                report["status"] = "ok"
-                return
-        try:
-            message = exact(str(error))
-        except BaseException as broken:
-            message = f"(its str() raised {failure_of(broken)})"
-        name, missing = class_name(error), None
-        lines = [frame.tb_lineno for frame in self._frames(error) if frame.tb_frame.f_code.co_filename == self.filename]
-        try:
-            if isinstance(error, SyntaxError) and error.filename == self.filename and type(error.lineno) is int:
-                lines.append(error.lineno)
-            if isinstance(error, SyntaxError):
-                message = exact(error.msg) or message
-            if isinstance(error, ModuleNotFoundError):
-                missing = clip(exact(error.name), 200) or None
-            summary = traceback.TracebackException.from_exception(error)
-            self._keep_user_frames(summary)
-            text = exact("".join(summary.format() if summary.stack else summary.format_exception_only()))
-        except BaseException:  # its __cause__, __notes__ or msg may be the code's own, and raise anything
-            frames = [(frame.tb_frame, frame.tb_lineno) for frame in self._frames(error)]
-            kept = [step for step in frames if self._is_user_file(step[0].f_code.co_filename)]
-            text = exact("".join(traceback.StackSummary.extract(iter(kept)).format())) + f"{name}: {message}\n"
-        report["exception"] = {
-            "type": clip(name, 200),
-            "message": clip(message, MESSAGE_LIMIT),
-            "line": lines[-1] if lines else None,
-            "traceback": clip(text, TRACEBACK_LIMIT),
-            "missing": missing,
-        }
-
-    def _frames(self, error: BaseException) -> Iterator[types.TracebackType]:
-        """Yield the entries of an exception's traceback that have a line number, outermost first."""
-        frame = vars(BaseException)["__traceback__"].__get__(error)
-        while frame is not None:
-            if frame.tb_lineno is not None:
-                yield frame
-            frame = frame.tb_next
-
-    def _keep_user_frames(self, summary: Any) -> None:
-        """Reduce a traceback, and those of its causes, to the frames of the user's own code."""
-        left = [summary]
-        while left:  # a chain of causes may be longer than Python can recurse
-            each = left.pop()
-            kept = [frame for frame in each.stack or () if self._is_user_file(frame.filename)]
-            each.stack = traceback.StackSummary.from_list(kept)
-            related = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
-            left += [other for other in related if other is not None]
-
-    def _is_user_file(self, filename: str) -> bool:
-        return filename in self.codes or filename.startswith(self.home + "/")
 
     # ── rich output ──
 
@@ -6096,6 +5985,131 @@ class Worker:
             if self.interrupted:
                 self.interrupted = False
                 self._on_interrupt()
+
+
+class Sources:
+    """The code that the session has run, for tracebacks and for `inspect`."""
+
+    def __init__(self, home: str) -> None:
+        self.home = home
+        self.filename = ""  # of the running code
+        self.codes: dict[str, str] = {}  # by file name, newest last
+
+    def enter(self, code: str, filename: str) -> None:
+        """Begin to run a piece of code."""
+        self.filename = filename
+        self.codes.pop(filename, None)
+        self.codes[filename] = code
+        # Until Python 3.13 the carets below a line are counted with the newline that linecache adds to the last one.
+        lines = source_lines(code if code.endswith("\n") else f"{code}\n")
+        linecache.cache[filename] = (len(code), None, lines, filename)
+
+    def teach_inspect(self) -> None:
+        """Make `inspect` find the source of the session's classes; unaided, it finds that of functions only."""
+        find_file = inspect.getfile
+
+        def getfile(object: Any) -> str:
+            if isinstance(object, type) and object.__module__ == "__main__":
+                for filename, code in reversed(list(self.codes.items())):
+                    if re.search(rf"^[ \t]*class[ \t]+{re.escape(object.__name__)}\b", code, re.MULTILINE):
+                        return filename
+            return find_file(object)
+
+        inspect.getfile = getfile
+
+    def describe(self, error: BaseException, report: Report) -> None:
+        """Enter the exception that ended the code into the call's report."""
+        report["status"] = "error"
+        if issubclass(type(error), SystemExit):
+            code: Any = 1
+            with contextlib.suppress(BaseException):  # the code's own subclass may make it anything
+                code = error.code  # type: ignore[attr-defined]  # SystemExit has it
+            report["exit_code"] = exit_code_of(code)
+            if code is not None and not issubclass(type(code), int):
+                with contextlib.suppress(Exception):  # the code's own __str__ or stream may raise
+                    print(code, file=sys.stderr)
+            if report["exit_code"] == 0:
+                report["status"] = "ok"
+                return
+        try:
+            message = exact(str(error))
+        except BaseException as broken:
+            message = f"(its str() raised {failure_of(broken)})"
+        name, missing = class_name(error), None
+        lines = [frame.tb_lineno for frame in self._frames(error) if frame.tb_frame.f_code.co_filename == self.filename]
+        try:
+            if isinstance(error, SyntaxError) and error.filename == self.filename and type(error.lineno) is int:
+                lines.append(error.lineno)
+            if isinstance(error, SyntaxError):
+                message = exact(error.msg) or message
+            if isinstance(error, ModuleNotFoundError):
+                missing = clip(exact(error.name), 200) or None
+            summary = traceback.TracebackException.from_exception(error)
+            self._keep_user_frames(summary)
+            text = exact("".join(summary.format() if summary.stack else summary.format_exception_only()))
+        except BaseException:  # its __cause__, __notes__ or msg may be the code's own, and raise anything
+            frames = [(frame.tb_frame, frame.tb_lineno) for frame in self._frames(error)]
+            kept = [step for step in frames if self._is_users(step[0].f_code.co_filename)]
+            text = exact("".join(traceback.StackSummary.extract(iter(kept)).format())) + f"{name}: {message}\n"
+        report["exception"] = {
+            "type": clip(name, 200),
+            "message": clip(message, MESSAGE_LIMIT),
+            "line": lines[-1] if lines else None,
+            "traceback": clip(text, TRACEBACK_LIMIT),
+            "missing": missing,
+        }
+
+    def _frames(self, error: BaseException) -> Iterator[types.TracebackType]:
+        """Yield the entries of an exception's traceback that have a line number, outermost first."""
+        frame = vars(BaseException)["__traceback__"].__get__(error)
+        while frame is not None:
+            if frame.tb_lineno is not None:
+                yield frame
+            frame = frame.tb_next
+
+    def _keep_user_frames(self, summary: Any) -> None:
+        """Reduce a traceback, and those of its causes, to the frames of the user's own code."""
+        left = [summary]
+        while left:  # a chain of causes may be longer than Python can recurse
+            each = left.pop()
+            kept = [frame for frame in each.stack or () if self._is_users(frame.filename)]
+            each.stack = traceback.StackSummary.from_list(kept)
+            related = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
+            left += [other for other in related if other is not None]
+
+    def _is_users(self, filename: str) -> bool:
+        return filename in self.codes or filename.startswith(self.home + "/")
+
+
+class Packages:
+    """The folders of installed packages that code imports from."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.folders: list[str] = []
+        self._had: list[str] = []  # before these
+
+    def use(self, own: str | None) -> list[str]:
+        """Make a session's packages, and those for all, importable; return the modules imported in another version."""
+        folders = package_folders(self.root, own)
+        added = [path for path in folders if path not in self.folders]
+        if folders != self.folders:
+            others = [entry for entry in sys.path if entry not in self.folders]
+            site = [index for index, entry in enumerate(others) if entry.endswith("-packages")]
+            at = site[0] if site else len(others)  # before the image's packages, after the standard library
+            sys.path[:] = [*others[:at], *folders, *others[at:]]
+            self._had, self.folders = self.folders, folders
+            importlib.invalidate_caches()
+            tell_children(self.root, folders)
+        return sorted({name for path in added for name in self._replaced(path) if name in sys.modules})[:20]
+
+    def _replaced(self, folder: str) -> Iterator[str]:
+        """Yield the modules of the distributions in a folder that no other folder has in the same version."""
+        for entry in os.listdir(folder):
+            elsewhere = (os.path.exists(f"{path}/{entry}") for path in [*self._had, *sys.path] if path != folder)
+            if entry.endswith(".dist-info") and not any(elsewhere):
+                with contextlib.suppress(OSError), open(f"{folder}/{entry}/RECORD", encoding="utf-8") as record:
+                    yield from {re.split(r"[/.,]", line)[0] for line in record}
 
 
 # ── what code expects of a notebook, and of libraries ──
@@ -6208,7 +6222,7 @@ class Notebook:
             return table[name]
         sign = "%%" if table is CELL_MAGICS else "%"
         message = f"{sign}{name} is a magic of IPython that is not available here: write it in Python"
-        raise SyntaxError(message, (self.worker.filename, at + 1, 1, line)) from None
+        raise SyntaxError(message, (self.worker.sources.filename, at + 1, 1, line)) from None
 
     # Shell lines
 
@@ -6694,7 +6708,7 @@ class Pictures:
 
     def more_fonts(self, manager: Any) -> list[str]:
         """Return fonts for Chinese, Japanese and Korean, of installed packages or the image, as Matplotlib has none."""
-        folders = tuple(self.worker.packages)
+        folders = tuple(self.worker.packages.folders)
         if self.fonts is None or self.fonts[0] != folders:
             pattern = "*/fonts/**/*.[ot]t[fc]"
             packages = [path for folder in folders for path in glob.glob(f"{folder}/{pattern}", recursive=True)]
