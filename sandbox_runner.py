@@ -5493,7 +5493,7 @@ class Worker:
     def __init__(self, control: Channel, settings: dict[str, Any]) -> None:
         self.control = control
         self.process = os.getpid()
-        self.frames = self._receive()
+        self.frames = self.receive()
         self.home: str = settings["working_dir"]
         self.call: str | None = None
         self.calls = 0
@@ -5529,9 +5529,7 @@ class Worker:
         if "numpy.random" in sys.modules:  # else every worker forked from here would draw the same numbers
             sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
         self.packages = Packages(settings["packages"])
-        self.memory = 0  # bytes of its own before its first call
         self.memory_limit: int = settings["memory_limit"]
-        self.restores: bool = settings["restores"]
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
 
@@ -5547,13 +5545,13 @@ class Worker:
     def serve(self) -> None:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
-        self.memory = own_memory()[0]
+        copies = CopyMaker(self, self.memory_limit)
         while frame := next(self.frames, None):  # a copy that goes on has others
             if frame["op"] == "state":
                 given = frame
             elif frame["op"] == "copy":
                 with contextlib.suppress(Exception):  # too many processes, or what the code did to modules used here
-                    self._copy(frame["key"])
+                    copies.leave(frame["key"])
             elif frame["op"] == "use":
                 self._use(frame)
             elif frame["op"] == "run":
@@ -5564,110 +5562,11 @@ class Worker:
                 except BaseException as error:  # the code left a profiler, a limit or similar that breaks the worker
                     self._recover(frame["id"], error)
 
-    def _receive(self) -> Iterator[Any]:
+    def receive(self) -> Iterator[Any]:
+        """Yield what the supervisor asks for, until it is gone."""
         with contextlib.suppress(EOFError):
             while True:
                 yield from self.control.receive()
-
-    # ── the copy ──
-
-    def _copy(self, key: str) -> None:
-        """Leave a copy, if it would be a true one."""
-        if self._can_be_copied():
-            self._leave_copy(key)
-
-    def _can_be_copied(self) -> bool:
-        """Whether a fork has all that the variables depend on, and there is memory for two that write to it."""
-        if len(os.listdir("/proc/self/task")) > 1 or own_memory()[0] - self.memory > self.memory_limit // 3:
-            return False
-        if free_memory() < COPY_ROOM:
-            return False
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            return False  # it has children
-        with open("/proc/self/maps", "rb") as maps:
-            if re.search(rb"\n\S+ rw.s ", maps.read()):
-                return False  # shared memory
-        loop = {part.fileno() for part in self._parts_of_loop()}
-        if loop and (self.loop._ready or self.loop._scheduled or sys.modules["asyncio"].all_tasks(self.loop)):
-            return False
-        others = set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, 3, *self.spares.values(), *loop}
-        for fd in others:
-            with contextlib.suppress(OSError):  # it was that of the listing
-                mode = os.fstat(fd).st_mode
-                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode)):
-                    return False  # a pipe or socket, whose other end would miss that it is closed here
-        return True
-
-    def _parts_of_loop(self) -> list[Any]:
-        """Return what of asyncio's event loop has a descriptor."""
-        if self.loop is None or self.loop.is_closed():
-            return []
-        return [self.loop._selector, self.loop._ssock, self.loop._csock]
-
-    def _leave_copy(self, key: str) -> None:
-        """Fork a sleeping copy of this process, as a child of process 1, which code does not notice.
-
-        Returns in the copy, too, once it is to go on as the worker.
-        """
-        random = sys.modules.get("random")
-        random_state = random and random.getstate()  # a fork reseeds it
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        try:
-            middle = os.fork()
-            if middle:
-                os.waitpid(middle, 0)
-                return
-            try:
-                ours, theirs = socket.socketpair()
-                if copy := os.fork():
-                    theirs.recv(1)
-                    announce_copy(key, copy, theirs)  # before the worker goes on: it may crash at once
-                    os._exit(0)
-                theirs.close()
-                self._sleep(ours)
-            except BaseException:
-                os._exit(1)
-        finally:
-            signal.signal(signal.SIGCHLD, handler)
-        if random:
-            random.setstate(random_state)
-
-    def _sleep(self, supervisor: socket.socket) -> None:
-        """Wait until the supervisor sends descriptors, then be the worker; end if it closes the connection."""
-        os.setsid()
-        allow_inspection(False)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2, 3, *self.spares.values()):  # the pipes are not the copy's to hold open
-            os.dup2(null, fd, inheritable=fd < 3)
-        os.close(null)
-        loop = self._parts_of_loop()
-        for part in loop:
-            part.close()
-        set_oom_score(1000)
-        with weight(self.memory_limit if free_memory() < math.inf else 0):  # if memory runs out, the copy goes first
-            supervisor.send(b"1")
-            message, descriptors = receive_descriptors(supervisor, 3)
-        set_oom_score(900)
-        if message == b"lighten":  # what the worker has asked for is not there, with or without this copy
-            _, descriptors = receive_descriptors(supervisor, 3)
-        if not descriptors:
-            os._exit(0)
-        for target, fd in enumerate(descriptors, 1):
-            os.dup2(fd, target, inheritable=target < 3)
-            os.close(fd)
-        for fd, spare in self.spares.items():
-            os.dup2(fd, spare, inheritable=False)
-        if loop:
-            new = sys.modules["asyncio"].new_event_loop()
-            vars(self.loop).update(vars(new))
-            new._closed = True  # its parts are the other one's now
-        allow_inspection(True)
-        self.control = Channel(3, 3)
-        self.frames = self._receive()
-        self.process = os.getpid()
-        supervisor.send(b"1")
-        supervisor.close()
 
     def _restore_streams(self) -> None:
         """Restore sys.stdin, empty, and sys.stdout and sys.stderr as text streams over descriptors 1 and 2.
@@ -5985,6 +5884,115 @@ class Worker:
             if self.interrupted:
                 self.interrupted = False
                 self._on_interrupt()
+
+
+class CopyMaker:
+    """Leaves a sleeping copy of the worker, which goes on in its place if the code ends it."""
+
+    def __init__(self, worker: Worker, memory_limit: int) -> None:
+        self.worker = worker
+        self.memory_limit = memory_limit
+        self.memory = own_memory()[0]  # bytes before the first call
+
+    def leave(self, key: str) -> None:
+        """Leave a copy, if it would be a true one."""
+        if self._can_be_true():
+            self._fork(key)
+
+    def _can_be_true(self) -> bool:
+        """Whether a fork has all that the variables depend on, and there is memory for two that write to it."""
+        if len(os.listdir("/proc/self/task")) > 1 or own_memory()[0] - self.memory > self.memory_limit // 3:
+            return False
+        if free_memory() < COPY_ROOM:
+            return False
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return False  # it has children
+        with open("/proc/self/maps", "rb") as maps:
+            if re.search(rb"\n\S+ rw.s ", maps.read()):
+                return False  # shared memory
+        loop = {part.fileno() for part in self._parts_of_loop()}
+        if loop and (
+            self.worker.loop._ready or self.worker.loop._scheduled or sys.modules["asyncio"].all_tasks(self.worker.loop)
+        ):
+            return False
+        others = set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, 3, *self.worker.spares.values(), *loop}
+        for fd in others:
+            with contextlib.suppress(OSError):  # it was that of the listing
+                mode = os.fstat(fd).st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode)):
+                    return False  # a pipe or socket, whose other end would miss that it is closed here
+        return True
+
+    def _parts_of_loop(self) -> list[Any]:
+        """Return what of asyncio's event loop has a descriptor."""
+        if self.worker.loop is None or self.worker.loop.is_closed():
+            return []
+        return [self.worker.loop._selector, self.worker.loop._ssock, self.worker.loop._csock]
+
+    def _fork(self, key: str) -> None:
+        """Fork a sleeping copy of this process, as a child of process 1, which code does not notice.
+
+        Returns in the copy, too, once it is to go on as the worker.
+        """
+        random = sys.modules.get("random")
+        random_state = random and random.getstate()  # a fork reseeds it
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            middle = os.fork()
+            if middle:
+                os.waitpid(middle, 0)
+                return
+            try:
+                ours, theirs = socket.socketpair()
+                if copy := os.fork():
+                    theirs.recv(1)
+                    announce_copy(key, copy, theirs)  # before the worker goes on: it may crash at once
+                    os._exit(0)
+                theirs.close()
+                self._sleep(ours)
+            except BaseException:
+                os._exit(1)
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
+        if random:
+            random.setstate(random_state)
+
+    def _sleep(self, supervisor: socket.socket) -> None:
+        """Wait until the supervisor sends descriptors, then be the worker; end if it closes the connection."""
+        os.setsid()
+        allow_inspection(False)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2, 3, *self.worker.spares.values()):  # the pipes are not the copy's to hold open
+            os.dup2(null, fd, inheritable=fd < 3)
+        os.close(null)
+        loop = self._parts_of_loop()
+        for part in loop:
+            part.close()
+        set_oom_score(1000)
+        with weight(self.memory_limit if free_memory() < math.inf else 0):  # if memory runs out, the copy goes first
+            supervisor.send(b"1")
+            message, descriptors = receive_descriptors(supervisor, 3)
+        set_oom_score(900)
+        if message == b"lighten":  # what the worker has asked for is not there, with or without this copy
+            _, descriptors = receive_descriptors(supervisor, 3)
+        if not descriptors:
+            os._exit(0)
+        for target, fd in enumerate(descriptors, 1):
+            os.dup2(fd, target, inheritable=target < 3)
+            os.close(fd)
+        for fd, spare in self.worker.spares.items():
+            os.dup2(fd, spare, inheritable=False)
+        if loop:
+            new = sys.modules["asyncio"].new_event_loop()
+            vars(self.worker.loop).update(vars(new))
+            new._closed = True  # its parts are the other one's now
+        allow_inspection(True)
+        self.worker.control = Channel(3, 3)
+        self.worker.frames = self.worker.receive()
+        self.worker.process = os.getpid()
+        supervisor.send(b"1")
+        supervisor.close()
 
 
 class Sources:
@@ -7768,13 +7776,18 @@ async def _find_derived(engine: Engine, base: str, package: PackageConfig) -> Im
 
 def derived_name(base: str, package: PackageConfig) -> str:
     """Return the name of the image derived from a base image: a digest of its ingredients, the same on every host."""
-    recipe = "\n".join((str(RECIPE), base, package.installer, *package.preinstalled))
-    return f"python-docker-mcp:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    return f"python-docker-mcp:{ingredients(base, package, RECIPE)}"
+
+
+def ingredients(base: str, package: PackageConfig, recipe: int = 0) -> str:
+    """Return a digest of what an image is derived from, by one recipe or by any."""
+    text = "\n".join((str(recipe), base, package.installer, *package.preinstalled))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 RECIPE = 5  # increased when the same packages would yield a different image
 BASE_LABEL = "python-docker-mcp.base"  # on a derived image: the id of its base image
-BASE_NAME_LABEL = "python-docker-mcp.base-name"
+INGREDIENTS_LABEL = "python-docker-mcp.ingredients"  # likewise: a digest of the base image's name and the packages
 
 
 async def _build(engine: Engine, base: Image, name: str, config: Config, report: Callable[[str], None]) -> str:
@@ -7787,7 +7800,7 @@ async def _build(engine: Engine, base: Image, name: str, config: Config, report:
         except HelperError:
             if attempt == BUILD_ATTEMPTS:
                 raise
-    await _remove_older_images(engine, name, base.name)
+    await _remove_older_images(engine, name, ingredients(base.name, config.package))
     return await _image_id(engine, name) or name
 
 
@@ -7803,7 +7816,7 @@ async def _build_once(
         await engine.run(
             "commit",
             f"--change=LABEL {BASE_LABEL}={base.id}",
-            f"--change=LABEL {BASE_NAME_LABEL}={base.name}",
+            f"--change=LABEL {INGREDIENTS_LABEL}={ingredients(base.name, config.package)}",
             helper,
             name,
             timeout=PULL_TIMEOUT,
@@ -7821,11 +7834,13 @@ def build_status(step: int, text: str) -> str:
     return f"{bar} preparing the image (once; a minute or so): {text}"
 
 
-async def _remove_older_images(engine: Engine, name: str, base_name: str) -> None:
-    """Remove older images derived from the same base image, unless something uses them."""
+async def _remove_older_images(engine: Engine, name: str, ingredients: str) -> None:
+    """Remove older images of the same ingredients, unless something uses them."""
     with contextlib.suppress(EngineError):
         current = await _image_id(engine, name)
-        listed = await engine.run("images", "--no-trunc", "--quiet", f"--filter=label={BASE_NAME_LABEL}={base_name}")
+        listed = await engine.run(
+            "images", "--no-trunc", "--quiet", f"--filter=label={INGREDIENTS_LABEL}={ingredients}"
+        )
         for identity in set(listed.split()):
             if current and current.rpartition(":")[2] not in identity:
                 with contextlib.suppress(EngineError):

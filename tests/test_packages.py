@@ -192,6 +192,21 @@ async def test_two_that_start_together_both_have_the_image(settings: Config, eng
 
 @pytest.mark.engine
 @pytest.mark.anyio
+async def test_an_older_image_of_the_same_packages_is_removed_and_no_other_servers(
+    settings: Config, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = dataclasses.replace(settings, package=dataclasses.replace(settings.package, preinstalled=("gamma",)))
+    monkeypatch.setattr(sandbox_runner, "RECIPE", sandbox_runner.RECIPE - 1)
+    older = [await derive_image(engine, config, lambda _: None) for config in (settings, others)]
+    monkeypatch.undo()
+    newer = await derive_image(engine, settings, lambda _: None)
+    there = [await engine.inspect("image", image.name, "{{.Id}}") for image in (*older, newer)]
+    assert [bool(identity) for identity in there] == [False, True, True]
+    await quietly(engine, "rmi", older[1].name)
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
 async def test_a_build_killed_half_way_leaves_nothing_and_is_done_again(settings: Config, engine: Engine) -> None:
     program = (
         "import anyio, json, sys, dataclasses; sys.path.insert(0, sys.argv[1]); import sandbox_runner as s\n"
