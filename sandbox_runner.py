@@ -7556,6 +7556,7 @@ def last_line(text: str) -> str:
 # ── image ──
 
 INSTALL_TIMEOUT = 900  # seconds to build the derived image, or to install a package
+LOCK_PAUSE = 0.2  # seconds between attempts to take a lock that another program holds
 
 
 @dataclass(frozen=True)
@@ -7739,8 +7740,9 @@ def _libraries_of(*programs: Path) -> set[Path]:
 async def derive_image(engine: Engine, config: Config, report: Callable[[str], None]) -> Image:
     """Find or make the sandboxes' image: the base image plus preinstalled packages, their bytecode and a font list.
 
-    It is made by committing a helper container, which any engine can do, once per base image and list of packages. If
-    the packages can't be installed, return the base image, with `problem`.
+    It is made by committing a helper container, which any engine can do, once per base image and list of packages;
+    another program that wants it meanwhile waits. If the packages can't be installed, return the base image, with
+    `problem`.
 
     Raises:
         ImageError: not even the base image could be found, pulled or made.
@@ -7791,15 +7793,23 @@ INGREDIENTS_LABEL = "python-docker-mcp.ingredients"  # likewise: a digest of the
 
 
 async def _build(engine: Engine, base: Image, name: str, config: Config, report: Callable[[str], None]) -> str:
-    """Build the derived image and return its id. If two programs do so at once, both do, and the later image stays."""
-    for attempt in itertools.count(1):
-        helper = f"python-docker-mcp-build-{name.rpartition(':')[2]}-{secrets.token_hex(4)}"
-        try:
-            await _build_once(engine, base, name, helper, config, report)
-            break
-        except HelperError:
-            if attempt == BUILD_ATTEMPTS:
-                raise
+    """Build the derived image and return its id; if another program is building it, wait for its image.
+
+    Two images of one name would be two places for installed packages.
+    """
+    build = f"build-{name.rpartition(':')[2]}"
+    waiting = f"waiting for another program that is preparing the image with {', '.join(config.package.preinstalled)}"
+    async with file_lock(build, lambda: report(waiting)) as has_waited:
+        if has_waited and (made := await _image_id(engine, name)):
+            return made
+        for attempt in itertools.count(1):
+            helper = f"python-docker-mcp-{build}-{secrets.token_hex(4)}"
+            try:
+                await _build_once(engine, base, name, helper, config, report)
+                break
+            except HelperError:
+                if attempt == BUILD_ATTEMPTS:
+                    raise
     await _remove_older_images(engine, name, ingredients(base.name, config.package))
     return await _image_id(engine, name) or name
 
@@ -7832,6 +7842,37 @@ def build_status(step: int, text: str) -> str:
     """Return a progress line for the derived image; each is self-contained, as a client may show only one of them."""
     bar = "█" * step + "░" * (BUILD_STEPS - step)
     return f"{bar} preparing the image (once; a minute or so): {text}"
+
+
+@asynccontextmanager
+async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[bool]:
+    """Keep other programs of this user out of the same block; yield whether this program had to wait for one of them.
+
+    The system frees the lock when its holder ends, in whatever way. Without such locks, as on Windows, or without a
+    place for the file, nothing is locked.
+    """
+    try:
+        import fcntl
+
+        folder = CONFIG_PATH.parent.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except (ImportError, OSError):
+        yield False
+        return
+    has_waited = False
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                has_waited = True
+                on_wait()
+                await anyio.sleep(LOCK_PAUSE)
+        yield has_waited
+    finally:
+        os.close(descriptor)
 
 
 async def _remove_older_images(engine: Engine, name: str, ingredients: str) -> None:

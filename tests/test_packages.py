@@ -176,18 +176,20 @@ async def test_the_derived_image_holds_what_is_preinstalled_compiled(
 
 @pytest.mark.engine
 @pytest.mark.anyio
-async def test_two_that_start_together_both_have_the_image(settings: Config, engine: Engine) -> None:
+async def test_two_that_start_together_build_it_once(settings: Config, engine: Engine) -> None:
     images = []
+    status: list[str] = []
 
     async def derive() -> None:
-        images.append(await derive_image(engine, settings, lambda _: None))
+        images.append(await derive_image(engine, settings, status.append))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(derive)
         tasks.start_soon(derive)
+    assert images[0].id == images[1].id
     assert [image.problem for image in images] == [None, None]
-    async with open_runner(settings) as runner:
-        assert (await runner.execute("import alpha")).status == "ok"
+    assert len([line for line in status if "saving the image" in line]) == 1
+    assert any("waiting for another program" in line for line in status)
 
 
 @pytest.mark.engine

@@ -1039,6 +1039,28 @@ async def test_code_that_is_silent_for_long_is_left_alone(
     assert (await runner.execute("import time; time.sleep(1); x", session="s")).value == "41"
 
 
+async def test_a_lock_is_one_programs_at_a_time_and_none_where_there_is_no_place_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    waits = anyio.Event()
+    order: list[str] = []
+
+    async def other() -> None:
+        async with sandbox_runner.file_lock("x", waits.set) as has_waited:
+            order.append(f"other {has_waited}")
+
+    async with anyio.create_task_group() as tasks, sandbox_runner.file_lock("x", waits.set) as has_waited:
+        tasks.start_soon(other)
+        await waits.wait()
+        order.append(f"first {has_waited}")
+    assert order == ["first False", "other True"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    async with sandbox_runner.file_lock("x", waits.set) as has_waited:
+        assert not has_waited
+
+
 async def test_no_engine_at_all_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sandbox_runner, "USUAL_PLACES", [])
