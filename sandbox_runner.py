@@ -787,7 +787,7 @@ class Runner:
                 await self._attach(entry)
         if entry.sandbox is None or not entry.is_attached:
             raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
-        return await entry.sandbox.read_file(path, offset, length)
+        return await entry.sandbox.files.read(path, offset, length)
 
     # ── packages ──
 
@@ -1835,6 +1835,7 @@ class Sandbox:
     ) -> None:
         self.engine = engine
         self.proxy = Proxy(network, self)
+        self.files = Transfer(self)
         self.name = name
         self.call: Call | None = None  # the last one
         self.gone = anyio.Event()
@@ -1900,7 +1901,7 @@ class Sandbox:
     async def _come_up(self, shipped: bytes) -> None:
         """Ship the guest, and wait for its greeting. Raises HangError if the engine does not answer meanwhile."""
         async with open_tasks() as tasks:
-            tasks.start_soon(self._write, shipped)
+            tasks.start_soon(self.write, shipped)
             await wait_or_doubt(self._greeted.wait, self._require_engine)
 
     async def _require_engine(self) -> None:
@@ -1941,7 +1942,7 @@ class Sandbox:
         request: PlugRequest = {"session": session, "settings": settings, "owner": launcher.owner}
         try:
             with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
-                await sandbox._write(head(request))
+                await sandbox.write(head(request))
                 await sandbox._greeted.wait()
         except BaseException:
             sandbox._kill_client()  # else this host would own a sandbox that it does not know
@@ -2055,7 +2056,8 @@ class Sandbox:
         self.greeting = greeting
         self._greeted.set()
 
-    async def _write(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
+        """Send bytes to the supervisor, if it is still there."""
         await send_quietly(self._pipe, data)
 
     def _kill_client(self) -> None:
@@ -2069,12 +2071,12 @@ class Sandbox:
 
     async def _ask(self, question: Order | Use) -> ToQuestion:
         """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
-        with self._answers_to(question["id"]) as answers:
-            await self._write(encoded(question))
+        with self.answers_to(question["id"]) as answers:
+            await self.write(encoded(question))
             return await answers.receive()
 
     @contextmanager
-    def _answers_to(self, question: str) -> Iterator[MemoryObjectReceiveStream[ToQuestion]]:
+    def answers_to(self, question: str) -> Iterator[MemoryObjectReceiveStream[ToQuestion]]:
         """Provide the answers to questions with this id, of which QUESTIONS_AHEAD may be unanswered at a time."""
         put, answers = anyio.create_memory_object_stream[ToQuestion](QUESTIONS_AHEAD)
         with put, answers:
@@ -2095,7 +2097,7 @@ class Sandbox:
         if call.request.files:
             call.report(f"copying {files_in_words(len(call.request.files))} into the sandbox")
             try:
-                await self.take_in(call.request.files)
+                await self.files.take_in(call.request.files)
             except SandboxError as error:
                 if not self.gone.is_set():  # else another sandbox may take them
                     call.fail(error)
@@ -2109,7 +2111,7 @@ class Sandbox:
         else:
             # Shielded: a caller that stops waiting just now must not leave a call placed that was never sent.
             with anyio.move_on_after(ATTACH_TIMEOUT, shield=True):
-                await self._write(call.request.frames(call.id))
+                await self.write(call.request.frames(call.id))
 
     async def finish(self, call: Call, on_output: OnOutput | None = None) -> None:
         """Wait until the call that was placed here has ended, or is cut from here. Give it up when it is overdue.
@@ -2139,16 +2141,91 @@ class Sandbox:
     async def interrupt(self) -> None:
         """Have the running code interrupted; how it ends is its call's result."""
         if self.call:
-            await self._write(encoded({"op": "interrupt", "id": self.call.id}))
+            await self.write(encoded({"op": "interrupt", "id": self.call.id}))
 
     async def cancel(self) -> None:
         """Have the code of a call stopped that no caller waits for any more, without waiting for its end."""
         with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
             await self.interrupt()
 
-    # ── files ──
+    # ── the end ──
 
-    async def read_file(self, path: str, offset: int, length: int | None) -> bytes:
+    async def leave(self) -> None:
+        """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
+        await self._part_with("farewell")
+
+    async def end(self, must_know: bool = False) -> None:
+        """End the container, in the quickest way that works.
+
+        Raises HangError, if the caller must know, where it can't be found out whether it has ended.
+        """
+        await self._part_with("end")
+        if must_know:
+            with anyio.move_on_after(DOUBT_AFTER):
+                await self.gone.wait()
+                return
+            await self._require_engine()
+        with anyio.move_on_after(ATTACH_TIMEOUT):
+            await self.gone.wait()
+            return
+        await self.remove()
+
+    async def _part_with(self, word: Literal["farewell", "end"]) -> None:
+        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
+            await self.write(encoded({"op": word}))
+            await self.gone.wait()
+
+    async def use(self, session: str, packages: str) -> tuple[str, ...]:
+        """Have the sandbox be this session's, with these packages; return the modules imported in another version.
+
+        Raises anyio.EndOfStream if it can't: it has ended, or had preloaded other packages.
+        """
+        question: Use = {"op": "use", "id": secrets.token_hex(8), "session": session, "packages": packages}
+        answer = None
+        with anyio.move_on_after(ATTACH_TIMEOUT):  # threads that earlier calls left running may keep the worker busy
+            answer = await self._ask(question)
+        if answer and answer["kind"] == "unfit":
+            raise anyio.EndOfStream
+        self.packages = packages
+        return tuple(answer["stale"]) if answer and answer["kind"] == "used" else ()
+
+    async def recycle(self) -> bool:
+        """Have the sandbox undo what its last call may have left; return whether nothing seems to be left."""
+        with contextlib.suppress(anyio.EndOfStream), anyio.move_on_after(ATTACH_TIMEOUT):
+            answer = await self._ask({"op": "recycle", "id": secrets.token_hex(8)})
+            self.call = None
+            return answer["kind"] == "recycled" and answer["clean"]
+        return False
+
+    async def rename(self, name: str) -> None:
+        """Give the container another name. Raises EngineError if that one is taken."""
+        await self.engine.run("rename", self.name, name)
+        self.name = name
+
+    async def remove(self) -> None:
+        """Have the engine kill and remove the container, whatever state it is in."""
+        with anyio.CancelScope(shield=True):
+            await self.engine.remove(self.name)
+            self._kill_client()
+
+
+# ── files ──
+#
+# Files come in ahead of a call, and go out after it, over the sandbox's pipe: the user's own rights decide on the host,
+# and no folder has to be shared with the engine. The host is not to believe the names that come out of a sandbox, nor
+# what it finds in a folder that code may reach by a mount: it looks folder by folder, and follows no link.
+
+CONTENT_LIMIT = 64 << 10  # bytes of a file whose content a result has, if it would be gone with the sandbox
+CONTENTS_LIMIT = 256 << 10  # bytes of all such files
+
+
+class Transfer:
+    """Files on their way into a sandbox's working directory, and out of it."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def read(self, path: str, offset: int, length: int | None) -> bytes:
         """Return a part of a file in the working directory, also while code runs. Raises RequestError, SessionError."""
         content = bytearray()
         async with contextlib.aclosing(self.pieces(path, offset, length)) as pieces:
@@ -2194,12 +2271,12 @@ class Sandbox:
         unanswered, more = 0, True
         try:
             async with contextlib.aclosing(frames):
-                with self._answers_to(question) as answers:
+                with self._sandbox.answers_to(question) as answers:
                     while True:
                         with anyio.fail_after(PIECE_TIMEOUT):
                             while more and unanswered < QUESTIONS_AHEAD:
                                 if frame := await anext(frames, None):
-                                    await self._write(encoded(frame))
+                                    await self._sandbox.write(encoded(frame))
                                     unanswered += 1
                                 else:
                                     more = False
@@ -2212,76 +2289,6 @@ class Sandbox:
             raise SessionError("The session's container ended, and its files are gone.") from None
         except TimeoutError:
             raise SessionError(f"The session's container did not answer within {PIECE_TIMEOUT} seconds.") from None
-
-    # ── the end ──
-
-    async def leave(self) -> None:
-        """Say farewell: a session stays, detached; anything else ends. Needs no engine command."""
-        await self._part_with("farewell")
-
-    async def end(self, must_know: bool = False) -> None:
-        """End the container, in the quickest way that works.
-
-        Raises HangError, if the caller must know, where it can't be found out whether it has ended.
-        """
-        await self._part_with("end")
-        if must_know:
-            with anyio.move_on_after(DOUBT_AFTER):
-                await self.gone.wait()
-                return
-            await self._require_engine()
-        with anyio.move_on_after(ATTACH_TIMEOUT):
-            await self.gone.wait()
-            return
-        await self.remove()
-
-    async def _part_with(self, word: Literal["farewell", "end"]) -> None:
-        with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
-            await self._write(encoded({"op": word}))
-            await self.gone.wait()
-
-    async def use(self, session: str, packages: str) -> tuple[str, ...]:
-        """Have the sandbox be this session's, with these packages; return the modules imported in another version.
-
-        Raises anyio.EndOfStream if it can't: it has ended, or had preloaded other packages.
-        """
-        question: Use = {"op": "use", "id": secrets.token_hex(8), "session": session, "packages": packages}
-        answer = None
-        with anyio.move_on_after(ATTACH_TIMEOUT):  # threads that earlier calls left running may keep the worker busy
-            answer = await self._ask(question)
-        if answer and answer["kind"] == "unfit":
-            raise anyio.EndOfStream
-        self.packages = packages
-        return tuple(answer["stale"]) if answer and answer["kind"] == "used" else ()
-
-    async def recycle(self) -> bool:
-        """Have the sandbox undo what its last call may have left; return whether nothing seems to be left."""
-        with contextlib.suppress(anyio.EndOfStream), anyio.move_on_after(ATTACH_TIMEOUT):
-            answer = await self._ask({"op": "recycle", "id": secrets.token_hex(8)})
-            self.call = None
-            return answer["kind"] == "recycled" and answer["clean"]
-        return False
-
-    async def rename(self, name: str) -> None:
-        """Give the container another name. Raises EngineError if that one is taken."""
-        await self.engine.run("rename", self.name, name)
-        self.name = name
-
-    async def remove(self) -> None:
-        """Have the engine kill and remove the container, whatever state it is in."""
-        with anyio.CancelScope(shield=True):
-            await self.engine.remove(self.name)
-            self._kill_client()
-
-
-# ── files ──
-#
-# Files come in ahead of a call, and go out after it, over the sandbox's pipe: the user's own rights decide on the host,
-# and no folder has to be shared with the engine. The host is not to believe the names that come out of a sandbox, nor
-# what it finds in a folder that code may reach by a mount: it looks folder by folder, and follows no link.
-
-CONTENT_LIMIT = 64 << 10  # bytes of a file whose content a result has, if it would be gone with the sandbox
-CONTENTS_LIMIT = 256 << 10  # bytes of all such files
 
 
 @dataclass(frozen=True)
@@ -2478,7 +2485,7 @@ async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most
     file = await anyio.to_thread.run_sync(folder.open, info.path)
     try:
         size, versions = 0, set()
-        async with contextlib.aclosing(sandbox.pieces(info.path, 0, most + 1)) as pieces:
+        async with contextlib.aclosing(sandbox.files.pieces(info.path, 0, most + 1)) as pieces:
             async for piece in pieces:
                 await anyio.to_thread.run_sync(file.write, piece["data"])
                 size += len(piece["data"])
@@ -2511,7 +2518,7 @@ async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | Non
         files.append(info)
         if not info.saved and result.session is None and info.size <= min(CONTENT_LIMIT, room):
             with contextlib.suppress(SandboxError):
-                contents[info.path] = await sandbox.read_file(info.path, 0, info.size)
+                contents[info.path] = await sandbox.files.read(info.path, 0, info.size)
                 room -= len(contents[info.path])
     return dataclasses.replace(result, files=tuple(files), files_left_out=left_out, contents=contents)
 
@@ -2854,7 +2861,7 @@ class Proxy:
                 del self._open[number]  # as the supervisor has: else those that come now would be too many
 
     async def _pass(self, frame: Pass) -> None:
-        await self._sandbox._write(encoded(frame))
+        await self._sandbox.write(encoded(frame))
 
     async def _serve(self, connection: Connection) -> None:
         """Have a connection wait for its turn, then serve it to its end, and write a line on it to the log."""
@@ -2912,7 +2919,7 @@ class Proxy:
         self._dialed += 1
         number = FIRST_DIALED + self._dialed
         connection = self._open[number] = Connection(number, self._pass)
-        await self._sandbox._write(encoded({"op": "dial", "flow": number, "port": port}))
+        await self._sandbox.write(encoded({"op": "dial", "flow": number, "port": port}))
         with anyio.fail_after(CONNECT_TIMEOUT):
             if await connection.is_open():
                 return OwnServer(connection, lambda: self._open.pop(number, None))

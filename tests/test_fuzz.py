@@ -411,7 +411,7 @@ async def test_the_server_answers_every_call_with_a_result_or_an_error_of_the_pr
         except (MCPError, ValueError):  # the latter: the client itself can't put it into a message
             continue
         assert isinstance(result, types.CallToolResult)
-        assert result.is_error
+        assert result.is_error or not str(given_.get("code")).strip(), "only a call without code may go well"
     alive = await client.call_tool("execute-transient", {"code": "6 * 7"})
     assert not alive.is_error
 

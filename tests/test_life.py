@@ -867,7 +867,7 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
 async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_others(
     settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent, send = anyio.Event(), sandbox_runner.Sandbox._write
+    sent, send = anyio.Event(), sandbox_runner.Sandbox.write
 
     async def sends(self: sandbox_runner.Sandbox, data: bytes) -> None:
         await send(self, data)
@@ -875,7 +875,7 @@ async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_othe
 
     async with open_runner(settings) as first:
         await first.execute("x = 1", session="s")
-    monkeypatch.setattr(sandbox_runner.Sandbox, "_write", sends)
+    monkeypatch.setattr(sandbox_runner.Sandbox, "write", sends)
     async with open_runner(settings) as second, open_runner(settings) as third:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:

@@ -270,7 +270,7 @@ class Both:
     def _tell(self, frame: Any) -> None:
         self.proxy.take(frame, self.tasks)
 
-    async def _write(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
         frame, _, rest = data.partition(b"\n")
         fields = json.loads(frame)
         self.to_sandbox += len(rest)

@@ -115,14 +115,14 @@ async def test_state_goes_in_and_comes_out(runner: Runner) -> None:
 @pytest.mark.slow
 async def test_a_call_and_its_state_are_written_together(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    write = sandbox_runner.Sandbox._write
+    write = sandbox_runner.Sandbox.write
 
     async def writes(self: sandbox_runner.Sandbox, data: bytes) -> None:
         written.append(len(data))
         await write(self, data)
 
     await runner.execute("1", session="s")
-    monkeypatch.setattr(sandbox_runner.Sandbox, "_write", writes)
+    monkeypatch.setattr(sandbox_runner.Sandbox, "write", writes)
     assert (await runner.execute("x", session="s", state={"x": 1})).value == "1"
     assert len(written) == 1
     assert (await runner.execute("len(x)", session="s", state={"x": 3_000_000 * "x"})).value == "3000000"
