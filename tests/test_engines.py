@@ -247,7 +247,8 @@ async def test_an_interrupted_call_tells_so_and_its_session_keeps_its_variables(
     result = await runner.execute(code, session=session, on_output=on_output, interrupt=interrupt)
     assert (result.status, result.state) == ("cancelled", "preserved")
     assert result.exception is not None
-    assert (result.exception.type, result.exception.line) == ("KeyboardInterrupt", 4)
+    assert result.exception.type == "KeyboardInterrupt"
+    assert result.exception.line in (2, 3, 4), "wherever it was when its output was heard of"
     assert (await runner.execute("kept + 1", session=session)).value == "42"
 
 
