@@ -25,8 +25,9 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pydantic
 import pytest
 from conftest import FakeEngine, code_objects, wait_until
 from hypothesis import given
@@ -450,6 +451,18 @@ def test_the_refusal_of_a_module_names_the_setting(allowed: list[str], blocked: 
     assert refusal == "module 'os' may not be imported: the setting " + (
         "blocked_modules names it" if blocked else "allowed_modules permits only math"
     )
+
+
+# ── frames ──
+
+
+def test_the_supervisors_table_of_the_workers_frames_is_what_their_types_say() -> None:
+    told = {}
+    for frame in get_args(sandbox_runner.FromWorker):
+        schema = pydantic.TypeAdapter(frame).json_schema()
+        needed, known = set(schema["required"]), set(schema["properties"])
+        told[schema["properties"]["kind"]["const"]] = (needed - {"kind", "id"}, known - needed)
+    assert told == sandbox_runner.WORKER_FIELDS
 
 
 # ── the filter of system calls ──
