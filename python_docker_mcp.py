@@ -2259,9 +2259,8 @@ async def examine(config: Config) -> list[Finding]:
     Where there is no engine, no image or no sandbox to be had, that is the last finding.
     """
     soon = SessionConfig(idle_timeout=60)  # for a session whose program is killed
-    config = dataclasses.replace(
-        config, allowed_modules=(), blocked_modules=(), session=soon, docker=within_trial(config.docker)
-    )
+    config = dataclasses.replace(config, session=soon, docker=within_trial(config.docker))
+    config = dataclasses.replace(config, allowed_modules=(), blocked_modules=())  # no wall, and in the probe's way
     session = f"doctor-{secrets.token_hex(8)}"
     findings: list[Finding] = []
     async with runner_until_signal(config, show_status) as runner:

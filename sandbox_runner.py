@@ -2491,7 +2491,7 @@ async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most
                 size += len(piece["data"])
                 versions.add((piece["version"], piece["size"]))
         (version, stated), *others = versions
-        if others or not version or stated != size:
+        if others or not version or stated != size or size > most:
             raise OSError(errno.EBUSY, "it was being changed while it was read")
         await anyio.to_thread.run_sync(file.keep)
         return dataclasses.replace(info, size=size, saved=folder.full_path(info.path))
@@ -3569,7 +3569,7 @@ MEMORY_INTERVAL = 0.01  # seconds between two looks at what memory the running c
 COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
 STRAYS_READ = 64  # messages read while a copy is awaited
 COPY_ADDRESS = "\0python-docker-mcp-copy"
-PLUG_UID = 65533  # `docker exec` can run as this user; the code, being 65534 without capabilities, can't
+PLUG_UID = 65533  # `docker exec` can run as this user; the code, being another without capabilities, can't
 
 # System calls that exploits start from, or that take from the whole host, and the code can do without: their numbers on
 # x86_64 and aarch64, and the error that code gets. Docker's own filter passes some of them, Podman's passes others, and
@@ -3628,9 +3628,7 @@ REFUSED_CONTROLS = (  # of ioctl()
     *(0x8940, 0x8941, 0x89A0, 0x89A1, 0x89A2, 0x89A3),
     *(0x8980, 0x8981, 0x8982, 0x8983),
 )
-CORE_LIMIT = (
-    4  # RLIMIT_CORE; of exactly 1 it also stops a handler of core dumps, which runs as the host's root: core(5)
-)
+CORE_LIMIT = 4  # RLIMIT_CORE; of exactly 1 it also stops a handler of core dumps, which is the host's root: core(5)
 NAMESPACE_FLAGS = 0x7E020000  # clone's flags for new namespaces of any kind
 HUGE_MAPPING, HUGE_FILE = 0x40000, 0x4  # flags of mmap and memfd_create: huge pages are the host's, for its databases
 
@@ -4237,9 +4235,15 @@ class Host:
 class Streams:
     """The standard streams of the worker, and of all that code started; what comes between two calls is kept apart."""
 
-    def __init__(self, sources: dict[int, Callable[[], object]], pass_on: Callable[[Stdio, str], bool]) -> None:
+    def __init__(
+        self,
+        sources: dict[int, Callable[[], object]],
+        is_in_call: Callable[[], bool],
+        pass_on: Callable[[Stdio, str], None],
+    ) -> None:
         self.sources = sources  # what to call when a descriptor is readable
-        self.pass_on = pass_on  # text of the running call; returns whether there is one
+        self.is_in_call = is_in_call
+        self.pass_on = pass_on  # text of the running call
         self.earlier = bytearray()  # what came between calls
         self.pipes: dict[Stdio, int] = {}
         self._decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
@@ -4276,10 +4280,10 @@ class Streams:
             return False
         if not data:
             self.sources.pop(pipe, None)
-        elif not self.pass_on(stream, ""):
-            self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
-        else:
+        elif self.is_in_call():
             self.pass_on(stream, self._decoders[stream].decode(data))
+        else:
+            self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
         return bool(data)
 
     def flush(self) -> None:
@@ -4401,7 +4405,7 @@ class Supervisor:
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
         self.host = Host(settings["owner"])
         self.worker = WorkerProcess()
-        self.output = Streams(self.sources, self._pass_on)
+        self.output = Streams(self.sources, lambda: self.call is not None, self._pass_on)
         self.files = Files(settings["working_dir"], settings["writable_folders"])
         self.connections = Flows(self.host.tell, self.sources)
         self.copy = Copy(self.sources)
@@ -4750,11 +4754,10 @@ class Supervisor:
             raise ValueError("more questions than answers taken")
         self._to_worker({"op": "proceed"})
 
-    def _pass_on(self, stream: Stdio, text: str) -> bool:
-        """Tell the host of output of the running call's; return whether there is a call."""
+    def _pass_on(self, stream: Stdio, text: str) -> None:
+        """Tell the host of output of the running call's, if there is a call."""
         if self.call and (text := self.call.admit(stream, text)):
             self.host.tell({"id": self.call.id, "kind": stream, "data": text.encode()})
-        return self.call is not None
 
     def _conclude(
         self,
@@ -4927,7 +4930,10 @@ class Supervisor:
                 causes.append(f"its files, which are held in memory, took {held} MB of that")
             message = " and ".join(causes) or None
         status: EndStatus = "out_of_memory" if kills else "died"
-        self._conclude(report, status, kills, "restored" if is_restored else "lost", message, is_restored * behind)
+        if is_restored:
+            self._conclude(report, status, kills, "restored", message, behind)
+        else:
+            self._conclude(report, status, kills, "lost", message)
 
 
 def import_ahead(name: str) -> None:
@@ -7887,13 +7893,11 @@ async def file_lock(name: str, on_wait: Callable[[], None]) -> AsyncIterator[boo
         os.close(descriptor)
 
 
-async def _remove_older_images(engine: Engine, name: str, ingredients: str) -> None:
+async def _remove_older_images(engine: Engine, name: str, digest: str) -> None:
     """Remove older images of the same ingredients, unless something uses them."""
     with contextlib.suppress(EngineError):
         current = await _image_id(engine, name)
-        listed = await engine.run(
-            "images", "--no-trunc", "--quiet", f"--filter=label={INGREDIENTS_LABEL}={ingredients}"
-        )
+        listed = await engine.run("images", "--no-trunc", "--quiet", f"--filter=label={INGREDIENTS_LABEL}={digest}")
         for identity in set(listed.split()):
             if current and current.rpartition(":")[2] not in identity:
                 with contextlib.suppress(EngineError):
