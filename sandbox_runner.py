@@ -42,6 +42,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import enum
 import errno
 import functools
 import gc
@@ -320,7 +321,7 @@ async def open_runner(
             yield runner
         finally:
             with anyio.CancelScope(shield=True):
-                await runner._leave()
+                await runner.leave()
 
 
 class Runner:
@@ -332,8 +333,8 @@ class Runner:
     def __init__(self, config: Config, tasks: anyio.abc.TaskGroup, on_status: OnStatus | None, file: Path) -> None:
         self.config = config
         self.launcher = Launcher(config, tasks, on_status, file)
-        self.sessions: dict[str, Session] = {}
         self.pool = Pool(self.launcher.start, config.pool, tasks, config.session.idle_timeout)
+        self.sessions = Sessions(self.launcher, self.pool)
         self._tasks = tasks
         self._transient: set[Sandbox] = set()
 
@@ -395,37 +396,14 @@ class Runner:
         call.on_status = on_status or self.launcher.report
         if session is None:
             return await self._execute_transient(call, on_output, interrupt)
-        self._forget_ended()
-        entry = self.sessions.setdefault(session, Session(session))
+        self.sessions.forget_ended()
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
-        return await self._execute_in_session(entry, call, on_output, interrupt, deadline)
-
-    async def _bring_out(self, sandbox: Sandbox | None, call: Call, result: Result) -> Result:
-        """Return the result of a call that has ended with its files saved, and with a word on what happened."""
-        if sandbox and result.files:
-            folder = output_folder(call, self.config.files)
-            call.report(f"saving {files_in_words(len(result.files))}" if folder else "")
-            result = await bring_out(sandbox, result, folder, size_in_bytes(self.config.files.limit))
-            call.report("")
-        return self._explain(result, call)
-
-    def _explain(self, result: Result, call: Call) -> Result:
-        """Return the result with a word on what happened, where the sandbox could not know it."""
-        message = result.message
-        if result.status == "out_of_memory":
-            limit = self.config.docker.memory_limit
-            limit = f"{int(limit) >> 20}m" if limit.isdigit() else limit
-            needed = f"the code needed more memory than the sandbox may have ({limit})"
-            message = f"{needed}; {message}" if message else needed
-        elif result.status == "timeout" and not message:
-            limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"
-            message = f"the code did not end {limit}"
-        return dataclasses.replace(result, message=message)
+        return await self.sessions[session].execute(call, on_output, interrupt, deadline)
 
     async def _execute_transient(self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None) -> Result:
         reuse = False
         while True:
-            sandbox = await self.pool.lease(bare=call.unfit, report=call.report)
+            sandbox = await self.pool.lease(bare=call.needs_bare, report=call.report)
             self._transient.add(sandbox)
             try:
                 await sandbox.begin(call)
@@ -435,7 +413,7 @@ class Runner:
                     if call.attempts < FIRST_CALL_ATTEMPTS:
                         continue
                     call.give_up()
-                result = await self._bring_out(sandbox, call, call.tell())
+                result = await bring_out(sandbox, call, self.config)
                 reuse = self.config.pool.reuse and result.status in ("ok", "error")
                 return result
             finally:
@@ -450,299 +428,6 @@ class Runner:
         await sandbox.end()
         self._transient.discard(sandbox)
 
-    # ── sessions ──
-
-    async def _execute_in_session(
-        self,
-        session: Session,
-        call: Call,
-        on_output: OnOutput | None,
-        interrupt: anyio.Event | None,
-        deadline: float,
-    ) -> Result:
-        earlier = None
-        async with session.lock:
-            session.used = time.monotonic()
-            if not session.placing:
-                await self._attach(session)
-            if session.call:
-                if not call.request.code.strip():
-                    return await self._answer(session, on_output, call.on_status, interrupt, deadline)
-                await self._require_end(session, can_wait=deadline == math.inf)
-                if session.call:
-                    earlier = await self._tell_late(session, session.call)
-            await anyio.lowlevel.checkpoint_if_cancelled()  # from here on, the call is sent even if no caller waits
-            session.call = call
-            try:
-                result = await self._answer(session, on_output, call.on_status, interrupt, deadline)
-            except anyio.get_cancelled_exc_class():
-                call.cancelled = True
-                if session.placing:
-                    session.placing.cancel()
-                elif session.sandbox and call.placed:
-                    await session.sandbox.cancel()
-                raise
-        if not call.request.code.strip() and result.status in ("ok", "cancelled"):
-            nothing = "nothing was running" if interrupt else "there was no code to run, and none running to wait for"
-            result = dataclasses.replace(result, status="ok", exception=None, message=nothing)
-        return dataclasses.replace(result, unread=earlier) if earlier else result
-
-    async def _answer(
-        self,
-        session: Session,
-        on_output: OnOutput | None,
-        on_status: OnStatus | None,
-        interrupt: anyio.Event | None,
-        deadline: float,
-    ) -> Result:
-        """Return the result of the session's call or, if it has none by the deadline, its output so far."""
-        call = session.call
-        assert call is not None
-        call.on_status = on_status
-        try:
-            with anyio.CancelScope(deadline=deadline):
-                async with interruptible(lambda: session.sandbox, interrupt):
-                    await self._pursue(session, call, on_output)
-            return await self._tell(session, call)
-        finally:
-            call.on_status = None
-
-    async def _pursue(self, session: Session, call: Call, on_output: OnOutput | None = None) -> None:
-        """Wait until the session's call has ended, placing it as often as its connection ends or a sandbox does."""
-        while not call.ended.is_set():
-            if call.placed and session.sandbox and session.sandbox.call is call:
-                await session.sandbox.finish(call, on_output)
-            else:
-                await self._place(session, call)
-
-    async def _tell_late(self, session: Session, call: Call) -> Result:
-        """Return the end of an earlier call, to be told with the next one; also that it could not be made."""
-        try:
-            return await self._tell(session, call)
-        except SandboxError as error:
-            return Result("died", message=f"it could not be run: {str(error).rstrip('.')}", session=session.name)
-
-    async def _tell(self, session: Session, call: Call) -> Result:
-        """Return what there is to tell of a call and, with its end, of what became of the session before it."""
-        if not call.ended.is_set():
-            return call.tell()
-        if call.failed:
-            session.call = None
-        result = await self._bring_out(session.sandbox, call, call.tell())
-        session.call = None  # not before: if the caller goes meanwhile, the next one is told
-        if session.sandbox and session.sandbox.call is call:
-            session.sandbox.call = None  # else its output would be kept as long as the session
-        lost, session.lost = result.lost_before or session.lost, None
-        return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
-
-    async def _place(self, session: Session, call: Call) -> None:
-        """Place the session's call in its sandbox or, in the background, in one that is made for it."""
-        if session.placing is None:
-            if call.cancelled and not call.begun:
-                call.fail(SessionError(f"The call in the session {session.name!r} was cancelled before it began."))
-                return
-            is_ready = session.is_attached and not call.begun and not call.unfit
-            if session.sandbox and is_ready and not call.request.files:  # to copy those takes its time
-                await session.sandbox.begin(call)
-                return
-            session.placing, session.placed = anyio.CancelScope(), anyio.Event()
-            self._tasks.start_soon(self._place_anew, session, call)
-        await session.placed.wait()
-
-    async def _place_anew(self, session: Session, call: Call) -> None:
-        """Find or make a sandbox for the session, and place its call there; end the call if there is no way to."""
-        assert session.placing is not None
-        with session.placing as scope:
-            try:
-                await self._find_place(session, call)
-            except Exception as error:  # for whoever waits for the call, not for this task's parent
-                call.fail(error)
-        if scope.cancelled_caught:
-            call.fail(SessionError(f"The session {session.name!r} was ended before the call could begin."))
-        session.placing = None
-        session.placed.set()
-
-    async def _find_place(self, session: Session, call: Call) -> None:
-        was_begun, bare = call.begun, call.unfit
-        if bare and session.sandbox:
-            self._tasks.start_soon(session.sandbox.end)
-            session.sandbox = None
-        else:
-            await self._attach(session)
-        if call.placed:
-            return  # it goes on
-        if session.sandbox is None and call.is_new and not was_begun:
-            session.lost = None  # nothing had run in it
-        if session.sandbox is None and was_begun:
-            call.end(call.died(f"the container ended during the call ({call.why_cut})"))
-            session.lost = None  # as this call tells it
-        elif was_begun and session.sandbox:
-            assert session.sandbox.greeting is not None
-            message = "the connection to the container was cut, and the end of the call with it"
-            call.end(call.died(message, session.sandbox.greeting["state"]))
-        elif call.attempts >= FIRST_CALL_ATTEMPTS:
-            call.give_up()
-        else:
-            if session.sandbox is None:
-                await self._create(session, call.report, bare)
-                call.is_new = session.lost is None
-            if session.sandbox:
-                await session.sandbox.begin(call)
-
-    async def _require_end(self, session: Session, *, can_wait: bool = False) -> None:
-        """Wait for the end of the session's call, as it may be just ending; for one that was cancelled, forget it.
-
-        Raises:
-            SessionError: it goes on.
-        """
-        call = session.call
-        assert call is not None
-        patience = INTERRUPT_GRACE + HOST_PATIENCE if call.cancelled else None if can_wait else CLOSING_TIME
-        with anyio.move_on_after(patience):
-            await self._pursue(session, call)
-        if not call.ended.is_set():
-            raise SessionError(
-                f"In the session {session.name!r} the code of an earlier call is still running: wait for it by a "
-                "call with empty code, which can also interrupt it, or use another session."
-            )
-        if call.cancelled:
-            if not call.failed:
-                await self._bring_out(session.sandbox, call, call.tell())
-            session.call = None
-            if call.was_lost:
-                session.lost = "a call was cancelled, and its code did not stop in time"
-
-    async def _attach(self, session: Session) -> None:
-        """See that the session's sandbox is connected, if there is one: the runner's own, or one found by its name.
-
-        A call that is running there goes on, or becomes the session's.
-
-        Raises:
-            EngineError: it can't be found out whether there is one.
-            SessionError: another program has it, or its container does not answer.
-        """
-        if session.is_attached:
-            return
-        had = session.sandbox
-        session.sandbox = await self._find(session)  # if it can't be found out, the next call looks again
-        if session.sandbox is None and had:
-            idle = f"it was not used for {self.config.session.idle_timeout:g} seconds"
-            session.lost = idle if had.expired else "its container ended"
-        elif session.sandbox and session.sandbox.call:
-            if session.call is not session.sandbox.call:
-                session.call = session.sandbox.call
-            elif session.call.cancelled:
-                await session.sandbox.interrupt()
-
-    async def _create(self, session: Session, report: OnStatus, bare: bool = False) -> None:
-        """Make a sandbox for the session or, if another program has just made one, attach to that."""
-        await self._make_room()
-        session.is_coming = True
-        try:
-            sandbox = await self.pool.lease(bare=bare, report=report)
-        finally:
-            session.is_coming = False
-        self.pool.let_go(sandbox)
-        session.sandbox = sandbox
-        try:
-            await self._claim(session, sandbox)
-        except BaseException:
-            if session.sandbox is sandbox:
-                session.sandbox = None  # nothing has run in it, and no other program would find it
-                with anyio.CancelScope(shield=True):
-                    await sandbox.end()
-            raise
-
-    def _forget_ended(self) -> None:
-        """Keep a few of the sessions that have ended, whose next call is told why; forget those before them."""
-        ended = [name for name, one in self.sessions.items() if not (one.is_there or one.is_busy or one.placing)]
-        for name in ended[:-ENDED_SESSIONS]:
-            del self.sessions[name]
-
-    async def _make_room(self) -> None:
-        """See that there may be one more session. Raises SessionError."""
-        most = self.config.session.max
-        there = {name: one for name, one in self.sessions.items() if one.is_there}
-        if len(there) < most:
-            return
-        idle = [name for name, one in there.items() if not one.is_busy]
-        if not (self.config.session.evict and idle):
-            raise SessionError(
-                f"There are {len(there)} sessions already, which is the most allowed (session.max): "
-                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first."
-            )
-        oldest = min(idle, key=lambda name: there[name].used)
-        log.info("ending the session %s, the longest idle one, to make room for another", oldest)
-        await self.close_session(oldest)
-        evicted = self.sessions.setdefault(oldest, Session(oldest))
-        evicted.lost = f"it was ended to make room for another (session.max: {most})"
-
-    async def _claim(self, session: Session, sandbox: Sandbox) -> None:
-        """Give the session's container the name by which it is found. An engine allows each name only once."""
-        deadline = time.monotonic() + ATTACH_TIMEOUT
-        while not sandbox.gone.is_set():
-            try:
-                await sandbox.rename(session_container(session.name))
-                return
-            except EngineError as error:
-                if time.monotonic() > deadline:  # Podman 4 keeps the name of what was removed while it was renamed
-                    raise type(error)(
-                        f"The session {session.name!r} can't be started: {error}: try again, or use another session."
-                    ) from None
-            # Another program was quicker; or the session's last container is only just going, or has gone since.
-            name = session_container(session.name)
-            is_there = await sandbox.engine.inspect("container", name, "{{.State.Status}}")
-            if is_there and (other := await self._find(session)):
-                session.sandbox = other
-                await sandbox.end()
-                return
-            await anyio.sleep(0.1)
-
-    async def _find(self, session: Session) -> Sandbox | None:
-        """Find a session's container by its name, and plug into it; None if there is none.
-
-        Raises:
-            EngineError: it can't be found out whether there is one.
-            SessionError: another program has it, or it does not answer.
-        """
-        engine = await self.launcher.find_engine()
-        container = session_container(session.name)
-        begun = time.monotonic()
-        while version := (await engine.sandboxes(f"--filter=name={container}")).get(container):
-            if version != str(PROTOCOL):
-                raise VersionError(
-                    f"The session {session.name!r} was begun by another version of this server, which this one can't "
-                    "speak with: end it with cleanup-session, use another session, or go on with that version."
-                )
-            # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
-            with anyio.CancelScope(shield=True):
-                answer = await Sandbox.plug_in(
-                    self.launcher, engine, container, session=session.name, call=session.call
-                )
-            if isinstance(answer, Sandbox):
-                return answer
-            waited = time.monotonic() - begun
-            # A connection that has ended, ours or that of a host that has died, is one until the supervisor sees it.
-            is_ours = answer is not None and answer.owner == self.launcher.owner
-            if answer and answer.attached and waited > (ATTACH_TIMEOUT if is_ours else CLOSING_TIME):
-                raise SessionError(
-                    f"The session {session.name!r} is being used by another program on this host: wait until that has "
-                    "ended, or use another session."
-                )
-            if answer and not answer.attached:
-                if answer.session is not None:
-                    return None  # another session's, whose name has the same hash
-                await engine.remove(container)  # its host died before the first call
-            elif not answer:
-                status = await engine.inspect("container", container, "{{.State.Status}}")
-                if status == "paused" or waited > ATTACH_TIMEOUT:
-                    raise SessionError(
-                        f"The session {session.name!r} is there, but its container {container} does not answer "
-                        f"({status or 'gone'}): unpause it, or remove it with `{engine.kind} rm -f {container}`."
-                    )
-            await anyio.sleep(0.05)
-        return None
-
     async def close_session(self, name: str) -> bool:
         """End a session and everything kept for it; False if there is none of that name.
 
@@ -751,27 +436,7 @@ class Runner:
             EngineError: the engine does not answer, so that it may not have ended.
         """
         Request("", name)
-        session = self.sessions.setdefault(name, Session(name))
-        was_coming = session.placing is not None
-        if session.placing:
-            session.placing.cancel()
-            await session.placed.wait()
-        if not session.is_attached:
-            async with session.lock:
-                try:
-                    await self._attach(session)
-                except VersionError:
-                    engine = await self.launcher.find_engine()
-                    await engine.remove(session_container(name))
-                    return True
-        sandbox, session.sandbox = session.sandbox, None
-        if session.call:
-            session.call.end(session.call.died("the session was ended"))
-        if sandbox:
-            await sandbox.end(must_know=True)  # even if a call is running: that ends with it
-        if not session.lock.locked():
-            self.sessions.pop(name, None)
-        return was_coming or sandbox is not None
+        return await self.sessions[name].close()
 
     async def read_file(self, session: str, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return a file in a session's working directory, or a part of it; also while code runs there.
@@ -781,15 +446,13 @@ class Runner:
             SessionError: there is no such session.
         """
         Request("", session)
-        entry = self.sessions.setdefault(session, Session(session))
+        entry = self.sessions[session]
         if not entry.is_attached and not entry.placing:
             async with entry.lock:
-                await self._attach(entry)
+                await entry.attach()
         if entry.sandbox is None or not entry.is_attached:
             raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
         return await entry.sandbox.files.read(path, offset, length)
-
-    # ── packages ──
 
     async def install(
         self, requirement: str, *, session: str | None = None, on_status: OnStatus | None = None
@@ -815,72 +478,31 @@ class Runner:
         self.pool.touch()
         stale: tuple[str, ...] = ()
         if session is None:
-            outcome = await self._install(name, text, None, report)
+            outcome = await self.launcher.install(name, text, None, report)
             if outcome.ok:
                 self.pool.renew()
             return describe_installation(name, outcome, session, stale, time.monotonic() - started)
-        entry = self.sessions.setdefault(session, Session(session))
+        entry = self.sessions[session]
         async with entry.lock:
-            entry.used = time.monotonic()
-            await self._attach(entry)
-            if entry.call:
-                await self._require_end(entry)
-            if not entry.is_attached:
-                await self._create(entry, report)
-            outcome = await self._install(name, text, entry.sandbox, report)
+            sandbox = await entry.open(report)
+            outcome = await self.launcher.install(name, text, sandbox, report)
             if outcome.ok and outcome.folder:
-                stale = await self._use(entry, outcome.folder, report)
+                stale = await entry.use(outcome.folder, report)
         return describe_installation(name, outcome, session, stale, time.monotonic() - started)
-
-    async def _use(self, session: Session, folder: str, report: OnStatus) -> tuple[str, ...]:
-        """Have the session use a folder of packages; return the modules that it had imported in another version."""
-        for _ in range(FIRST_CALL_ATTEMPTS):
-            if not session.sandbox or session.sandbox.gone.is_set():
-                await self._create(session, report)
-            assert session.sandbox is not None
-            with contextlib.suppress(anyio.EndOfStream):
-                return await session.sandbox.use(session.name, folder)
-            # It has ended, or had preloaded other packages than the session has now.
-            self._tasks.start_soon(session.sandbox.end)
-            session.sandbox = None
-            await self._create(session, report, bare=True)
-        raise SessionError(f"The session {session.name!r} ended while the package was installed: try again.")
-
-    async def _install(self, name: str, requirement: str, sandbox: Sandbox | None, report: OnStatus) -> Outcome:
-        """Have a helper container install it, on top of what the sandbox's session has, or for all."""
-        engine, image = await self.launcher.prepare(report)
-        task = {
-            "task": "install",
-            "name": name,
-            "requirement": requirement,
-            "base": sandbox.packages if sandbox else None,
-            "shared": sandbox is None,
-            "image": image.packages.rpartition("/")[2],
-        }
-        helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
-        report(f"installing {requirement}")
-        try:
-            with anyio.fail_after(INSTALL_TIMEOUT):
-                async with helper_container(engine, helper, image.name, self.config.package, task, report) as outcome:
-                    return outcome
-        except TimeoutError:
-            raise EngineError(f"Installing {name} did not end within {INSTALL_TIMEOUT} seconds; try again.") from None
-        finally:
-            report("")
 
     # ── all sandboxes ──
 
     @property
     def running(self) -> int:
         """The number of calls under way."""
-        calls = [sandbox.call for sandbox in self._held()]
+        calls = [sandbox.call for sandbox in self.held()]
         return sum(call is not None and not call.ended.is_set() for call in calls)
 
     def living(self) -> set[str]:
         """Return the names of the sessions that have a sandbox here."""
         return {name for name, session in self.sessions.items() if session.is_there}
 
-    def _held(self) -> list[Sandbox]:
+    def held(self) -> list[Sandbox]:
         """Return the sandboxes that this runner is connected to, or was."""
         sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
         return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
@@ -902,11 +524,11 @@ class Runner:
             for name in await self.launcher.prune():
                 log.info("removed the container %s, which never ran", name)
 
-    async def _leave(self) -> None:
+    async def leave(self) -> None:
         """Say farewell to everything: transient sandboxes end, sessions stay for the next host."""
         self.pool.stop()
         async with anyio.create_task_group() as tasks:
-            for sandbox in self._held():
+            for sandbox in self.held():
                 tasks.start_soon(sandbox.leave)
 
 
@@ -966,7 +588,400 @@ async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
         raise error
 
 
-# ── session and call ──
+# ── sessions ──
+
+
+class Sessions(dict[str, "Session"]):
+    """A runner's sessions by name, of which there may be `session.max`. One that is asked for is made."""
+
+    def __init__(self, launcher: Launcher, pool: Pool) -> None:
+        super().__init__()
+        self.launcher = launcher
+        self.pool = pool
+
+    def __missing__(self, name: str) -> Session:
+        """Make a session, which has no sandbox yet."""
+        session = self[name] = Session(name, self)
+        return session
+
+    def forget_ended(self) -> None:
+        """Keep a few of the sessions that have ended, whose next call is told why; forget those before them."""
+        ended = [name for name, one in self.items() if not (one.is_there or one.is_busy or one.placing)]
+        for name in ended[:-ENDED_SESSIONS]:
+            del self[name]
+
+    async def make_room(self) -> None:
+        """See that there may be one more session. Raises SessionError."""
+        limits = self.launcher.config.session
+        there = {name: one for name, one in self.items() if one.is_there}
+        if len(there) < limits.max:
+            return
+        idle = [name for name, one in there.items() if not one.is_busy]
+        if not (limits.evict and idle):
+            raise SessionError(
+                f"There are {len(there)} sessions already, which is the most allowed (session.max): "
+                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first."
+            )
+        oldest = min(idle, key=lambda name: there[name].used)
+        log.info("ending the session %s, the longest idle one, to make room for another", oldest)
+        await there[oldest].close()
+        self[oldest].lost = f"it was ended to make room for another (session.max: {limits.max})"
+
+
+class Session:
+    """A named sandbox that keeps its variables, and the queue of its callers.
+
+    no sandbox ──create──> attached ──its host leaves──> detached ──attach──> attached
+         ▲                    │ its container ends, or its connection is cut
+         └──── not found ─────┘  (then `attach` looks for it by its name)
+
+    Its call's stages are drawn in `Call`. A caller waits in `_pursue`; where the sandbox has to be found or made
+    first, one task, `_place`, does that, whoever waits. Always: if the call is placed or has begun, `sandbox` has it.
+    """
+
+    def __init__(self, name: str, others: Sessions) -> None:
+        self.name = name
+        self.lock = anyio.Lock(fast_acquire=True)
+        self.sandbox: Sandbox | None = None
+        self.call: Call | None = None  # the last one, until its result has been told
+        self.lost: str | None = None  # why the variables are gone, until a call has told it
+        self.used = 0.0  # when its last call was made
+        self.placing: anyio.CancelScope | None = None  # of the task that finds or makes a sandbox for the call
+        self._placed = anyio.Event()  # set when that task has ended
+        self._is_coming = False  # whether a sandbox is being made for it, for which there is room
+        self._others = others
+        self._pool, self._launcher = others.pool, others.launcher
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it has a sandbox that is connected."""
+        return self.sandbox is not None and not self.sandbox.gone.is_set()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has a sandbox, or is about to."""
+        return self._is_coming or self.is_attached
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a caller is at it, or its code goes on without one."""
+        return self.lock.locked() or (self.call is not None and not self.call.ended.is_set())
+
+    # ── its calls ──
+
+    async def execute(
+        self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None, deadline: float
+    ) -> Result:
+        """Run a call when those before it have ended; return its result or, at the deadline, its output so far."""
+        earlier = None
+        async with self.lock:
+            self.used = time.monotonic()
+            if not self.placing:
+                await self.attach()
+            if self.call:
+                if not call.request.code.strip():
+                    return await self._answer(on_output, call.on_status, interrupt, deadline)
+                await self._require_end(can_wait=deadline == math.inf)
+                if self.call:
+                    earlier = await self._tell_late(self.call)
+            await anyio.lowlevel.checkpoint_if_cancelled()  # from here on, the call is sent even if no caller waits
+            self.call = call
+            try:
+                result = await self._answer(on_output, call.on_status, interrupt, deadline)
+            except anyio.get_cancelled_exc_class():
+                call.cancelled = True
+                if self.placing:
+                    self.placing.cancel()
+                elif self.sandbox and call.is_placed:
+                    await self.sandbox.cancel()
+                raise
+        if not call.request.code.strip() and result.status in ("ok", "cancelled"):
+            nothing = "nothing was running" if interrupt else "there was no code to run, and none running to wait for"
+            result = dataclasses.replace(result, status="ok", exception=None, message=nothing)
+        return dataclasses.replace(result, unread=earlier) if earlier else result
+
+    async def _answer(
+        self,
+        on_output: OnOutput | None,
+        on_status: OnStatus | None,
+        interrupt: anyio.Event | None,
+        deadline: float,
+    ) -> Result:
+        """Return the result of the last call or, if it has none by the deadline, its output so far."""
+        call = self.call
+        assert call is not None
+        call.on_status = on_status
+        try:
+            with anyio.CancelScope(deadline=deadline):
+                async with interruptible(lambda: self.sandbox, interrupt):
+                    await self._pursue(call, on_output)
+            return await self._tell(call)
+        finally:
+            call.on_status = None
+
+    async def _pursue(self, call: Call, on_output: OnOutput | None = None) -> None:
+        """Wait until the call has ended, placing it as often as its connection ends or a sandbox does."""
+        while not call.ended.is_set():
+            if self.placing:
+                await self._placed.wait()
+            elif self.sandbox and call.is_placed:
+                await self.sandbox.finish(call, on_output)
+            elif call.cancelled and call.stage is Stage.NOWHERE:
+                call.fail(SessionError(f"The call in the session {self.name!r} was cancelled before it began."))
+            elif self.sandbox and self._takes_at_once(call):
+                await self.sandbox.begin(call)
+            else:
+                self.placing, self._placed = anyio.CancelScope(), anyio.Event()
+                self._launcher.tasks.start_soon(self._place, call, self.placing)
+
+    def _takes_at_once(self, call: Call) -> bool:
+        """Whether the sandbox can be sent the call as it is; to copy files takes its time, which no caller may cut."""
+        return self.is_attached and call.stage is Stage.NOWHERE and not call.needs_bare and not call.request.files
+
+    async def _place(self, call: Call, scope: anyio.CancelScope) -> None:
+        """Find or make a sandbox for a call, and place it there; end the call if there is no way to."""
+        failure: Exception | None = None
+        with scope:
+            try:
+                await self._find_place(call)
+            except Exception as error:  # for whoever waits for the call, not for this task's parent
+                failure = error
+        if scope.cancelled_caught:
+            failure = SessionError(f"The session {self.name!r} was ended before the call could begin.")
+        if failure:
+            call.fail(failure)
+        self.placing = None
+        self._placed.set()
+
+    async def _find_place(self, call: Call) -> None:
+        if call.needs_bare and self.sandbox:
+            self._launcher.tasks.start_soon(self.sandbox.end)
+            self.sandbox = None
+        else:
+            await self.attach()
+        if call.is_placed or call.ended.is_set():
+            return  # it went on over the new connection
+        if call.stage is Stage.CUT:
+            message = f"the container ended during the call ({call.why_cut})"
+            state: Variables = "lost"
+            if self.sandbox and self.sandbox.greeting:
+                message = "the connection to the container was cut, and the end of the call with it"
+                state = self.sandbox.greeting["state"]
+            else:
+                self.lost = None  # as this call tells it
+            call.end(call.died(message, state))
+            return
+        if self.sandbox is None and call.is_new:
+            self.lost = None  # nothing had run in it
+        if call.attempts >= FIRST_CALL_ATTEMPTS:
+            call.give_up()
+            return
+        if self.sandbox is None:
+            await self.create(call.report, call.needs_bare)
+            call.is_new = self.lost is None
+        if self.sandbox:
+            await self.sandbox.begin(call)
+
+    async def _require_end(self, *, can_wait: bool = False) -> None:
+        """Wait for the end of the last call, as it may be just ending; forget one that was cancelled.
+
+        Raises:
+            SessionError: it goes on.
+        """
+        call = self.call
+        assert call is not None
+        patience = INTERRUPT_GRACE + HOST_PATIENCE if call.cancelled else None if can_wait else CLOSING_TIME
+        with anyio.move_on_after(patience):
+            await self._pursue(call)
+        if not call.ended.is_set():
+            raise SessionError(
+                f"In the session {self.name!r} the code of an earlier call is still running: wait for it by a "
+                "call with empty code, which can also interrupt it, or use another session."
+            )
+        if call.cancelled:
+            with contextlib.suppress(SandboxError):  # it failed: nobody is there to be told
+                result = await bring_out(self.sandbox, call, self._launcher.config)
+                if result.state == "lost":
+                    self.lost = "a call was cancelled, and its code did not stop in time"
+            self.call = None
+
+    async def _tell_late(self, call: Call) -> Result:
+        """Return the end of an earlier call, to be told with the next one; also that it could not be made."""
+        try:
+            return await self._tell(call)
+        except SandboxError as error:
+            return Result("died", message=f"it could not be run: {str(error).rstrip('.')}", session=self.name)
+
+    async def _tell(self, call: Call) -> Result:
+        """Return what there is to tell of a call and, with its end, of what became of the session before it."""
+        if not call.ended.is_set():
+            return call.tell()
+        if call.failed:
+            self.call = None
+        result = await bring_out(self.sandbox, call, self._launcher.config)
+        self.call = None  # not before: if the caller goes meanwhile, the next one is told
+        if self.sandbox and self.sandbox.call is call:
+            self.sandbox.call = None  # else its output would be kept as long as the session
+        lost, self.lost = result.lost_before or self.lost, None
+        return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
+
+    # ── its sandbox ──
+
+    async def open(self, report: OnStatus) -> Sandbox:
+        """Return the sandbox, which is made if there is none, when no call runs in it. Raises as `execute`."""
+        self.used = time.monotonic()
+        await self.attach()
+        if self.call:
+            await self._require_end()
+        if not self.is_attached:
+            await self.create(report)
+        assert self.sandbox is not None
+        return self.sandbox
+
+    async def attach(self) -> None:
+        """See that the sandbox is connected, if there is one: the one that it had, or one found by its name.
+
+        If that already runs a call, adopt it.
+
+        Raises:
+            EngineError: it can't be found out whether there is one.
+            SessionError: another program has it, or its container does not answer.
+        """
+        if self.is_attached:
+            return
+        had = self.sandbox
+        self.sandbox = await self._find()  # if it can't be found out, the next call looks again
+        if self.sandbox is None and had:
+            idle = f"it was not used for {self._launcher.config.session.idle_timeout:g} seconds"
+            self.lost = idle if had.expired else "its container ended"
+        elif self.sandbox and self.sandbox.call:
+            if self.call is not self.sandbox.call:
+                self.call = self.sandbox.call
+            elif self.call.cancelled:
+                await self.sandbox.interrupt()
+
+    async def create(self, report: OnStatus, bare: bool = False) -> None:
+        """Make a sandbox for the session or, if another program has just made one, attach to that."""
+        await self._others.make_room()
+        self._is_coming = True
+        try:
+            sandbox = await self._pool.lease(bare=bare, report=report)
+        finally:
+            self._is_coming = False
+        self._pool.let_go(sandbox)
+        self.sandbox = sandbox
+        try:
+            await self._claim(sandbox)
+        except BaseException:
+            if self.sandbox is sandbox:
+                self.sandbox = None  # nothing has run in it, and no other program would find it
+                with anyio.CancelScope(shield=True):
+                    await sandbox.end()
+            raise
+
+    async def _claim(self, sandbox: Sandbox) -> None:
+        """Give the container the name by which the session is found. An engine allows each name only once."""
+        name = session_container(self.name)
+        deadline = time.monotonic() + ATTACH_TIMEOUT
+        while not sandbox.gone.is_set():
+            try:
+                await sandbox.rename(name)
+                return
+            except EngineError as error:
+                if time.monotonic() > deadline:  # Podman 4 keeps the name of what was removed while it was renamed
+                    raise type(error)(
+                        f"The session {self.name!r} can't be started: {error}: try again, or use another session."
+                    ) from None
+            # Another program was quicker; or the session's last container is only just going, or has gone since.
+            is_there = await sandbox.engine.inspect("container", name, "{{.State.Status}}")
+            if is_there and (other := await self._find()):
+                self.sandbox = other
+                await sandbox.end()
+                return
+            await anyio.sleep(0.1)
+
+    async def _find(self) -> Sandbox | None:
+        """Find the session's container by its name, and plug into it; None if there is none.
+
+        Raises:
+            EngineError: it can't be found out whether there is one.
+            SessionError: another program has it, or it does not answer.
+        """
+        engine = await self._launcher.find_engine()
+        container = session_container(self.name)
+        begun = time.monotonic()
+        while version := (await engine.sandboxes(f"--filter=name={container}")).get(container):
+            if version != str(PROTOCOL):
+                raise VersionError(
+                    f"The session {self.name!r} was begun by another version of this server, which this one can't "
+                    "speak with: end it with cleanup-session, use another session, or go on with that version."
+                )
+            # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
+            with anyio.CancelScope(shield=True):
+                answer = await Sandbox.plug_in(self._launcher, engine, container, session=self.name, call=self.call)
+            if isinstance(answer, Sandbox):
+                return answer
+            waited = time.monotonic() - begun
+            # A connection that has ended, ours or that of a host that has died, is one until the supervisor sees it.
+            is_ours = answer is not None and answer.owner == self._launcher.owner
+            if answer and answer.attached and waited > (ATTACH_TIMEOUT if is_ours else CLOSING_TIME):
+                raise SessionError(
+                    f"The session {self.name!r} is being used by another program on this host: wait until that has "
+                    "ended, or use another session."
+                )
+            if answer and not answer.attached:
+                if answer.session is not None:
+                    return None  # another session's, whose name has the same hash
+                await engine.remove(container)  # its host died before the first call
+            elif not answer:
+                status = await engine.inspect("container", container, "{{.State.Status}}")
+                if status == "paused" or waited > ATTACH_TIMEOUT:
+                    raise SessionError(
+                        f"The session {self.name!r} is there, but its container {container} does not answer "
+                        f"({status or 'gone'}): unpause it, or remove it with `{engine.kind} rm -f {container}`."
+                    )
+            await anyio.sleep(0.05)
+        return None
+
+    async def use(self, folder: str, report: OnStatus) -> tuple[str, ...]:
+        """Have the session use a folder of packages; return the modules that it had imported in another version."""
+        for _ in range(FIRST_CALL_ATTEMPTS):
+            if not self.sandbox or self.sandbox.gone.is_set():
+                await self.create(report)
+            assert self.sandbox is not None
+            with contextlib.suppress(anyio.EndOfStream):
+                return await self.sandbox.use(self.name, folder)
+            # It has ended, or had preloaded other packages than the session has now.
+            self._launcher.tasks.start_soon(self.sandbox.end)
+            self.sandbox = None
+            await self.create(report, bare=True)
+        raise SessionError(f"The session {self.name!r} ended while the package was installed: try again.")
+
+    async def close(self) -> bool:
+        """End the session and everything kept for it; return whether there was one. Raises as `close_session`."""
+        was_coming = self.placing is not None
+        if self.placing:
+            self.placing.cancel()
+            await self._placed.wait()
+        if not self.is_attached:
+            async with self.lock:
+                try:
+                    await self.attach()
+                except VersionError:
+                    engine = await self._launcher.find_engine()
+                    await engine.remove(session_container(self.name))
+                    return True
+        sandbox, self.sandbox = self.sandbox, None
+        if self.call:
+            self.call.end(self.call.died("the session was ended"))
+        if sandbox:
+            await sandbox.end(must_know=True)  # even if a call is running: that ends with it
+        if not self.lock.locked():
+            self._others.pop(self.name, None)
+        return was_coming or sandbox is not None
+
+
+# ── a call ──
 
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
 CODE_LIMIT = 256 << 10  # bytes of code in one call; less than LINE_LIMIT
@@ -1062,16 +1077,26 @@ def encoded(frame: ToSupervisor) -> bytes:
     return head(frame) + bytes(data)
 
 
+class Stage(enum.Enum):
+    """Where a call is."""
+
+    NOWHERE = "no sandbox has it"
+    PLACED = "it was sent to a sandbox"
+    BEGUN = "the sandbox has acknowledged it"
+    CUT = "it had begun when the connection to its sandbox ended"
+    ENDED = "it has its result, or an error"
+
+
 class Call:
-    """One call: its request, its output and variables as they come, and in the end its result.
+    """One call: its request, its stage, its output and variables as they come, and in the end its result.
 
     The reader of a sandbox's pipe drives it (see `take`), whether or not anyone waits: for code to go on without its
     caller, the caller just stops waiting. A connection that is cut does not end it: the next one goes on with it.
 
-        made ── placed in a sandbox ── begun (acknowledged) ── ended
-                      │    ▲
-                      ▼    │ by a new connection or, if it had not begun, in another sandbox
-                       cut
+        NOWHERE ──place──> PLACED ──take──> BEGUN ──end, fail──> ENDED   (from every other stage, too)
+           ▲                 │              │   ▲
+           └───────cut───────┘           cut▼   │go_on
+                                            CUT
     """
 
     def __init__(
@@ -1085,39 +1110,32 @@ class Call:
     ) -> None:
         self.request = request
         self.id = call_id or secrets.token_hex(8)
-        self.placed = False  # whether a connected sandbox has it
+        self.stage = Stage.NOWHERE
+        self.ended = anyio.Event()  # set at that stage
         self.why_cut = ""  # what ended the last connection that it was placed over
-        self.begun = False
-        self.ended = anyio.Event()
         self.cancelled = False  # whether its caller has given it up, and it was told to stop
-        self.unfit = False  # whether the sandbox that it was placed in had preloaded other packages
+        self.needs_bare = False  # whether the sandbox that it was placed in had preloaded other packages
         self.attempts = 0  # sandboxes that it was placed in
         self.is_new = False  # whether its session began with it
         self.status = ""  # what it waits for before it is placed
         self.on_status: OnStatus | None = None
         self.deadline = math.inf  # of the event loop's clock; a sandbox that is silent after that is given up
-        self.received = 0  # bytes of output
-        self._made = time.monotonic() - ran
-        self._result: Result | None = None
-        self._error: Exception | None = None
-        self._news = anyio.Event()  # something happened that `wait` is waiting for
-        self._streams = streams  # whether someone waits who takes the output as it comes
-        self._stream: deque[Text | Rich | Omitted] = deque()
-        self._room = anyio.Event()
-        self._output: list[Text | Rich | Omitted] = []  # untold
-        self._earlier = ""
-        self._variables: dict[str, Any] | None = None
-        self._left_out: dict[str, str] = {}
+        self.output = CallOutput(request.output_limit, streams=streams, is_adopted=is_adopted)
         self.refused: dict[str, None] = {}  # sentences on connections that were refused
-        self._is_adopted = is_adopted  # whether another host began it, whose limits are not known
-        self._keeps = request.output_limit is not None
-        self._clear()
+        self._made = time.monotonic() - ran
+        self._parts: dict[str, Any] = {}  # fields of the result that came ahead of its end
+        self._outcome: Result | Exception | None = None
+        self._news = anyio.Event()  # something has happened that a task may wait for
 
-    def _clear(self) -> None:
-        """Forget the output that nobody has been told, with all that is counted of it."""
-        self._output.clear()
-        self._text_left = (self.request.output_limit or 0) + LINE_LIMIT
-        self._data_left = CALL_LIMIT
+    @property
+    def is_placed(self) -> bool:
+        """Whether a connected sandbox has it."""
+        return self.stage in (Stage.PLACED, Stage.BEGUN)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error, and so has no result."""
+        return isinstance(self._outcome, Exception)
 
     def report(self, status: str) -> None:
         """Take note of what the call waits for, "" for nothing, and tell whoever waits for it."""
@@ -1126,162 +1144,119 @@ class Call:
             if self.on_status:
                 self.on_status(status)
 
+    # ── its stages ──
+
+    def place(self) -> None:
+        """Take note that a sandbox is being sent it."""
+        self.stage, self.needs_bare = Stage.PLACED, False
+        self.deadline = anyio.current_time() + self.request.timeout + INTERRUPT_GRACE + HOST_PATIENCE
+
+    def go_on(self, told: int, left: float) -> None:
+        """Go on over a new connection, after `told` bytes of output were sent over earlier ones."""
+        self.stage = Stage.BEGUN
+        self.deadline = anyio.current_time() + left + HOST_PATIENCE
+        self.output.skip_to(told)
+
     def cut(self, why: str) -> None:
         """Take note that the connection to its sandbox has ended, or that the sandbox did not take it."""
-        self.placed, self.why_cut = False, why
-        self._news.set()
+        if self.stage is not Stage.ENDED:
+            self.stage = Stage.CUT if self.stage is Stage.BEGUN else Stage.NOWHERE
+        self.why_cut = why
+        self.notify()
 
     def end(self, result: Result) -> None:
         """End it, unless it has ended."""
         if not self.ended.is_set():
             log.debug("call %s ended: %s after %.3f s", self.id, result.status, result.wall)
-            self._result = result
-            self.ended.set()
-            self._news.set()
+            self._end(result)
+
+    def fail(self, error: Exception) -> None:
+        """End it, unless it has ended, with an error for whoever asks for its result."""
+        if not self.ended.is_set():
+            self._end(error)
 
     def give_up(self) -> None:
         """End it because no sandbox that it was placed in lasted until it began."""
         self.end(self.died(f"{self.attempts} sandboxes ended before the code could begin"))
 
-    def fail(self, error: Exception) -> None:
-        """End it with an error for whoever asks for its result."""
-        if not self.ended.is_set():
-            self._error = error
-            self.ended.set()
-            self._news.set()
+    def _end(self, outcome: Result | Exception) -> None:
+        self._outcome, self.stage = outcome, Stage.ENDED
+        self.ended.set()
+        self.notify()
 
-    def listen(self, listens: bool) -> None:
-        """Note whether a caller takes the output as it comes."""
-        self._streams = listens
-        self._room.set()
+    def notify(self) -> None:
+        """Wake the tasks that wait for news of it."""
+        self._news.set()
+
+    async def news(self) -> None:
+        """Wait until something happens to it."""
+        if self._news.is_set():
+            self._news = anyio.Event()
+        await self._news.wait()
 
     async def wait(self, patience: float, on_output: OnOutput | None = None) -> None:
         """Wait until it has ended, is not placed any more, or is silent for `patience`; pass on output meanwhile."""
         while True:
-            while self._stream and on_output:
-                await on_output(self._stream.popleft())
-                self._room.set()
-            if self.ended.is_set() or not self.placed:
+            if on_output:
+                await self.output.pass_on(on_output)
+            if not self.is_placed:
                 return
-            self._news = anyio.Event()
             with anyio.move_on_after(patience) as silence:
-                await self._news.wait()
+                await self.news()
             if silence.cancelled_caught:
                 return
+
+    # ── its result ──
 
     def tell(self) -> Result:
         """Return the result or, as long as there is none, the output so far. No output is told twice.
 
         Raises the error that it ended with.
         """
-        if self._error:
-            raise self._error
-        if self._result:
-            return self._result
-        output, self._output = joined(self._output), []
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        if self._outcome:
+            return self._outcome
         wall = time.monotonic() - self._made
         message = f"the call has not ended after {wall:.0f} seconds" + (f": {self.status}" if self.status else "")
-        return Result("running", output, message=message, session=self.request.session, wall=wall)
-
-    async def take(self, frame: OfCall) -> None:
-        """Enter a frame. Waits if the caller streams the output and is slow. Raises ProtocolError."""
-        if frame["kind"] == "stdout" or frame["kind"] == "stderr":
-            self.received += len(frame["data"])
-            await self._show(Text(frame["kind"], decoded(frame["data"])))
-        elif frame["kind"] == "display":
-            self._count(frame["data"])
-            await self._show(Rich(self._forms(frame["data"]), frame["is_value"]))
-        elif frame["kind"] == "omitted":
-            await self._show(Omitted(frame["bytes"]))
-        elif frame["kind"] == "clear":
-            self._clear()
-        elif frame["kind"] == "state":
-            self._count(frame["data"])
-            self._left_out = frame["left_out"]
-            try:
-                self._variables = parse_object(frame["data"])
-            except ValueError as error:  # the user's code forged it: that costs the call its variables, and no more
-                self._variables, self._left_out = {}, {**self._left_out, "(all)": str(error)}
-        elif frame["kind"] == "earlier":
-            self._earlier = decoded(frame["data"])
-        elif frame["kind"] == "done":
-            self.end(self._conclude(frame))
-        elif frame["kind"] == "unfit":
-            self.unfit = True
-            self.cut("it had preloaded other packages")
-            return
-        self.begun = True
-        self._news.set()
-
-    def _count(self, data: bytes) -> None:
-        self._data_left -= len(data) + FRAME_COST
-        if self._data_left < 0:
-            raise ProtocolError("more data than the limit lets through")
-
-    def _forms(self, data: bytes) -> dict[str, str]:
-        """Return the forms of a displayed value; a note if the user's code has forged them."""
-        with contextlib.suppress(ValueError):
-            forms = parse_object(data)
-            if all(isinstance(form, str) for form in forms.values()):
-                return forms
-        return {"text/plain": "[a display was left out: it is not an object of texts]"}
-
-    async def _show(self, item: Text | Rich | Omitted) -> None:
-        if isinstance(item, Text) and self._keeps:
-            self._text_left -= len(item.text)
-            if self._text_left < 0 and not self._is_adopted:
-                raise ProtocolError("more output than the limit lets through")
-            if self._text_left < 0:  # its own host may have let more through
-                item = Omitted(bytes_of(item))
-        if self._keeps or not isinstance(item, Text):
-            self._keep(item)
-        if self._streams:
-            self._stream.append(item)
-            self._news.set()  # ahead of the end of `take`, which waits for room
-            while self._streams and len(self._stream) > STREAM_LIMIT:
-                self._room = anyio.Event()
-                await self._room.wait()
-
-    def _keep(self, item: Text | Rich | Omitted) -> None:
-        """Keep a piece of output. There may be one for each character, and an object costs more than that."""
-        last = self._output[-1] if self._output else None
-        if (
-            isinstance(item, Text)
-            and isinstance(last, Text)
-            and item.stream == last.stream
-            and len(item.text) + len(last.text) < SHORT_PIECE
-        ):
-            self._output[-1] = Text(item.stream, last.text + item.text)
-        elif isinstance(item, Omitted) and isinstance(last, Omitted):
-            self._output[-1] = Omitted(last.bytes + item.bytes)
-        elif len(self._output) < PIECES_LIMIT:
-            self._output.append(item)
-        else:
-            gap = sum(piece.bytes for piece in self._output[PIECES_LIMIT:] if isinstance(piece, Omitted))
-            self._output[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
-
-    @property
-    def failed(self) -> bool:
-        """Whether it ended with an error, and so has no result."""
-        return self._error is not None
-
-    @property
-    def was_lost(self) -> bool:
-        """Whether its end cost the session the variables."""
-        return self._result is not None and self._result.state == "lost"
-
-    def go_on(self, told: int, left: float) -> None:
-        """Go on over a new connection, after `told` bytes of output were sent over earlier ones."""
-        self.begun = self.placed = True
-        self.deadline = anyio.current_time() + left + HOST_PATIENCE
-        if told > self.received:
-            self._keep(Omitted(told - self.received))
-            self.received = told
+        return Result("running", self.output.take(), message=message, session=self.request.session, wall=wall)
 
     def died(self, message: str, state: Variables = "lost") -> Result:
         """Return the result of a call whose end the sandbox can't tell."""
         session = self.request.session
-        return Result("died", joined(self._output), message=message, session=session, state=state if session else None)
+        return Result("died", self.output.pieces(), message=message, session=session, state=state if session else None)
+
+    async def take(self, frame: OfCall) -> None:
+        """Enter a frame. Waits if the caller streams the output and is slow. Raises ProtocolError."""
+        if frame["kind"] == "unfit":
+            self.needs_bare = True
+            self.cut("it had preloaded other packages")
+            return
+        if self.stage is Stage.PLACED:
+            self.stage = Stage.BEGUN
+        self.notify()  # ahead of `show`, which may wait for the caller
+        if frame["kind"] == "stdout" or frame["kind"] == "stderr":
+            self.output.received += len(frame["data"])
+            await self.output.show(Text(frame["kind"], decoded(frame["data"])))
+        elif frame["kind"] == "display":
+            self.output.count(frame["data"])
+            await self.output.show(Rich(forms_of(frame["data"]), frame["is_value"]))
+        elif frame["kind"] == "omitted":
+            await self.output.show(Omitted(frame["bytes"]))
+        elif frame["kind"] == "clear":
+            self.output.clear()
+        elif frame["kind"] == "state":
+            self.output.count(frame["data"])
+            variables, left_out = {}, frame["left_out"]
+            try:
+                variables = parse_object(frame["data"])
+            except ValueError as error:  # the user's code forged it: that costs the call its variables, and no more
+                left_out = {**left_out, "(all)": str(error)}
+            self._parts |= {"variables": variables, "variables_left_out": left_out}
+        elif frame["kind"] == "earlier":
+            self._parts["earlier"] = decoded(frame["data"])
+        elif frame["kind"] == "done":
+            self.end(self._conclude(frame))
 
     def _conclude(self, done: Done) -> Result:
         exit_code, value, session = done.get("exit_code"), done.get("value"), self.request.session
@@ -1292,7 +1267,7 @@ class Call:
             message = message or how_it_ended(exit_code)
         return Result(
             status=done["status"],
-            output=joined(self._output),
+            output=self.output.pieces(),
             value=value,
             value_omitted=max(0, done.get("value_length", 0) - len(value)) if value else 0,
             exception=ExceptionInfo(**fields) if fields else None,
@@ -1303,9 +1278,6 @@ class Call:
             state=done["state"] if session else None,
             lost_before=done["lost_before"],
             behind=done["behind"],
-            earlier=self._earlier,
-            variables=self._variables,
-            variables_left_out=self._left_out,
             files=tuple(FileInfo(path, size) for path, size in done["files"][:FILES_LISTED]),
             files_left_out=done["files_left_out"],
             refused=tuple(self.refused),
@@ -1314,7 +1286,103 @@ class Call:
             cpu=done["cpu"],
             memory=done.get("memory"),
             oom_kills=done["oom_kills"],
+            **self._parts,
         )
+
+
+class CallOutput:
+    """A call's output: as much as the result is to have, and what waits for a caller who takes it as it comes."""
+
+    def __init__(self, limit: int | None, *, streams: bool, is_adopted: bool) -> None:
+        self.received = 0  # bytes, of all connections
+        self._limit = limit  # None: text is passed on only
+        self._is_adopted = is_adopted  # whether another host began the call, whose limits are not known
+        self._untold: list[Text | Rich | Omitted] = []
+        self._streams = streams  # whether someone waits who takes the output as it comes
+        self._stream: deque[Text | Rich | Omitted] = deque()
+        self._room = anyio.Event()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the output that nobody has been told, with all that is counted of it."""
+        self._untold.clear()
+        self._text_left = (self._limit or 0) + LINE_LIMIT
+        self._data_left = CALL_LIMIT
+
+    def pieces(self) -> tuple[Text | Rich | Omitted, ...]:
+        """Return the output that nobody has been told."""
+        return joined(self._untold)
+
+    def take(self) -> tuple[Text | Rich | Omitted, ...]:
+        """Return the output that nobody has been told, which is told with that."""
+        pieces, self._untold = self.pieces(), []
+        return pieces
+
+    def skip_to(self, told: int) -> None:
+        """Note that `told` bytes were sent, of which some may not have come."""
+        if told > self.received:
+            self._keep(Omitted(told - self.received))
+            self.received = told
+
+    def listen(self, listens: bool) -> None:
+        """Note whether a caller takes the output as it comes."""
+        self._streams = listens
+        self._room.set()
+
+    async def pass_on(self, on_output: OnOutput) -> None:
+        """Give the caller what waits for it."""
+        while self._stream:
+            await on_output(self._stream.popleft())
+            self._room.set()
+
+    def count(self, data: bytes) -> None:
+        """Count data that the text's limit does not hold. Raises ProtocolError above what a supervisor lets through."""
+        self._data_left -= len(data) + FRAME_COST
+        if self._data_left < 0:
+            raise ProtocolError("more data than the limit lets through")
+
+    async def show(self, item: Text | Rich | Omitted) -> None:
+        """Keep a piece, and have it passed on; wait while the caller is slow. Raises ProtocolError."""
+        if isinstance(item, Text) and self._limit is not None:
+            self._text_left -= len(item.text)
+            if self._text_left < 0 and not self._is_adopted:
+                raise ProtocolError("more output than the limit lets through")
+            if self._text_left < 0:  # its own host may have let more through
+                item = Omitted(bytes_of(item))
+        if self._limit is not None or not isinstance(item, Text):
+            self._keep(item)
+        if self._streams:
+            self._stream.append(item)
+            while self._streams and len(self._stream) > STREAM_LIMIT:
+                self._room = anyio.Event()
+                await self._room.wait()
+
+    def _keep(self, item: Text | Rich | Omitted) -> None:
+        """Keep a piece of output. There may be one for each character, and an object costs more than that."""
+        last = self._untold[-1] if self._untold else None
+        if (
+            isinstance(item, Text)
+            and isinstance(last, Text)
+            and item.stream == last.stream
+            and len(item.text) + len(last.text) < SHORT_PIECE
+        ):
+            self._untold[-1] = Text(item.stream, last.text + item.text)
+        elif isinstance(item, Omitted) and isinstance(last, Omitted):
+            self._untold[-1] = Omitted(last.bytes + item.bytes)
+        elif len(self._untold) < PIECES_LIMIT:
+            self._untold.append(item)
+        else:
+            gap = sum(piece.bytes for piece in self._untold[PIECES_LIMIT:] if isinstance(piece, Omitted))
+            self._untold[PIECES_LIMIT:] = [Omitted(gap + bytes_of(item))]
+
+
+def forms_of(data: bytes) -> dict[str, str]:
+    """Return the forms of a displayed value; a note if the user's code has forged them."""
+    with contextlib.suppress(ValueError):
+        forms = parse_object(data)
+        if all(isinstance(form, str) for form in forms.values()):
+            return forms
+    return {"text/plain": "[a display was left out: it is not an object of texts]"}
 
 
 def joined(output: Sequence[Text | Rich | Omitted]) -> tuple[Text | Rich | Omitted, ...]:
@@ -1352,41 +1420,6 @@ def how_it_ended(code: int | None) -> str:
     return f"the process that ran the code was killed by signal {-code}"
 
 
-@dataclass
-class Session:
-    """A named sandbox that keeps its variables, and the queue of callers.
-
-    no sandbox ──create──> attached ──its host leaves──> detached ──attach──> attached
-         ▲                    │ its container ends, or its connection is cut
-         └──── not found ─────┘  (then `attach` looks for it by its name)
-    """
-
-    name: str
-    lock: anyio.Lock = field(default_factory=functools.partial(anyio.Lock, fast_acquire=True))
-    sandbox: Sandbox | None = None
-    call: Call | None = None  # the last one, until its result has been told
-    lost: str | None = None  # why the variables are gone, until a call has told it
-    used: float = 0.0  # when its last call was made
-    is_coming: bool = False  # whether a sandbox is being made for it, for which there is room
-    placing: anyio.CancelScope | None = None  # while a sandbox is being found or made for its call
-    placed: anyio.Event = field(default_factory=anyio.Event)  # set when that has come to an end
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether it has a sandbox that is connected."""
-        return self.sandbox is not None and not self.sandbox.gone.is_set()
-
-    @property
-    def is_there(self) -> bool:
-        """Whether it has a sandbox, or is about to."""
-        return self.is_coming or self.is_attached
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a caller is at it, or its code goes on without one."""
-        return self.lock.locked() or (self.call is not None and not self.call.ended.is_set())
-
-
 # ── pool ──
 
 RENEWAL_AGE = 0.8  # fraction of `pool.max_age` at which a ready sandbox is replaced
@@ -1408,7 +1441,7 @@ class Pool:
     ) -> None:
         self.ready: deque[Sandbox] = deque()  # oldest first
         self._create = create
-        self._config = config
+        self.config = config
         self._tasks = tasks
         self._creations = anyio.Semaphore(config.max_concurrent_creations)
         self._turn = anyio.Lock(fast_acquire=True)  # serves callers in the order of their coming
@@ -1431,7 +1464,7 @@ class Pool:
             while True:
                 while self.ready and not bare:
                     sandbox = self.ready.popleft()
-                    if not sandbox.gone.is_set() and time.monotonic() - sandbox.created <= self._config.max_age:
+                    if not sandbox.gone.is_set() and time.monotonic() - sandbox.created <= self.config.max_age:
                         self._tasks.start_soon(self._fill_soon)
                         return sandbox
                     self._tasks.start_soon(sandbox.end)
@@ -1439,11 +1472,11 @@ class Pool:
                 if self.returning and not bare:  # cleaning takes milliseconds, a new sandbox a good part of a second
                     await self._changed.wait()
                     continue
-                if self.count < self._config.size:
+                if self.count < self.config.size:
                     self.count += 1
                     break
                 if report:
-                    report(f"waiting for one of {self._config.size} sandboxes to become free (pool.size)")
+                    report(f"waiting for one of {self.config.size} sandboxes to become free (pool.size)")
                 await self._changed.wait()
                 if report:
                     report("")
@@ -1456,14 +1489,14 @@ class Pool:
 
     def keep_warm(self) -> None:
         """Start keeping sandboxes ready, in the background."""
-        if self._config.enabled and not self._kept_warm:
+        if self.config.enabled and not self._kept_warm:
             self._tasks.start_soon(self._stay_young)
-        self._kept_warm = self._config.enabled
+        self._kept_warm = self.config.enabled
         self._fill()
 
     def touch(self) -> None:
         """Note that a call, of whatever kind, has come: as long as calls come, sandboxes are kept ready."""
-        was_used, self._used_at = self._is_used, time.monotonic()
+        was_used, self._used_at = self.is_used, time.monotonic()
         if not was_used:
             self._fill()
 
@@ -1477,11 +1510,11 @@ class Pool:
         """Replace ready sandboxes before they are too old, one after the other, as long as calls come."""
         while True:
             age = time.monotonic() - self.ready[0].created if self.ready else 0.0
-            await anyio.sleep(max(self._config.max_age * RENEWAL_AGE - age, self._config.max_age / 50))
-            if not self.ready or time.monotonic() - self.ready[0].created < self._config.max_age * RENEWAL_AGE:
+            await anyio.sleep(max(self.config.max_age * RENEWAL_AGE - age, self.config.max_age / 50))
+            if not self.ready or time.monotonic() - self.ready[0].created < self.config.max_age * RENEWAL_AGE:
                 continue
             oldest = self.ready[0]
-            if self._is_used and self._missing() >= 0 and self.count < self._config.size:
+            if self.is_used and self._missing() >= 0 and self.count < self.config.size:
                 self._coming += 1
                 self.count += 1
                 await self._prepare_one()
@@ -1490,7 +1523,8 @@ class Pool:
                 self._tasks.start_soon(oldest.end)
 
     @property
-    def _is_used(self) -> bool:
+    def is_used(self) -> bool:
+        """Whether a call has come so lately that sandboxes are kept ready."""
         return time.monotonic() - self._used_at < self._idle_timeout
 
     def stop(self) -> None:
@@ -1504,7 +1538,7 @@ class Pool:
 
     async def _take_back(self, sandbox: Sandbox) -> None:
         try:
-            young = self._config.enabled and time.monotonic() - sandbox.created <= self._config.max_age
+            young = self.config.enabled and time.monotonic() - sandbox.created <= self.config.max_age
             if young and await sandbox.recycle():
                 self._put(sandbox)
                 return
@@ -1515,7 +1549,7 @@ class Pool:
 
     async def adopt(self, sandbox: Sandbox) -> None:
         """Take in a ready sandbox that another host left, unless it is too old or the pool is full."""
-        if self.count < self._config.size and time.monotonic() - sandbox.created <= self._config.max_age:
+        if self.count < self.config.size and time.monotonic() - sandbox.created <= self.config.max_age:
             self.count += 1
             self._own(sandbox)
             self._put(sandbox)
@@ -1528,16 +1562,16 @@ class Pool:
 
     def _fill(self) -> None:
         """Start making missing sandboxes ready, but not while calls wait for new ones: they need the machine now."""
-        if self._kept_warm and self._is_used and not self._wanted_now:
-            for _ in range(min(self._missing(), self._config.size - self.count)):
+        if self._kept_warm and self.is_used and not self._wanted_now:
+            for _ in range(min(self._missing(), self.config.size - self.count)):
                 self._coming += 1
                 self.count += 1
                 self._tasks.start_soon(self._prepare_one)
 
     def _missing(self) -> int:
         """Return how many more sandboxes should be ready; if negative, how many fewer."""
-        there = self.count if self._config.reuse else len(self.ready) + self._coming  # with reuse, leased ones return
-        return self._config.warm - there
+        there = self.count if self.config.reuse else len(self.ready) + self._coming  # with reuse, leased ones return
+        return self.config.warm - there
 
     async def _fill_soon(self) -> None:
         """Make missing sandboxes ready HEAD_START later, so that the call that took one has the machine to itself."""
@@ -1549,14 +1583,14 @@ class Pool:
         try:
             for attempt in itertools.count():
                 try:
-                    sandbox = await self._add(self._config.preload)
+                    sandbox = await self._add(self.config.preload)
                     self._put(sandbox)
                     break
                 except SandboxError as error:
                     if attempt == 0:
                         log.warning("no sandbox can be kept ready: %s", error)  # a call that needs one says so, too
                     await anyio.sleep(min(2**attempt, POOL_RETRY_LIMIT))
-                    if self.count >= self._config.size:
+                    if self.count >= self.config.size:
                         break  # the place was taken meanwhile; `_fill` runs again when one becomes free
                     self.count += 1
         finally:
@@ -1710,6 +1744,28 @@ class Launcher:
             self.engine = self.image = None  # look again next time: the image may have gone, or the engine changed
             raise
 
+    async def install(self, name: str, requirement: str, sandbox: Sandbox | None, report: OnStatus) -> Outcome:
+        """Have a helper container install a package, on top of what the sandbox's session has, or for all."""
+        engine, image = await self.prepare(report)
+        task = {
+            "task": "install",
+            "name": name,
+            "requirement": requirement,
+            "base": sandbox.packages if sandbox else None,
+            "shared": sandbox is None,
+            "image": image.packages.rpartition("/")[2],
+        }
+        helper = f"python-docker-mcp-install-{secrets.token_hex(8)}"
+        report(f"installing {requirement}")
+        try:
+            with anyio.fail_after(INSTALL_TIMEOUT):
+                async with helper_container(engine, helper, image.name, self.config.package, task, report) as outcome:
+                    return outcome
+        except TimeoutError:
+            raise EngineError(f"Installing {name} did not end within {INSTALL_TIMEOUT} seconds; try again.") from None
+        finally:
+            report("")
+
     async def list_sandboxes(self) -> list[SandboxInfo]:
         """Return all sandboxes on this engine as they describe themselves, oldest first."""
         engine = await self.find_engine()
@@ -1844,7 +1900,7 @@ class Sandbox:
         self.packages: str | None = None  # folder of the packages installed for its session
         self.expired = False  # whether its session was not used for too long, and has ended
         self.greeting: Greeting | None = None
-        self._process = process
+        self.client = process  # the engine's command line
         self._pipe = pipe
         self._errors = bytearray()
         self._greeted = anyio.Event()
@@ -1967,20 +2023,20 @@ class Sandbox:
 
     async def _serve(self, call: Call | None) -> None:
         """Read from the container and its command line until they are gone; go on with `call` if it runs there."""
-        assert self._process.stderr is not None
+        assert self.client.stderr is not None
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(keep_tail, self._process.stderr, self._errors)
+                tasks.start_soon(keep_tail, self.client.stderr, self._errors)
                 await self._read_frames(call, tasks)
                 if self._fault and self.greeting and self.greeting["kind"] == "ready":
                     await self.remove()  # it is ours, and may not end by itself
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
-                    await self._process.wait()
+                    await self.client.wait()
                 tasks.cancel_scope.cancel()
         finally:
             self._kill_client()
             with anyio.CancelScope(shield=True):
-                await self._process.aclose()
+                await self.client.aclose()
                 await self._pipe.aclose()
             self.gone.set()
             self._greeted.set()
@@ -1993,7 +2049,7 @@ class Sandbox:
     def _lose(self, call: Call) -> None:
         """Cut the call from this sandbox, which is gone; end it if no session could go on with it."""
         why = last_line(f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words())
-        if self._fault or (call.begun and not call.request.session):
+        if self._fault or (call.stage is Stage.BEGUN and not call.request.session):
             call.end(call.died(f"the container ended during the call ({why})"))
         call.cut(why)
 
@@ -2063,11 +2119,11 @@ class Sandbox:
     def _kill_client(self) -> None:
         """Kill the engine's command line. The container does not depend on it."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self.client.kill()
 
     def _last_words(self) -> str:
         said = last_line(self._errors.decode("utf-8", "replace"))
-        return said or f"its process ended with exit status {self._process.returncode}"
+        return said or f"its process ended with exit status {self.client.returncode}"
 
     async def _ask(self, question: Order | Use) -> ToQuestion:
         """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
@@ -2103,8 +2159,7 @@ class Sandbox:
                     call.fail(error)
                     return
             call.report("")
-        call.placed, call.begun, call.unfit = True, False, False
-        call.deadline = anyio.current_time() + call.request.timeout + INTERRUPT_GRACE + HOST_PATIENCE
+        call.place()
         self.call = call
         if self.gone.is_set():
             self._lose(call)
@@ -2121,9 +2176,9 @@ class Sandbox:
 
         Raises HangError if the call is silent, and neither the supervisor nor the engine answers.
         """
-        call.listen(on_output is not None)
+        call.output.listen(on_output is not None)
         try:
-            while call.placed and not call.ended.is_set():
+            while call.is_placed:
                 left = max(call.deadline, self._heard + HOST_PATIENCE) - anyio.current_time()
                 if left <= 0:
                     silence = f"the sandbox itself did not answer for {HOST_PATIENCE:g} seconds"
@@ -2132,11 +2187,11 @@ class Sandbox:
                     await self.remove()
                     return
                 await call.wait(min(DOUBT_AFTER, left), on_output)
-                if call.placed and not call.ended.is_set():
+                if call.is_placed:
                     with anyio.move_on_after(left):
                         await self._require_answer()
         finally:
-            call.listen(False)
+            call.output.listen(False)
 
     async def interrupt(self) -> None:
         """Have the running code interrupted; how it ends is its call's result."""
@@ -2499,7 +2554,30 @@ async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most
         file.close()
 
 
-async def bring_out(sandbox: Sandbox, result: Result, folder: OutputFolder | None, most: int) -> Result:
+async def bring_out(sandbox: Sandbox | None, call: Call, config: Config) -> Result:
+    """Return the result of a call that has ended with its files saved, and with a word on what happened.
+
+    Raises the error that the call ended with.
+    """
+    result = call.tell()
+    if sandbox and result.files:
+        folder = output_folder(call, config.files)
+        call.report(f"saving {files_in_words(len(result.files))}" if folder else "")
+        result = await save_files(sandbox, result, folder, size_in_bytes(config.files.limit))
+        call.report("")
+    message = result.message
+    if result.status == "out_of_memory":
+        limit = config.docker.memory_limit
+        limit = f"{int(limit) >> 20}m" if limit.isdigit() else limit
+        needed = f"the code needed more memory than the sandbox may have ({limit})"
+        message = f"{needed}; {message}" if message else needed
+    elif result.status == "timeout" and not message:
+        limit = f"within {call.request.timeout:g} seconds" if call.request.code else "in time"
+        message = f"the code did not end {limit}"
+    return dataclasses.replace(result, message=message)
+
+
+async def save_files(sandbox: Sandbox, result: Result, folder: OutputFolder | None, most: int) -> Result:
     """Return the result with its files saved in the folder, `most` bytes of them, and reasons for those that are not.
 
     Small files that are not saved come with the result, if the sandbox ends with it.

@@ -381,7 +381,7 @@ def client(runner: Runner, session: str) -> int:
     """The process id of the engine's command line behind a session."""
     sandbox = runner.sessions[session].sandbox
     assert sandbox
-    return sandbox._process.pid
+    return sandbox.client.pid
 
 
 async def leave_without_a_word(_: Runner) -> None:

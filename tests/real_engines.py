@@ -72,7 +72,7 @@ class Engine:
         One that becomes a session's is renamed; then its command line is known by its `runner`, if that has no other.
         That runner has noticed too: a call that comes before that dies with the container.
         """
-        if runner and any(sandbox.name == name and not sandbox.gone.is_set() for sandbox in runner._held()):
+        if runner and any(sandbox.name == name and not sandbox.gone.is_set() for sandbox in runner.held()):
             return False
         marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.launcher.owner}"] if runner else [])]
         return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, *marks)

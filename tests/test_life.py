@@ -46,6 +46,7 @@ from sandbox_runner import (
     SandboxError,
     SessionConfig,
     SessionError,
+    Stage,
     open_runner,
     session_container,
 )
@@ -178,19 +179,19 @@ class Host:
             pass
 
         if killed:
-            self.runner._leave = say_nothing  # type: ignore[method-assign]
+            self.runner.leave = say_nothing  # type: ignore[method-assign]
         self.world.portal.call(self._end.set)
         self._life.result(PATIENCE)
 
     def held(self) -> list[str]:
         """The containers that it is connected to."""
-        return [sandbox.name for sandbox in self.runner._held() if not sandbox.gone.is_set()]
+        return [sandbox.name for sandbox in self.runner.held() if not sandbox.gone.is_set()]
 
     def client(self, session: str) -> int:
         """The process id of the engine's command line behind a session."""
         sandbox = self.runner.sessions[session].sandbox
         assert sandbox
-        return int(sandbox._process.pid)
+        return int(sandbox.client.pid)
 
 
 @dataclass
@@ -605,10 +606,8 @@ class Life(RuleBasedStateMachine):
         there = self.world.engine.containers()
         for slot, host in self.hosts.items():
             pool = host.runner.pool
-            assert host.warm == pool._kept_warm, f"host {slot}: it is still warming up"
-            assert pool._coming == 0, f"host {slot}: {pool._coming} are coming"
             assert all(sandbox.name in there for sandbox in pool.ready), f"host {slot}: {pool.ready}"
-            kept = pool._config.warm if host.warm and pool._is_used else 0
+            kept = pool.config.warm if host.warm and pool.is_used else 0
             assert len(pool.ready) >= kept, f"host {slot}: {pool.ready}"
 
     @invariant()
@@ -616,10 +615,21 @@ class Life(RuleBasedStateMachine):
         def check() -> None:
             for slot, host in self.hosts.items():
                 pool = host.runner.pool
-                creating = pool._config.max_concurrent_creations - pool._creations.value
-                assert 0 <= pool.count <= pool._config.size, f"host {slot}: {pool.count}"
-                assert pool.count == len(pool._counted) + creating, f"host {slot}"
-                assert pool._counted >= set(pool.ready), f"host {slot}"
+                sessions = [session.sandbox for session in host.runner.sessions.values()]
+                held = [sandbox for sandbox in host.runner.held() if sandbox not in sessions]
+                assert pool.count == len(held) <= pool.config.size, f"host {slot}: {pool.count}, {held}"
+
+        self.world.until(check)
+
+    @invariant()
+    def each_call_is_where_its_stage_says(self) -> None:
+        def check() -> None:
+            for host in self.hosts.values():
+                for session in host.runner.sessions.values():
+                    sandbox, call = session.sandbox, session.call
+                    is_there = sandbox is not None and not sandbox.gone.is_set() and sandbox.call is call
+                    assert not call or is_there or not call.is_placed, (session.name, sandbox, call.stage)
+                    assert not call or call.ended.is_set() == (call.stage is Stage.ENDED), (session.name, call.stage)
 
         self.world.until(check)
 
@@ -851,10 +861,9 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
     docker: FakeEngine, settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "_leave", leave_without_a_word)
+        patch.setattr(Runner, "leave", leave_without_a_word)
         async with open_runner(settings) as first:
-            session = first.sessions.setdefault("s", sandbox_runner.Session("s"))
-            await first._create(session, lambda _: None)
+            await first.sessions["s"].create(lambda _: None)
     assert docker.containers() == [session_container("s")]
     async with open_runner(settings) as second:
         assert (await second.execute("6 * 7", session="s")).value == "42"
@@ -882,7 +891,7 @@ async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_othe
                 tasks.start_soon(lambda: second.execute("x = 2", session="s"))
                 await sent.wait()
                 scope.cancel()
-        await second._leave()
+        await second.leave()
         assert (await third.execute("x", session="s")).value == "1"
         await third.close_session("s")
 
@@ -904,7 +913,7 @@ async def test_a_pool_whose_engine_refuses_says_so_and_fills_itself_again_within
         docker.script(run={})
         tasks.start_soon(lambda: runner.execute(WAIT_FOR_GO, on_output=hears))
         await hears.first.wait()
-        await until(lambda: runner.pool._coming == 0)
+        await until(lambda: runner.pool.count == 1)
         assert (runner.pool.count, len(docker.containers())) == (1, 1)
         go(settings)
         await until(lambda: len(runner.pool.ready) == 1)

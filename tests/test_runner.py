@@ -1376,7 +1376,7 @@ async def test_a_ready_sandbox_whose_host_was_killed_is_adopted_if_it_is_as_the_
 ) -> None:
     config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=("json",)))
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "_leave", leave_without_a_word)
+        patch.setattr(Runner, "leave", leave_without_a_word)
         async with open_runner(config, warm=True) as first:
             await until(lambda: bool(first.pool.ready and first.pool.ready[0].prepared.is_set()))
             left = first.pool.ready[0].name
@@ -1625,7 +1625,7 @@ async def test_an_install_neither_runs_a_call_nor_costs_an_unread_one(
     async def install(*_: object) -> sandbox_runner.Outcome:
         return sandbox_runner.Outcome(True, folder=str(tmp_path / "packages"), installed=(("x", "1"),))
 
-    monkeypatch.setattr(runner, "_install", install)
+    monkeypatch.setattr(runner.launcher, "install", install)
     answer = await runner.execute(f"y = 1\n{WAIT_FOR_GO}print('off')", session="s", answer_within=0)
     assert answer.status == "running"
     with pytest.raises(SessionError, match="the code of an earlier call is still running"):
