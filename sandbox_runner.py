@@ -733,6 +733,8 @@ class Session:
             else:
                 self.placing, self._placed = anyio.CancelScope(), anyio.Event()
                 self._launcher.tasks.start_soon(self._place, call, self.placing)
+        if on_output:
+            await call.output.pass_on(on_output)  # it may have ended while its sandbox was found
 
     def _takes_at_once(self, call: Call) -> bool:
         """Whether the sandbox can be sent the call as it is; to copy files takes its time, which no caller may cut."""
@@ -2190,6 +2192,8 @@ class Sandbox:
                 if call.is_placed:
                     with anyio.move_on_after(left):
                         await self._require_answer()
+            if on_output:
+                await call.output.pass_on(on_output)  # of which some may have come with the answer
         finally:
             call.output.listen(False)
 

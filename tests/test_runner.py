@@ -974,7 +974,16 @@ async def test_an_engine_that_stands_still_in_the_middle_of_a_call_is_told_of_an
 async def test_code_that_is_silent_for_long_is_not_taken_for_a_sandbox_that_is(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ask = Sandbox._ask
+
+    async def ask_until_the_end(sandbox: Sandbox, question: Any) -> Any:
+        assert sandbox.call
+        answer = await ask(sandbox, question)
+        await sandbox.call.ended.wait()
+        return answer
+
     monkeypatch.setattr(sandbox_runner, "DOUBT_AFTER", 0.05)
+    monkeypatch.setattr(Sandbox, "_ask", ask_until_the_end)
     hears = Hears()
     result = await runner.execute("import time\ntime.sleep(0.4); print('off')", session="s", on_output=hears)
     assert (result.status, result.stdout, hears.text) == ("ok", "off\n", "off\n")
