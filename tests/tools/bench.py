@@ -28,9 +28,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
-
-import yaml
 
 from sandbox_runner import session_container
 
@@ -72,39 +71,30 @@ def interleave(
     return taken
 
 
-# ── what is measured ──
-
-
 class Server:
     """A server of a checkout as its client has it: a process of its own, with a session. The handshake is done."""
 
     def __init__(self, folder: Path, config: Path) -> None:
         self.session = ""  # the id of its session, once there has been a call in it
         self._numbers = itertools.count()
-        # An installed program has its bytecode, too.
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "python_docker_mcp", "--config", str(config)],  # -m has the folder first in sys.path
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={**environment, "PYTHONPATH": str(folder)},
-        )
+        # The folder comes first in sys.path, and bytecode is written, as an installed program has its own.
+        command = [sys.executable, "-m", "python_docker_mcp", "--config", str(config)]
+        environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
+        self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, cwd=folder, env=environment)
         client = {"name": "bench", "version": "1"}
         self.request("initialize", protocolVersion="2025-06-18", capabilities={}, clientInfo=client)
         self._say({"method": "notifications/initialized"})
 
     def _say(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
+        assert self.process.stdin
         self.process.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
         self.process.stdin.flush()
 
     def request(self, method: str, **params: Any) -> dict[str, Any]:
         """Make a request, and wait for its result."""
-        assert self.process.stdout is not None
+        assert self.process.stdout
         self._say({"id": next(self._numbers), "method": method, "params": params})
-        while line := self.process.stdout.readline():
+        for line in self.process.stdout:
             answer: dict[str, Any] = json.loads(line)
             if "id" in answer:
                 result: dict[str, Any] = answer.get("result", {"isError": True})
@@ -147,22 +137,12 @@ class Server:
                 found |= {word.removeprefix("--name="): words for word in words if word.startswith("--name=")}
         return found
 
-    def memory(self) -> float:
-        """Return the megabytes that it has resident."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
-
     def close(self) -> None:
         """End it and its session."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         try:
-            if self.process.poll() is None:
-                self.end_session()
+            self.end_session()
         finally:
-            self.process.stdin.close()
-            self.process.wait()
-            self.process.stdout.close()
+            self.process.communicate()  # closes its standard input
 
 
 def children(process: int) -> list[int]:
@@ -181,29 +161,25 @@ class Bench:
     engine: str
     checkouts: dict[str, Path]  # "this", and "beside" if there is another one
     rounds: int
+    few: int  # rounds of what takes seconds
     folder: Path  # for what it writes
     _pids: dict[str, int] = field(default_factory=dict)
     _timeouts: Iterator[int] = field(default_factory=lambda: itertools.count(1800 + secrets.randbelow(10_000)))
 
-    @property
-    def few(self) -> int:
-        """How often to take what takes seconds."""
-        return max(3, self.rounds // 4)
-
-    def config(self, **settings: dict[str, Any]) -> Path:
-        """Write a configuration for one server."""
+    def server(self, name: str, **settings: dict[str, Any]) -> Server:
+        """Start a server of a checkout, with settings other than the default."""
         own = {"idle_timeout": next(self._timeouts)}  # so that none has a use for what another leaves behind
-        file = self.folder / f"{secrets.token_hex(8)}.yaml"
-        file.write_text(yaml.safe_dump({"docker": {"command": self.engine}, "session": own, **settings}))
-        return file
+        file = self.folder / f"{own['idle_timeout']}.yaml"
+        file.write_text(json.dumps({"docker": {"command": self.engine}, "session": own, **settings}))  # YAML as well
+        return Server(self.checkouts[name], file)
 
     @contextmanager
     def servers(self, **settings: dict[str, Any]) -> Iterator[dict[str, Server]]:
         """Start a server of each checkout, and wait until it is warm."""
         with ExitStack() as closing:
             servers = {}
-            for name, folder in self.checkouts.items():
-                servers[name] = Server(folder, self.config(**settings))
+            for name in self.checkouts:
+                servers[name] = self.server(name, **settings)
                 closing.callback(servers[name].close)
                 servers[name].fresh()  # makes the image, if need be
             self.settle(servers)
@@ -223,32 +199,33 @@ class Bench:
                 time.sleep(0.05)
         time.sleep(PAUSE)
 
-    def renew(self, servers: Mapping[str, Server]) -> None:
-        """End the sessions, and wait until the servers are as if they had had none."""
+    def renew(self, servers: Mapping[str, Server], begin: bool = False) -> None:
+        """End the sessions, begin others if asked to, and wait until the servers do nothing."""
         for server in servers.values():
             server.end_session()
+            if begin:
+                server.within()
         self.settle(servers)
-
-    def ask(self, *arguments: str) -> str:
-        """Run a command of the engine, and return what it prints; nothing if it fails."""
-        return subprocess.run([self.engine, *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
     def run(self, argv: Sequence[str], code: str) -> None:
         """Run code by the command that started a sandbox, but for what makes it one, lest it be taken for one."""
         end = argv.index("--")
         flags = [word for word in argv[:end] if not word.startswith(("--label=", "--name=", "--interactive"))]
-        command = [*flags, *argv[end : end + 2], "-c", code]
-        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([*flags, *argv[end : end + 2], "-c", code], stdin=DEVNULL, stdout=DEVNULL, check=True)
 
     def exec(self, session: str, code: str = "print(1)", data: bytes = b"") -> None:
         """Run code by the engine's `exec` in the container of a session, with data for its standard input."""
         command = [self.engine, "exec", "--interactive", session_container(session), "python3", "-c", code]
-        subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True)
+        subprocess.run(command, input=data, stdout=PIPE, check=True)
+
+    def ask(self, *arguments: str) -> int:
+        """Return the number that a command of the engine prints; 0 if it fails."""
+        return int(subprocess.run([self.engine, *arguments], capture_output=True, check=False).stdout or 0)
 
     def process_of(self, container: str) -> int:
         """Return the host's id of a container's process 1; 0 if there is none. It is kept, as names change."""
         if not self._pids.get(container):
-            self._pids[container] = int(self.ask("inspect", "--format={{.State.Pid}}", container) or 0)
+            self._pids[container] = self.ask("inspect", "--format={{.State.Pid}}", container)
         return self._pids[container]
 
     def memory_of(self, container: str) -> float:
@@ -262,9 +239,6 @@ class Bench:
         raise RuntimeError(f"the memory of the container {container} is not to be found in /sys/fs/cgroup")
 
 
-# ── the rows ──
-
-
 def warm(bench: Bench) -> Iterator[Row]:
     """Time calls in fresh sandboxes, when each server has its two ready and does nothing; and `run` of the engine."""
     with bench.servers() as servers:
@@ -272,9 +246,8 @@ def warm(bench: Bench) -> Iterator[Row]:
         for code, rounds in (("print(1)", bench.rounds), ("import pandas", bench.few)):
             ways = {name: partial(server.fresh, code) for name, server in servers.items()}
             own = {f"{bench.engine} run": partial(bench.run, argv, code)}
-            yield Row(
-                f"`{code}` in a fresh sandbox", "ms", interleave(rounds, partial(bench.settle, servers), ways | own)
-            )
+            taken = interleave(rounds, partial(bench.settle, servers), ways | own)
+            yield Row(f"`{code}` in a fresh sandbox", "ms", taken)
 
 
 def session(bench: Bench) -> Iterator[Row]:
@@ -282,7 +255,7 @@ def session(bench: Bench) -> Iterator[Row]:
     with bench.servers() as servers:
         ways: dict[str, Callable[[], object]] = {name: server.within for name, server in servers.items()}
         yield Row("first call of a session", "ms", interleave(bench.few, partial(bench.renew, servers), ways))
-        bench.settle(servers)
+        bench.renew(servers, begin=True)
         pause, own = partial(time.sleep, PAUSE), partial(bench.exec, servers["this"].session)
         taken = interleave(bench.rounds, pause, ways | {f"{bench.engine} exec": own})
         yield Row("call in a session, after a pause", "ms", taken)
@@ -295,6 +268,7 @@ def plots(bench: Bench) -> Iterator[Row]:
         one = {name: partial(server.draw, 1) for name, server in servers.items()}
         five = {name: partial(server.draw, 5) for name, server in servers.items()}
         yield Row("first plot of a session", "ms", interleave(bench.few, partial(bench.renew, servers), one))
+        bench.renew(servers, begin=True)
         yield Row("five plots in a call", "ms", interleave(bench.few, partial(bench.settle, servers), five))
 
 
@@ -304,9 +278,7 @@ def files(bench: Bench) -> Iterator[Row]:
     inputs.mkdir()
     (inputs / "large").write_bytes(content)
     with bench.servers(files={"inputs": [str(inputs)], "output": str(outputs)}) as servers:
-        for server in servers.values():
-            server.within()
-        bench.settle(servers)
+        bench.renew(servers, begin=True)
         saved = [outputs / server.session / "large" for server in servers.values()]
 
         def pause() -> None:
@@ -324,26 +296,22 @@ def files(bench: Bench) -> Iterator[Row]:
         ways = {name: partial(server.within, touch) for name, server in servers.items()}
         taken = interleave(bench.few, pause, {**ways, f"{bench.engine} exec": partial(own, write)})
         yield Row("50 MB out of a session", "ms", taken)
-        for way in ways.values():
-            way()
-        if any(file.read_bytes() != content for file in saved):
-            raise RuntimeError("a file that came out is not the one that went in")
 
 
 def start(bench: Bench) -> Iterator[Row]:
     """Time a new server until it answers `initialize`, and until it has answered a call made right then."""
     taken: dict[str, dict[str, list[float]]] = {what: {} for what in ("`initialize`", "the first call")}
     for number in range(bench.few + 1):
-        for name, folder in bench.checkouts.items():
-            config, started = bench.config(), time.perf_counter()
-            server = Server(folder, config)
+        for name in bench.checkouts:
+            started = time.perf_counter()
+            server = bench.server(name)
             initialized = time.perf_counter()
             server.fresh()
             called = time.perf_counter()
             server.close()
             time.sleep(2)  # its containers end meanwhile
-            for what, end in zip(taken, (initialized, called), strict=True):
-                if number:  # the very first start writes the bytecode, and may make the image
+            if number:  # the very first start writes the bytecode, and may make the image
+                for what, end in zip(taken, (initialized, called), strict=True):
                     taken[what].setdefault(name, []).append(1000 * (end - started))
     for what, times in taken.items():
         yield Row(f"server start to the answer to {what}", "ms", times)
@@ -358,12 +326,13 @@ def size(bench: Bench) -> Iterator[Row]:
             ready = bench.memory_of(sandbox)
             server.within()
             bench.settle(servers)
+            status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="utf-8")
             image = bench.ask("image", "inspect", "--format={{.Size}}", argv[argv.index("--") + 1])
             for what, figure in (
-                ("memory of the server", server.memory()),
+                ("memory of the server", int(status.partition("VmRSS:")[2].split()[0]) / 1024),
                 ("memory of a ready sandbox", ready),
                 ("memory of a session after a call", bench.memory_of(session_container(server.session))),
-                ("image", int(image) / MEGABYTE),
+                ("image", image / MEGABYTE),
             ):
                 taken.setdefault(what, {})[name] = [figure]
     for what, figures in taken.items():
@@ -373,20 +342,12 @@ def size(bench: Bench) -> Iterator[Row]:
 ROWS = {row.__name__: row for row in (warm, session, plots, files, start, size)}
 
 
-# ── report ──
-
-
-def readable(figure: float) -> str:
-    """Write three digits, and no exponent."""
-    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
-
-
 def cells(figures: Sequence[float]) -> list[str]:
     """Write median and 95th percentile, within what was measured; nothing if nothing was."""
     if not figures:
         return ["", ""]
     tail = statistics.quantiles(figures, n=20, method="inclusive")[-1] if len(figures) > 1 else figures[0]
-    return [readable(statistics.median(figures)), readable(tail)]
+    return [f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}" for figure in (statistics.median(figures), tail)]
 
 
 def table(rows: Sequence[Row], engine: str, checkouts: Sequence[str]) -> str:
@@ -418,11 +379,10 @@ def main() -> None:
     if missing := [str(path) for path in checkouts.values() if not (path / "python_docker_mcp.py").exists()]:
         parser.error(f"there is no python_docker_mcp.py in {', '.join(missing)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    about = f"{options.engine}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
-    about = f"{about}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d %H:%M')}"
+    about = f"{options.engine}, {os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.engine, checkouts, options.rounds, Path(folder))
+        bench = Bench(options.engine, checkouts, options.rounds, max(3, options.rounds // 4), Path(folder))
         try:
             for name in options.only or ROWS:
                 print(f"measuring {name} …", file=sys.stderr)
