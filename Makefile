@@ -36,12 +36,11 @@ lint: .venv/.dev ## ruff and mypy
 docs: .venv/.dev ## the README's tables of settings, written anew from the code
 	$(PY) -m tests.tools.readme
 
-bench: .venv/.dev ## what a call costs, beside the engine's own commands; tables, and plots in build/
-	$(PIP) install -q --group bench
+bench: .venv/.dev ## what a call costs, beside the engine's own commands; figures in build/, BESIDE=FOLDER for a checkout
 	@sh tests/engines.sh test
 	@mkdir -p build
 	@set -e; . ./.engines/env; for engine in docker podman; do \
-	    $(PY) -m tests.tools.bench $$engine --json build/bench-$$engine.json --plot build/bench-$$engine.png; \
+	    $(PY) -m tests.tools.bench $$engine --json build/bench-$$engine.json $(if $(BESIDE),--beside $(BESIDE)); \
 	done
 
 fuzz: .venv/.dev ## look for input that breaks the frame parsers, for SECONDS (300)
