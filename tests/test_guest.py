@@ -756,6 +756,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         every = metafunc.config.getoption("--every-python")
         chosen = list(PYTHONS) if every else [f"3.{sys.version_info.minor}"]
         if metafunc.definition.get_closest_marker("any_python"):
+            chosen.sort(key=lambda version: int(version.partition(".")[2]))
             chosen = list(dict.fromkeys([chosen[0], chosen[-1]]))
         metafunc.parametrize("python", chosen, indirect=True, scope="module")
 
