@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import FakeEngine, wait_until
+from conftest import ROOT, FakeEngine, wait_until
 
 import python_docker_mcp
 import sandbox_runner
@@ -36,9 +36,12 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def program(*arguments: str) -> list[str]:
-    """The command that runs a script or, with one of its words first, an operator's command."""
+    """The command that runs a script or, with one of its words first, an operator's command.
+
+    As a module, which Python keeps compiled: a file that is run it would compile each time.
+    """
     module = python_docker_mcp if arguments[:1] and arguments[0] in python_docker_mcp.COMMANDS else sandbox_runner
-    return [sys.executable, str(module.__file__), *arguments]
+    return [sys.executable, "-m", module.__name__, *arguments]
 
 
 @pytest.fixture
@@ -53,6 +56,7 @@ def home(docker: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "pool": {"enabled": False},
     }
     (tmp_path / ".python-docker-mcp/config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -596,7 +596,7 @@ async def test_connections_past_the_bounds_wait_for_their_turn_and_are_refused_w
 
 
 @pytest.mark.slow
-async def test_1500_small_downloads_by_200_threads_all_succeed_and_the_event_loop_answers_meanwhile(
+async def test_500_small_downloads_by_100_threads_all_succeed_and_the_event_loop_answers_meanwhile(
     servers: Servers,
 ) -> None:
     url = f"http://localhost:{servers.plain}/a.csv"
@@ -604,18 +604,18 @@ async def test_1500_small_downloads_by_200_threads_all_succeed_and_the_event_loo
     async with proxied(*servers.allowed) as both:
 
         async def fetch_many() -> None:
-            for _ in range(15):
+            for _ in range(5):
                 assert await fetched(both, servers, url) == b"x,y\n1,2\n"
 
         with anyio.fail_after(60):
             async with anyio.create_task_group() as tasks:
                 for _ in range(100):
                     tasks.start_soon(fetch_many)
-                while both.proxy._last < 1500:
+                while both.proxy._last < 500:
                     assert len(both.proxy._open) <= sandbox_runner.FLOWS_OPEN + sandbox_runner.CONNECTIONS_AT_ONCE
                     await anyio.sleep(0.01)
                     turns += 1
-        assert turns > 100
+        assert turns > 30
 
 
 async def test_a_server_of_the_codes_own_is_reached_by_the_name_localhost_where_the_hosts_is_allowed(

@@ -195,7 +195,9 @@ def test_both_programs_start_from_an_environment_that_has_only_the_wheel(install
 
 
 @pytest.mark.slow
-def test_a_type_checker_knows_the_types_of_the_installed_modules(installed: Path, tmp_path: Path) -> None:
+def test_a_type_checker_knows_the_types_of_the_installed_modules(
+    installed: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     (tmp_path / "user.py").write_text(
         "from python_docker_mcp import make_server\n"
         "from sandbox_runner import open_runner\n"
@@ -206,9 +208,10 @@ def test_a_type_checker_knows_the_types_of_the_installed_modules(installed: Path
         "        await runner.execute(1)  # type: ignore[arg-type]\n",
         encoding="utf-8",
     )
+    kept = pytestconfig.cache.mkdir("mypy") if pytestconfig.cache else tmp_path  # what others' modules have for types
     checked = run(
-        sys.executable, "-m", "mypy", "--strict", "--config-file=", "--python-executable", installed, "user.py",
-        cwd=tmp_path,
+        sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", kept,
+        "--python-executable", installed, "user.py", cwd=tmp_path,
     )  # fmt: skip
     assert 'Revealed type is "str | None"' in checked.stdout
     assert 'Server[python_docker_mcp.Service]"' in checked.stdout
