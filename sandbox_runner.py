@@ -3761,12 +3761,13 @@ class Channel:
         self._head: dict[str, Any] | None = None  # of the frame whose data is being read
 
     def receive(self) -> Iterator[dict[str, Any]]:
-        """Read once, and yield the frames that are complete.
+        """Read once, and yield the frames that are complete. Raises EOFError, ValueError."""
+        self.read()
+        while (frame := self.next()) is not None:
+            yield frame
 
-        Raises:
-            EOFError: the other end is closed.
-            ValueError: the data is not a frame, or is too large.
-        """
+    def read(self) -> None:
+        """Read once. Raises EOFError if the other end is closed."""
         try:
             data = os.read(self.reader, READ_SIZE)
         except BlockingIOError:
@@ -3776,15 +3777,13 @@ class Channel:
         if not data:
             raise EOFError("the channel was closed")
         self._inbox += data
-        while (frame := self._next()) is not None:
-            yield frame
 
     def has_more(self) -> bool:
         """Whether there is something to receive."""
         return bool(self._inbox or select.select([self.reader], [], [], 0)[0])
 
-    def _next(self) -> dict[str, Any] | None:
-        """Return the first frame received, or None if it is not complete yet."""
+    def next(self) -> dict[str, Any] | None:
+        """Return the first frame that was read, None if it is not complete. Raises ValueError if it can't be one."""
         if self._head is None:
             end = self._inbox.find(b"\n", self._searched)
             if end < 0:
@@ -5582,6 +5581,10 @@ def passes_on(stream: Any, real: Stream) -> bool:
         del vars(real)["write"]
 
 
+def ignore_signal(*_: object) -> None:
+    """Do nothing at a signal that the code handles, as no call runs."""
+
+
 class Worker:
     """The process that runs the code: a read-eval-print loop around a real `__main__` module.
 
@@ -5593,7 +5596,6 @@ class Worker:
     def __init__(self, control: Channel, settings: dict[str, Any]) -> None:
         self.control = control
         self.process = os.getpid()
-        self.frames = self.receive()
         self.home: str = settings["working_dir"]
         self.call: str | None = None
         self.calls = 0
@@ -5646,7 +5648,7 @@ class Worker:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
         copies = CopyMaker(self, self.memory_limit)
-        while frame := next(self.frames, None):  # a copy that goes on has others
+        while frame := self.hear():
             if frame["op"] == "state":
                 given = frame
             elif frame["op"] == "copy":
@@ -5660,13 +5662,18 @@ class Worker:
                 try:
                     self._serve_call(frame, state)
                 except BaseException as error:  # the code left a profiler, a limit or similar that breaks the worker
-                    self._recover(frame["id"], error)
+                    failure = error
+                while self.call:  # it has not been answered
+                    with contextlib.suppress(BaseException):  # one of the code's signal handlers
+                        self._recover(failure)
 
-    def receive(self) -> Iterator[Any]:
-        """Yield what the supervisor asks for, until it is gone."""
+    def hear(self) -> Any:
+        """Return what the supervisor asks for next, None when it is gone."""
         with contextlib.suppress(EOFError):
-            while True:
-                yield from self.control.receive()
+            while (frame := self.control.next()) is None:
+                self.control.read()
+            return frame
+        return None
 
     def _restore_streams(self) -> None:
         """Restore sys.stdin, empty, and sys.stdout and sys.stderr as text streams over descriptors 1 and 2.
@@ -5731,9 +5738,6 @@ class Worker:
         self.call = request["id"]
         self.clears, self.rich_left = False, RICH_LIMIT
         self._attempt(self.pictures.begin)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        signal.signal(signal.SIGINT, self._on_interrupt)
         resets = reset_peak_memory()
         started = cpu_seconds()
         report: Report = {"id": request["id"], "kind": "done", "status": "ok", "cpu": 0.0}
@@ -5748,7 +5752,8 @@ class Worker:
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self._attempt(self.note, f"{purpose} {how}")
         self._attempt(self.flush_streams)
-        self._quieten()
+        while self._attempt(self._quieten):
+            pass  # one of the code's signal handlers has raised an exception
         with self.lock:
             self.call = None
             report["cpu"] = cpu_seconds() - started
@@ -5760,13 +5765,19 @@ class Worker:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             if signal.setitimer(timer, 0)[0]:
                 self._attempt(self.note, "a timer that the code left running was stopped")
-        own = {number: signal.getsignal(number) for number in range(1, signal.NSIG)}
-        self.handlers = {number: handler for number, handler in own.items() if callable(handler)}
-        for number in self.handlers:
-            signal.signal(number, lambda *_: None)
+        for number in range(1, signal.NSIG):
+            handler = signal.getsignal(number)
+            if handler is ignore_signal:
+                continue  # since a handler raised an exception here, in which this was begun again
+            if callable(handler):
+                self.handlers[number] = handler
+                signal.signal(number, ignore_signal)
+            else:
+                self.handlers.pop(number, None)
 
-    def _recover(self, call_id: str, error: BaseException) -> None:
+    def _recover(self, error: BaseException) -> None:
         """Answer a call whose end the worker failed to report, and disable what is known to cause such failures."""
+        self._quieten()
         if os.getpid() != self.process:
             os._exit(1)
         sys.settrace(None)
@@ -5781,11 +5792,12 @@ class Worker:
             "traceback": f"{kind}: {message}\n",
             "missing": None,
         }
-        report: Report = {"id": call_id, "kind": "done", "status": "error", "exception": exception, "cpu": 0.0}
         self.interruptible = False
         with self.lock:
-            self.call = None
-            self.control.send(report)
+            if self.call:
+                report: Report = {"id": self.call, "kind": "done", "status": "error", "cpu": 0.0}
+                self.call = None
+                self.control.send({**report, "exception": exception})
 
     def _attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
@@ -5801,6 +5813,9 @@ class Worker:
 
     def _run(self, request: Run, state: bytes | None, report: Report) -> None:
         """Run the code with its variables, and report the value of its last expression."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self._on_interrupt)
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
         self._restore_streams()
@@ -5977,7 +5992,7 @@ class Worker:
             try:
                 self.control.send({"id": self.call, "kind": kind, **fields})
                 if kind in ("display", "turn", "clear"):
-                    while next(self.frames)["op"] != "proceed":
+                    while (answer := self.hear()) and answer["op"] != "proceed":
                         pass  # wait, so that the code's later output comes after this
             finally:
                 self.shielded = False
@@ -6089,7 +6104,6 @@ class CopyMaker:
             new._closed = True  # its parts are the other one's now
         allow_inspection(True)
         self.worker.control = Channel(3, 3)
-        self.worker.frames = self.worker.receive()
         self.worker.process = os.getpid()
         supervisor.send(b"1")
         supervisor.close()

@@ -2079,6 +2079,21 @@ def test_threads_that_send_signals_to_the_idle_worker_end_nothing(guest: Guest) 
     assert (told.value, told.done["lost_before"]) == ("1", None), told.done
 
 
+def test_handlers_that_raise_at_any_moment_cost_calls_and_never_the_session(guest: Guest) -> None:
+    storm = (
+        "import _thread, signal, threading, time\nkept = 1\ndef late(*_): raise TimeoutError('late')\n"
+        "signal.signal(signal.SIGUSR1, late)\ndef disturb():\n    for _ in range(60):\n        time.sleep(0.0002)\n"
+        "        _thread.interrupt_main(); signal.raise_signal(signal.SIGUSR1)\n"
+        "threading.Thread(target=disturb).start()"
+    )
+    for _ in range(10):
+        for code in (storm, "display(1); display(2)"):
+            assert guest.run(code).done["lost_before"] is None
+        wait_until(lambda: len(os.listdir(f"/proc/{guest.worker()[0]}/task")) == 1)
+        assert guest.run("kept").done["lost_before"] is None
+    assert guest.run("kept").value == "1"
+
+
 @pytest.mark.any_python
 def test_what_follows_the_code_is_not_the_codes_time(guest: Guest) -> None:
     told = guest.run("import atexit, time; atexit.register(time.sleep, 0.6)\n1", timeout=0.4, final=True)
