@@ -4434,34 +4434,188 @@ class Preloading:
 
 
 class WorkerProcess:
-    """The process that runs the code, and the socket to it, as the supervisor has them."""
+    """The process that runs the code, with its streams, its copy and the socket to it, as the supervisor has them."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        sources: dict[int, Callable[[], object]],
+        output: Streams,
+        hear: Callable[[], object],
+    ) -> None:
         self.id = 0  # 0 until it is forked, after preloading or for the first call
         self.control: Channel | None = None
+        self.copy = Copy(sources)
+        self.kills = OomKills()
         self.is_used = False
         self.cpu = 0.0  # CPU seconds up to its last report
-        self.had = 0  # bytes of memory that it had asked for when the call began, and never touched
+        self._had = 0  # bytes of memory that it had asked for when the call began, and never touched
+        self._settings = settings
+        self._sources = sources  # what to call when a descriptor is readable
+        self._output = output
+        self._hear = hear  # what to call when there is something to receive
 
-    def connect(self) -> int:
-        """Make a socket for a worker, and return its end."""
+    def fork(self, preloading: Preloading, is_fresh: bool) -> None:
+        """Fork a worker, in its own setsid() session, with /dev/null, two pipes and a socket to the supervisor only."""
+        ends = self._connect()
+        self.id = os.fork()
+        if self.id == 0:
+            try:
+                become_worker((os.open(os.devnull, os.O_RDWR), *ends))
+                worker = Worker(Channel(3, 3), self._settings)
+                if preloading.installed and is_fresh:
+                    worker.preload(preloading.modules)
+                if not preloading.is_told:  # once: every frame wakes each process that relays it
+                    worker.control.send({"kind": "prepared"})
+                worker.serve()
+            finally:
+                os._exit(70)
+        for fd in ends:
+            os.close(fd)
+        self.is_used, self.cpu = False, 0.0
+
+    def _connect(self) -> tuple[int, int, int]:
+        """Make pipes and a socket for a worker; return its ends: standard output, errors and control."""
         ours, theirs = socket.socketpair()
         fd = ours.detach()
         self.control = Channel(fd, fd)
         self.control.set_blocking(False)
-        return theirs.detach()
+        self._sources[fd] = self._hear
+        return (*self._output.connect(), theirs.detach())
 
     def disconnect(self) -> None:
-        """Close the socket; there is no worker any more."""
+        """Close the pipes and the socket; there is no worker any more."""
         if self.control:
+            self._sources.pop(self.control.reader, None)
             self.control.close()
+        self._output.disconnect()
         self.id, self.control = 0, None
+
+    def begin(self) -> None:
+        """Take note that a call begins."""
+        self.is_used = True
+        _, self._had = own_memory(self.id)
+
+    def asks_for_too_much(self) -> bool:
+        """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
+        held, _ = own_memory(self.copy.process)  # at most so much more is free once the copy has gone
+        free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
+        _, untouched = own_memory(self.id)
+        return untouched - self._had > max(UNTOUCHED_USUAL, free)
+
+    # ── its copy ──
+
+    def want_copy(self) -> None:
+        """See that there will be a copy of the worker as it is now."""
+        if self.control and self._settings["restores"]:
+            self.copy.due = time.monotonic() + COPY_DELAY
+
+    def ask_for_copy(self) -> None:
+        """Have the worker leave a copy of itself, if one is due; the last one ends."""
+        if self.copy.due < math.inf and self.control:
+            self.control.queue({"op": "copy", "key": self.copy.ask()})
+
+    def restore(self) -> bool:
+        """Have the copy, if there is one, go on in the place of the worker, which is gone; return whether it does."""
+        process, connection = self.copy.process, self.copy.connection
+        if connection is None:
+            return False
+        ends = self._connect()
+        try:
+            connection.settimeout(self._settings["grace"])
+            connection.sendmsg([b"wake"], rights(*ends))
+            self.id = process if connection.recv(1) else 0
+        except OSError:
+            self.id = 0
+        for fd in ends:
+            os.close(fd)
+        self.copy.end()
+        if not self.id:
+            self.disconnect()
+        self.cpu = 0.0
+        return self.id != 0
+
+    # ── its end ──
 
     def signal(self) -> None:
         """Interrupt the code and all that it started, also what is stopped."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.id, signal.SIGCONT)
             os.killpg(self.id, signal.SIGINT)
+
+    def kill(self) -> Death:
+        """Kill it, and return how it ended."""
+        os.kill(self.id, signal.SIGKILL)
+        _, status, usage = os.wait4(self.id, 0)
+        return Death(status, usage, self.cpu)
+
+    def reap(self) -> Death | None:
+        """Reap dead children, as process 1 has to; return how the worker ended if it is one of them."""
+        death = None
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                if pid == self.id:
+                    death = Death(status, usage, self.cpu)
+                elif pid == self.copy.process:
+                    if status == signal.SIGKILL:
+                        self.kills.disregard_copy()
+                    self.copy.end()
+        return death
+
+
+class Death:
+    """How a worker ended, as the kernel tells it."""
+
+    def __init__(self, status: int, usage: Any, reported: float) -> None:
+        self.code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)  # a signal is negative
+        self.cpu = max(0.0, usage.ru_utime + usage.ru_stime - reported)  # seconds, of the last call
+        self.memory: int = usage.ru_maxrss * 1024  # bytes, at most
+
+
+class Door:
+    """The address where other hosts plug in. Each is let in, or told the sandbox's status."""
+
+    def __init__(
+        self,
+        refusal: Callable[[dict[str, Any]], Greeting | None],
+        enter: Callable[[Channel, socket.socket, str], object],
+    ) -> None:
+        self._refusal = refusal  # what to tell a plug that may not come in
+        self._enter = enter  # over a channel, from a plug's connection, by the host of that id
+
+    def listen(self, sources: dict[int, Callable[[], object]]) -> None:
+        """Open it."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(PLUG_ADDRESS)
+        listener.listen()
+        sources[listener.fileno()] = lambda: self.admit(listener)
+
+    def admit(self, listener: socket.socket) -> None:
+        """Answer a plug: take over its standard input and output as the channel, or tell it the status."""
+        connection = listener.accept()[0]
+        connection.settimeout(1)
+        entered = False
+        try:
+            uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            if uid != PLUG_UID:
+                return
+            message, (reader, writer) = receive_descriptors(connection, 2)
+            request = json.loads(message)
+            if status := self._refusal(request):
+                os.write(writer, head(status))
+                os.close(reader)
+                os.close(writer)
+                return
+            self._enter(Channel(reader, writer), connection, request["owner"])
+            entered = True
+        except (OSError, ValueError, LookupError, TypeError, struct.error):
+            pass  # the plug went away, or sent nonsense: it sees its connection close
+        finally:
+            if not entered:
+                connection.close()
 
 
 class Supervisor:
@@ -4485,13 +4639,12 @@ class Supervisor:
         self.look_due = math.inf  # when to look at the sandbox's shares next
         self.sources: dict[int, Callable[[], object]] = {}  # what to call when a descriptor is readable
         self.host = Host(settings["owner"])
-        self.worker = WorkerProcess()
+        self.door = Door(self._refusal, self._enter)
         self.output = Streams(self.sources, lambda: self.call is not None, self._pass_on)
+        self.worker = WorkerProcess(settings, self.sources, self.output, self._from_worker)
         self.files = Files(settings["working_dir"], settings["writable_folders"])
         self.connections = Flows(self.host.tell, self.sources)
-        self.copy = Copy(self.sources)
         self.preloading = Preloading(settings["packages"], settings["preload"])
-        self.kills = OomKills()
 
     def run(self, channel: Channel) -> None:
         """Serve until the sandbox is no longer needed."""
@@ -4536,7 +4689,7 @@ class Supervisor:
     def _prepare_worker(self) -> None:
         """Import a module that workers are to have, or fork the next worker if they have all."""
         if not self.preloading.left:
-            self._fork()
+            self.worker.fork(self.preloading, self.session is None)
         elif problem := self.preloading.import_next():
             self._note(problem)
 
@@ -4630,113 +4783,33 @@ class Supervisor:
         self.active = time.monotonic()
 
     def _listen(self) -> None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(PLUG_ADDRESS)
-        listener.listen()
-        self.sources[listener.fileno()] = lambda: self._admit(listener)
-        self.copy.listen()
+        self.door.listen(self.sources)
+        self.worker.copy.listen()
         if self.settings["has_proxy"]:
             try:
                 self.connections.listen()
             except OSError as error:
                 self._note(f"code can't reach the allowed hosts: no proxy ({error})")
 
-    def _admit(self, listener: socket.socket) -> None:
-        """Answer a plug: take over its standard input and output as the channel, or tell it the supervisor's status."""
-        connection = listener.accept()[0]
-        connection.settimeout(1)
-        try:
-            uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-            if uid != PLUG_UID:
-                return
-            message, (reader, writer) = receive_descriptors(connection, 2)
-            request = json.loads(message)
-            if self.host.channel or not self._is_meant(request):
-                os.write(writer, head(self._status("status")))
-                os.close(reader)
-                os.close(writer)
-                return
-            self.host.plug, self.host.owner = connection, request["owner"]
-            self._attach(Channel(reader, writer))
-        except (OSError, ValueError, LookupError, TypeError, struct.error):
-            pass  # the plug went away, or sent nonsense: it sees its connection close
-        finally:
-            if self.host.plug is not connection:
-                connection.close()
+    def _refusal(self, request: dict[str, Any]) -> Greeting | None:
+        """Return the status, unless a plug may come in: there is no host, and the plug is for this sandbox.
 
-    def _is_meant(self, request: dict[str, Any]) -> bool:
-        """Whether a plug wants this session or, if there is none yet, a sandbox with the same settings."""
-        if self.session is None:
-            return bool(request["settings"] == self.settings["digest"])
-        return bool(request["session"] == self.session)
+        It is if it wants this session or, where there is none yet, a sandbox with the same settings.
+        """
+        is_meant = request["settings"] == self.settings["digest"]
+        if self.session is not None:
+            is_meant = request["session"] == self.session
+        return None if is_meant and not self.host.channel else self._status("status")
+
+    def _enter(self, channel: Channel, plug: socket.socket, owner: str) -> None:
+        self.host.plug, self.host.owner = plug, owner
+        self._attach(channel)
 
     # ── the worker ──
 
-    def _fork(self) -> None:
-        """Fork a worker, in its own setsid() session, with /dev/null, two pipes and a socket to the supervisor only."""
-        ends = self._connect()
-        self.worker.id = os.fork()
-        if self.worker.id == 0:
-            try:
-                become_worker((os.open(os.devnull, os.O_RDWR), *ends))
-                worker = Worker(Channel(3, 3), self.settings)
-                if self.preloading.installed and self.session is None:
-                    worker.preload(self.preloading.modules)
-                if not self.preloading.is_told:  # once: every frame wakes each process that relays it
-                    worker.control.send({"kind": "prepared"})
-                worker.serve()
-            finally:
-                os._exit(70)
-        for fd in ends:
-            os.close(fd)
-        self.worker.is_used, self.worker.cpu = False, 0.0
-
-    def _connect(self) -> tuple[int, int, int]:
-        """Make pipes and a socket for a worker; return its ends: standard output, errors and control."""
-        ends = (*self.output.connect(), self.worker.connect())
-        assert self.worker.control is not None
-        self.sources[self.worker.control.reader] = self._from_worker
-        return ends
-
-    def _disconnect(self) -> None:
-        if self.worker.control:
-            self.sources.pop(self.worker.control.reader, None)
-        self.output.disconnect()
-        self.worker.disconnect()
-
-    def _restore(self) -> bool:
-        """Have the copy, if there is one, go on in the place of the worker, which is gone; return whether it does."""
-        process, connection = self.copy.process, self.copy.connection
-        if connection is None:
-            return False
-        ends = self._connect()
-        try:
-            connection.settimeout(self.settings["grace"])
-            connection.sendmsg([b"wake"], rights(*ends))
-            self.worker.id = process if connection.recv(1) else 0
-        except OSError:
-            self.worker.id = 0
-        for fd in ends:
-            os.close(fd)
-        self.copy.end()
-        if not self.worker.id:
-            self._disconnect()
-        self.worker.cpu = 0.0
-        return self.worker.id != 0
-
-    def _want_copy(self) -> None:
-        """See that there will be a copy of the worker as it is now."""
-        if self.session is not None and self.worker.control and self.settings["restores"]:
-            self.copy.due = time.monotonic() + COPY_DELAY
-
-    def _ask_for_copy(self) -> None:
-        """Have the worker leave a copy of itself, if one is due; the last one ends."""
-        if self.copy.due < math.inf and self.worker.control:
-            self.worker.control.queue({"op": "copy", "key": self.copy.ask()})
-
     def _to_worker(self, frame: Mapping[str, Any]) -> None:
         if self.worker.control is None:
-            self._fork()
+            self.worker.fork(self.preloading, self.session is None)
         assert self.worker.control is not None
         self.worker.control.send(frame)
 
@@ -4750,15 +4823,15 @@ class Supervisor:
         self.output.read_all()
         if earlier := self.output.take_earlier():
             self.host.tell({"id": request["id"], "kind": "earlier", "data": earlier})
-        if not self.copy.process or time.monotonic() >= self.copy.asked + COPY_INTERVAL:  # rarely, in a burst of calls
-            self._ask_for_copy()
+        copy = self.worker.copy
+        if not copy.process or time.monotonic() >= copy.asked + COPY_INTERVAL:  # rarely, in a burst of calls
+            self.worker.ask_for_copy()
         self.call = RunningCall(request, self.settings["grace"])
-        _, self.worker.had = own_memory(self.worker.id)
+        self.worker.begin()
         self.host.told = 0
         self._to_worker(request)
         self.host.tell({"id": request["id"], "kind": "begun"})
         self.host.unread = self.begun = self.call.id
-        self.worker.is_used = True
         self.look_due = self.call.started + LOOK_INTERVAL[0]
 
     def _use(self, request: Use) -> None:
@@ -4794,7 +4867,7 @@ class Supervisor:
         if frame["kind"] == "used":
             self.host.tell(frame)
             self.question = None
-            self._want_copy()
+            self.worker.want_copy()
         elif self.call:
             if frame["kind"] != "state":
                 self.output.read_all()  # output written before it goes before it
@@ -4810,7 +4883,7 @@ class Supervisor:
 
     def _hear_end(self, _: RunningCall, frame: Report) -> None:
         self.worker.cpu += frame["cpu"]
-        self._conclude(frame, frame["status"], self.kills.count(self.copy))
+        self._conclude(frame, frame["status"], self.worker.kills.count(self.worker.copy))
 
     def _hear_turn(self, _: RunningCall, __: Turn) -> None:
         self._let_proceed()
@@ -4878,16 +4951,17 @@ class Supervisor:
         }
         self.call = self.lost = None
         self.state = state
-        self.copy.behind += 1
+        self.worker.copy.behind += 1
         self.active = time.monotonic()
         self.host.tell(done)
-        self._want_copy()
+        if self.session is not None:
+            self.worker.want_copy()
 
     def _recycle(self, request: Order) -> None:
         """Undo whatever the last call may have left, check whether anything remains, and tell the host."""
         kill_all_others(self.settings["grace"])
         self.connections.close_all()
-        self._disconnect()
+        self.worker.disconnect()
         self.output.earlier.clear()
         self.lost = self.packages = self.begun = None
         self.look_due = math.inf
@@ -4903,8 +4977,8 @@ class Supervisor:
             return 0.0
         if self.call:
             due = max(0.0, min(self.call.next_due(), self.look_due) - time.monotonic())
-            return min(due, MEMORY_INTERVAL) if self.copy.is_heavy else due
-        due = min(self._end(), self.copy.due, self.look_due)
+            return min(due, MEMORY_INTERVAL) if self.worker.copy.is_heavy else due
+        due = min(self._end(), self.worker.copy.due, self.look_due)
         return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _end(self) -> float:
@@ -4927,10 +5001,10 @@ class Supervisor:
                 if self.host.channel:  # tell the host that a call already on its way has not begun
                     self.host.channel.send({"kind": "expired"})
                 os._exit(0)
-            if now >= self.copy.due:
-                self._ask_for_copy()
-        elif self.copy.is_heavy and self._asks_for_too_much():
-            self.copy.lighten()
+            if now >= self.worker.copy.due:
+                self.worker.ask_for_copy()
+        elif self.worker.copy.is_heavy and self.worker.asks_for_too_much():
+            self.worker.copy.lighten()
         elif now >= self.call.kill_at:
             self._abandon(None)
         elif now >= self.call.nudge:
@@ -4939,13 +5013,6 @@ class Supervisor:
         elif now >= self.call.deadline:
             self._interrupt("timeout", self.call.id)
 
-    def _asks_for_too_much(self) -> bool:
-        """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
-        held, _ = own_memory(self.copy.process)  # at most so much more is free once the copy has gone
-        free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
-        _, untouched = own_memory(self.worker.id)
-        return untouched - self.worker.had > max(UNTOUCHED_USUAL, free)
-
     def _interrupt(self, reason: StopReason, call_id: str) -> None:
         if self.call and self.call.id == call_id and self.call.interrupt(reason):
             self.connections.close_all()
@@ -4953,58 +5020,45 @@ class Supervisor:
 
     def _abandon(self, message: str | None) -> None:
         """Kill the worker and everything it started, and conclude its call."""
-        os.kill(self.worker.id, signal.SIGKILL)
-        _, status, usage = os.wait4(self.worker.id, 0)
-        self._replace_worker(status, usage, message)
+        self._replace_worker(self.worker.kill(), message)
 
     def _reap(self) -> None:
-        """Reap dead children, as process 1 has to; if the worker is one of them, replace it once the copy is reaped."""
-        ended: tuple[int, Any] | None = None
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-                if pid == 0:
-                    break
-                if pid == self.worker.id:
-                    ended = status, usage
-                elif pid == self.copy.process:
-                    if status == signal.SIGKILL:
-                        self.kills.disregard_copy()
-                    self.copy.end()
-        if ended:
-            self._replace_worker(*ended, None)
+        """Reap dead children; replace the worker if it is one of them."""
+        if death := self.worker.reap():
+            self._replace_worker(death, None)
 
-    def _replace_worker(self, status: int, usage: Any, message: str | None) -> None:
+    def _replace_worker(self, death: Death, message: str | None) -> None:
         """Clean up after a dead worker: kill all that it started and conclude its call; `run` forks the next one."""
-        self.copy.admit()
-        behind = self.copy.behind
+        copy = self.worker.copy
+        copy.admit()
+        behind = copy.behind
         if behind and not self.call:
-            self.copy.end()  # nobody would be told that it is out of date
-        self.copy.due = math.inf
-        others = len(other_processes()) - bool(self.copy.process)
-        kill_all_others(self.settings["grace"], self.copy.process)
+            copy.end()  # nobody would be told that it is out of date
+        copy.due = math.inf
+        others = len(other_processes()) - bool(copy.process)
+        kill_all_others(self.settings["grace"], copy.process)
         self.output.read_all()
         self.output.flush()
-        self._disconnect()
-        is_restored = self._restore()
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self.worker.disconnect()
+        is_restored = self.worker.restore()
         if self.call:
-            self._conclude_death(self.call, code, usage, is_restored, message, others, behind)
+            self._conclude_death(self.call, death, is_restored, message, others, behind)
         elif is_restored:
-            self._want_copy()
+            self.worker.want_copy()
         elif not self.worker.is_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
-            self.lost = message or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
+            self.lost = message or (
+                f"killed by signal {-death.code}" if death.code < 0 else f"exit status {death.code}"
+            )
 
     def _conclude_death(
-        self, call: RunningCall, code: int, usage: Any, is_restored: bool, message: str | None, others: int, behind: int
+        self, call: RunningCall, death: Death, is_restored: bool, message: str | None, others: int, behind: int
     ) -> None:
         """Conclude the call of a worker that has died, which ran in so many processes besides."""
-        report: EndOfCall = {"id": call.id, "kind": "done", "cpu": 0.0, "exit_code": code}
-        report["cpu"] = max(0.0, usage.ru_utime + usage.ru_stime - self.worker.cpu)
-        report["memory"] = usage.ru_maxrss * 1024
-        kills = self.kills.count(self.copy)
+        report: EndOfCall = {"id": call.id, "kind": "done", "cpu": death.cpu, "exit_code": death.code}
+        report["memory"] = death.memory
+        kills = self.worker.kills.count(self.worker.copy)
         if kills and not call.stopped_for:
             causes = [f"it ran in {others + 1} processes"] if others else []
             if (held := self.files.held() >> 20) >= 16:

@@ -311,7 +311,7 @@ def test_a_knock_by_anybody_but_the_plug_changes_nothing_and_no_knock_stops_the_
             with ours, open(os.devnull, "rb+", buffering=0) as null:
                 socket.send_fds(ours, [message or b" "], [null.fileno()] * descriptors)
                 listener: Any = Knocking(theirs)
-                supervisor._admit(listener)
+                supervisor.door.admit(listener)
             assert (supervisor.host.channel, supervisor.host.owner, supervisor.host.plug) == before
 
 

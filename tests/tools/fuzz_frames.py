@@ -203,9 +203,6 @@ class TamedSupervisor(Supervisor):
         request: Any = {"id": CALL, "timeout": 60, "output_limit": 1000}
         self.call = RunningCall(request, 2.0)
 
-    def _fork(self) -> None:
-        raise AssertionError("nothing is to be forked here")
-
     def _abandon(self, message: str | None) -> None:
         assert message
         self.abandoned = message
@@ -215,10 +212,10 @@ class TamedSupervisor(Supervisor):
     def close(self) -> None:
         """Close what is open."""
         self.mouth.close()
-        self.copy.address.close()
+        self.worker.copy.address.close()
         os.close(self.told)
-        if self.kills.events >= 0:
-            os.close(self.kills.events)
+        if self.worker.kills.events >= 0:
+            os.close(self.worker.kills.events)
         for channel in (self.host.channel, self.worker.control):
             if channel:
                 channel.close()
