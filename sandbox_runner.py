@@ -3888,6 +3888,24 @@ class RunningCall:
         if not self.stopped_for:
             self.code_ended, self.deadline = True, time.monotonic() + CLOSING_WORK
 
+    def hear(self, frame: Any) -> None:
+        """Take note of what its worker says before its end. Raises ValueError if that is more than it may."""
+        if frame["kind"] == "ended":
+            self.end_code()
+        elif frame["kind"] == "clear":
+            self.clear()
+        elif "data" in frame:
+            self.data_left -= len(frame["data"]) + FRAME_COST
+            if self.data_left < 0:
+                raise ValueError("more data than a call may return")
+
+    def rest(self) -> Iterator[Output | Gap]:
+        """Yield what is held of its output until its end."""
+        if self.omitted:
+            yield {"id": self.id, "kind": "omitted", "bytes": self.omitted}
+        for stream, data in self.tail:
+            yield {"id": self.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()}
+
     def next_due(self) -> float:
         """Return when the supervisor has to act on this call, unless it ends first."""
         return min(self.deadline, self.nudge, self.kill_at)
@@ -4298,6 +4316,16 @@ class Host:
             self.tell(self.backlog.popleft())
         self.backlog_left = BACKLOG_LIMIT
 
+    def end_plugs(self, channel: Channel) -> None:
+        """Write to a host that is gone, so that its orphaned `docker run` gets EPIPE and exits.
+
+        Again and again, as the kernel closes the descriptors of a dead host one by one: that of what we read, perhaps
+        well before that of what we write.
+        """
+        for pause in (0.0, 0.05, 0.2):
+            time.sleep(pause)
+            channel.send({"kind": "farewell"})
+
     def detach(self) -> None:
         """Let go of the host, and of the plug through which it came."""
         if self.channel:
@@ -4491,6 +4519,13 @@ class WorkerProcess:
         self._output.disconnect()
         self.id, self.control = 0, None
 
+    def let_proceed(self) -> None:
+        """Answer a worker that waits until its output is read. Raises ValueError if it asks without waiting."""
+        assert self.control is not None
+        if self.control.outbox.size > READ_SIZE:
+            raise ValueError("more questions than answers taken")
+        self.control.send({"op": "proceed"})
+
     def begin(self) -> None:
         """Take note that a call begins."""
         self.is_used = True
@@ -4650,7 +4685,7 @@ class Supervisor:
         """Serve until the sandbox is no longer needed."""
         allow_inspection(False)
         unfiltered = filter_system_calls()
-        self._catch_children()
+        catch_children(self.sources, self._reap)
         self._listen()
         warnings.filterwarnings("ignore", ".*is non-interactive, and thus cannot be shown")  # show() works here
         warnings.filterwarnings("ignore", "joblib backend '.*' is not available")  # our setting, for half a core
@@ -4695,21 +4730,6 @@ class Supervisor:
 
     def _note(self, text: str) -> None:
         self.host.tell({"kind": "note", "text": text})
-
-    def _catch_children(self) -> None:
-        """Wake select() when a child dies. A process inside can forge SIGCHLD, but that only costs a check."""
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-        def wake_up() -> None:
-            os.read(reader, 4096)
-            self._reap()
-
-        self.sources[reader] = wake_up
 
     # ── the host ──
 
@@ -4760,11 +4780,7 @@ class Supervisor:
                 if self.host.channel is not channel:
                     break
         except EOFError:
-            # Write, so that the orphaned `docker run` gets EPIPE and exits; and again, since the kernel closes the
-            # descriptors of a dead host one by one: that of what we read, perhaps well before that of what we write.
-            for pause in (0.0, 0.05, 0.2):
-                time.sleep(pause)
-                channel.send({"kind": "farewell"})
+            self.host.end_plugs(channel)
             self._detach(self.session is not None or self.begun is None)
 
     def _part(self, _: Parting) -> None:
@@ -4871,42 +4887,15 @@ class Supervisor:
         elif self.call:
             if frame["kind"] != "state":
                 self.output.read_all()  # output written before it goes before it
-            orders: dict[str, Callable[[RunningCall, Any], None]] = {
-                "done": self._hear_end,
-                "turn": self._hear_turn,
-                "ended": lambda call, _: call.end_code(),
-                "clear": self._hear_clear,
-                "display": self._hear_data,
-                "state": self._hear_data,
-            }
-            orders[frame["kind"]](self.call, frame)
-
-    def _hear_end(self, _: RunningCall, frame: Report) -> None:
-        self.worker.cpu += frame["cpu"]
-        self._conclude(frame, frame["status"], self.worker.kills.count(self.worker.copy))
-
-    def _hear_turn(self, _: RunningCall, __: Turn) -> None:
-        self._let_proceed()
-
-    def _hear_clear(self, call: RunningCall, frame: Clear) -> None:
-        call.clear()
-        self.host.tell(frame)
-        self._let_proceed()
-
-    def _hear_data(self, call: RunningCall, frame: Display | State) -> None:
-        call.data_left -= len(frame["data"]) + FRAME_COST
-        if call.data_left < 0:
-            raise ValueError("more data than a call may return")
-        self.host.tell(frame)
-        if frame["kind"] == "display":
-            self._let_proceed()
-
-    def _let_proceed(self) -> None:
-        """Answer a worker that waits until its output is read. Raises ValueError if it asks without waiting."""
-        assert self.worker.control is not None
-        if self.worker.control.outbox.size > READ_SIZE:
-            raise ValueError("more questions than answers taken")
-        self._to_worker({"op": "proceed"})
+            if frame["kind"] == "done":
+                self.worker.cpu += frame["cpu"]
+                self._conclude(frame, frame["status"], self.worker.kills.count(self.worker.copy))
+                return
+            self.call.hear(frame)
+            if frame["kind"] in ("display", "state", "clear"):
+                self.host.tell(frame)
+            if frame["kind"] in ("display", "clear", "turn"):
+                self.worker.let_proceed()
 
     def _pass_on(self, stream: Stdio, text: str) -> None:
         """Tell the host of output of the running call's, if there is a call."""
@@ -4930,10 +4919,8 @@ class Supervisor:
         call = self.call
         assert call is not None
         self.output.flush()
-        if call.omitted:
-            self.host.tell({"id": call.id, "kind": "omitted", "bytes": call.omitted})
-        for stream, data in call.tail:
-            self.host.tell({"id": call.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()})
+        for frame in call.rest():
+            self.host.tell(frame)
         files, left_out = self.files.changed()
         if call.stopped_for == "timeout" and call.code_ended and not message:
             message = "the code ended in time, but not all of its figures and variables could be shown"
@@ -5069,6 +5056,22 @@ class Supervisor:
             self._conclude(report, status, kills, "restored", message, behind)
         else:
             self._conclude(report, status, kills, "lost", message)
+
+
+def catch_children(sources: dict[int, Callable[[], object]], reap: Callable[[], None]) -> None:
+    """Have children reaped when one dies. A process inside can forge SIGCHLD, but that only costs a check."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wake_up() -> None:
+        os.read(reader, 4096)
+        reap()
+
+    sources[reader] = wake_up
 
 
 def import_ahead(name: str) -> None:
@@ -5588,7 +5591,7 @@ class Stream(io.TextIOWrapper):
 
 
 class Descriptor(io.FileIO):
-    """Descriptor 1 or 2 of the worker. It takes its turn before it is written to (see `Worker.take_turn`)."""
+    """Descriptor 1 or 2 of the worker. It takes its turn before it is written to (see `StandardStreams.take_turn`)."""
 
     def __init__(self, fd: int, take_turn: Callable[[int], None]) -> None:
         super().__init__(fd, "w", closefd=False)
@@ -5639,6 +5642,135 @@ def ignore_signal(*_: object) -> None:
     """Do nothing at a signal that the code handles, as no call runs."""
 
 
+class Signals:
+    """When the code may be interrupted, and its own signal handlers: they are in force while a call runs."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.interruptible = False  # whether an interruption may end what is being done
+        self._shielded = self._interrupted = False
+        self._handlers: dict[int, Any] = {}
+        self._note = note
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, *_: Any) -> None:
+        """Raise KeyboardInterrupt in the code, at most once per step, and never in the worker's own bookkeeping."""
+        if self._shielded:
+            self._interrupted = True
+        elif self.interruptible:
+            self.interruptible = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Hold back an interruption until the end of the block."""
+        self._shielded = threading.current_thread() is threading.main_thread()
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self._interrupted:
+            self._interrupted = False
+            self._on_interrupt()
+
+    def attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
+        """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
+        try:
+            try:
+                self.interruptible = True
+                step(*arguments)
+            finally:
+                self.interruptible = False
+        except BaseException as error:
+            return error
+        return None
+
+    def restore(self) -> None:
+        """Put the code's handlers in force again."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def set_aside(self) -> None:
+        """Stop the code's timers, and set its handlers aside: none of them may run while no call does."""
+        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            if signal.setitimer(timer, 0)[0]:
+                self.attempt(self._note, "a timer that the code left running was stopped")
+        for number in range(1, signal.NSIG):
+            handler = signal.getsignal(number)
+            if handler is ignore_signal:
+                continue  # since a handler raised an exception here, in which this was begun again
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, ignore_signal)
+            else:
+                self._handlers.pop(number, None)
+
+
+class StandardStreams:
+    """sys.stdin, which is empty, and sys.stdout and sys.stderr, as text streams over descriptors 1 and 2."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.real: dict[str, Stream] = {}
+        self.spares = {fd: os.dup(fd) for fd in (0, 1, 2)}
+        self._turn = 0  # the descriptor that Python's own streams wrote to last
+
+    def restore(self) -> None:
+        """Restore the streams, and the descriptors that the code has closed or redirected.
+
+        A replacement that passes on to them, such as a tee to a file, stays; so does input that the code has made.
+        """
+        notes = []  # for when all are restored, as a note flushes them
+        self._turn = 0
+        for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+            real, stream = self.real.get(name), getattr(sys, name, None)
+            if not is_same_file(fd, self.spares[fd]):
+                with contextlib.suppress(OSError):
+                    os.dup2(self.spares[fd], fd)
+                    notes.append(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
+            if fd == 0:
+                if self.worker.calls == 0 or not is_open(stream):
+                    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
+            elif real is None or not is_open(real):
+                buffer = io.BufferedWriter(Descriptor(fd, self.take_turn))
+                real = self.real[name] = Stream(buffer, "utf-8", "backslashreplace", line_buffering=True)
+                setattr(sys, name, real)
+                setattr(sys, f"__{name}__", real)
+            elif stream is not real and not passes_on(stream, real):
+                setattr(sys, name, real)
+                is_closed = False  # a closed stream is replaced without a note
+                with contextlib.suppress(BaseException):
+                    is_closed = stream is None or bool(stream.closed)
+                if not is_closed:
+                    kind = class_name(stream)
+                    notes.append(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
+        for note in notes:
+            self.worker.note(note)
+
+    def take_turn(self, fd: int) -> None:
+        """Have the supervisor read what was written to the other descriptor: between two pipes there is no order.
+
+        Only this process's own streams take turns: what its children write comes as it always did.
+        """
+        if self.worker.clears and os.getpid() == self.worker.process:
+            self.worker.clear()
+        if fd != self._turn and os.getpid() == self.worker.process:
+            other, self._turn = self._turn, fd
+            if other and has_unread(other):
+                self.worker.send("turn")
+
+    def flush(self) -> None:
+        """Flush the standard streams: what the code has put in their place, and the real ones."""
+        for name, real in self.real.items():
+            for stream in (getattr(sys, name, real), real):
+                try:
+                    stream.flush()
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:  # the code may have put anything there
+                    pass
+
+
 class Worker:
     """The process that runs the code: a read-eval-print loop around a real `__main__` module.
 
@@ -5658,21 +5790,16 @@ class Worker:
         self.loop: Any = None  # asyncio's event loop, once the code awaits something
         self.rich_left = RICH_LIMIT
         self.lock = threading.RLock()  # around the control channel
-        self.interruptible = self.shielded = self.interrupted = False
-        self.handlers: dict[int, Any] = {}  # of signals, by the code; they are in force while a call runs
-        self.main = types.ModuleType("__main__")
-        sys.modules["__main__"] = self.main
-        self.names = vars(self.main)
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        self.names = vars(main)
         self.names["__builtins__"] = builtins
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        self.signals = Signals(self.note)
         with contextlib.suppress(OSError):
             os.chdir(self.home)
         sys.path.insert(0, self.home)
-        self.streams: dict[str, Stream] = {}
-        self.spares = {fd: os.dup(fd) for fd in (0, 1, 2)}
-        self.turn = 0  # the descriptor that Python's own streams wrote to last
         self.clears = False  # whether the next output takes the place of what was shown before
-        self._restore_streams()
+        self.standard = StandardStreams(self)
+        self.standard.restore()
         builtins.display = self.display  # type: ignore[attr-defined]  # a new builtin, as in IPython
         builtins.input = refuse_input
         self.sources.teach_inspect()
@@ -5685,7 +5812,7 @@ class Worker:
         if "numpy.random" in sys.modules:  # else every worker forked from here would draw the same numbers
             sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
         self.packages = Packages(settings["packages"])
-        self.memory_limit: int = settings["memory_limit"]
+        self.copies = CopyMaker(self, settings["memory_limit"])
         self.policy = ImportPolicy(settings["allowed_modules"], settings["blocked_modules"], self.home)
         self.policy.install()
 
@@ -5701,13 +5828,12 @@ class Worker:
     def serve(self) -> None:
         """Run one request after another until the supervisor is gone."""
         given: GiveState | None = None
-        copies = CopyMaker(self, self.memory_limit)
         while frame := self.hear():
             if frame["op"] == "state":
                 given = frame
             elif frame["op"] == "copy":
                 with contextlib.suppress(Exception):  # too many processes, or what the code did to modules used here
-                    copies.leave(frame["key"])
+                    self.copies.leave(frame["key"])
             elif frame["op"] == "use":
                 self._use(frame)
             elif frame["op"] == "run":
@@ -5729,61 +5855,6 @@ class Worker:
             return frame
         return None
 
-    def _restore_streams(self) -> None:
-        """Restore sys.stdin, empty, and sys.stdout and sys.stderr as text streams over descriptors 1 and 2.
-
-        A replacement that passes on to them, such as a tee to a file, stays; so does input that the code has made.
-        """
-        notes = []  # for when all are restored, as a note flushes them
-        self.turn = 0
-        for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
-            real, stream = self.streams.get(name), getattr(sys, name, None)
-            if not is_same_file(fd, self.spares[fd]):
-                with contextlib.suppress(OSError):
-                    os.dup2(self.spares[fd], fd)
-                    notes.append(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
-            if fd == 0:
-                if self.calls == 0 or not is_open(stream):
-                    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
-            elif real is None or not is_open(real):
-                buffer = io.BufferedWriter(Descriptor(fd, self.take_turn))
-                real = self.streams[name] = Stream(buffer, "utf-8", "backslashreplace", line_buffering=True)
-                setattr(sys, name, real)
-                setattr(sys, f"__{name}__", real)
-            elif stream is not real and not passes_on(stream, real):
-                setattr(sys, name, real)
-                is_closed = False  # a closed stream is replaced without a note
-                with contextlib.suppress(BaseException):
-                    is_closed = stream is None or bool(stream.closed)
-                if not is_closed:
-                    kind = class_name(stream)
-                    notes.append(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
-        for note in notes:
-            self.note(note)
-
-    def take_turn(self, fd: int) -> None:
-        """Have the supervisor read what was written to the other descriptor: between two pipes there is no order.
-
-        Only this process's own streams take turns: what its children write comes as it always did.
-        """
-        if self.clears and os.getpid() == self.process:
-            self._clear()
-        if fd != self.turn and os.getpid() == self.process:
-            other, self.turn = self.turn, fd
-            if other and has_unread(other):
-                self._send("turn")
-
-    def flush_streams(self) -> None:
-        """Flush the standard streams: what the code has put in their place, and the real ones."""
-        for name, real in self.streams.items():
-            for stream in (getattr(sys, name, real), real):
-                try:
-                    stream.flush()
-                except KeyboardInterrupt:
-                    raise
-                except BaseException:  # the code may have put anything there
-                    pass
-
     # ── one call ──
 
     def _serve_call(self, request: Run, state: bytes | None) -> None:
@@ -5791,22 +5862,22 @@ class Worker:
         self.calls += 1
         self.call = request["id"]
         self.clears, self.rich_left = False, RICH_LIMIT
-        self._attempt(self.pictures.begin)
+        self.signals.attempt(self.pictures.begin)
         resets = reset_peak_memory()
         started = cpu_seconds()
         report: Report = {"id": request["id"], "kind": "done", "status": "ok", "cpu": 0.0}
-        if error := self._attempt(self._run, request, state, report):
-            self.interruptible = True
+        if error := self.signals.attempt(self._run, request, state, report):
+            self.signals.interruptible = True
             self.sources.describe(error, report)
-            self.interruptible = False
+            self.signals.interruptible = False
         if os.getpid() != self.process:
             self._end_child(report)
         for purpose, step in self._steps_after(request, state is not None):
-            if error := self._attempt(step):
+            if error := self.signals.attempt(step):
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
-                self._attempt(self.note, f"{purpose} {how}")
-        self._attempt(self.flush_streams)
-        while self._attempt(self._quieten):
+                self.signals.attempt(self.note, f"{purpose} {how}")
+        self.signals.attempt(self.standard.flush)
+        while self.signals.attempt(self.signals.set_aside):
             pass  # one of the code's signal handlers has raised an exception
         with self.lock:
             self.call = None
@@ -5814,24 +5885,9 @@ class Worker:
             report["memory"] = peak_memory() if resets else None
             self.control.send(report)
 
-    def _quieten(self) -> None:
-        """Stop the code's timers, and set its signal handlers aside: none of them may run while no call does."""
-        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            if signal.setitimer(timer, 0)[0]:
-                self._attempt(self.note, "a timer that the code left running was stopped")
-        for number in range(1, signal.NSIG):
-            handler = signal.getsignal(number)
-            if handler is ignore_signal:
-                continue  # since a handler raised an exception here, in which this was begun again
-            if callable(handler):
-                self.handlers[number] = handler
-                signal.signal(number, ignore_signal)
-            else:
-                self.handlers.pop(number, None)
-
     def _recover(self, error: BaseException) -> None:
         """Answer a call whose end the worker failed to report, and disable what is known to cause such failures."""
-        self._quieten()
+        self.signals.set_aside()
         if os.getpid() != self.process:
             os._exit(1)
         sys.settrace(None)
@@ -5846,33 +5902,19 @@ class Worker:
             "traceback": f"{kind}: {message}\n",
             "missing": None,
         }
-        self.interruptible = False
+        self.signals.interruptible = False
         with self.lock:
             if self.call:
                 report: Report = {"id": self.call, "kind": "done", "status": "error", "cpu": 0.0}
                 self.call = None
                 self.control.send({**report, "exception": exception})
 
-    def _attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
-        """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
-        try:
-            try:
-                self.interruptible = True
-                step(*arguments)
-            finally:
-                self.interruptible = False
-        except BaseException as error:
-            return error
-        return None
-
     def _run(self, request: Run, state: bytes | None, report: Report) -> None:
         """Run the code with its variables, and report the value of its last expression."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        self.signals.restore()
         name = request["filename"] or f"<call {self.calls}>"
         sys.argv = [name, *request["argv"]]
-        self._restore_streams()
+        self.standard.restore()
         self.names["__builtins__"] = builtins
         report["stale"] = self.packages.use(request["packages"])
         if not name.startswith("<"):
@@ -5892,7 +5934,7 @@ class Worker:
         """Yield the steps that follow the code, however it ended, each with a description for notes."""
         if request["final"]:  # as at the end of a script
             yield "waiting for threads", threading._shutdown  # type: ignore[attr-defined]
-        yield "telling the end", functools.partial(self._send, "ended")
+        yield "telling the end", functools.partial(self.send, "ended")
         yield "showing the figures", self.pictures.show_last_states
         if with_state:
             yield "collecting the state", functools.partial(self._send_state, request["state_limit"])
@@ -5902,14 +5944,14 @@ class Worker:
 
     def _send_state(self, limit: int) -> None:
         variables, left_out = collect_state(self.names, limit)
-        self._send("state", data=variables, left_out=left_out)
+        self.send("state", data=variables, left_out=left_out)
 
     def _end_child(self, report: Report) -> None:
         """Exit a process that the code forked, when it reaches the end of its script, as Python would."""
         if "exception" in report and report["exception"]["type"] != "SystemExit":
             with contextlib.suppress(BaseException):
                 sys.stderr.write(report["exception"]["traceback"])
-        self._attempt(self.flush_streams)
+        self.signals.attempt(self.standard.flush)
         os._exit(report.get("exit_code", int(report["status"] != "ok")))
 
     def _use(self, request: Use) -> None:
@@ -5970,14 +6012,6 @@ class Worker:
                     self.loop.run_until_complete(task)
             raise
 
-    def _on_interrupt(self, *_: Any) -> None:
-        """Raise KeyboardInterrupt in the code, at most once per step, and never in the worker's own bookkeeping."""
-        if self.shielded:
-            self.interrupted = True
-        elif self.interruptible:
-            self.interruptible = False
-            raise KeyboardInterrupt
-
     # ── rich output ──
 
     def display(self, *values: Any, raw: bool = False, display_id: Any = None, **_options: Any) -> Any:
@@ -6008,14 +6042,15 @@ class Worker:
 
     def clear_output(self, wait: bool = False) -> None:
         """Take back what the call has shown so far: now or, to `wait`, as soon as it shows something else."""
-        self.flush_streams()
+        self.standard.flush()
         self.clears = wait
         if not wait:
-            self._clear()
+            self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Take back what the call has shown so far."""
         self.clears, self.rich_left = False, RICH_LIMIT
-        self._send("clear")
+        self.send("clear")
 
     def note(self, text: str) -> None:
         """Put a note from the worker, in brackets, into the output."""
@@ -6023,7 +6058,7 @@ class Worker:
 
     def publish(self, bundle: dict[str, str], is_value: bool = False) -> None:
         if self.clears:
-            self._clear()
+            self.clear()
         if self.rich_left < 0:
             return  # a note has already said so
         self.pictures.shown.update(map(hash, bundle.values()))
@@ -6034,25 +6069,19 @@ class Worker:
             note = f"[rich output of {len(data)} characters left out: the limit is {limit}]"
             data = json.dumps({"text/plain": note})
         self.rich_left -= len(data) + FRAME_COST
-        self.flush_streams()
-        self._send("display", data=data.encode(), is_value=is_value)
+        self.standard.flush()
+        self.send("display", data=data.encode(), is_value=is_value)
 
-    def _send(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         """Send a frame of the running call, whole even if an interruption arrives meanwhile."""
         with self.lock:
             if not self.call:
                 return  # from a thread that outlived its call: there is no result to put this into
-            self.shielded = threading.current_thread() is threading.main_thread()
-            try:
+            with self.signals.shielded():
                 self.control.send({"id": self.call, "kind": kind, **fields})
                 if kind in ("display", "turn", "clear"):
                     while (answer := self.hear()) and answer["op"] != "proceed":
                         pass  # wait, so that the code's later output comes after this
-            finally:
-                self.shielded = False
-            if self.interrupted:
-                self.interrupted = False
-                self._on_interrupt()
 
 
 class CopyMaker:
@@ -6085,7 +6114,7 @@ class CopyMaker:
             self.worker.loop._ready or self.worker.loop._scheduled or sys.modules["asyncio"].all_tasks(self.worker.loop)
         ):
             return False
-        others = set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, 3, *self.worker.spares.values(), *loop}
+        others = set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, 3, *self.worker.standard.spares.values(), *loop}
         for fd in others:
             with contextlib.suppress(OSError):  # it was that of the listing
                 mode = os.fstat(fd).st_mode
@@ -6132,7 +6161,7 @@ class CopyMaker:
         os.setsid()
         allow_inspection(False)
         null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2, 3, *self.worker.spares.values()):  # the pipes are not the copy's to hold open
+        for fd in (0, 1, 2, 3, *self.worker.standard.spares.values()):  # the pipes are not the copy's to hold open
             os.dup2(null, fd, inheritable=fd < 3)
         os.close(null)
         loop = self._parts_of_loop()
@@ -6150,7 +6179,7 @@ class CopyMaker:
         for target, fd in enumerate(descriptors, 1):
             os.dup2(fd, target, inheritable=target < 3)
             os.close(fd)
-        for fd, spare in self.worker.spares.items():
+        for fd, spare in self.worker.standard.spares.items():
             os.dup2(fd, spare, inheritable=False)
         if loop:
             new = sys.modules["asyncio"].new_event_loop()
@@ -6412,7 +6441,7 @@ class Notebook:
 
     def script(self, script: str, program: str) -> None:
         """Have a shell, or another program that takes scripts by `-c`, run a script; its output is the code's."""
-        redirected = sys.stdout is not self.worker.streams["stdout"]
+        redirected = sys.stdout is not self.worker.standard.real["stdout"]
         if output := self._run(script, program.partition(" ")[0], redirected):
             sys.stdout.write(output)
 
@@ -6421,7 +6450,7 @@ class Notebook:
 
         if refusal := self.worker.policy.refusal("subprocess"):
             raise refusal
-        self.worker.flush_streams()
+        self.worker.standard.flush()
         output = subprocess.PIPE if captures else None
         try:
             done = subprocess.run([program, "-c", script], stdin=subprocess.DEVNULL, stdout=output, check=False)
