@@ -5590,17 +5590,29 @@ class Stream(io.TextIOWrapper):
             self.flush()
 
 
-class Descriptor(io.FileIO):
-    """Descriptor 1 or 2 of the worker. It takes its turn before it is written to (see `StandardStreams.take_turn`)."""
+class Buffer(io.BufferedWriter):
+    """What is written to descriptor 1 or 2. It takes its turn before that is done (see `StandardStreams.take_turn`).
+
+    Below it there is no Python code, in which an interruption could keep it from learning what has been written.
+    """
 
     def __init__(self, fd: int, take_turn: Callable[[int], None]) -> None:
-        super().__init__(fd, "w", closefd=False)
+        super().__init__(io.FileIO(fd, "w", closefd=False))
         self.take_turn = take_turn
+        self.has_some = False  # whether anything was written since the last flush
 
-    def write(self, data: Any) -> Any:
-        """Write bytes, after what was written to the other descriptor."""
+    def write(self, data: Any) -> int:
+        """Write bytes, some of them now if there are many."""
         self.take_turn(self.fileno())
+        self.has_some = True
         return super().write(data)
+
+    def flush(self) -> None:
+        """Write what there is."""
+        if self.has_some:
+            self.take_turn(self.fileno())
+        super().flush()
+        self.has_some = False
 
 
 def is_open(stream: Any) -> bool:
@@ -5732,7 +5744,7 @@ class StandardStreams:
                 if self.worker.calls == 0 or not is_open(stream):
                     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
             elif real is None or not is_open(real):
-                buffer = io.BufferedWriter(Descriptor(fd, self.take_turn))
+                buffer = Buffer(fd, self.take_turn)
                 real = self.real[name] = Stream(buffer, "utf-8", "backslashreplace", line_buffering=True)
                 setattr(sys, name, real)
                 setattr(sys, f"__{name}__", real)

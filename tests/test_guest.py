@@ -2079,6 +2079,19 @@ def test_threads_that_send_signals_to_the_idle_worker_end_nothing(guest: Guest) 
     assert (told.value, told.done["lost_before"]) == ("1", None), told.done
 
 
+def test_what_an_interrupted_loop_has_printed_is_told_once(guest: Guest) -> None:
+    code = (
+        "import os, signal, threading\n"
+        "threading.Timer(0.0004, os.kill, (os.getpid(), signal.SIGINT)).start()\nn = 0\n"
+        "while True:\n    print(n); n += 1"
+    )
+    for _ in range(20):
+        told = guest.run(code)
+        assert told.exception["type"] == "KeyboardInterrupt"
+        numbers = list(map(int, told.stdout.split()))
+        assert numbers == list(range(len(numbers)))
+
+
 def test_handlers_that_raise_at_any_moment_cost_calls_and_never_the_session(guest: Guest) -> None:
     storm = (
         "import _thread, signal, threading, time\nkept = 1\ndef late(*_): raise TimeoutError('late')\n"
