@@ -137,7 +137,7 @@ log = logging.getLogger("python_docker_mcp")
 T = TypeVar("T")
 
 
-# ── what a call returns ──
+# ── results ──
 
 # Variables are restored to what they were before a call that crashed, if there was a copy of them; else they are lost.
 Variables = Literal["preserved", "restored", "lost"]
@@ -3599,120 +3599,65 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 # ════════ guest: from here to the closing line, this module is shipped into every sandbox (see GUEST_SOURCE) ════════
 
+# ── entry ──
+
+
+def supervise(settings: str) -> None:
+    """Run the guest, with its channel moved off descriptors 0 and 1, which other code uses by habit."""
+    told = json.loads(settings)
+    prepare_files(told)
+    channel = Channel(os.dup(0), os.dup(1))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    Supervisor(told).run(channel)
+
+
+def plug() -> None:
+    """Pass the standard input and output of a `docker exec` to the supervisor, and stay while it uses them."""
+    import array
+    import os
+    import socket
+
+    request = b""
+    while not request.endswith(b"\n"):  # one byte at a time: what follows is for the supervisor
+        byte = os.read(0, 1)
+        if not byte:
+            return
+        request += byte
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("\0python-docker-mcp")
+        connection.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1]))])
+        connection.recv(1)  # returns when the supervisor lets go
+
+
+# ── shared by host and guest ──
+#
+# Python 3.8, and only the modules in GUEST_MODULES: this is used in the host, in the supervisor and in the worker.
+
 PROTOCOL = 7  # version of the frames and the plug; raised by a change that older sandboxes would not understand
 LINE_LIMIT = 1 << 20  # bytes of a frame's line; with the next, bounds what a hostile frame costs its reader
 DATA_LIMIT = 4 << 20  # bytes of a frame's data
 READ_SIZE = 1 << 16  # bytes of one read from a pipe
 PARTS_WRITTEN = 64  # of frames, at once; the kernel takes up to 1,024
 ENCODER = json.JSONEncoder(separators=(",", ":"))  # shared: json.dumps() would make one per frame
-OUTBOX_LIMIT = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
-EARLIER_LIMIT = 1 << 16  # bytes kept of the output written while no call is running
 BACKLOG_LIMIT = 32 << 20  # bytes of frames kept for the next host while the session is detached
-VALUE_LIMIT = 32_000  # characters of a value's repr
-TRACEBACK_LIMIT = 16_000
-MESSAGE_LIMIT = 4_000
 RICH_LIMIT = 24 << 20  # characters of rich output (base64 included) in one call
-FORMS_LIMIT = 32  # of rich output for one value
 FRAME_COST = 512  # bytes that a frame of a call counts for besides its data; bounds how many there are
-IMAGE_SIDE = 2000  # pixels: some clients refuse more, or shrink it until it is illegible
-IMAGE_BYTES = 500_000  # other clients refuse results of about 1 MB
 STATE_LIMIT = DATA_LIMIT  # bytes of variables passed into a call, or returned by it
 STATE_DEPTH = 64
 PLAIN_TYPES = {type(None), bool, str, int, float, list, tuple, dict}
-NAME_LIMIT = 1000  # characters of a variable's name
 CALL_LIMIT = RICH_LIMIT + STATE_LIMIT + (1 << 20)  # bytes that a call returns besides its output and report
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
-PICTURES_SHOWN = 4  # of those that a call saved
-PICTURE_LIMIT = 32 << 20  # bytes of such a picture that are read
 FILES_LISTED = 1000  # of the files that a call made or changed
-FILES_UNLISTED = 20  # of those that are not: named, with the reason
-LISTING_LIMIT = 1 << 19  # bytes of their names
-PATH_LIMIT = 200  # characters of a file's path
-NAME_SHOWN = 60  # of one that is not listed
-ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
 HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # in a name
 PIECE_SIZE = 1 << 19  # bytes of a file that are read or written at once
-SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
-PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
 PROXY_PORT = 3128  # on the sandbox's own loopback
 SENT_AHEAD = 1 << 18  # bytes that the code may send on a connection before the host has passed them on
 TAKEN_AHEAD = 1 << 21  # bytes that the host may send before the code has taken them: the pipe is slow to answer
-CERTIFICATES_FILE = "/tmp/.certificates.pem"
-DIAL_TIMEOUT = 0.01  # seconds; a server on the same loopback answers at once, or has too much to do
 FLOWS_OPEN = 128  # connections at once; more wait to be accepted
-CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that has ended
-COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
-COPY_ROOM = 8 << 20  # bytes that have to be free to make a copy, which must not be what fills the memory
-UNTOUCHED_USUAL = 32 << 20  # bytes of memory that a program asks for without a use for all of it
-SOCKET_MEMORY = 64 << 20  # bytes that may wait in the queues of a sandbox's sockets
-TERMINALS = 64  # of the host's 3,072 for all containers
-LOOK_INTERVAL = (0.05, 0.5)  # seconds between two looks at these, while code runs and between calls
-MEMORY_INTERVAL = 0.01  # seconds between two looks at what memory the running code has asked for
-COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
-STRAYS_READ = 64  # messages read while a copy is awaited
 COPY_ADDRESS = "\0python-docker-mcp-copy"
 PLUG_UID = 65533  # `docker exec` can run as this user; the code, being another without capabilities, can't
-
-# System calls that exploits start from, or that take from the whole host, and the code can do without: their numbers on
-# x86_64 and aarch64, and the error that code gets. Docker's own filter passes some of them, Podman's passes others, and
-# gVisor has none. clone3 keeps its flags where no filter can see them; the C library falls back to clone.
-NO_CALL = 0xFFFFFFFF  # where a kind of machine has no such call
-REFUSED_CALLS = (
-    ("io_uring_setup", 425, 425, errno.EPERM),
-    ("io_uring_enter", 426, 426, errno.EPERM),
-    ("io_uring_register", 427, 427, errno.EPERM),
-    ("io_setup", 206, 0, errno.ENOSYS),  # its requests are counted for the whole host (fs.aio-max-nr)
-    ("add_key", 248, 217, errno.EPERM),
-    ("request_key", 249, 218, errno.EPERM),
-    ("keyctl", 250, 219, errno.EPERM),
-    ("unshare", 272, 97, errno.EPERM),
-    ("setns", 308, 268, errno.EPERM),
-    ("bpf", 321, 280, errno.EPERM),
-    ("perf_event_open", 298, 241, errno.EPERM),
-    ("userfaultfd", 323, 282, errno.EPERM),
-    ("fanotify_init", 300, 262, errno.EPERM),
-    ("memfd_secret", 447, 447, errno.ENOSYS),
-    ("modify_ldt", 154, NO_CALL, errno.ENOSYS),
-    ("ptrace", 101, 117, errno.EPERM),
-    ("process_vm_readv", 310, 270, errno.EPERM),
-    ("process_vm_writev", 311, 271, errno.EPERM),
-    ("pidfd_getfd", 438, 438, errno.EPERM),
-    ("vmsplice", 278, 75, errno.EPERM),
-    ("clone3", 435, 435, errno.ENOSYS),
-    ("sync", 162, 81, 0),  # does nothing, successfully: it would write what the whole host has not written yet
-    ("syncfs", 306, 267, 0),
-)
-NOT_TO_PROCESS_1 = (  # allowed between processes of the same user; and gVisor lets any process kill process 1
-    ("kill", 62, 129),
-    ("tkill", 200, 130),
-    ("tgkill", 234, 131),
-    ("rt_sigqueueinfo", 129, 138),
-    ("rt_tgsigqueueinfo", 297, 240),
-    ("sched_setparam", 142, 118),
-    ("sched_setscheduler", 144, 119),
-    ("sched_setaffinity", 203, 122),
-    ("sched_setattr", 314, 274),
-)
-UNIX, INET, INET6, NETLINK = 1, 2, 10, 16  # families of sockets: others, such as vsock, reach past namespaces
-INET_SOCKETS = ((1, 0), (1, 6), (2, 0), (2, 17))  # kind and protocol: TCP and UDP; another may load a kernel module
-NETLINK_ROUTE = 0  # the C library lists interfaces with it; the other protocols have had hole after hole
-REFUSED_OPTIONS = (  # level and number
-    (1, 26),  # SO_ATTACH_FILTER, and the next three: programs that run in the kernel
-    (1, 50),
-    (1, 51),
-    (1, 52),
-    (6, 31),  # TCP_ULP: another protocol on top of TCP in the kernel
-    (17, 100),  # UDP_ENCAP: IPsec and L2TP
-)
-REFUSED_CONTROLS = (  # of ioctl()
-    0x5412,  # TIOCSTI: types into a terminal
-    0x5423,  # TIOCSETD, which may load a module for a kind of line, as the rest do for bridges and virtual networks
-    *(0x8940, 0x8941, 0x89A0, 0x89A1, 0x89A2, 0x89A3),
-    *(0x8980, 0x8981, 0x8982, 0x8983),
-)
-CORE_LIMIT = 4  # RLIMIT_CORE; of exactly 1 it also stops a handler of core dumps, which is the host's root: core(5)
-NAMESPACE_FLAGS = 0x7E020000  # clone's flags for new namespaces of any kind
-HUGE_MAPPING, HUGE_FILE = 0x40000, 0x4  # flags of mmap and memfd_create: huge pages are the host's, for its databases
 
 with contextlib.suppress(ImportError):  # on Windows, where only the host's part runs
     import fcntl
@@ -3852,311 +3797,135 @@ def head(frame: Mapping[str, Any]) -> bytes:
     return ENCODER.encode(fields).encode() + b"\n"
 
 
-class RunningCall:
-    """State of the running call, as the supervisor keeps it."""
-
-    def __init__(self, request: Run, grace: float) -> None:
-        self.id: str = request["id"]
-        self.grace = grace  # seconds between interrupting the code and killing it
-        self.started = time.monotonic()
-        self.deadline: float = self.started + request["timeout"]
-        self.nudge = self.kill_at = math.inf  # when to interrupt again, and when to kill
-        self.stopped_for: StopReason | None = None  # "timeout" or "cancelled" once interrupted
-        self.code_ended = False  # whether it came to its end by itself, so that only what it has made is being shown
-        self.limit: int | None = request["output_limit"]
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin with no output."""
-        self.head_left = (self.limit or 0) * 3 // 4  # bytes of output that are still passed on at once
-        self.tail_left = (self.limit or 0) - self.head_left
-        self.tail: deque[tuple[Stdio, bytes]] = deque()  # stream and text: the end of the output, held until the end
-        self.omitted = 0  # bytes dropped between head and tail
-        self.data_left = CALL_LIMIT
-
-    def interrupt(self, reason: StopReason) -> bool:
-        """Start the grace period of an interruption; return False if it has started already."""
-        if self.stopped_for:
-            return False
-        now = time.monotonic()
-        self.stopped_for, self.deadline = reason, math.inf
-        self.nudge, self.kill_at = now + self.grace / 2, now + self.grace
-        return True
-
-    def end_code(self) -> None:
-        """Start the time for what follows the code; that of the code itself is over."""
-        if not self.stopped_for:
-            self.code_ended, self.deadline = True, time.monotonic() + CLOSING_WORK
-
-    def hear(self, frame: Any) -> None:
-        """Take note of what its worker says before its end. Raises ValueError if that is more than it may."""
-        if frame["kind"] == "ended":
-            self.end_code()
-        elif frame["kind"] == "clear":
-            self.clear()
-        elif "data" in frame:
-            self.data_left -= len(frame["data"]) + FRAME_COST
-            if self.data_left < 0:
-                raise ValueError("more data than a call may return")
-
-    def rest(self) -> Iterator[Output | Gap]:
-        """Yield what is held of its output until its end."""
-        if self.omitted:
-            yield {"id": self.id, "kind": "omitted", "bytes": self.omitted}
-        for stream, data in self.tail:
-            yield {"id": self.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()}
-
-    def next_due(self) -> float:
-        """Return when the supervisor has to act on this call, unless it ends first."""
-        return min(self.deadline, self.nudge, self.kill_at)
-
-    def admit(self, stream: Stdio, text: str) -> str:
-        """Return the part of this output to pass on at once; the rest goes to the tail and pushes older output out."""
-        if self.limit is None:
-            return text
-        data = text.encode()
-        passes = data[: self.head_left].decode("utf-8", "ignore")
-        rest = data[len(passes.encode()) :]
-        self.head_left = 0 if rest else self.head_left - len(data)
-        if rest:
-            self.tail.append((stream, rest))
-            self.tail_left -= len(rest)
-        while self.tail_left < 0:
-            stream, oldest = self.tail.popleft()
-            dropped = min(len(oldest), -self.tail_left)
-            self.omitted += dropped
-            self.tail_left += dropped
-            if oldest[dropped:]:
-                self.tail.appendleft((stream, oldest[dropped:]))
-        return passes
+def clip(text: str, limit: int) -> str:
+    """Shorten `text` to about `limit` characters: head, tail, and between them how much was left out."""
+    if len(text) <= limit:
+        return text
+    head = limit * 2 // 3
+    return f"{text[:head]}\n[… {len(text) - limit} characters left out …]\n{text[len(text) - (limit - head) :]}"
 
 
-WORKER_FIELDS = {  # of each kind of frame from the worker, besides kind and id: what it has, and what it may have
-    "display": ({"data", "is_value"}, set()),
-    "state": ({"data", "left_out"}, set()),
-    "done": (
-        {"status", "cpu"},
-        {"memory", "value", "value_length", "exit_code", "exception", "stale"},
-    ),
-    "turn": (set(), set()),
-    "clear": (set(), set()),
-    "ended": (set(), set()),
-    "used": ({"stale"}, set()),
-}
+def plain(value: Any, limit: int = STATE_LIMIT) -> Any:
+    """Return `value` as JSON can hold it: a tuple as a list, a NumPy number as Python's.
 
+    An instance of a subclass of JSON's types counts as what it holds, not as what its methods say.
 
-def check_worker_frame(frame: dict[str, Any]) -> None:
-    """Refuse a frame that the worker can't have sent, so the user's code did. The host looks at what the fields hold.
-
-    Raises ValueError.
+    Raises:
+        ValueError: JSON can't hold it, or would take more than `limit` bytes at the least.
     """
-    kind = frame.get("kind")
-    if type(kind) is not str or kind not in WORKER_FIELDS:
-        raise ValueError(f"a frame of kind {kind[:40]!r}" if type(kind) is str else "a frame whose kind is no text")
-    needed, possible = WORKER_FIELDS[kind]
-    if not needed <= frame.keys() - {"kind", "id"} <= needed | possible:
-        raise ValueError(f"a frame {kind} that no worker sends")
-    if kind == "done" and (frame["status"] not in ("ok", "error") or type(frame["cpu"]) not in (int, float)):
-        raise ValueError("an end that no worker reports")
-    for value in frame.values():
-        parts = value.values() if type(value) is dict else value if type(value) is list else ()
-        if any(type(part) in (dict, list) for part in parts):  # to encode it could take more stack than to parse it did
-            raise ValueError("a frame is nested too deeply")
-    if len(head(frame)) > LINE_LIMIT - READ_SIZE:  # the supervisor adds some fields before passing it on
-        raise ValueError("a frame that is too long")
+    return plain_part(value, 0, set(), [limit])
 
 
-class Copy:
-    """A sleeping copy of the session's worker, from after its last call, as the supervisor knows it.
+def plain_part(value: Any, depth: int, parents: set[int], room: list[int]) -> Any:
+    """Return a part of what `plain` returns, `depth` deep in `parents`, and take what it needs from `room`."""
+    kind = type(value)
+    room[0] -= 2  # a digit and a comma
+    if kind not in PLAIN_TYPES and module_name(value) == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
+        kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if issubclass(kind, str):
+        text = str.__str__(value)
+        room[0] -= len(text)
+        if room[0] < 0:
+            raise ValueError(f"too large: {len(text)} characters")
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError("text with lone surrogates") from None
+        return text
+    if issubclass(kind, int):
+        number = int.__int__(value)
+        if number.bit_length() > 4096:
+            raise ValueError(f"an integer of {number.bit_length()} bits")
+        return number
+    if issubclass(kind, float):
+        fraction = float.__float__(value)
+        if not math.isfinite(fraction):
+            raise ValueError(f"{fraction!r} is not JSON")
+        return fraction
+    if not issubclass(kind, (list, tuple, dict)):
+        raise ValueError(f"{class_name(value)} is not JSON")
+    if len(value) * 2 > room[0]:  # before all of it is copied and encoded
+        raise ValueError(f"too large: {len(value)} values")
+    if depth == STATE_DEPTH:
+        raise ValueError(f"nested more than {STATE_DEPTH} deep")
+    if id(value) in parents:
+        raise ValueError("contains itself")
+    parents.add(id(value))
+    try:
+        if not issubclass(kind, dict):
+            items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
+            return [plain_part(item, depth + 1, parents, room) for item in items]
+        for key in dict.keys(value):
+            if not issubclass(type(key), str):
+                raise ValueError(f"a key is {class_name(key)}, not text")
+        return {
+            plain_part(key, 0, set(), room): plain_part(item, depth + 1, parents, room)
+            for key, item in dict.items(value)
+        }
+    finally:
+        parents.discard(id(value))
 
-    none ── due ── asked for (a key) ── asleep (a process) ── awake: it is the worker, and a copy of it is due
-                                          └── due: calls have ended since, and it is that many calls behind
+
+def class_name(value: Any) -> str:
+    """Return the name of a value's class, whatever its metaclass or its `__class__` says."""
+    return exact(vars(type)["__name__"].__get__(type(value)))
+
+
+def module_name(value: Any) -> str:
+    """Return the name of the module that a value's class claims to be from."""
+    return exact(vars(type)["__module__"].__get__(type(value)))
+
+
+def exact(text: Any) -> str:
+    """Return a text as a plain `str` that can be encoded: a subclass may lie, and lone surrogates become escapes.
+
+    Returns "" for what is no text.
     """
-
-    def __init__(self, sources: dict[int, Callable[[], object]]) -> None:
-        self.due = math.inf  # when to ask for one
-        self.asked = -math.inf  # when the last one was asked for
-        self.behind = 0  # calls that have ended since
-        self.key: str | None = None
-        self.process = 0
-        self.connection: socket.socket | None = None  # it wakes when it gets descriptors, and ends when this is closed
-        self.is_heavy = False  # whether the kernel ends it before the worker when memory runs out
-        self.sources = sources  # what to call when a descriptor is readable
-        self.address = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # where copies are announced
-        self.strays = 0  # messages that were no announcement of the copy that is awaited
-
-    def listen(self) -> None:
-        """Give the address its name."""
-        self.address.bind(COPY_ADDRESS)
-        self.address.setblocking(False)
-
-    def ask(self) -> str:
-        """Await a copy in place of the last one, which ends; return the key that it has to name."""
-        self.end()
-        self.due, self.asked, self.behind, self.strays = math.inf, time.monotonic(), 0, 0
-        self.key = os.urandom(16).hex()
-        self.sources[self.address.fileno()] = self.admit
-        return self.key
-
-    def admit(self) -> None:
-        """Accept the copy that is awaited, once it is announced. Code can write here, too: little of that is read."""
-        with contextlib.suppress(BlockingIOError):
-            while self.key and self.strays < STRAYS_READ:
-                message, descriptors = receive_descriptors(self.address, 1)
-                told = re.fullmatch(rb"([0-9a-f]{32}) ([0-9]{1,7})", message)
-                if descriptors and told and told[1].decode() == self.key and int(told[2]) in other_processes():
-                    self.connection, self.process = socket.socket(fileno=descriptors.pop()), int(told[2])
-                    self.key, self.is_heavy = None, True
-                self.strays += 1
-                for fd in descriptors:
-                    os.close(fd)
-        if self.key is None or self.strays == STRAYS_READ:
-            self.sources.pop(self.address.fileno(), None)
-
-    def lighten(self) -> None:
-        """Have the kernel end the worker before the copy when memory runs out."""
-        self.is_heavy = False
-        with contextlib.suppress(OSError):
-            if self.connection:
-                self.connection.sendmsg([b"lighten"], (), socket.MSG_DONTWAIT)
-
-    def end(self) -> None:
-        """Let the copy end, or one that comes later."""
-        if self.connection:
-            self.connection.close()
-        self.key, self.process, self.connection, self.is_heavy = None, 0, None, False
-        self.sources.pop(self.address.fileno(), None)
+    plain_text = str.__str__(text) if issubclass(type(text), str) else ""
+    return plain_text if plain_text.isascii() else plain_text.encode("utf-8", "backslashreplace").decode()
 
 
-class Flow:
-    """A connection of the code's to the proxy, as the supervisor has it."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.credit = SENT_AHEAD  # bytes that the host will take
-        self.outbox = Outbox()  # what the host has sent, and the code has not taken
-        self.taken = 0  # bytes that the code has taken, and the host does not know of
-        self.ended = False  # whether the host has no more
+def failure_of(error: BaseException) -> str:
+    """Return an exception in one line: the name of its class and, if it has one, its message."""
+    said = ""
+    with contextlib.suppress(BaseException):  # the code's own __str__ may raise anything
+        said = " ".join(exact(str(error)).split())
+    return clip(f"{class_name(error)}: {said}".rstrip(": "), 300)
 
 
-class Flows:
-    """The code's connections to the proxy. The host is the proxy: here bytes pass as frames, so many as are credited.
+def plain_name(package: str) -> str:
+    """Return a package's name as the index compares names (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
-    opened, by the first frame with its number ── passing ── ended by either side, and closed when all has passed
-    """
 
-    def __init__(self, tell: Callable[[FromSandbox], None], sources: dict[int, Callable[[], object]]) -> None:
-        self.tell = tell
-        self.sources = sources  # what to call when a descriptor is readable
-        self.open: dict[int, Flow] = {}  # by number
-        self.count = 0
-        self.listener: socket.socket | None = None
+@functools.lru_cache(None)
+def libc() -> Any:
+    """Return the C library, opened once for all forked processes."""
+    return ctypes.CDLL(None, use_errno=True)
 
-    def listen(self) -> None:
-        """Begin to accept connections."""
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", PROXY_PORT))
-        self.listener.listen(1024)  # a connection for which there is no room tries again only a second later
-        self.listener.setblocking(False)
-        self.sources[self.listener.fileno()] = self._admit
 
-    def _admit(self) -> None:
-        assert self.listener is not None
-        with contextlib.suppress(OSError):
-            connection = self.listener.accept()[0]
-            self.count += 1
-            self._add(self.count, connection)
-            self._pass(self.count)
-
-    def dial(self, frame: Dial) -> None:
-        """Connect to a server of the code's own, and tell whether there is one."""
-        connection = socket.socket()
-        connection.settimeout(DIAL_TIMEOUT)
+def open_inside(folder: str, path: str) -> int:
+    """Open a regular file below `folder` without following a link or leaving the folder. Raises OSError."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise OSError(errno.EINVAL, "not a path inside the working directory")
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    for part in parts:
+        last = part is parts[-1]
+        kind = os.O_NONBLOCK if last else os.O_DIRECTORY  # opening a pipe of that name must not block
         try:
-            connection.connect(("127.0.0.1", frame["port"]))
-            self._add(frame["flow"], connection)
-        except OSError:
-            connection.close()
-        self._pass(frame["flow"], ended=frame["flow"] not in self.open)
-
-    def _add(self, number: int, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)  # else the kernel holds megabytes of each
-        self.open[number] = Flow(connection)
-        self.sources[connection.fileno()] = lambda: self._take(number)
-
-    def resting(self, congested: bool, attached: bool) -> set[int]:
-        """Return the descriptors that are not to be read from now."""
-        rests = {flow.connection.fileno() for flow in self.open.values() if congested or flow.credit <= 0}
-        if self.listener and (len(self.open) >= FLOWS_OPEN or not attached):
-            rests.add(self.listener.fileno())
-        return rests
-
-    def writers(self) -> dict[int, int]:
-        """Return the descriptors that wait to be written to, and the numbers of their connections."""
-        return {flow.connection.fileno(): number for number, flow in self.open.items() if flow.outbox.size}
-
-    def _pass(self, number: int, data: bytes = b"", credit: int = 0, ended: bool = False) -> None:
-        self.tell({"kind": "passed", "flow": number, "data": data, "credit": credit, "ended": ended})
-
-    def _take(self, number: int) -> None:
-        """Pass on what the code has sent."""
-        flow = self.open[number]
-        try:
-            data = flow.connection.recv(min(flow.credit, READ_SIZE))
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        flow.credit -= len(data)
-        self._pass(number, data, ended=not data)
-        if not data:
-            self._close(number)
-
-    def receive(self, frame: Pass) -> None:
-        """Take what the host has sent."""
-        if flow := self.open.get(frame["flow"]):
-            flow.credit += frame["credit"]
-            flow.outbox.add(frame["data"])
-            flow.ended = flow.ended or frame["ended"]
-            self.flush(frame["flow"])
-
-    def flush(self, number: int) -> None:
-        """Send to the code what it takes."""
-        flow = self.open[number]
-        try:
-            flow.taken += flow.outbox.write(flow.connection.sendmsg) if flow.outbox.size else 0
-        except BlockingIOError:
-            return
-        except OSError:
-            self._pass(number, ended=True)
-            self._close(number)
-            return
-        if flow.taken > TAKEN_AHEAD // 8 and not flow.ended:  # not each time: a frame wakes every process on its way
-            self._pass(number, credit=flow.taken)
-            flow.taken = 0
-        if flow.ended and not flow.outbox.size:
-            self._close(number)
-
-    def _close(self, number: int) -> None:
-        flow = self.open.pop(number)
-        del self.sources[flow.connection.fileno()]
-        with contextlib.suppress(OSError):
-            flow.connection.recv(READ_SIZE)  # what is unread would make the kernel reset the connection
-        flow.connection.close()
-
-    def close_all(self) -> None:
-        """Close all connections."""
-        for number in list(self.open):
-            self._pass(number, ended=True)
-            self._close(number)
-
-
-def announce_copy(key: str, process: int, connection: socket.socket) -> None:
-    """Tell the supervisor of a copy, and pass it its end of the connection."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.sendmsg([f"{key} {process}".encode()], rights(connection.fileno()), socket.MSG_DONTWAIT, COPY_ADDRESS)
+            inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
 
 
 def rights(*descriptors: int) -> list[tuple[int, int, bytes]]:
@@ -4170,487 +3939,38 @@ def receive_descriptors(connection: socket.socket, most: int) -> tuple[bytes, li
     return message, [fd for *_, data in ancillary for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4])]
 
 
-class Files:
-    """The working directory and the other folders that code may write to, as process 1 sees them."""
+# ── supervisor ──
 
-    def __init__(self, home: str, others: Sequence[str]) -> None:
-        self.home = home
-        self.seen, _ = list_files(home)  # at the last call's end: path to time and size
-        self.escaped: dict[str, str] = {}  # paths as the host knows them, of files whose names it could not show
-        self.folders = {folder: attributes(folder) for folder in (home, *others)}
-
-    def read(self, request: Read) -> Piece:
-        """Return a piece of a file in the working directory."""
-        try:
-            fd = open_inside(self.home, self.escaped.get(request["path"], request["path"]))
-            try:
-                before = os.fstat(fd).st_ctime_ns
-                data = os.pread(fd, PIECE_SIZE, request["offset"])
-                state = os.fstat(fd)
-            finally:
-                os.close(fd)
-            version = f"{state.st_ino} {before}" if before == state.st_ctime_ns else ""
-            size, problem = state.st_size, None
-        except OSError as error:
-            data, size, version, problem = b"", 0, "", error.strerror or str(error)
-        return {
-            "id": request["id"],
-            "kind": "file",
-            "data": data,
-            "problem": problem,
-            "size": size,
-            "version": version,
-        }
-
-    def write(self, request: Write) -> Written:
-        """Write a piece of a file that the next call is given, at first under another name."""
-        aside, place = f"{self.home}/.{request['id']}", f"{self.home}/{request['name']}"
-        data, offset, problem = request["data"], request["offset"], None
-        try:
-            if offset == 0:
-                self._make_room(request["needs"], place)
-            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-            try:
-                while data:
-                    written = os.pwrite(fd, data, offset)
-                    data, offset = data[written:], offset + written
-            finally:
-                os.close(fd)
-            if request["last"]:
-                os.rename(aside, place)
-                state = os.stat(place, follow_symlinks=False)
-                self.seen[request["name"]] = (state.st_mtime_ns, state.st_size)  # as the call has not written it
-        except OSError as error:
-            problem = error.strerror or str(error)
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-        return {"id": request["id"], "kind": "written", "problem": problem}
-
-    def _make_room(self, needed: int, place: str) -> None:
-        """See that there is room for files, at the cost of the one that the first will replace. Raises OSError."""
-        folder, old = os.statvfs(self.home), 0
-        free = folder.f_bavail * folder.f_frsize
-        with contextlib.suppress(OSError):
-            old = os.stat(place, follow_symlinks=False).st_size
-        if free + old < needed:
-            raise OSError(errno.ENOSPC, f"there is room for {free + old} bytes, and {needed} are needed")
-        if free < needed:
-            os.unlink(place)
-
-    def changed(self) -> tuple[list[tuple[str, int]], dict[str, str]]:
-        """Return the files made or changed since the last time: path and size; and others: name to reason."""
-        before = self.seen
-        self.seen, complete = list_files(self.home)
-        self.escaped = {shown: path for shown, path in self.escaped.items() if path in self.seen}
-        listed: list[tuple[str, int]] = []
-        left_out: dict[str, str] = {}
-        room, more = LISTING_LIMIT, 0
-        for path in sorted(self.seen):
-            if self.seen[path] == before.get(path):
-                continue
-            reason = ""
-            if len(path) > PATH_LIMIT:
-                reason = f"its path is longer than {PATH_LIMIT} characters"
-            shown = shown_path(path)
-            room -= len(ENCODER.encode(shown))
-            brief = shown if len(shown) <= NAME_SHOWN else f"{shown[:NAME_SHOWN]}…"
-            if reason and len(left_out) < FILES_UNLISTED and brief not in left_out:
-                left_out[brief] = reason
-            elif reason or room < 0 or len(listed) == FILES_LISTED:
-                more += 1
-            else:
-                listed.append((shown, self.seen[path][1]))
-                if shown != path:
-                    self.escaped[shown] = path
-        if more:
-            left_out[f"({more} more)"] = "there are too many to list"
-        if not complete:
-            left_out["(others)"] = f"only {ENTRIES_SEEN} files and folders are looked at"
-        return listed, left_out
-
-    def held(self) -> int:
-        """Return how many bytes of memory the files take."""
-        return sum(map(bytes_held, self.folders))
-
-    def empty(self) -> bool:
-        """Remove all files, and return whether nothing is left of them or of what code can leave in a folder itself."""
-        for folder in self.folders:
-            empty_folder(folder)
-        self.seen, _ = list_files(self.home)
-        is_empty = not any(os.listdir(folder) for folder in self.folders if os.path.isdir(folder))
-        return is_empty and self.folders == {folder: attributes(folder) for folder in self.folders}
-
-
-class Host:
-    """The host that the sandbox is attached to or, while there is none, what is kept for the next one."""
-
-    def __init__(self, owner: str) -> None:
-        self.channel: Channel | None = None
-        self.owner = owner
-        self.plug: socket.socket | None = None  # through which the host came, unless it started the sandbox
-        self.unread: str | None = None  # id of the last call, until a host has been sent its end
-        self.told = 0  # bytes of that call's output sent to a host
-        self.backlog: deque[FromSandbox] = deque()
-        self.backlog_left = BACKLOG_LIMIT
-
-    def tell(self, frame: FromSandbox) -> None:
-        """Send a frame or, if there is no host, keep it for the next one."""
-        if self.channel:
-            self.channel.queue(frame)  # the main loop writes it, together with what follows at once
-            if frame["kind"] == "done":
-                self.unread = None
-            elif frame["kind"] == "stdout" or frame["kind"] == "stderr":
-                self.told += len(frame["data"])
-        else:
-            data: Any = frame.get("data", b"")
-            self.backlog_left -= len(head(frame)) + len(data)  # all fields: the code may have forged them
-            if self.backlog_left > 0 or frame["kind"] == "done":
-                self.backlog.append(frame)
-
-    def greet(self, greeting: Greeting) -> None:
-        """Greet a new host, and send it what was kept."""
-        assert self.channel is not None
-        self.channel.set_blocking(False)
-        self.channel.send(greeting)
-        while self.backlog:
-            self.tell(self.backlog.popleft())
-        self.backlog_left = BACKLOG_LIMIT
-
-    def end_plugs(self, channel: Channel) -> None:
-        """Write to a host that is gone, so that its orphaned `docker run` gets EPIPE and exits.
-
-        Again and again, as the kernel closes the descriptors of a dead host one by one: that of what we read, perhaps
-        well before that of what we write.
-        """
-        for pause in (0.0, 0.05, 0.2):
-            time.sleep(pause)
-            channel.send({"kind": "farewell"})
-
-    def detach(self) -> None:
-        """Let go of the host, and of the plug through which it came."""
-        if self.channel:
-            self.channel.close()
-        self.channel = None
-        if self.plug:
-            self.plug.close()
-        self.plug = None
-
-    @property
-    def is_congested(self) -> bool:
-        """Whether the host reads more slowly than it is told."""
-        return self.channel is not None and self.channel.outbox.size > OUTBOX_LIMIT
-
-
-class Streams:
-    """The standard streams of the worker, and of all that code started; what comes between two calls is kept apart."""
-
-    def __init__(
-        self,
-        sources: dict[int, Callable[[], object]],
-        is_in_call: Callable[[], bool],
-        pass_on: Callable[[Stdio, str], None],
-    ) -> None:
-        self.sources = sources  # what to call when a descriptor is readable
-        self.is_in_call = is_in_call
-        self.pass_on = pass_on  # text of the running call
-        self.earlier = bytearray()  # what came between calls
-        self.pipes: dict[Stdio, int] = {}
-        self._decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
-
-    def connect(self) -> tuple[int, int]:
-        """Make pipes for a worker, and return its ends: standard output and errors."""
-        out, err = os.pipe(), os.pipe()
-        self.pipes = {"stdout": out[0], "stderr": err[0]}
-        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self.pipes}
-        for stream, pipe in self.pipes.items():
-            os.set_blocking(pipe, False)
-            self.sources[pipe] = functools.partial(self._read, stream)
-        return out[1], err[1]
-
-    def disconnect(self) -> None:
-        """Close the pipes."""
-        for pipe in self.pipes.values():
-            self.sources.pop(pipe, None)
-            os.close(pipe)
-        self.pipes = {}
-
-    def read_all(self) -> None:
-        """Read what is there."""
-        for stream in self.pipes:
-            for _ in range(32):  # bounded: a child process of the code may never stop writing
-                if not self._read(stream):
-                    break
-
-    def _read(self, stream: Stdio) -> bool:
-        pipe = self.pipes[stream]
-        try:
-            data = os.read(pipe, READ_SIZE)
-        except BlockingIOError:
-            return False
-        if not data:
-            self.sources.pop(pipe, None)
-        elif self.is_in_call():
-            self.pass_on(stream, self._decoders[stream].decode(data))
-        else:
-            self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
-        return bool(data)
-
-    def flush(self) -> None:
-        """Pass on what has come of a character that is not complete."""
-        for stream, decoder in self._decoders.items():
-            self.pass_on(stream, decoder.decode(b"", True))
-
-    def take_earlier(self) -> bytes:
-        """Return the text that came since the last call, as UTF-8, and forget it."""
-        text = self.earlier.decode("utf-8", "replace").encode()
-        self.earlier.clear()
-        return text
-
-
-class OomKills:
-    """The kernel's count of processes killed because memory ran out, as far as they were the code's."""
-
-    def __init__(self) -> None:
-        self.events = open_memory_events()
-        self._seen = count_oom_kills(self.events)
-
-    def disregard_copy(self) -> None:
-        """Pass over one, if there was one: that was the copy."""
-        self._seen += count_oom_kills(self.events) > self._seen
-
-    def count(self, copy: Copy) -> int:
-        """Return how many there were since the last time."""
-        before, self._seen = self._seen, count_oom_kills(self.events)
-        kills = self._seen - before
-        if kills and copy.is_heavy:  # it goes first, and may just be ending
-            copy.end()
-            kills -= 1
-        return kills
-
-
-class Preloading:
-    """Modules that process 1 imports ahead, so that workers have them at no cost.
-
-    Packages installed for all sessions may do anything when imported: of those, each worker imports what it is to.
-    """
-
-    def __init__(self, packages: str, modules: Sequence[str]) -> None:
-        self.packages = packages
-        self.modules = list(modules)
-        self.installed = package_folders(packages, None)  # for all sessions, when the sandbox started
-        self.left = [] if self.installed else list(modules)
-        self.is_told = False  # whether the host knows that a worker with these modules is ready
-
-    def import_next(self) -> str:
-        """Import one of the modules; return what is wrong with it, "" if nothing is."""
-        name = self.left.pop(0)
-        try:
-            import_ahead(name)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        else:
-            threads = len(os.listdir("/proc/self/task"))
-            problem = f"it leaves {threads - 1} threads running, which a fork does not copy" if threads > 1 else ""
-        if not self.left:
-            gc.collect()
-            gc.freeze()  # a later collection must not touch, and so copy, the pages that workers share
-        return clip(f"preloading {name}: {problem}", 300) if problem else ""
-
-    def fits(self, packages: str | None) -> bool:
-        """Whether nothing was preloaded but what code with these packages is to import."""
-        return not self.modules or self.installed == package_folders(self.packages, packages)
-
-
-class WorkerProcess:
-    """The process that runs the code, with its streams, its copy and the socket to it, as the supervisor has them."""
-
-    def __init__(
-        self,
-        settings: dict[str, Any],
-        sources: dict[int, Callable[[], object]],
-        output: Streams,
-        hear: Callable[[], object],
-    ) -> None:
-        self.id = 0  # 0 until it is forked, after preloading or for the first call
-        self.control: Channel | None = None
-        self.copy = Copy(sources)
-        self.kills = OomKills()
-        self.is_used = False
-        self.cpu = 0.0  # CPU seconds up to its last report
-        self._had = 0  # bytes of memory that it had asked for when the call began, and never touched
-        self._settings = settings
-        self._sources = sources  # what to call when a descriptor is readable
-        self._output = output
-        self._hear = hear  # what to call when there is something to receive
-
-    def fork(self, preloading: Preloading, is_fresh: bool) -> None:
-        """Fork a worker, in its own setsid() session, with /dev/null, two pipes and a socket to the supervisor only."""
-        ends = self._connect()
-        self.id = os.fork()
-        if self.id == 0:
-            try:
-                become_worker((os.open(os.devnull, os.O_RDWR), *ends))
-                worker = Worker(Channel(3, 3), self._settings)
-                if preloading.installed and is_fresh:
-                    worker.preload(preloading.modules)
-                if not preloading.is_told:  # once: every frame wakes each process that relays it
-                    worker.control.send({"kind": "prepared"})
-                worker.serve()
-            finally:
-                os._exit(70)
-        for fd in ends:
-            os.close(fd)
-        self.is_used, self.cpu = False, 0.0
-
-    def _connect(self) -> tuple[int, int, int]:
-        """Make pipes and a socket for a worker; return its ends: standard output, errors and control."""
-        ours, theirs = socket.socketpair()
-        fd = ours.detach()
-        self.control = Channel(fd, fd)
-        self.control.set_blocking(False)
-        self._sources[fd] = self._hear
-        return (*self._output.connect(), theirs.detach())
-
-    def disconnect(self) -> None:
-        """Close the pipes and the socket; there is no worker any more."""
-        if self.control:
-            self._sources.pop(self.control.reader, None)
-            self.control.close()
-        self._output.disconnect()
-        self.id, self.control = 0, None
-
-    def let_proceed(self) -> None:
-        """Answer a worker that waits until its output is read. Raises ValueError if it asks without waiting."""
-        assert self.control is not None
-        if self.control.outbox.size > READ_SIZE:
-            raise ValueError("more questions than answers taken")
-        self.control.send({"op": "proceed"})
-
-    def begin(self) -> None:
-        """Take note that a call begins."""
-        self.is_used = True
-        _, self._had = own_memory(self.id)
-
-    def asks_for_too_much(self) -> bool:
-        """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
-        held, _ = own_memory(self.copy.process)  # at most so much more is free once the copy has gone
-        free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
-        _, untouched = own_memory(self.id)
-        return untouched - self._had > max(UNTOUCHED_USUAL, free)
-
-    # ── its copy ──
-
-    def want_copy(self) -> None:
-        """See that there will be a copy of the worker as it is now."""
-        if self.control and self._settings["restores"]:
-            self.copy.due = time.monotonic() + COPY_DELAY
-
-    def ask_for_copy(self) -> None:
-        """Have the worker leave a copy of itself, if one is due; the last one ends."""
-        if self.copy.due < math.inf and self.control:
-            self.control.queue({"op": "copy", "key": self.copy.ask()})
-
-    def restore(self) -> bool:
-        """Have the copy, if there is one, go on in the place of the worker, which is gone; return whether it does."""
-        process, connection = self.copy.process, self.copy.connection
-        if connection is None:
-            return False
-        ends = self._connect()
-        try:
-            connection.settimeout(self._settings["grace"])
-            connection.sendmsg([b"wake"], rights(*ends))
-            self.id = process if connection.recv(1) else 0
-        except OSError:
-            self.id = 0
-        for fd in ends:
-            os.close(fd)
-        self.copy.end()
-        if not self.id:
-            self.disconnect()
-        self.cpu = 0.0
-        return self.id != 0
-
-    # ── its end ──
-
-    def signal(self) -> None:
-        """Interrupt the code and all that it started, also what is stopped."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.id, signal.SIGCONT)
-            os.killpg(self.id, signal.SIGINT)
-
-    def kill(self) -> Death:
-        """Kill it, and return how it ended."""
-        os.kill(self.id, signal.SIGKILL)
-        _, status, usage = os.wait4(self.id, 0)
-        return Death(status, usage, self.cpu)
-
-    def reap(self) -> Death | None:
-        """Reap dead children, as process 1 has to; return how the worker ended if it is one of them."""
-        death = None
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-                if pid == 0:
-                    break
-                if pid == self.id:
-                    death = Death(status, usage, self.cpu)
-                elif pid == self.copy.process:
-                    if status == signal.SIGKILL:
-                        self.kills.disregard_copy()
-                    self.copy.end()
-        return death
-
-
-class Death:
-    """How a worker ended, as the kernel tells it."""
-
-    def __init__(self, status: int, usage: Any, reported: float) -> None:
-        self.code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)  # a signal is negative
-        self.cpu = max(0.0, usage.ru_utime + usage.ru_stime - reported)  # seconds, of the last call
-        self.memory: int = usage.ru_maxrss * 1024  # bytes, at most
-
-
-class Door:
-    """The address where other hosts plug in. Each is let in, or told the sandbox's status."""
-
-    def __init__(
-        self,
-        refusal: Callable[[dict[str, Any]], Greeting | None],
-        enter: Callable[[Channel, socket.socket, str], object],
-    ) -> None:
-        self._refusal = refusal  # what to tell a plug that may not come in
-        self._enter = enter  # over a channel, from a plug's connection, by the host of that id
-
-    def listen(self, sources: dict[int, Callable[[], object]]) -> None:
-        """Open it."""
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(PLUG_ADDRESS)
-        listener.listen()
-        sources[listener.fileno()] = lambda: self.admit(listener)
-
-    def admit(self, listener: socket.socket) -> None:
-        """Answer a plug: take over its standard input and output as the channel, or tell it the status."""
-        connection = listener.accept()[0]
-        connection.settimeout(1)
-        entered = False
-        try:
-            uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-            if uid != PLUG_UID:
-                return
-            message, (reader, writer) = receive_descriptors(connection, 2)
-            request = json.loads(message)
-            if status := self._refusal(request):
-                os.write(writer, head(status))
-                os.close(reader)
-                os.close(writer)
-                return
-            self._enter(Channel(reader, writer), connection, request["owner"])
-            entered = True
-        except (OSError, ValueError, LookupError, TypeError, struct.error):
-            pass  # the plug went away, or sent nonsense: it sees its connection close
-        finally:
-            if not entered:
-                connection.close()
+OUTBOX_LIMIT = 1 << 20  # bytes queued for a slow host before the supervisor stops reading from the worker
+EARLIER_LIMIT = 1 << 16  # bytes kept of the output written while no call is running
+FILES_UNLISTED = 20  # of those that are not: named, with the reason
+LISTING_LIMIT = 1 << 19  # bytes of their names
+PATH_LIMIT = 200  # characters of a file's path
+NAME_SHOWN = 60  # of one that is not listed
+ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
+SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
+PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
+CERTIFICATES_FILE = "/tmp/.certificates.pem"
+DIAL_TIMEOUT = 0.01  # seconds; a server on the same loopback answers at once, or has too much to do
+CLOSING_WORK = 10.0  # seconds to show the figures and variables of code that has ended
+COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that relay the answer have the processors
+UNTOUCHED_USUAL = 32 << 20  # bytes of memory that a program asks for without a use for all of it
+LOOK_INTERVAL = (0.05, 0.5)  # seconds between two looks at these, while code runs and between calls
+MEMORY_INTERVAL = 0.01  # seconds between two looks at what memory the running code has asked for
+COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
+STRAYS_READ = 64  # messages read while a copy is awaited
+WORKER_FIELDS = {  # of each kind of frame from the worker, besides kind and id: what it has, and what it may have
+    "display": ({"data", "is_value"}, set()),
+    "state": ({"data", "left_out"}, set()),
+    "done": (
+        {"status", "cpu"},
+        {"memory", "value", "value_length", "exit_code", "exception", "stale"},
+    ),
+    "turn": (set(), set()),
+    "clear": (set(), set()),
+    "ended": (set(), set()),
+    "used": ({"stale"}, set()),
+}
 
 
 class Supervisor:
@@ -5058,6 +4378,861 @@ class Supervisor:
             self._conclude(report, status, kills, "lost", message)
 
 
+class RunningCall:
+    """State of the running call, as the supervisor keeps it."""
+
+    def __init__(self, request: Run, grace: float) -> None:
+        self.id: str = request["id"]
+        self.grace = grace  # seconds between interrupting the code and killing it
+        self.started = time.monotonic()
+        self.deadline: float = self.started + request["timeout"]
+        self.nudge = self.kill_at = math.inf  # when to interrupt again, and when to kill
+        self.stopped_for: StopReason | None = None  # "timeout" or "cancelled" once interrupted
+        self.code_ended = False  # whether it came to its end by itself, so that only what it has made is being shown
+        self.limit: int | None = request["output_limit"]
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with no output."""
+        self.head_left = (self.limit or 0) * 3 // 4  # bytes of output that are still passed on at once
+        self.tail_left = (self.limit or 0) - self.head_left
+        self.tail: deque[tuple[Stdio, bytes]] = deque()  # stream and text: the end of the output, held until the end
+        self.omitted = 0  # bytes dropped between head and tail
+        self.data_left = CALL_LIMIT
+
+    def interrupt(self, reason: StopReason) -> bool:
+        """Start the grace period of an interruption; return False if it has started already."""
+        if self.stopped_for:
+            return False
+        now = time.monotonic()
+        self.stopped_for, self.deadline = reason, math.inf
+        self.nudge, self.kill_at = now + self.grace / 2, now + self.grace
+        return True
+
+    def end_code(self) -> None:
+        """Start the time for what follows the code; that of the code itself is over."""
+        if not self.stopped_for:
+            self.code_ended, self.deadline = True, time.monotonic() + CLOSING_WORK
+
+    def hear(self, frame: Any) -> None:
+        """Take note of what its worker says before its end. Raises ValueError if that is more than it may."""
+        if frame["kind"] == "ended":
+            self.end_code()
+        elif frame["kind"] == "clear":
+            self.clear()
+        elif "data" in frame:
+            self.data_left -= len(frame["data"]) + FRAME_COST
+            if self.data_left < 0:
+                raise ValueError("more data than a call may return")
+
+    def rest(self) -> Iterator[Output | Gap]:
+        """Yield what is held of its output until its end."""
+        if self.omitted:
+            yield {"id": self.id, "kind": "omitted", "bytes": self.omitted}
+        for stream, data in self.tail:
+            yield {"id": self.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()}
+
+    def next_due(self) -> float:
+        """Return when the supervisor has to act on this call, unless it ends first."""
+        return min(self.deadline, self.nudge, self.kill_at)
+
+    def admit(self, stream: Stdio, text: str) -> str:
+        """Return the part of this output to pass on at once; the rest goes to the tail and pushes older output out."""
+        if self.limit is None:
+            return text
+        data = text.encode()
+        passes = data[: self.head_left].decode("utf-8", "ignore")
+        rest = data[len(passes.encode()) :]
+        self.head_left = 0 if rest else self.head_left - len(data)
+        if rest:
+            self.tail.append((stream, rest))
+            self.tail_left -= len(rest)
+        while self.tail_left < 0:
+            stream, oldest = self.tail.popleft()
+            dropped = min(len(oldest), -self.tail_left)
+            self.omitted += dropped
+            self.tail_left += dropped
+            if oldest[dropped:]:
+                self.tail.appendleft((stream, oldest[dropped:]))
+        return passes
+
+
+def check_worker_frame(frame: dict[str, Any]) -> None:
+    """Refuse a frame that the worker can't have sent, so the user's code did. The host looks at what the fields hold.
+
+    Raises ValueError.
+    """
+    kind = frame.get("kind")
+    if type(kind) is not str or kind not in WORKER_FIELDS:
+        raise ValueError(f"a frame of kind {kind[:40]!r}" if type(kind) is str else "a frame whose kind is no text")
+    needed, possible = WORKER_FIELDS[kind]
+    if not needed <= frame.keys() - {"kind", "id"} <= needed | possible:
+        raise ValueError(f"a frame {kind} that no worker sends")
+    if kind == "done" and (frame["status"] not in ("ok", "error") or type(frame["cpu"]) not in (int, float)):
+        raise ValueError("an end that no worker reports")
+    for value in frame.values():
+        parts = value.values() if type(value) is dict else value if type(value) is list else ()
+        if any(type(part) in (dict, list) for part in parts):  # to encode it could take more stack than to parse it did
+            raise ValueError("a frame is nested too deeply")
+    if len(head(frame)) > LINE_LIMIT - READ_SIZE:  # the supervisor adds some fields before passing it on
+        raise ValueError("a frame that is too long")
+
+
+class WorkerProcess:
+    """The process that runs the code, with its streams, its copy and the socket to it, as the supervisor has them."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        sources: dict[int, Callable[[], object]],
+        output: Streams,
+        hear: Callable[[], object],
+    ) -> None:
+        self.id = 0  # 0 until it is forked, after preloading or for the first call
+        self.control: Channel | None = None
+        self.copy = Copy(sources)
+        self.kills = OomKills()
+        self.is_used = False
+        self.cpu = 0.0  # CPU seconds up to its last report
+        self._had = 0  # bytes of memory that it had asked for when the call began, and never touched
+        self._settings = settings
+        self._sources = sources  # what to call when a descriptor is readable
+        self._output = output
+        self._hear = hear  # what to call when there is something to receive
+
+    def fork(self, preloading: Preloading, is_fresh: bool) -> None:
+        """Fork a worker, in its own setsid() session, with /dev/null, two pipes and a socket to the supervisor only."""
+        ends = self._connect()
+        self.id = os.fork()
+        if self.id == 0:
+            try:
+                become_worker((os.open(os.devnull, os.O_RDWR), *ends))
+                worker = Worker(Channel(3, 3), self._settings)
+                if preloading.installed and is_fresh:
+                    worker.preload(preloading.modules)
+                if not preloading.is_told:  # once: every frame wakes each process that relays it
+                    worker.control.send({"kind": "prepared"})
+                worker.serve()
+            finally:
+                os._exit(70)
+        for fd in ends:
+            os.close(fd)
+        self.is_used, self.cpu = False, 0.0
+
+    def _connect(self) -> tuple[int, int, int]:
+        """Make pipes and a socket for a worker; return its ends: standard output, errors and control."""
+        ours, theirs = socket.socketpair()
+        fd = ours.detach()
+        self.control = Channel(fd, fd)
+        self.control.set_blocking(False)
+        self._sources[fd] = self._hear
+        return (*self._output.connect(), theirs.detach())
+
+    def disconnect(self) -> None:
+        """Close the pipes and the socket; there is no worker any more."""
+        if self.control:
+            self._sources.pop(self.control.reader, None)
+            self.control.close()
+        self._output.disconnect()
+        self.id, self.control = 0, None
+
+    def let_proceed(self) -> None:
+        """Answer a worker that waits until its output is read. Raises ValueError if it asks without waiting."""
+        assert self.control is not None
+        if self.control.outbox.size > READ_SIZE:
+            raise ValueError("more questions than answers taken")
+        self.control.send({"op": "proceed"})
+
+    def begin(self) -> None:
+        """Take note that a call begins."""
+        self.is_used = True
+        _, self._had = own_memory(self.id)
+
+    def asks_for_too_much(self) -> bool:
+        """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
+        held, _ = own_memory(self.copy.process)  # at most so much more is free once the copy has gone
+        free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
+        _, untouched = own_memory(self.id)
+        return untouched - self._had > max(UNTOUCHED_USUAL, free)
+
+    # ── its copy ──
+
+    def want_copy(self) -> None:
+        """See that there will be a copy of the worker as it is now."""
+        if self.control and self._settings["restores"]:
+            self.copy.due = time.monotonic() + COPY_DELAY
+
+    def ask_for_copy(self) -> None:
+        """Have the worker leave a copy of itself, if one is due; the last one ends."""
+        if self.copy.due < math.inf and self.control:
+            self.control.queue({"op": "copy", "key": self.copy.ask()})
+
+    def restore(self) -> bool:
+        """Have the copy, if there is one, go on in the place of the worker, which is gone; return whether it does."""
+        process, connection = self.copy.process, self.copy.connection
+        if connection is None:
+            return False
+        ends = self._connect()
+        try:
+            connection.settimeout(self._settings["grace"])
+            connection.sendmsg([b"wake"], rights(*ends))
+            self.id = process if connection.recv(1) else 0
+        except OSError:
+            self.id = 0
+        for fd in ends:
+            os.close(fd)
+        self.copy.end()
+        if not self.id:
+            self.disconnect()
+        self.cpu = 0.0
+        return self.id != 0
+
+    # ── its end ──
+
+    def signal(self) -> None:
+        """Interrupt the code and all that it started, also what is stopped."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.id, signal.SIGCONT)
+            os.killpg(self.id, signal.SIGINT)
+
+    def kill(self) -> Death:
+        """Kill it, and return how it ended."""
+        os.kill(self.id, signal.SIGKILL)
+        _, status, usage = os.wait4(self.id, 0)
+        return Death(status, usage, self.cpu)
+
+    def reap(self) -> Death | None:
+        """Reap dead children, as process 1 has to; return how the worker ended if it is one of them."""
+        death = None
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                if pid == self.id:
+                    death = Death(status, usage, self.cpu)
+                elif pid == self.copy.process:
+                    if status == signal.SIGKILL:
+                        self.kills.disregard_copy()
+                    self.copy.end()
+        return death
+
+
+class Death:
+    """How a worker ended, as the kernel tells it."""
+
+    def __init__(self, status: int, usage: Any, reported: float) -> None:
+        self.code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)  # a signal is negative
+        self.cpu = max(0.0, usage.ru_utime + usage.ru_stime - reported)  # seconds, of the last call
+        self.memory: int = usage.ru_maxrss * 1024  # bytes, at most
+
+
+class Copy:
+    """A sleeping copy of the session's worker, from after its last call, as the supervisor knows it.
+
+    none ── due ── asked for (a key) ── asleep (a process) ── awake: it is the worker, and a copy of it is due
+                                          └── due: calls have ended since, and it is that many calls behind
+    """
+
+    def __init__(self, sources: dict[int, Callable[[], object]]) -> None:
+        self.due = math.inf  # when to ask for one
+        self.asked = -math.inf  # when the last one was asked for
+        self.behind = 0  # calls that have ended since
+        self.key: str | None = None
+        self.process = 0
+        self.connection: socket.socket | None = None  # it wakes when it gets descriptors, and ends when this is closed
+        self.is_heavy = False  # whether the kernel ends it before the worker when memory runs out
+        self.sources = sources  # what to call when a descriptor is readable
+        self.address = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # where copies are announced
+        self.strays = 0  # messages that were no announcement of the copy that is awaited
+
+    def listen(self) -> None:
+        """Give the address its name."""
+        self.address.bind(COPY_ADDRESS)
+        self.address.setblocking(False)
+
+    def ask(self) -> str:
+        """Await a copy in place of the last one, which ends; return the key that it has to name."""
+        self.end()
+        self.due, self.asked, self.behind, self.strays = math.inf, time.monotonic(), 0, 0
+        self.key = os.urandom(16).hex()
+        self.sources[self.address.fileno()] = self.admit
+        return self.key
+
+    def admit(self) -> None:
+        """Accept the copy that is awaited, once it is announced. Code can write here, too: little of that is read."""
+        with contextlib.suppress(BlockingIOError):
+            while self.key and self.strays < STRAYS_READ:
+                message, descriptors = receive_descriptors(self.address, 1)
+                told = re.fullmatch(rb"([0-9a-f]{32}) ([0-9]{1,7})", message)
+                if descriptors and told and told[1].decode() == self.key and int(told[2]) in other_processes():
+                    self.connection, self.process = socket.socket(fileno=descriptors.pop()), int(told[2])
+                    self.key, self.is_heavy = None, True
+                self.strays += 1
+                for fd in descriptors:
+                    os.close(fd)
+        if self.key is None or self.strays == STRAYS_READ:
+            self.sources.pop(self.address.fileno(), None)
+
+    def lighten(self) -> None:
+        """Have the kernel end the worker before the copy when memory runs out."""
+        self.is_heavy = False
+        with contextlib.suppress(OSError):
+            if self.connection:
+                self.connection.sendmsg([b"lighten"], (), socket.MSG_DONTWAIT)
+
+    def end(self) -> None:
+        """Let the copy end, or one that comes later."""
+        if self.connection:
+            self.connection.close()
+        self.key, self.process, self.connection, self.is_heavy = None, 0, None, False
+        self.sources.pop(self.address.fileno(), None)
+
+
+class Preloading:
+    """Modules that process 1 imports ahead, so that workers have them at no cost.
+
+    Packages installed for all sessions may do anything when imported: of those, each worker imports what it is to.
+    """
+
+    def __init__(self, packages: str, modules: Sequence[str]) -> None:
+        self.packages = packages
+        self.modules = list(modules)
+        self.installed = package_folders(packages, None)  # for all sessions, when the sandbox started
+        self.left = [] if self.installed else list(modules)
+        self.is_told = False  # whether the host knows that a worker with these modules is ready
+
+    def import_next(self) -> str:
+        """Import one of the modules; return what is wrong with it, "" if nothing is."""
+        name = self.left.pop(0)
+        try:
+            import_ahead(name)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            threads = len(os.listdir("/proc/self/task"))
+            problem = f"it leaves {threads - 1} threads running, which a fork does not copy" if threads > 1 else ""
+        if not self.left:
+            gc.collect()
+            gc.freeze()  # a later collection must not touch, and so copy, the pages that workers share
+        return clip(f"preloading {name}: {problem}", 300) if problem else ""
+
+    def fits(self, packages: str | None) -> bool:
+        """Whether nothing was preloaded but what code with these packages is to import."""
+        return not self.modules or self.installed == package_folders(self.packages, packages)
+
+
+class OomKills:
+    """The kernel's count of processes killed because memory ran out, as far as they were the code's."""
+
+    def __init__(self) -> None:
+        self.events = open_memory_events()
+        self._seen = count_oom_kills(self.events)
+
+    def disregard_copy(self) -> None:
+        """Pass over one, if there was one: that was the copy."""
+        self._seen += count_oom_kills(self.events) > self._seen
+
+    def count(self, copy: Copy) -> int:
+        """Return how many there were since the last time."""
+        before, self._seen = self._seen, count_oom_kills(self.events)
+        kills = self._seen - before
+        if kills and copy.is_heavy:  # it goes first, and may just be ending
+            copy.end()
+            kills -= 1
+        return kills
+
+
+class Streams:
+    """The standard streams of the worker, and of all that code started; what comes between two calls is kept apart."""
+
+    def __init__(
+        self,
+        sources: dict[int, Callable[[], object]],
+        is_in_call: Callable[[], bool],
+        pass_on: Callable[[Stdio, str], None],
+    ) -> None:
+        self.sources = sources  # what to call when a descriptor is readable
+        self.is_in_call = is_in_call
+        self.pass_on = pass_on  # text of the running call
+        self.earlier = bytearray()  # what came between calls
+        self.pipes: dict[Stdio, int] = {}
+        self._decoders: dict[Stdio, codecs.IncrementalDecoder] = {}
+
+    def connect(self) -> tuple[int, int]:
+        """Make pipes for a worker, and return its ends: standard output and errors."""
+        out, err = os.pipe(), os.pipe()
+        self.pipes = {"stdout": out[0], "stderr": err[0]}
+        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self.pipes}
+        for stream, pipe in self.pipes.items():
+            os.set_blocking(pipe, False)
+            self.sources[pipe] = functools.partial(self._read, stream)
+        return out[1], err[1]
+
+    def disconnect(self) -> None:
+        """Close the pipes."""
+        for pipe in self.pipes.values():
+            self.sources.pop(pipe, None)
+            os.close(pipe)
+        self.pipes = {}
+
+    def read_all(self) -> None:
+        """Read what is there."""
+        for stream in self.pipes:
+            for _ in range(32):  # bounded: a child process of the code may never stop writing
+                if not self._read(stream):
+                    break
+
+    def _read(self, stream: Stdio) -> bool:
+        pipe = self.pipes[stream]
+        try:
+            data = os.read(pipe, READ_SIZE)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.sources.pop(pipe, None)
+        elif self.is_in_call():
+            self.pass_on(stream, self._decoders[stream].decode(data))
+        else:
+            self.earlier += data[: EARLIER_LIMIT - len(self.earlier)]
+        return bool(data)
+
+    def flush(self) -> None:
+        """Pass on what has come of a character that is not complete."""
+        for stream, decoder in self._decoders.items():
+            self.pass_on(stream, decoder.decode(b"", True))
+
+    def take_earlier(self) -> bytes:
+        """Return the text that came since the last call, as UTF-8, and forget it."""
+        text = self.earlier.decode("utf-8", "replace").encode()
+        self.earlier.clear()
+        return text
+
+
+class Host:
+    """The host that the sandbox is attached to or, while there is none, what is kept for the next one."""
+
+    def __init__(self, owner: str) -> None:
+        self.channel: Channel | None = None
+        self.owner = owner
+        self.plug: socket.socket | None = None  # through which the host came, unless it started the sandbox
+        self.unread: str | None = None  # id of the last call, until a host has been sent its end
+        self.told = 0  # bytes of that call's output sent to a host
+        self.backlog: deque[FromSandbox] = deque()
+        self.backlog_left = BACKLOG_LIMIT
+
+    def tell(self, frame: FromSandbox) -> None:
+        """Send a frame or, if there is no host, keep it for the next one."""
+        if self.channel:
+            self.channel.queue(frame)  # the main loop writes it, together with what follows at once
+            if frame["kind"] == "done":
+                self.unread = None
+            elif frame["kind"] == "stdout" or frame["kind"] == "stderr":
+                self.told += len(frame["data"])
+        else:
+            data: Any = frame.get("data", b"")
+            self.backlog_left -= len(head(frame)) + len(data)  # all fields: the code may have forged them
+            if self.backlog_left > 0 or frame["kind"] == "done":
+                self.backlog.append(frame)
+
+    def greet(self, greeting: Greeting) -> None:
+        """Greet a new host, and send it what was kept."""
+        assert self.channel is not None
+        self.channel.set_blocking(False)
+        self.channel.send(greeting)
+        while self.backlog:
+            self.tell(self.backlog.popleft())
+        self.backlog_left = BACKLOG_LIMIT
+
+    def end_plugs(self, channel: Channel) -> None:
+        """Write to a host that is gone, so that its orphaned `docker run` gets EPIPE and exits.
+
+        Again and again, as the kernel closes the descriptors of a dead host one by one: that of what we read, perhaps
+        well before that of what we write.
+        """
+        for pause in (0.0, 0.05, 0.2):
+            time.sleep(pause)
+            channel.send({"kind": "farewell"})
+
+    def detach(self) -> None:
+        """Let go of the host, and of the plug through which it came."""
+        if self.channel:
+            self.channel.close()
+        self.channel = None
+        if self.plug:
+            self.plug.close()
+        self.plug = None
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the host reads more slowly than it is told."""
+        return self.channel is not None and self.channel.outbox.size > OUTBOX_LIMIT
+
+
+class Door:
+    """The address where other hosts plug in. Each is let in, or told the sandbox's status."""
+
+    def __init__(
+        self,
+        refusal: Callable[[dict[str, Any]], Greeting | None],
+        enter: Callable[[Channel, socket.socket, str], object],
+    ) -> None:
+        self._refusal = refusal  # what to tell a plug that may not come in
+        self._enter = enter  # over a channel, from a plug's connection, by the host of that id
+
+    def listen(self, sources: dict[int, Callable[[], object]]) -> None:
+        """Open it."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(PLUG_ADDRESS)
+        listener.listen()
+        sources[listener.fileno()] = lambda: self.admit(listener)
+
+    def admit(self, listener: socket.socket) -> None:
+        """Answer a plug: take over its standard input and output as the channel, or tell it the status."""
+        connection = listener.accept()[0]
+        connection.settimeout(1)
+        entered = False
+        try:
+            uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            if uid != PLUG_UID:
+                return
+            message, (reader, writer) = receive_descriptors(connection, 2)
+            request = json.loads(message)
+            if status := self._refusal(request):
+                os.write(writer, head(status))
+                os.close(reader)
+                os.close(writer)
+                return
+            self._enter(Channel(reader, writer), connection, request["owner"])
+            entered = True
+        except (OSError, ValueError, LookupError, TypeError, struct.error):
+            pass  # the plug went away, or sent nonsense: it sees its connection close
+        finally:
+            if not entered:
+                connection.close()
+
+
+class Flow:
+    """A connection of the code's to the proxy, as the supervisor has it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.credit = SENT_AHEAD  # bytes that the host will take
+        self.outbox = Outbox()  # what the host has sent, and the code has not taken
+        self.taken = 0  # bytes that the code has taken, and the host does not know of
+        self.ended = False  # whether the host has no more
+
+
+class Flows:
+    """The code's connections to the proxy. The host is the proxy: here bytes pass as frames, so many as are credited.
+
+    opened, by the first frame with its number ── passing ── ended by either side, and closed when all has passed
+    """
+
+    def __init__(self, tell: Callable[[FromSandbox], None], sources: dict[int, Callable[[], object]]) -> None:
+        self.tell = tell
+        self.sources = sources  # what to call when a descriptor is readable
+        self.open: dict[int, Flow] = {}  # by number
+        self.count = 0
+        self.listener: socket.socket | None = None
+
+    def listen(self) -> None:
+        """Begin to accept connections."""
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", PROXY_PORT))
+        self.listener.listen(1024)  # a connection for which there is no room tries again only a second later
+        self.listener.setblocking(False)
+        self.sources[self.listener.fileno()] = self._admit
+
+    def _admit(self) -> None:
+        assert self.listener is not None
+        with contextlib.suppress(OSError):
+            connection = self.listener.accept()[0]
+            self.count += 1
+            self._add(self.count, connection)
+            self._pass(self.count)
+
+    def dial(self, frame: Dial) -> None:
+        """Connect to a server of the code's own, and tell whether there is one."""
+        connection = socket.socket()
+        connection.settimeout(DIAL_TIMEOUT)
+        try:
+            connection.connect(("127.0.0.1", frame["port"]))
+            self._add(frame["flow"], connection)
+        except OSError:
+            connection.close()
+        self._pass(frame["flow"], ended=frame["flow"] not in self.open)
+
+    def _add(self, number: int, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)  # else the kernel holds megabytes of each
+        self.open[number] = Flow(connection)
+        self.sources[connection.fileno()] = lambda: self._take(number)
+
+    def resting(self, congested: bool, attached: bool) -> set[int]:
+        """Return the descriptors that are not to be read from now."""
+        rests = {flow.connection.fileno() for flow in self.open.values() if congested or flow.credit <= 0}
+        if self.listener and (len(self.open) >= FLOWS_OPEN or not attached):
+            rests.add(self.listener.fileno())
+        return rests
+
+    def writers(self) -> dict[int, int]:
+        """Return the descriptors that wait to be written to, and the numbers of their connections."""
+        return {flow.connection.fileno(): number for number, flow in self.open.items() if flow.outbox.size}
+
+    def _pass(self, number: int, data: bytes = b"", credit: int = 0, ended: bool = False) -> None:
+        self.tell({"kind": "passed", "flow": number, "data": data, "credit": credit, "ended": ended})
+
+    def _take(self, number: int) -> None:
+        """Pass on what the code has sent."""
+        flow = self.open[number]
+        try:
+            data = flow.connection.recv(min(flow.credit, READ_SIZE))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        flow.credit -= len(data)
+        self._pass(number, data, ended=not data)
+        if not data:
+            self._close(number)
+
+    def receive(self, frame: Pass) -> None:
+        """Take what the host has sent."""
+        if flow := self.open.get(frame["flow"]):
+            flow.credit += frame["credit"]
+            flow.outbox.add(frame["data"])
+            flow.ended = flow.ended or frame["ended"]
+            self.flush(frame["flow"])
+
+    def flush(self, number: int) -> None:
+        """Send to the code what it takes."""
+        flow = self.open[number]
+        try:
+            flow.taken += flow.outbox.write(flow.connection.sendmsg) if flow.outbox.size else 0
+        except BlockingIOError:
+            return
+        except OSError:
+            self._pass(number, ended=True)
+            self._close(number)
+            return
+        if flow.taken > TAKEN_AHEAD // 8 and not flow.ended:  # not each time: a frame wakes every process on its way
+            self._pass(number, credit=flow.taken)
+            flow.taken = 0
+        if flow.ended and not flow.outbox.size:
+            self._close(number)
+
+    def _close(self, number: int) -> None:
+        flow = self.open.pop(number)
+        del self.sources[flow.connection.fileno()]
+        with contextlib.suppress(OSError):
+            flow.connection.recv(READ_SIZE)  # what is unread would make the kernel reset the connection
+        flow.connection.close()
+
+    def close_all(self) -> None:
+        """Close all connections."""
+        for number in list(self.open):
+            self._pass(number, ended=True)
+            self._close(number)
+
+
+class Files:
+    """The working directory and the other folders that code may write to, as process 1 sees them."""
+
+    def __init__(self, home: str, others: Sequence[str]) -> None:
+        self.home = home
+        self.seen, _ = list_files(home)  # at the last call's end: path to time and size
+        self.escaped: dict[str, str] = {}  # paths as the host knows them, of files whose names it could not show
+        self.folders = {folder: attributes(folder) for folder in (home, *others)}
+
+    def read(self, request: Read) -> Piece:
+        """Return a piece of a file in the working directory."""
+        try:
+            fd = open_inside(self.home, self.escaped.get(request["path"], request["path"]))
+            try:
+                before = os.fstat(fd).st_ctime_ns
+                data = os.pread(fd, PIECE_SIZE, request["offset"])
+                state = os.fstat(fd)
+            finally:
+                os.close(fd)
+            version = f"{state.st_ino} {before}" if before == state.st_ctime_ns else ""
+            size, problem = state.st_size, None
+        except OSError as error:
+            data, size, version, problem = b"", 0, "", error.strerror or str(error)
+        return {
+            "id": request["id"],
+            "kind": "file",
+            "data": data,
+            "problem": problem,
+            "size": size,
+            "version": version,
+        }
+
+    def write(self, request: Write) -> Written:
+        """Write a piece of a file that the next call is given, at first under another name."""
+        aside, place = f"{self.home}/.{request['id']}", f"{self.home}/{request['name']}"
+        data, offset, problem = request["data"], request["offset"], None
+        try:
+            if offset == 0:
+                self._make_room(request["needs"], place)
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            try:
+                while data:
+                    written = os.pwrite(fd, data, offset)
+                    data, offset = data[written:], offset + written
+            finally:
+                os.close(fd)
+            if request["last"]:
+                os.rename(aside, place)
+                state = os.stat(place, follow_symlinks=False)
+                self.seen[request["name"]] = (state.st_mtime_ns, state.st_size)  # as the call has not written it
+        except OSError as error:
+            problem = error.strerror or str(error)
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        return {"id": request["id"], "kind": "written", "problem": problem}
+
+    def _make_room(self, needed: int, place: str) -> None:
+        """See that there is room for files, at the cost of the one that the first will replace. Raises OSError."""
+        folder, old = os.statvfs(self.home), 0
+        free = folder.f_bavail * folder.f_frsize
+        with contextlib.suppress(OSError):
+            old = os.stat(place, follow_symlinks=False).st_size
+        if free + old < needed:
+            raise OSError(errno.ENOSPC, f"there is room for {free + old} bytes, and {needed} are needed")
+        if free < needed:
+            os.unlink(place)
+
+    def changed(self) -> tuple[list[tuple[str, int]], dict[str, str]]:
+        """Return the files made or changed since the last time: path and size; and others: name to reason."""
+        before = self.seen
+        self.seen, complete = list_files(self.home)
+        self.escaped = {shown: path for shown, path in self.escaped.items() if path in self.seen}
+        listed: list[tuple[str, int]] = []
+        left_out: dict[str, str] = {}
+        room, more = LISTING_LIMIT, 0
+        for path in sorted(self.seen):
+            if self.seen[path] == before.get(path):
+                continue
+            reason = ""
+            if len(path) > PATH_LIMIT:
+                reason = f"its path is longer than {PATH_LIMIT} characters"
+            shown = shown_path(path)
+            room -= len(ENCODER.encode(shown))
+            brief = shown if len(shown) <= NAME_SHOWN else f"{shown[:NAME_SHOWN]}…"
+            if reason and len(left_out) < FILES_UNLISTED and brief not in left_out:
+                left_out[brief] = reason
+            elif reason or room < 0 or len(listed) == FILES_LISTED:
+                more += 1
+            else:
+                listed.append((shown, self.seen[path][1]))
+                if shown != path:
+                    self.escaped[shown] = path
+        if more:
+            left_out[f"({more} more)"] = "there are too many to list"
+        if not complete:
+            left_out["(others)"] = f"only {ENTRIES_SEEN} files and folders are looked at"
+        return listed, left_out
+
+    def held(self) -> int:
+        """Return how many bytes of memory the files take."""
+        return sum(map(bytes_held, self.folders))
+
+    def empty(self) -> bool:
+        """Remove all files, and return whether nothing is left of them or of what code can leave in a folder itself."""
+        for folder in self.folders:
+            empty_folder(folder)
+        self.seen, _ = list_files(self.home)
+        is_empty = not any(os.listdir(folder) for folder in self.folders if os.path.isdir(folder))
+        return is_empty and self.folders == {folder: attributes(folder) for folder in self.folders}
+
+
+def list_files(home: str, endings: tuple[str, ...] = ("",)) -> tuple[dict[str, tuple[int, int]], bool]:
+    """Return a folder's files, except hidden ones and bytecode: path to modification time and size.
+
+    Only files with one of these `endings` are listed. The second value tells whether all entries were looked at.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    folders, left = [""], ENTRIES_SEEN
+    while folders:
+        folder = folders.pop()
+        with contextlib.suppress(OSError), os.scandir(f"{home}/{folder}") as entries:
+            for entry in entries:
+                left -= 1
+                if left < 0:
+                    return found, False
+                if entry.name.startswith(".") or entry.name == "__pycache__":
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{folder}{entry.name}/")
+                elif entry.name.lower().endswith(endings) and entry.is_file(follow_symlinks=False):
+                    state = entry.stat(follow_symlinks=False)
+                    found[folder + entry.name] = (state.st_mtime_ns, state.st_size)
+    return found, True
+
+
+def shown_path(path: str) -> str:
+    """Return a path with characters escaped that harm a terminal, reorder a line or are no text: %0A for a newline."""
+    return HARMFUL.sub(lambda found: "".join(f"%{byte:02X}" for byte in os.fsencode(found[0])), path)
+
+
+def bytes_held(folder: str) -> int:
+    """Return how much the files of a file system that is held in memory take; 0 for one that is not there."""
+    with contextlib.suppress(OSError):
+        state = os.statvfs(folder)
+        return (state.f_blocks - state.f_bfree) * state.f_frsize
+    return 0
+
+
+def empty_folder(folder: str) -> None:
+    """Remove the contents of a folder, except what can't be removed."""
+    import shutil  # only here: it imports modules for every kind of archive, and few sandboxes need it
+
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    os.chmod(entry.path, 0o700)
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def attributes(folder: str) -> tuple[object, ...]:
+    """Set a folder's times to now, and return what else code can leave in a folder that it has emptied."""
+    try:
+        os.utime(folder)
+        names = os.listxattr(folder)
+        about = os.stat(folder)
+        return about.st_mode, about.st_uid, about.st_gid, *((name, os.getxattr(folder, name)) for name in sorted(names))
+    except OSError as error:
+        return (error.errno,)
+
+
+def prepare_files(settings: dict[str, Any]) -> None:
+    """Give Matplotlib the image's list of fonts, which takes seconds to build, and TLS the host's certificates."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
+        for name in os.listdir(SHIPPED_CACHE):
+            os.symlink(f"{SHIPPED_CACHE}/{name}", f"{os.environ['MPLCONFIGDIR']}/{name}")
+    if settings["certificates"]:
+        with contextlib.suppress(OSError, ImportError):
+            trust_certificates(*settings["certificates"])
+
+
+def trust_certificates(bundle: str, is_wanted: bool) -> None:
+    """Have TLS libraries trust the host's certificates, if that is wanted or the image has none."""
+    import ssl  # only here: it takes 20 ms, and few sandboxes need it
+
+    if bundle and (is_wanted or not ssl.get_default_verify_paths().cafile):
+        with open(os.open(CERTIFICATES_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "w") as file:
+            file.write(bundle)
+        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            os.environ[variable] = CERTIFICATES_FILE
+
+
 def catch_children(sources: dict[int, Callable[[], object]], reap: Callable[[], None]) -> None:
     """Have children reaped when one dies. A process inside can forge SIGCHLD, but that only costs a check."""
     reader, writer = os.pipe()
@@ -5072,16 +5247,6 @@ def catch_children(sources: dict[int, Callable[[], object]], reap: Callable[[], 
         reap()
 
     sources[reader] = wake_up
-
-
-def import_ahead(name: str) -> None:
-    """Import a module before code needs it; of pyplot draw a figure, too, as the first takes several times longer."""
-    module = importlib.import_module(name)
-    if name == "matplotlib.pyplot":
-        figure = module.figure()
-        figure.subplots().set(title="T", xlabel="$x$", ylabel="y")
-        figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")
-        module.close(figure)
 
 
 def package_folders(root: str, own: str | None) -> list[str]:
@@ -5118,186 +5283,72 @@ def peers_are_told() -> bool:
             os.waitpid(child, 0)
 
 
-def open_inside(folder: str, path: str) -> int:
-    """Open a regular file below `folder` without following a link or leaving the folder. Raises OSError."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise OSError(errno.EINVAL, "not a path inside the working directory")
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    for part in parts:
-        last = part is parts[-1]
-        kind = os.O_NONBLOCK if last else os.O_DIRECTORY  # opening a pipe of that name must not block
-        try:
-            inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=fd)
-        finally:
-            os.close(fd)
-        fd = inner
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
+# ── walls ──
+#
+# What keeps the code from process 1, from its neighbours and from the host, beyond what the engine does.
 
-
-def shown_path(path: str) -> str:
-    """Return a path with characters escaped that harm a terminal, reorder a line or are no text: %0A for a newline."""
-    return HARMFUL.sub(lambda found: "".join(f"%{byte:02X}" for byte in os.fsencode(found[0])), path)
-
-
-def list_files(home: str, endings: tuple[str, ...] = ("",)) -> tuple[dict[str, tuple[int, int]], bool]:
-    """Return a folder's files, except hidden ones and bytecode: path to modification time and size.
-
-    Only files with one of these `endings` are listed. The second value tells whether all entries were looked at.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    folders, left = [""], ENTRIES_SEEN
-    while folders:
-        folder = folders.pop()
-        with contextlib.suppress(OSError), os.scandir(f"{home}/{folder}") as entries:
-            for entry in entries:
-                left -= 1
-                if left < 0:
-                    return found, False
-                if entry.name.startswith(".") or entry.name == "__pycache__":
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{folder}{entry.name}/")
-                elif entry.name.lower().endswith(endings) and entry.is_file(follow_symlinks=False):
-                    state = entry.stat(follow_symlinks=False)
-                    found[folder + entry.name] = (state.st_mtime_ns, state.st_size)
-    return found, True
-
-
-def bytes_held(folder: str) -> int:
-    """Return how much the files of a file system that is held in memory take; 0 for one that is not there."""
-    with contextlib.suppress(OSError):
-        state = os.statvfs(folder)
-        return (state.f_blocks - state.f_bfree) * state.f_frsize
-    return 0
-
-
-def kill_all_others(patience: float, spared: int = 0) -> None:
-    """Kill all that process 1 may kill (not itself, nor the plug), and reap them for up to `patience` seconds.
-
-    One process may be spared: then all are stopped first, so that none can fork while they are killed one by one.
-    """
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(-1, signal.SIGSTOP if spared else signal.SIGKILL)
-    for pid in other_processes() if spared else ():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT if pid == spared else signal.SIGKILL)
-    end = time.monotonic() + patience
-    with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < end:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                if spared and other_processes() == [spared]:
-                    break
-                time.sleep(0.001)
-
-
-def empty_folder(folder: str) -> None:
-    """Remove the contents of a folder, except what can't be removed."""
-    import shutil  # only here: it imports modules for every kind of archive, and few sandboxes need it
-
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                with contextlib.suppress(OSError):
-                    os.chmod(entry.path, 0o700)
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
-
-
-def other_processes() -> list[int]:
-    """Return the ids of all other processes that the supervisor may kill; a plug, as another user, is not one."""
-    others = []
-    for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}:
-        with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.kill(pid, 0)
-            others.append(pid)
-    return others
-
-
-def attributes(folder: str) -> tuple[object, ...]:
-    """Set a folder's times to now, and return what else code can leave in a folder that it has emptied."""
-    try:
-        os.utime(folder)
-        names = os.listxattr(folder)
-        about = os.stat(folder)
-        return about.st_mode, about.st_uid, about.st_gid, *((name, os.getxattr(folder, name)) for name in sorted(names))
-    except OSError as error:
-        return (error.errno,)
-
-
-def overdraft() -> str | None:
-    """Say what the sandbox's processes hold of that which all on the host share, if it is more than they may.
-
-    Nobody else counts it: the bytes in the queues of most sockets belong to no container's memory, and thousands of
-    processes may have a thousand sockets each; and the number of terminals is a limit of the whole host.
-    """
-    with contextlib.suppress(OSError):
-        terminals = len(os.listdir("/dev/pts")) - 1  # besides `ptmx`
-        if terminals > TERMINALS:
-            return f"the code had {terminals} pseudo-terminals open, and a sandbox may have {TERMINALS}"
-    held = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for path in ("netlink", *protocols_in_use(SOCKET_MEMORY)):
-            with open(f"/proc/net/{path}") as lines:
-                held += sum(bytes_queued(path, line.split(None, 5)) for line in itertools.islice(lines, 1, None))
-            if held > SOCKET_MEMORY:
-                return f"the code's sockets held over {SOCKET_MEMORY >> 20} MB that nobody had read"
-    return None
-
-
-def protocols_in_use(limit: int) -> list[str]:
-    """Return the protocols whose sockets, of the whole host, hold more than `limit` bytes: to list them takes long."""
-    found = []
-    for line in read_kernel_file("/proc/net/sockstat").splitlines():
-        name, *about = line.split()
-        if name in ("TCP:", "UDP:") and int(about[about.index("mem") + 1]) * resource.getpagesize() > limit:
-            found += [name[:-1].lower(), f"{name[:-1].lower()}6"]
-    return found
-
-
-def bytes_queued(protocol: str, fields: list[str]) -> int:
-    """Return the bytes of kernel memory that a socket in a list of /proc/net holds."""
-    if protocol == "netlink":
-        return int(fields[4])
-    sent, _, received = fields[4].partition(":")
-    itself = 0 if fields[3] == "06" else 4096  # 6 is TIME_WAIT, when little is left of it
-    return int(sent, 16) + int(received, 16) + itself
-
-
-def system_v_objects() -> int:
-    """Count the shared memory segments, semaphores and message queues, which outlive their processes."""
-    count = 0
-    for kind in ("shm", "sem", "msg"):
-        with contextlib.suppress(OSError):
-            count += read_kernel_file(f"/proc/sysvipc/{kind}").count("\n") - 1
-    return count
-
-
-def prepare_files(settings: dict[str, Any]) -> None:
-    """Give Matplotlib the image's list of fonts, which takes seconds to build, and TLS the host's certificates."""
-    with contextlib.suppress(OSError):
-        os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
-        for name in os.listdir(SHIPPED_CACHE):
-            os.symlink(f"{SHIPPED_CACHE}/{name}", f"{os.environ['MPLCONFIGDIR']}/{name}")
-    if settings["certificates"]:
-        with contextlib.suppress(OSError, ImportError):
-            trust_certificates(*settings["certificates"])
-
-
-def trust_certificates(bundle: str, is_wanted: bool) -> None:
-    """Have TLS libraries trust the host's certificates, if that is wanted or the image has none."""
-    import ssl  # only here: it takes 20 ms, and few sandboxes need it
-
-    if bundle and (is_wanted or not ssl.get_default_verify_paths().cafile):
-        with open(os.open(CERTIFICATES_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "w") as file:
-            file.write(bundle)
-        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-            os.environ[variable] = CERTIFICATES_FILE
+SOCKET_MEMORY = 64 << 20  # bytes that may wait in the queues of a sandbox's sockets
+TERMINALS = 64  # of the host's 3,072 for all containers
+# System calls that exploits start from, or that take from the whole host, and the code can do without: their numbers on
+# x86_64 and aarch64, and the error that code gets. Docker's own filter passes some of them, Podman's passes others, and
+# gVisor has none. clone3 keeps its flags where no filter can see them; the C library falls back to clone.
+NO_CALL = 0xFFFFFFFF  # where a kind of machine has no such call
+REFUSED_CALLS = (
+    ("io_uring_setup", 425, 425, errno.EPERM),
+    ("io_uring_enter", 426, 426, errno.EPERM),
+    ("io_uring_register", 427, 427, errno.EPERM),
+    ("io_setup", 206, 0, errno.ENOSYS),  # its requests are counted for the whole host (fs.aio-max-nr)
+    ("add_key", 248, 217, errno.EPERM),
+    ("request_key", 249, 218, errno.EPERM),
+    ("keyctl", 250, 219, errno.EPERM),
+    ("unshare", 272, 97, errno.EPERM),
+    ("setns", 308, 268, errno.EPERM),
+    ("bpf", 321, 280, errno.EPERM),
+    ("perf_event_open", 298, 241, errno.EPERM),
+    ("userfaultfd", 323, 282, errno.EPERM),
+    ("fanotify_init", 300, 262, errno.EPERM),
+    ("memfd_secret", 447, 447, errno.ENOSYS),
+    ("modify_ldt", 154, NO_CALL, errno.ENOSYS),
+    ("ptrace", 101, 117, errno.EPERM),
+    ("process_vm_readv", 310, 270, errno.EPERM),
+    ("process_vm_writev", 311, 271, errno.EPERM),
+    ("pidfd_getfd", 438, 438, errno.EPERM),
+    ("vmsplice", 278, 75, errno.EPERM),
+    ("clone3", 435, 435, errno.ENOSYS),
+    ("sync", 162, 81, 0),  # does nothing, successfully: it would write what the whole host has not written yet
+    ("syncfs", 306, 267, 0),
+)
+NOT_TO_PROCESS_1 = (  # allowed between processes of the same user; and gVisor lets any process kill process 1
+    ("kill", 62, 129),
+    ("tkill", 200, 130),
+    ("tgkill", 234, 131),
+    ("rt_sigqueueinfo", 129, 138),
+    ("rt_tgsigqueueinfo", 297, 240),
+    ("sched_setparam", 142, 118),
+    ("sched_setscheduler", 144, 119),
+    ("sched_setaffinity", 203, 122),
+    ("sched_setattr", 314, 274),
+)
+UNIX, INET, INET6, NETLINK = 1, 2, 10, 16  # families of sockets: others, such as vsock, reach past namespaces
+INET_SOCKETS = ((1, 0), (1, 6), (2, 0), (2, 17))  # kind and protocol: TCP and UDP; another may load a kernel module
+NETLINK_ROUTE = 0  # the C library lists interfaces with it; the other protocols have had hole after hole
+REFUSED_OPTIONS = (  # level and number
+    (1, 26),  # SO_ATTACH_FILTER, and the next three: programs that run in the kernel
+    (1, 50),
+    (1, 51),
+    (1, 52),
+    (6, 31),  # TCP_ULP: another protocol on top of TCP in the kernel
+    (17, 100),  # UDP_ENCAP: IPsec and L2TP
+)
+REFUSED_CONTROLS = (  # of ioctl()
+    0x5412,  # TIOCSTI: types into a terminal
+    0x5423,  # TIOCSETD, which may load a module for a kind of line, as the rest do for bridges and virtual networks
+    *(0x8940, 0x8941, 0x89A0, 0x89A1, 0x89A2, 0x89A3),
+    *(0x8980, 0x8981, 0x8982, 0x8983),
+)
+CORE_LIMIT = 4  # RLIMIT_CORE; of exactly 1 it also stops a handler of core dumps, which is the host's root: core(5)
+NAMESPACE_FLAGS = 0x7E020000  # clone's flags for new namespaces of any kind
+HUGE_MAPPING, HUGE_FILE = 0x40000, 0x4  # flags of mmap and memfd_create: huge pages are the host's, for its databases
 
 
 def become_worker(descriptors: tuple[int, int, int, int]) -> None:
@@ -5315,56 +5366,17 @@ def become_worker(descriptors: tuple[int, int, int, int]) -> None:
     set_oom_score(900)  # killed first when memory runs out, so that the supervisor lives to report it
 
 
-def set_oom_score(score: int) -> None:
-    """Set how soon the kernel kills this process when memory runs out; the container starts with 500."""
-    with contextlib.suppress(OSError):
-        write_kernel_file("/proc/self/oom_score_adj", b"%d" % score)
-
-
-@contextlib.contextmanager
-def weight(size: int) -> Iterator[None]:
-    """Have the kernel count `size` bytes more for this process, at next to no cost, when it looks for the heaviest one.
-
-    One piece of memory is mapped again and again, and each mapping counts: see oom_badness() in Linux' mm/oom_kill.c.
-    """
-    if not size:
-        yield
-        return
-    piece, place = max(size >> 9, 1 << 20), 0
-    mmap = libc().mmap
-    mmap.restype = ctypes.c_void_p
-    mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    with contextlib.suppress(OSError, AttributeError):  # no memfd_create() here: then it is lighter than it should be
-        memory = os.memfd_create("weight")
-        os.write(memory, bytes(piece))
-        lines = read_kernel_file("/proc/self/maps").splitlines()
-        ends = (int(line.split()[0].split("-")[1], 16) for line in lines)
-        top = max(end for end in ends if end < 1 << 63)  # a page of the kernel's lies above that
-        # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses. Linux unmaps the highest last, and may kill
-        # the next process before the last 40 MB of that are free (exit_mmap() in mm/mmap.c): these are to be the last.
-        place = mmap(top + (1 << 24), size, 0, 0x22, -1, 0)
-        starts = range(place, place + size - piece + 1, piece)
-        for start in starts:
-            mmap(start, piece, 1, 0x11, memory, 0)  # PROT_READ; MAP_SHARED and MAP_FIXED
-        os.close(memory)
-        mapped = (ctypes.c_char * (len(starts) * piece)).from_address(place)
-        memoryview(mapped)[:: 1 << 16].tobytes()  # a look at one page has the kernel map its neighbours, 64 kB in all
-    try:
-        yield
-    finally:
-        libc().munmap(ctypes.c_void_p(place), ctypes.c_size_t(size))
-
-
-def allow_inspection(allowed: bool) -> None:
-    """Set whether other processes of the same user may see this one's memory and descriptors (PR_SET_DUMPABLE)."""
-    if libc().prctl(4, int(allowed), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
-
-
-@functools.lru_cache(None)
-def libc() -> Any:
-    """Return the C library, opened once for all forked processes."""
-    return ctypes.CDLL(None, use_errno=True)
+def filter_system_calls() -> str | None:
+    """Install `filter_program` for this process and all that it will fork; return the reason if that fails."""
+    code = filter_program(os.uname().machine)
+    if code is None:
+        return f"their numbers are not known for {os.uname().machine}"
+    prctl = libc().prctl
+    steps = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))
+    if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP
+        return os.strerror(ctypes.get_errno())
+    return None
 
 
 def filter_program(machine: str) -> bytes | None:
@@ -5439,17 +5451,127 @@ def filter_program(machine: str) -> bytes | None:
     return b"".join(struct.pack("HBBI", *step) for step in [*steps, allow])
 
 
-def filter_system_calls() -> str | None:
-    """Install `filter_program` for this process and all that it will fork; return the reason if that fails."""
-    code = filter_program(os.uname().machine)
-    if code is None:
-        return f"their numbers are not known for {os.uname().machine}"
-    prctl = libc().prctl
-    steps = ctypes.create_string_buffer(code)
-    program = struct.pack("HP", len(code) // 8, ctypes.addressof(steps))
-    if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP
-        return os.strerror(ctypes.get_errno())
+def kill_all_others(patience: float, spared: int = 0) -> None:
+    """Kill all that process 1 may kill (not itself, nor the plug), and reap them for up to `patience` seconds.
+
+    One process may be spared: then all are stopped first, so that none can fork while they are killed one by one.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1, signal.SIGSTOP if spared else signal.SIGKILL)
+    for pid in other_processes() if spared else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT if pid == spared else signal.SIGKILL)
+    end = time.monotonic() + patience
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < end:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                if spared and other_processes() == [spared]:
+                    break
+                time.sleep(0.001)
+
+
+def other_processes() -> list[int]:
+    """Return the ids of all other processes that the supervisor may kill; a plug, as another user, is not one."""
+    others = []
+    for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}:
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.kill(pid, 0)
+            others.append(pid)
+    return others
+
+
+def overdraft() -> str | None:
+    """Say what the sandbox's processes hold of that which all on the host share, if it is more than they may.
+
+    Nobody else counts it: the bytes in the queues of most sockets belong to no container's memory, and thousands of
+    processes may have a thousand sockets each; and the number of terminals is a limit of the whole host.
+    """
+    with contextlib.suppress(OSError):
+        terminals = len(os.listdir("/dev/pts")) - 1  # besides `ptmx`
+        if terminals > TERMINALS:
+            return f"the code had {terminals} pseudo-terminals open, and a sandbox may have {TERMINALS}"
+    held = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for path in ("netlink", *protocols_in_use(SOCKET_MEMORY)):
+            with open(f"/proc/net/{path}") as lines:
+                held += sum(bytes_queued(path, line.split(None, 5)) for line in itertools.islice(lines, 1, None))
+            if held > SOCKET_MEMORY:
+                return f"the code's sockets held over {SOCKET_MEMORY >> 20} MB that nobody had read"
     return None
+
+
+def protocols_in_use(limit: int) -> list[str]:
+    """Return the protocols whose sockets, of the whole host, hold more than `limit` bytes: to list them takes long."""
+    found = []
+    for line in read_kernel_file("/proc/net/sockstat").splitlines():
+        name, *about = line.split()
+        if name in ("TCP:", "UDP:") and int(about[about.index("mem") + 1]) * resource.getpagesize() > limit:
+            found += [name[:-1].lower(), f"{name[:-1].lower()}6"]
+    return found
+
+
+def bytes_queued(protocol: str, fields: list[str]) -> int:
+    """Return the bytes of kernel memory that a socket in a list of /proc/net holds."""
+    if protocol == "netlink":
+        return int(fields[4])
+    sent, _, received = fields[4].partition(":")
+    itself = 0 if fields[3] == "06" else 4096  # 6 is TIME_WAIT, when little is left of it
+    return int(sent, 16) + int(received, 16) + itself
+
+
+def system_v_objects() -> int:
+    """Count the shared memory segments, semaphores and message queues, which outlive their processes."""
+    count = 0
+    for kind in ("shm", "sem", "msg"):
+        with contextlib.suppress(OSError):
+            count += read_kernel_file(f"/proc/sysvipc/{kind}").count("\n") - 1
+    return count
+
+
+def allow_inspection(allowed: bool) -> None:
+    """Set whether other processes of the same user may see this one's memory and descriptors (PR_SET_DUMPABLE)."""
+    if libc().prctl(4, int(allowed), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+
+
+def set_oom_score(score: int) -> None:
+    """Set how soon the kernel kills this process when memory runs out; the container starts with 500."""
+    with contextlib.suppress(OSError):
+        write_kernel_file("/proc/self/oom_score_adj", b"%d" % score)
+
+
+@contextlib.contextmanager
+def weight(size: int) -> Iterator[None]:
+    """Have the kernel count `size` bytes more for this process, at next to no cost, when it looks for the heaviest one.
+
+    One piece of memory is mapped again and again, and each mapping counts: see oom_badness() in Linux' mm/oom_kill.c.
+    """
+    if not size:
+        yield
+        return
+    piece, place = max(size >> 9, 1 << 20), 0
+    mmap = libc().mmap
+    mmap.restype = ctypes.c_void_p
+    mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    with contextlib.suppress(OSError, AttributeError):  # no memfd_create() here: then it is lighter than it should be
+        memory = os.memfd_create("weight")
+        os.write(memory, bytes(piece))
+        lines = read_kernel_file("/proc/self/maps").splitlines()
+        ends = (int(line.split()[0].split("-")[1], 16) for line in lines)
+        top = max(end for end in ends if end < 1 << 63)  # a page of the kernel's lies above that
+        # PROT_NONE; MAP_PRIVATE and MAP_ANONYMOUS: a range of addresses. Linux unmaps the highest last, and may kill
+        # the next process before the last 40 MB of that are free (exit_mmap() in mm/mmap.c): these are to be the last.
+        place = mmap(top + (1 << 24), size, 0, 0x22, -1, 0)
+        starts = range(place, place + size - piece + 1, piece)
+        for start in starts:
+            mmap(start, piece, 1, 0x11, memory, 0)  # PROT_READ; MAP_SHARED and MAP_FIXED
+        os.close(memory)
+        mapped = (ctypes.c_char * (len(starts) * piece)).from_address(place)
+        memoryview(mapped)[:: 1 << 16].tobytes()  # a look at one page has the kernel map its neighbours, 64 kB in all
+    try:
+        yield
+    finally:
+        libc().munmap(ctypes.c_void_p(place), ctypes.c_size_t(size))
 
 
 def open_memory_events() -> int:
@@ -5465,24 +5587,6 @@ def count_oom_kills(events: int) -> int:
     with contextlib.suppress(OSError, IndexError):
         return int(os.pread(events, 4096, 0).partition(b"\noom_kill ")[2].split()[0])
     return 0
-
-
-def read_kernel_file(path: str) -> str:
-    """Read a small file in /proc or /sys, with a third of open()'s system calls: every recycling reads several."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return os.read(fd, 1 << 16).decode()
-    finally:
-        os.close(fd)
-
-
-def write_kernel_file(path: str, text: bytes) -> None:
-    """Write a small file in /proc or /sys."""
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        os.write(fd, text)
-    finally:
-        os.close(fd)
 
 
 def own_memory(process: int | Literal["self"] = "self") -> tuple[int, int]:
@@ -5515,272 +5619,30 @@ def free_memory() -> float:
     return math.inf
 
 
-def clip(text: str, limit: int) -> str:
-    """Shorten `text` to about `limit` characters: head, tail, and between them how much was left out."""
-    if len(text) <= limit:
-        return text
-    head = limit * 2 // 3
-    return f"{text[:head]}\n[… {len(text) - limit} characters left out …]\n{text[len(text) - (limit - head) :]}"
-
-
-def class_name(value: Any) -> str:
-    """Return the name of a value's class, whatever its metaclass or its `__class__` says."""
-    return exact(vars(type)["__name__"].__get__(type(value)))
-
-
-def module_name(value: Any) -> str:
-    """Return the name of the module that a value's class claims to be from."""
-    return exact(vars(type)["__module__"].__get__(type(value)))
-
-
-def exact(text: Any) -> str:
-    """Return a text as a plain `str` that can be encoded: a subclass may lie, and lone surrogates become escapes.
-
-    Returns "" for what is no text.
-    """
-    plain_text = str.__str__(text) if issubclass(type(text), str) else ""
-    return plain_text if plain_text.isascii() else plain_text.encode("utf-8", "backslashreplace").decode()
-
-
-def failure_of(error: BaseException) -> str:
-    """Return an exception in one line: the name of its class and, if it has one, its message."""
-    said = ""
-    with contextlib.suppress(BaseException):  # the code's own __str__ may raise anything
-        said = " ".join(exact(str(error)).split())
-    return clip(f"{class_name(error)}: {said}".rstrip(": "), 300)
-
-
-def describe(value: Any) -> str:
-    """Return a value's repr or, if that raises, a substitute for it."""
+def read_kernel_file(path: str) -> str:
+    """Read a small file in /proc or /sys, with a third of open()'s system calls: every recycling reads several."""
+    fd = os.open(path, os.O_RDONLY)
     try:
-        return exact(repr(value))
-    except BaseException as error:  # an interruption, too: it is recorded elsewhere
-        failure = failure_of(error)
-    if type(value) is int and 10_000 < value.bit_length() < 10_000_000:  # more digits than Python converts to text
-        number = abs(value)
-        digits = int(number.bit_length() * math.log10(2))
-        digits += number >= 10**digits
-        last = f"{number % 10**20:020}"
-        return f"{'-' * (value < 0)}{number // 10 ** (digits - 20)}…{last} (an int with {digits:,} digits)"
-    return f"<{class_name(value)} object, whose repr raised {failure}>"
-
-
-def exit_code_of(code: Any) -> int:
-    """Return the exit status that Python's command line would give for SystemExit's `code`."""
-    if not issubclass(type(code), int):
-        return int(code is not None)
-    number = int.__add__(code, 0)  # a plain int, even if it was a bool or of the code's own subclass
-    return number & 0xFF if -(1 << 63) <= number < 1 << 63 else 0xFF
-
-
-def source_lines(code: str) -> list[str]:
-    """Return the lines of code as Python counts them: str.splitlines() also splits at form feeds, U+2028 and others."""
-    return io.StringIO(code, newline=None).readlines()
-
-
-class Stream(io.TextIOWrapper):
-    """Standard output or errors, with an instance `__dict__` for `passes_on` to use.
-
-    It stays open: whoever holds it, such as a handler of a log, would else complain for the rest of the session.
-    """
-
-    def close(self) -> None:
-        """Flush it."""
-        with contextlib.suppress(ValueError):  # it is detached
-            self.flush()
-
-
-class Buffer(io.BufferedWriter):
-    """What is written to descriptor 1 or 2. It takes its turn before that is done (see `StandardStreams.take_turn`).
-
-    Below it there is no Python code, in which an interruption could keep it from learning what has been written.
-    """
-
-    def __init__(self, fd: int, take_turn: Callable[[int], None]) -> None:
-        super().__init__(io.FileIO(fd, "w", closefd=False))
-        self.take_turn = take_turn
-        self.has_some = False  # whether anything was written since the last flush
-
-    def write(self, data: Any) -> int:
-        """Write bytes, some of them now if there are many."""
-        self.take_turn(self.fileno())
-        self.has_some = True
-        return super().write(data)
-
-    def flush(self) -> None:
-        """Write what there is."""
-        if self.has_some:
-            self.take_turn(self.fileno())
-        super().flush()
-        self.has_some = False
-
-
-def is_open(stream: Any) -> bool:
-    """Whether a stream can be used: it is neither closed nor detached from its buffer, whatever it is."""
-    with contextlib.suppress(BaseException):
-        return not stream.closed
-    return False
-
-
-def has_unread(pipe: int) -> bool:
-    """Whether a pipe holds bytes that nobody has read yet; True if that can't be known."""
-    try:
-        return fcntl.ioctl(pipe, 0x541B, bytes(4)) != bytes(4)  # FIONREAD
-    except OSError:
-        return True
-
-
-def is_same_file(fd: int, other: int) -> bool:
-    """Whether two descriptors refer to the same file, pipe or socket; False if either is closed."""
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(fd), os.fstat(other))
-    return False
-
-
-def passes_on(stream: Any, real: Stream) -> bool:
-    """Whether the replacement of a standard stream ends up writing to that stream."""
-    heard: list[str] = []
-    vars(real)["write"] = heard.append
-    try:
-        stream.write("")
-        return bool(heard) or is_same_file(stream.fileno(), real.fileno())
-    except BaseException:  # whatever it is, it is not known to write there
-        return False
+        return os.read(fd, 1 << 16).decode()
     finally:
-        del vars(real)["write"]
+        os.close(fd)
 
 
-def ignore_signal(*_: object) -> None:
-    """Do nothing at a signal that the code handles, as no call runs."""
+def write_kernel_file(path: str, text: bytes) -> None:
+    """Write a small file in /proc or /sys."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, text)
+    finally:
+        os.close(fd)
 
 
-class Signals:
-    """When the code may be interrupted, and its own signal handlers: they are in force while a call runs."""
+# ── worker ──
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.interruptible = False  # whether an interruption may end what is being done
-        self._shielded = self._interrupted = False
-        self._handlers: dict[int, Any] = {}
-        self._note = note
-        signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def _on_interrupt(self, *_: Any) -> None:
-        """Raise KeyboardInterrupt in the code, at most once per step, and never in the worker's own bookkeeping."""
-        if self._shielded:
-            self._interrupted = True
-        elif self.interruptible:
-            self.interruptible = False
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def shielded(self) -> Iterator[None]:
-        """Hold back an interruption until the end of the block."""
-        self._shielded = threading.current_thread() is threading.main_thread()
-        try:
-            yield
-        finally:
-            self._shielded = False
-        if self._interrupted:
-            self._interrupted = False
-            self._on_interrupt()
-
-    def attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
-        """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
-        try:
-            try:
-                self.interruptible = True
-                step(*arguments)
-            finally:
-                self.interruptible = False
-        except BaseException as error:
-            return error
-        return None
-
-    def restore(self) -> None:
-        """Put the code's handlers in force again."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def set_aside(self) -> None:
-        """Stop the code's timers, and set its handlers aside: none of them may run while no call does."""
-        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            if signal.setitimer(timer, 0)[0]:
-                self.attempt(self._note, "a timer that the code left running was stopped")
-        for number in range(1, signal.NSIG):
-            handler = signal.getsignal(number)
-            if handler is ignore_signal:
-                continue  # since a handler raised an exception here, in which this was begun again
-            if callable(handler):
-                self._handlers[number] = handler
-                signal.signal(number, ignore_signal)
-            else:
-                self._handlers.pop(number, None)
-
-
-class StandardStreams:
-    """sys.stdin, which is empty, and sys.stdout and sys.stderr, as text streams over descriptors 1 and 2."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.real: dict[str, Stream] = {}
-        self.spares = {fd: os.dup(fd) for fd in (0, 1, 2)}
-        self._turn = 0  # the descriptor that Python's own streams wrote to last
-
-    def restore(self) -> None:
-        """Restore the streams, and the descriptors that the code has closed or redirected.
-
-        A replacement that passes on to them, such as a tee to a file, stays; so does input that the code has made.
-        """
-        notes = []  # for when all are restored, as a note flushes them
-        self._turn = 0
-        for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
-            real, stream = self.real.get(name), getattr(sys, name, None)
-            if not is_same_file(fd, self.spares[fd]):
-                with contextlib.suppress(OSError):
-                    os.dup2(self.spares[fd], fd)
-                    notes.append(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
-            if fd == 0:
-                if self.worker.calls == 0 or not is_open(stream):
-                    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
-            elif real is None or not is_open(real):
-                buffer = Buffer(fd, self.take_turn)
-                real = self.real[name] = Stream(buffer, "utf-8", "backslashreplace", line_buffering=True)
-                setattr(sys, name, real)
-                setattr(sys, f"__{name}__", real)
-            elif stream is not real and not passes_on(stream, real):
-                setattr(sys, name, real)
-                is_closed = False  # a closed stream is replaced without a note
-                with contextlib.suppress(BaseException):
-                    is_closed = stream is None or bool(stream.closed)
-                if not is_closed:
-                    kind = class_name(stream)
-                    notes.append(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
-        for note in notes:
-            self.worker.note(note)
-
-    def take_turn(self, fd: int) -> None:
-        """Have the supervisor read what was written to the other descriptor: between two pipes there is no order.
-
-        Only this process's own streams take turns: what its children write comes as it always did.
-        """
-        if self.worker.clears and os.getpid() == self.worker.process:
-            self.worker.clear()
-        if fd != self._turn and os.getpid() == self.worker.process:
-            other, self._turn = self._turn, fd
-            if other and has_unread(other):
-                self.worker.send("turn")
-
-    def flush(self) -> None:
-        """Flush the standard streams: what the code has put in their place, and the real ones."""
-        for name, real in self.real.items():
-            for stream in (getattr(sys, name, real), real):
-                try:
-                    stream.flush()
-                except KeyboardInterrupt:
-                    raise
-                except BaseException:  # the code may have put anything there
-                    pass
+VALUE_LIMIT = 32_000  # characters of a value's repr
+TRACEBACK_LIMIT = 16_000
+MESSAGE_LIMIT = 4_000
+COPY_ROOM = 8 << 20  # bytes that have to be free to make a copy, which must not be what fills the memory
 
 
 class Worker:
@@ -6096,6 +5958,211 @@ class Worker:
                         pass  # wait, so that the code's later output comes after this
 
 
+class Signals:
+    """When the code may be interrupted, and its own signal handlers: they are in force while a call runs."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.interruptible = False  # whether an interruption may end what is being done
+        self._shielded = self._interrupted = False
+        self._handlers: dict[int, Any] = {}
+        self._note = note
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, *_: Any) -> None:
+        """Raise KeyboardInterrupt in the code, at most once per step, and never in the worker's own bookkeeping."""
+        if self._shielded:
+            self._interrupted = True
+        elif self.interruptible:
+            self.interruptible = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Hold back an interruption until the end of the block."""
+        self._shielded = threading.current_thread() is threading.main_thread()
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self._interrupted:
+            self._interrupted = False
+            self._on_interrupt()
+
+    def attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
+        """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
+        try:
+            try:
+                self.interruptible = True
+                step(*arguments)
+            finally:
+                self.interruptible = False
+        except BaseException as error:
+            return error
+        return None
+
+    def restore(self) -> None:
+        """Put the code's handlers in force again."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def set_aside(self) -> None:
+        """Stop the code's timers, and set its handlers aside: none of them may run while no call does."""
+        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            if signal.setitimer(timer, 0)[0]:
+                self.attempt(self._note, "a timer that the code left running was stopped")
+        for number in range(1, signal.NSIG):
+            handler = signal.getsignal(number)
+            if handler is ignore_signal:
+                continue  # since a handler raised an exception here, in which this was begun again
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, ignore_signal)
+            else:
+                self._handlers.pop(number, None)
+
+
+def ignore_signal(*_: object) -> None:
+    """Do nothing at a signal that the code handles, as no call runs."""
+
+
+class StandardStreams:
+    """sys.stdin, which is empty, and sys.stdout and sys.stderr, as text streams over descriptors 1 and 2."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.real: dict[str, Stream] = {}
+        self.spares = {fd: os.dup(fd) for fd in (0, 1, 2)}
+        self._turn = 0  # the descriptor that Python's own streams wrote to last
+
+    def restore(self) -> None:
+        """Restore the streams, and the descriptors that the code has closed or redirected.
+
+        A replacement that passes on to them, such as a tee to a file, stays; so does input that the code has made.
+        """
+        notes = []  # for when all are restored, as a note flushes them
+        self._turn = 0
+        for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+            real, stream = self.real.get(name), getattr(sys, name, None)
+            if not is_same_file(fd, self.spares[fd]):
+                with contextlib.suppress(OSError):
+                    os.dup2(self.spares[fd], fd)
+                    notes.append(f"descriptor {fd} was left closed or redirected; it is the real sys.{name} again")
+            if fd == 0:
+                if self.worker.calls == 0 or not is_open(stream):
+                    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
+            elif real is None or not is_open(real):
+                buffer = Buffer(fd, self.take_turn)
+                real = self.real[name] = Stream(buffer, "utf-8", "backslashreplace", line_buffering=True)
+                setattr(sys, name, real)
+                setattr(sys, f"__{name}__", real)
+            elif stream is not real and not passes_on(stream, real):
+                setattr(sys, name, real)
+                is_closed = False  # a closed stream is replaced without a note
+                with contextlib.suppress(BaseException):
+                    is_closed = stream is None or bool(stream.closed)
+                if not is_closed:
+                    kind = class_name(stream)
+                    notes.append(f"sys.{name} was left replaced by a {kind} object; it is the real one again")
+        for note in notes:
+            self.worker.note(note)
+
+    def take_turn(self, fd: int) -> None:
+        """Have the supervisor read what was written to the other descriptor: between two pipes there is no order.
+
+        Only this process's own streams take turns: what its children write comes as it always did.
+        """
+        if self.worker.clears and os.getpid() == self.worker.process:
+            self.worker.clear()
+        if fd != self._turn and os.getpid() == self.worker.process:
+            other, self._turn = self._turn, fd
+            if other and has_unread(other):
+                self.worker.send("turn")
+
+    def flush(self) -> None:
+        """Flush the standard streams: what the code has put in their place, and the real ones."""
+        for name, real in self.real.items():
+            for stream in (getattr(sys, name, real), real):
+                try:
+                    stream.flush()
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:  # the code may have put anything there
+                    pass
+
+
+class Stream(io.TextIOWrapper):
+    """Standard output or errors, with an instance `__dict__` for `passes_on` to use.
+
+    It stays open: whoever holds it, such as a handler of a log, would else complain for the rest of the session.
+    """
+
+    def close(self) -> None:
+        """Flush it."""
+        with contextlib.suppress(ValueError):  # it is detached
+            self.flush()
+
+
+class Buffer(io.BufferedWriter):
+    """What is written to descriptor 1 or 2. It takes its turn before that is done (see `StandardStreams.take_turn`).
+
+    Below it there is no Python code, in which an interruption could keep it from learning what has been written.
+    """
+
+    def __init__(self, fd: int, take_turn: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(fd, "w", closefd=False))
+        self.take_turn = take_turn
+        self.has_some = False  # whether anything was written since the last flush
+
+    def write(self, data: Any) -> int:
+        """Write bytes, some of them now if there are many."""
+        self.take_turn(self.fileno())
+        self.has_some = True
+        return super().write(data)
+
+    def flush(self) -> None:
+        """Write what there is."""
+        if self.has_some:
+            self.take_turn(self.fileno())
+        super().flush()
+        self.has_some = False
+
+
+def is_open(stream: Any) -> bool:
+    """Whether a stream can be used: it is neither closed nor detached from its buffer, whatever it is."""
+    with contextlib.suppress(BaseException):
+        return not stream.closed
+    return False
+
+
+def has_unread(pipe: int) -> bool:
+    """Whether a pipe holds bytes that nobody has read yet; True if that can't be known."""
+    try:
+        return fcntl.ioctl(pipe, 0x541B, bytes(4)) != bytes(4)  # FIONREAD
+    except OSError:
+        return True
+
+
+def is_same_file(fd: int, other: int) -> bool:
+    """Whether two descriptors refer to the same file, pipe or socket; False if either is closed."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.fstat(other))
+    return False
+
+
+def passes_on(stream: Any, real: Stream) -> bool:
+    """Whether the replacement of a standard stream ends up writing to that stream."""
+    heard: list[str] = []
+    vars(real)["write"] = heard.append
+    try:
+        stream.write("")
+        return bool(heard) or is_same_file(stream.fileno(), real.fileno())
+    except BaseException:  # whatever it is, it is not known to write there
+        return False
+    finally:
+        del vars(real)["write"]
+
+
 class CopyMaker:
     """Leaves a sleeping copy of the worker, which goes on in its place if the code ends it."""
 
@@ -6204,6 +6271,31 @@ class CopyMaker:
         supervisor.close()
 
 
+def announce_copy(key: str, process: int, connection: socket.socket) -> None:
+    """Tell the supervisor of a copy, and pass it its end of the connection."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendmsg([f"{key} {process}".encode()], rights(connection.fileno()), socket.MSG_DONTWAIT, COPY_ADDRESS)
+
+
+def forked_only(method: Callable[..., Any], threads: type) -> Callable[..., Any]:
+    """Have a pool's method refuse what its processes can't find, as they were not forked from this one."""
+
+    @functools.wraps(method)
+    def checked(pool: Any, *arguments: Any, **options: Any) -> Any:
+        inner: Any = arguments[0] if arguments else options.get("func")
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        kind = pool._ctx.get_start_method()
+        if kind != "fork" and getattr(inner, "__module__", "") == "__main__" and not isinstance(pool, threads):
+            raise RuntimeError(
+                f"processes started by {kind} can't find {inner.__name__}, which this code defined: "
+                'use multiprocessing.get_context("fork"), or threads'
+            )
+        return method(pool, *arguments, **options)
+
+    return checked
+
+
 class Sources:
     """The code that the session has run, for tracebacks and for `inspect`."""
 
@@ -6298,6 +6390,19 @@ class Sources:
         return filename in self.codes or filename.startswith(self.home + "/")
 
 
+def source_lines(code: str) -> list[str]:
+    """Return the lines of code as Python counts them: str.splitlines() also splits at form feeds, U+2028 and others."""
+    return io.StringIO(code, newline=None).readlines()
+
+
+def exit_code_of(code: Any) -> int:
+    """Return the exit status that Python's command line would give for SystemExit's `code`."""
+    if not issubclass(type(code), int):
+        return int(code is not None)
+    number = int.__add__(code, 0)  # a plain int, even if it was a bool or of the code's own subclass
+    return number & 0xFF if -(1 << 63) <= number < 1 << 63 else 0xFF
+
+
 class Packages:
     """The folders of installed packages that code imports from."""
 
@@ -6329,7 +6434,366 @@ class Packages:
                     yield from {re.split(r"[/.,]", line)[0] for line in record}
 
 
-# ── what code expects of a notebook, and of libraries ──
+def import_ahead(name: str) -> None:
+    """Import a module before code needs it; of pyplot draw a figure, too, as the first takes several times longer."""
+    module = importlib.import_module(name)
+    if name == "matplotlib.pyplot":
+        figure = module.figure()
+        figure.subplots().set(title="T", xlabel="$x$", ylabel="y")
+        figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")
+        module.close(figure)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and its finished children, in seconds."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def reset_peak_memory() -> bool:
+    """Reset this process's memory high-water mark; return whether the kernel allowed it."""
+    try:
+        write_kernel_file("/proc/self/clear_refs", b"5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Return the most bytes this process has had resident since reset_peak_memory()."""
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+# ── what a call returns ──
+
+FORMS_LIMIT = 32  # of rich output for one value
+IMAGE_SIDE = 2000  # pixels: some clients refuse more, or shrink it until it is illegible
+IMAGE_BYTES = 500_000  # other clients refuse results of about 1 MB
+NAME_LIMIT = 1000  # characters of a variable's name
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+PICTURES_SHOWN = 4  # of those that a call saved
+PICTURE_LIMIT = 32 << 20  # bytes of such a picture that are read
+CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
+RICH_FORMS = (
+    ("image/png", "_repr_png_"),
+    ("image/jpeg", "_repr_jpeg_"),
+    ("image/svg+xml", "_repr_svg_"),
+    ("text/html", "_repr_html_"),
+    ("text/markdown", "_repr_markdown_"),
+    ("text/latex", "_repr_latex_"),
+)
+
+
+def describe(value: Any) -> str:
+    """Return a value's repr or, if that raises, a substitute for it."""
+    try:
+        return exact(repr(value))
+    except BaseException as error:  # an interruption, too: it is recorded elsewhere
+        failure = failure_of(error)
+    if type(value) is int and 10_000 < value.bit_length() < 10_000_000:  # more digits than Python converts to text
+        number = abs(value)
+        digits = int(number.bit_length() * math.log10(2))
+        digits += number >= 10**digits
+        last = f"{number % 10**20:020}"
+        return f"{'-' * (value < 0)}{number // 10 ** (digits - 20)}…{last} (an int with {digits:,} digits)"
+    return f"<{class_name(value)} object, whose repr raised {failure}>"
+
+
+def rich_forms(value: Any) -> dict[str, str]:
+    """Return a value's forms other than plain text, by MIME type, as its class makes them (IPython's protocol)."""
+    forms: dict[str, Any] = {}
+    if issubclass(type(value), type):
+        return {}
+    for mime, method in RICH_FORMS:
+        with contextlib.suppress(Exception):  # a form that can't be made is left out
+            make = getattr(value, method)
+            forms[mime] = make() if callable(make) else None
+    with contextlib.suppress(Exception):
+        bundle = value._repr_mimebundle_()
+        forms.update(bundle[0] if isinstance(bundle, tuple) else bundle)
+    forms.pop("text/plain", None)
+    return encode_forms(forms)
+
+
+def encode_forms(forms: Mapping[Any, Any]) -> dict[str, str]:
+    """Return forms as they are sent: binary ones in base64, without those that are no text."""
+    rich: dict[str, str] = {}
+    for mime, form in list(forms.items())[:FORMS_LIMIT]:
+        if isinstance(form, tuple) and form:
+            form = form[0]  # some return (data, metadata)
+        if isinstance(form, bytes):
+            form = encode_image(bytes(form))
+        mime, form = exact(mime), exact(form)
+        if 0 < len(mime) <= 200 and form:
+            rich[mime] = form
+    return rich
+
+
+class Pictures:
+    """The pictures of a call, each shown once: figures, images that it displays, and files that it saves."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.fonts: tuple[tuple[str, ...], list[str]] | None = None  # more fonts, by the packages that are installed
+        self.last_figure: Any = None  # the last one shown: savefig() may come after show()
+        self.before: dict[str, tuple[int, int]] = {}  # the working directory's pictures, as list_files() tells them
+        self.forget()
+
+    def begin(self) -> None:
+        """Begin a call: forget the pictures of the previous one, and see which files there are."""
+        self.forget()
+        self.before, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
+
+    def forget(self) -> None:
+        """Forget the pictures of the previous call."""
+        self.shown: set[Any] = set()  # marks of figures and images, hashes of what was shown, and paths
+        self.saved: dict[str, bytes] = {}  # marks of figures and images, by path
+        self.live: list[Any] = []  # figures that were shown without blocking
+        self.without_glyph: set[str] = set()  # characters that no font has
+
+    def noting(self, save: Callable[..., Any], picture_of: Callable[[Any], Any]) -> Callable[..., Any]:
+        """Return a library's method `save` with a note of what it saves where."""
+
+        @functools.wraps(save)
+        def noted(owner: Any, *arguments: Any, **options: Any) -> Any:
+            result = save(owner, *arguments, **options)
+            with contextlib.suppress(Exception):  # that it is a buffer, for one
+                path: Any = arguments[0] if arguments else options.get("filename", options.get("fp"))
+                self.saved[os.path.abspath(path)] = self._mark(picture_of(owner))
+            return result
+
+        return noted
+
+    def note_shown(self, value: Any) -> None:
+        """Remember that a value was shown, so that the file with the same picture need not be."""
+        if module_name(value).startswith(("PIL.", "matplotlib.")):
+            self.shown |= {self._mark(value), os.path.abspath(getattr(value, "filename", None) or "")}
+
+    def _mark(self, picture: Any) -> bytes:
+        return vars(picture).setdefault("_sandbox_mark", os.urandom(8))  # type: ignore[no-any-return]
+
+    def draw(self, figure: Any) -> dict[str, str]:
+        """Return a Matplotlib figure as PNG, if it has anything, and close it, so that it is not shown again."""
+        image = io.BytesIO()
+        if is_blank(figure):
+            return {}
+        try:
+            with without_trace():
+                options = {"bbox_inches": "tight"}
+                with contextlib.suppress(Exception):  # a figure of the code's own class, or one that can't be drawn
+                    options = screen_frame(figure)
+                figure.savefig(image, format="png", **options)
+        finally:
+            if "matplotlib.pyplot" in sys.modules:
+                sys.modules["matplotlib.pyplot"].close(figure)
+        return {"image/png": encode_image(image.getvalue())}
+
+    def more_fonts(self, manager: Any) -> list[str]:
+        """Return fonts for Chinese, Japanese and Korean, of installed packages or the image, as Matplotlib has none."""
+        folders = tuple(self.worker.packages.folders)
+        if self.fonts is None or self.fonts[0] != folders:
+            pattern = "*/fonts/**/*.[ot]t[fc]"
+            packages = [path for folder in folders for path in glob.glob(f"{folder}/{pattern}", recursive=True)]
+            found = [path for path in [*packages, *(font.fname for font in manager.ttflist)] if CJK_FONT.search(path)]
+            self.fonts = (folders, sorted(found, key=lambda path: not re.search("SansCJK.*Regular", path))[:2])
+        return self.fonts[1]
+
+    def backend(self) -> types.ModuleType:
+        """Return a Matplotlib backend whose `show()` puts open figures into the result; using it imports Matplotlib."""
+        backend = types.ModuleType("sandbox_backend")
+
+        def find(name: str) -> Any:
+            if name != "FigureCanvas":
+                raise AttributeError(name)
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+            vars(backend).update(FigureCanvas=FigureCanvasAgg, show=self.show)
+            return FigureCanvasAgg
+
+        backend.__getattr__ = find  # type: ignore[method-assign]  # a module's own __getattr__: PEP 562
+        return backend
+
+    def show(self, *_: object, block: bool | None = None, **__: object) -> None:
+        """Show the open figures. Where that does not block, code may go on with them: see `show_last_states`."""
+        pyplot: Any = sys.modules["matplotlib.pyplot"]
+        if not (pyplot.isinteractive() if block is None else not block):
+            self.show_figures()
+            return
+        figures = [pyplot.figure(number) for number in pyplot.get_fignums()]
+        self.live += [figure for figure in figures if figure not in self.live]
+        self.show_figures()
+
+    def show_last_states(self) -> None:
+        """Show the figures that the code has changed since it showed them without blocking, and those still open."""
+        for figure in self.live:
+            forms = self.draw(figure)
+            if forms and not self.shown & set(map(hash, forms.values())):
+                self.worker.publish({"text/plain": describe(figure), **forms})
+        self.live.clear()
+        self.show_figures()
+
+    def show_figures(self) -> None:
+        """Put every open Matplotlib figure into the result, unless nothing is drawn in it, and close it."""
+        pyplot: Any = sys.modules.get("matplotlib.pyplot")
+        for number in pyplot.get_fignums() if pyplot else ():
+            figure = pyplot.figure(number)
+            if is_blank(figure):
+                pyplot.close(figure)
+            else:
+                self.last_figure = figure
+                self.worker.display(figure)
+
+    def show_saved(self) -> None:
+        """Show the pictures that the call saved, and say which characters no font has, if there are any."""
+        now, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
+        changed = [path for path in sorted(now, key=now.__getitem__) if now[path] != self.before.get(path)]  # by time
+        inside = [f"{self.worker.home}/{path}" for path in changed]
+        paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
+        left, more = PICTURES_SHOWN, 0
+        for path in paths:
+            with contextlib.suppress(OSError):
+                if {path, self.saved.get(path)} & self.shown:
+                    continue
+                with open(path, "rb") as file:
+                    data = file.read(PICTURE_LIMIT)
+                data = fit_image(data) if left else data
+                name = shown_path(os.path.relpath(path, self.worker.home))
+                if (mime := image_type(data)) and hash(image := base64.b64encode(data).decode()) not in self.shown:
+                    if not left:
+                        more += 1
+                        continue
+                    fits = len(data) <= IMAGE_BYTES
+                    left -= fits
+                    self.worker.note(f"saved as {name}" + ", which is too large to be shown" * (not fits))
+                    if fits:
+                        self.worker.publish({"text/plain": os.path.basename(name), mime: image})
+        if more:
+            self.worker.note(f"{more} more pictures were saved, and are not shown")
+        if self.without_glyph:
+            text = clip(" ".join(sorted(self.without_glyph)), 100)
+            self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
+
+
+@contextlib.contextmanager
+def without_trace() -> Iterator[None]:
+    """Keep warnings, and log records below warnings, from coming of work that the code did not ask for."""
+    logging = sys.modules.get("logging")
+    disabled = logging.root.manager.disable if logging else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if logging:
+            logging.disable(max(disabled, logging.INFO))  # warnings, as of a font that is not there, are for the code
+        try:
+            yield
+        finally:
+            if logging:
+                logging.disable(disabled)
+
+
+def screen_frame(figure: Any) -> dict[str, Any]:
+    """Return options for savefig() that show a figure as a screen would: in its own resolution, within IMAGE_SIDE.
+
+    The frame is cut to what is drawn, as in a notebook, unless something is drawn so far outside that this is huge.
+    """
+    width, height = figure.get_size_inches()
+    figure.draw_without_rendering()
+    drawn = figure.get_tightbbox().padded(0.1)
+    if max(drawn.width, drawn.height) <= 3 * max(width, height):
+        width, height = drawn.width, drawn.height
+    else:
+        drawn = None
+    return {"dpi": min(figure.dpi, (IMAGE_SIDE - 2) / max(width, height)), "bbox_inches": drawn}
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value is a Matplotlib figure."""
+    return module_name(value) == "matplotlib.figure" and hasattr(value, "savefig")
+
+
+def is_blank(figure: Any) -> bool:
+    """Whether a Matplotlib figure has nothing in it but its background, and axes without data, names and legends."""
+    with contextlib.suppress(Exception):  # it may be of the code's own class
+        others = [child for child in figure.get_children() if child not in (figure.patch, *figure.axes)]
+        return not others and all(map(is_empty, figure.axes))
+    return False
+
+
+def is_empty(axes: Any) -> bool:
+    """Whether axes are as they were made."""
+    modules = sys.modules
+    frame: Any = (modules["matplotlib.spines"].Spine, modules["matplotlib.axis"].Axis)
+    others = [child for child in axes.get_children() if child is not axes.patch and not isinstance(child, frame)]
+    texts = [child for child in others if isinstance(child, modules["matplotlib.text"].Text)]
+    shown = [axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in texts)]
+    return len(others) == len(texts) and not any(shown)
+
+
+def image_type(data: bytes) -> str | None:
+    """Return the MIME type of an image that clients can show, or None."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif"
+    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def encode_image(data: bytes) -> str:
+    """Return an image in base64, scaled down if need be."""
+    return base64.b64encode(fit_image(data)).decode("ascii")
+
+
+def fit_image(data: bytes) -> bytes:
+    """Scale an image down, if need be, to a size every client accepts; by Pillow, which Matplotlib depends on.
+
+    It stays as it is without Pillow, in a format that Pillow does not know, or where there is no memory to decode it.
+    """
+    with without_trace(), contextlib.suppress(Exception):
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(data))
+        kind, side = image.format, max(image.size)
+        # thumbnail() decodes a JPEG in the size that is needed; of others it needs all pixels, in up to 4 bytes.
+        if kind != "JPEG" and image.size[0] * image.size[1] * 5 > free_memory():
+            return data
+        while side > IMAGE_SIDE or len(data) > IMAGE_BYTES:
+            side = min(IMAGE_SIDE, side * 3 // 4)
+            image.thumbnail((side, side))
+            target = io.BytesIO()
+            image.save(target, kind)
+            data = target.getvalue()
+    return data
+
+
+def collect_state(names: dict[str, Any], limit: int = STATE_LIMIT) -> tuple[bytes, dict[str, str]]:
+    """Encode the variables that JSON can hold; return the JSON, and why others are not in it (at most 100), by name.
+
+    No more than `limit` bytes are encoded, and no more values looked at than those could hold.
+    """
+    kept: list[bytes] = []
+    left_out: dict[str, str] = {}
+    size = 2
+    for key_given, value in list(names.items()):
+        name = exact(key_given)
+        if not name or name[0] == "_" or issubclass(type(value), (types.ModuleType, type)) or callable(value):
+            continue
+        try:
+            if name != key_given:
+                raise ValueError("its name has lone surrogates")
+            if len(name) > NAME_LIMIT:
+                raise ValueError(f"its name has {len(name)} characters")
+            item = f"{json.dumps(plain(name))}:{json.dumps(plain(value, limit))}".encode()
+            if size + len(item) + 1 > limit:
+                raise ValueError(f"too large: {len(item)} bytes; all variables may come to {limit}")
+            kept.append(item)
+            size += len(item) + 1
+        except Exception as error:  # the value is not JSON, or its own code raised
+            left_out[clip(name, 100)] = failure_of(error).replace("ValueError: ", "", 1)
+    return b"{%s}" % b",".join(kept), dict(list(left_out.items())[:100])
+
+
+# ── code as models write it: what it expects of a notebook, and of libraries ──
 
 FENCE = re.compile(r"\s*(```|~~~)")
 SHELL_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?(!!?)(?!=)[ \t]*(.+)")
@@ -6341,7 +6805,6 @@ PIP = re.compile(
     r"(?:\d?[<>]+\s*[^\s;&|]+|\|[^;&|]*|\s)*(?:;|&&|$)(.*)",  # redirections, filters, and the rest of the line
     re.DOTALL,
 )
-
 # What is translated: a magic, to what it becomes, with {0} for its arguments as a literal; and one for all of the code,
 # with {1} for the code.
 LINE_MAGICS = {
@@ -6359,6 +6822,16 @@ CELL_MAGICS = {
     "timeit": "__notebook__.timeit({0}, {1})",
 }
 NO_CONTEXT = contextlib.nullcontext()
+# IPython, where it is not installed
+
+DISPLAY_CLASSES = {
+    "HTML": "text/html",
+    "JSON": "application/json",
+    "Latex": "text/latex",
+    "Markdown": "text/markdown",
+    "SVG": "image/svg+xml",
+}
+PAUSE_LIMIT = 0.05  # seconds that pyplot.pause() takes: it is for somebody who watches
 
 
 class Notebook:
@@ -6582,26 +7055,10 @@ def expanded(command: str, caller: types.FrameType) -> str:
     return re.sub(r"(?<!\$)\{([A-Za-z_][^{}]*)\}|\$([A-Za-z_]\w*)", value_of, command)
 
 
-def plain_name(package: str) -> str:
-    """Return a package's name as the index compares names (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", package).lower()
-
-
 def readable_seconds(seconds: float) -> str:
     """Format a time with three digits."""
     unit, factor = next((each for each in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * each[1] >= 1), ("ns", 1e9))
     return f"{seconds * factor:.3g} {unit}"
-
-
-# IPython, where it is not installed
-
-DISPLAY_CLASSES = {
-    "HTML": "text/html",
-    "JSON": "application/json",
-    "Latex": "text/latex",
-    "Markdown": "text/markdown",
-    "SVG": "image/svg+xml",
-}
 
 
 class Shown:
@@ -6830,25 +7287,6 @@ def refuse_debugger(*_: object, **__: object) -> None:
     raise RuntimeError("a debugger can't be answered in the sandbox; print what you need to see")
 
 
-def forked_only(method: Callable[..., Any], threads: type) -> Callable[..., Any]:
-    """Have a pool's method refuse what its processes can't find, as they were not forked from this one."""
-
-    @functools.wraps(method)
-    def checked(pool: Any, *arguments: Any, **options: Any) -> Any:
-        inner: Any = arguments[0] if arguments else options.get("func")
-        while isinstance(inner, functools.partial):
-            inner = inner.func
-        kind = pool._ctx.get_start_method()
-        if kind != "fork" and getattr(inner, "__module__", "") == "__main__" and not isinstance(pool, threads):
-            raise RuntimeError(
-                f"processes started by {kind} can't find {inner.__name__}, which this code defined: "
-                'use multiprocessing.get_context("fork"), or threads'
-            )
-        return method(pool, *arguments, **options)
-
-    return checked
-
-
 def fit_to_share(cpus: int) -> None:
     """Have Python count as many processors as the sandbox's share of CPU time feeds."""
     affinity, cpus = os.sched_getaffinity, min(cpus, os.cpu_count() or 1)
@@ -6858,401 +7296,7 @@ def fit_to_share(cpus: int) -> None:
         os.process_cpu_count = os.cpu_count
 
 
-# ── pictures ──
-
-CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
-PAUSE_LIMIT = 0.05  # seconds that pyplot.pause() takes: it is for somebody who watches
-
-
-class Pictures:
-    """The pictures of a call, each shown once: figures, images that it displays, and files that it saves."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.fonts: tuple[tuple[str, ...], list[str]] | None = None  # more fonts, by the packages that are installed
-        self.last_figure: Any = None  # the last one shown: savefig() may come after show()
-        self.before: dict[str, tuple[int, int]] = {}  # the working directory's pictures, as list_files() tells them
-        self.forget()
-
-    def begin(self) -> None:
-        """Begin a call: forget the pictures of the previous one, and see which files there are."""
-        self.forget()
-        self.before, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
-
-    def forget(self) -> None:
-        """Forget the pictures of the previous call."""
-        self.shown: set[Any] = set()  # marks of figures and images, hashes of what was shown, and paths
-        self.saved: dict[str, bytes] = {}  # marks of figures and images, by path
-        self.live: list[Any] = []  # figures that were shown without blocking
-        self.without_glyph: set[str] = set()  # characters that no font has
-
-    def noting(self, save: Callable[..., Any], picture_of: Callable[[Any], Any]) -> Callable[..., Any]:
-        """Return a library's method `save` with a note of what it saves where."""
-
-        @functools.wraps(save)
-        def noted(owner: Any, *arguments: Any, **options: Any) -> Any:
-            result = save(owner, *arguments, **options)
-            with contextlib.suppress(Exception):  # that it is a buffer, for one
-                path: Any = arguments[0] if arguments else options.get("filename", options.get("fp"))
-                self.saved[os.path.abspath(path)] = self._mark(picture_of(owner))
-            return result
-
-        return noted
-
-    def note_shown(self, value: Any) -> None:
-        """Remember that a value was shown, so that the file with the same picture need not be."""
-        if module_name(value).startswith(("PIL.", "matplotlib.")):
-            self.shown |= {self._mark(value), os.path.abspath(getattr(value, "filename", None) or "")}
-
-    def _mark(self, picture: Any) -> bytes:
-        return vars(picture).setdefault("_sandbox_mark", os.urandom(8))  # type: ignore[no-any-return]
-
-    def draw(self, figure: Any) -> dict[str, str]:
-        """Return a Matplotlib figure as PNG, if it has anything, and close it, so that it is not shown again."""
-        image = io.BytesIO()
-        if is_blank(figure):
-            return {}
-        try:
-            with without_trace():
-                options = {"bbox_inches": "tight"}
-                with contextlib.suppress(Exception):  # a figure of the code's own class, or one that can't be drawn
-                    options = screen_frame(figure)
-                figure.savefig(image, format="png", **options)
-        finally:
-            if "matplotlib.pyplot" in sys.modules:
-                sys.modules["matplotlib.pyplot"].close(figure)
-        return {"image/png": encode_image(image.getvalue())}
-
-    def more_fonts(self, manager: Any) -> list[str]:
-        """Return fonts for Chinese, Japanese and Korean, of installed packages or the image, as Matplotlib has none."""
-        folders = tuple(self.worker.packages.folders)
-        if self.fonts is None or self.fonts[0] != folders:
-            pattern = "*/fonts/**/*.[ot]t[fc]"
-            packages = [path for folder in folders for path in glob.glob(f"{folder}/{pattern}", recursive=True)]
-            found = [path for path in [*packages, *(font.fname for font in manager.ttflist)] if CJK_FONT.search(path)]
-            self.fonts = (folders, sorted(found, key=lambda path: not re.search("SansCJK.*Regular", path))[:2])
-        return self.fonts[1]
-
-    def backend(self) -> types.ModuleType:
-        """Return a Matplotlib backend whose `show()` puts open figures into the result; using it imports Matplotlib."""
-        backend = types.ModuleType("sandbox_backend")
-
-        def find(name: str) -> Any:
-            if name != "FigureCanvas":
-                raise AttributeError(name)
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-            vars(backend).update(FigureCanvas=FigureCanvasAgg, show=self.show)
-            return FigureCanvasAgg
-
-        backend.__getattr__ = find  # type: ignore[method-assign]  # a module's own __getattr__: PEP 562
-        return backend
-
-    def show(self, *_: object, block: bool | None = None, **__: object) -> None:
-        """Show the open figures. Where that does not block, code may go on with them: see `show_last_states`."""
-        pyplot: Any = sys.modules["matplotlib.pyplot"]
-        if not (pyplot.isinteractive() if block is None else not block):
-            self.show_figures()
-            return
-        figures = [pyplot.figure(number) for number in pyplot.get_fignums()]
-        self.live += [figure for figure in figures if figure not in self.live]
-        self.show_figures()
-
-    def show_last_states(self) -> None:
-        """Show the figures that the code has changed since it showed them without blocking, and those still open."""
-        for figure in self.live:
-            forms = self.draw(figure)
-            if forms and not self.shown & set(map(hash, forms.values())):
-                self.worker.publish({"text/plain": describe(figure), **forms})
-        self.live.clear()
-        self.show_figures()
-
-    def show_figures(self) -> None:
-        """Put every open Matplotlib figure into the result, unless nothing is drawn in it, and close it."""
-        pyplot: Any = sys.modules.get("matplotlib.pyplot")
-        for number in pyplot.get_fignums() if pyplot else ():
-            figure = pyplot.figure(number)
-            if is_blank(figure):
-                pyplot.close(figure)
-            else:
-                self.last_figure = figure
-                self.worker.display(figure)
-
-    def show_saved(self) -> None:
-        """Show the pictures that the call saved, and say which characters no font has, if there are any."""
-        now, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
-        changed = [path for path in sorted(now, key=now.__getitem__) if now[path] != self.before.get(path)]  # by time
-        inside = [f"{self.worker.home}/{path}" for path in changed]
-        paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
-        left, more = PICTURES_SHOWN, 0
-        for path in paths:
-            with contextlib.suppress(OSError):
-                if {path, self.saved.get(path)} & self.shown:
-                    continue
-                with open(path, "rb") as file:
-                    data = file.read(PICTURE_LIMIT)
-                data = fit_image(data) if left else data
-                name = shown_path(os.path.relpath(path, self.worker.home))
-                if (mime := image_type(data)) and hash(image := base64.b64encode(data).decode()) not in self.shown:
-                    if not left:
-                        more += 1
-                        continue
-                    fits = len(data) <= IMAGE_BYTES
-                    left -= fits
-                    self.worker.note(f"saved as {name}" + ", which is too large to be shown" * (not fits))
-                    if fits:
-                        self.worker.publish({"text/plain": os.path.basename(name), mime: image})
-        if more:
-            self.worker.note(f"{more} more pictures were saved, and are not shown")
-        if self.without_glyph:
-            text = clip(" ".join(sorted(self.without_glyph)), 100)
-            self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
-
-
-@contextlib.contextmanager
-def without_trace() -> Iterator[None]:
-    """Keep warnings, and log records below warnings, from coming of work that the code did not ask for."""
-    logging = sys.modules.get("logging")
-    disabled = logging.root.manager.disable if logging else 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if logging:
-            logging.disable(max(disabled, logging.INFO))  # warnings, as of a font that is not there, are for the code
-        try:
-            yield
-        finally:
-            if logging:
-                logging.disable(disabled)
-
-
-def screen_frame(figure: Any) -> dict[str, Any]:
-    """Return options for savefig() that show a figure as a screen would: in its own resolution, within IMAGE_SIDE.
-
-    The frame is cut to what is drawn, as in a notebook, unless something is drawn so far outside that this is huge.
-    """
-    width, height = figure.get_size_inches()
-    figure.draw_without_rendering()
-    drawn = figure.get_tightbbox().padded(0.1)
-    if max(drawn.width, drawn.height) <= 3 * max(width, height):
-        width, height = drawn.width, drawn.height
-    else:
-        drawn = None
-    return {"dpi": min(figure.dpi, (IMAGE_SIDE - 2) / max(width, height)), "bbox_inches": drawn}
-
-
-def is_figure(value: Any) -> bool:
-    """Whether a value is a Matplotlib figure."""
-    return module_name(value) == "matplotlib.figure" and hasattr(value, "savefig")
-
-
-def is_blank(figure: Any) -> bool:
-    """Whether a Matplotlib figure has nothing in it but its background, and axes without data, names and legends."""
-    with contextlib.suppress(Exception):  # it may be of the code's own class
-        others = [child for child in figure.get_children() if child not in (figure.patch, *figure.axes)]
-        return not others and all(map(is_empty, figure.axes))
-    return False
-
-
-def is_empty(axes: Any) -> bool:
-    """Whether axes are as they were made."""
-    modules = sys.modules
-    frame: Any = (modules["matplotlib.spines"].Spine, modules["matplotlib.axis"].Axis)
-    others = [child for child in axes.get_children() if child is not axes.patch and not isinstance(child, frame)]
-    texts = [child for child in others if isinstance(child, modules["matplotlib.text"].Text)]
-    shown = [axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in texts)]
-    return len(others) == len(texts) and not any(shown)
-
-
-def image_type(data: bytes) -> str | None:
-    """Return the MIME type of an image that clients can show, or None."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "image/gif"
-    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def encode_image(data: bytes) -> str:
-    """Return an image in base64, scaled down if need be."""
-    return base64.b64encode(fit_image(data)).decode("ascii")
-
-
-# ── rich output ──
-
-RICH_FORMS = (
-    ("image/png", "_repr_png_"),
-    ("image/jpeg", "_repr_jpeg_"),
-    ("image/svg+xml", "_repr_svg_"),
-    ("text/html", "_repr_html_"),
-    ("text/markdown", "_repr_markdown_"),
-    ("text/latex", "_repr_latex_"),
-)
-
-
-def rich_forms(value: Any) -> dict[str, str]:
-    """Return a value's forms other than plain text, by MIME type, as its class makes them (IPython's protocol)."""
-    forms: dict[str, Any] = {}
-    if issubclass(type(value), type):
-        return {}
-    for mime, method in RICH_FORMS:
-        with contextlib.suppress(Exception):  # a form that can't be made is left out
-            make = getattr(value, method)
-            forms[mime] = make() if callable(make) else None
-    with contextlib.suppress(Exception):
-        bundle = value._repr_mimebundle_()
-        forms.update(bundle[0] if isinstance(bundle, tuple) else bundle)
-    forms.pop("text/plain", None)
-    return encode_forms(forms)
-
-
-def encode_forms(forms: Mapping[Any, Any]) -> dict[str, str]:
-    """Return forms as they are sent: binary ones in base64, without those that are no text."""
-    rich: dict[str, str] = {}
-    for mime, form in list(forms.items())[:FORMS_LIMIT]:
-        if isinstance(form, tuple) and form:
-            form = form[0]  # some return (data, metadata)
-        if isinstance(form, bytes):
-            form = encode_image(bytes(form))
-        mime, form = exact(mime), exact(form)
-        if 0 < len(mime) <= 200 and form:
-            rich[mime] = form
-    return rich
-
-
-def fit_image(data: bytes) -> bytes:
-    """Scale an image down, if need be, to a size every client accepts; by Pillow, which Matplotlib depends on.
-
-    It stays as it is without Pillow, in a format that Pillow does not know, or where there is no memory to decode it.
-    """
-    with without_trace(), contextlib.suppress(Exception):
-        from PIL import Image
-
-        image = Image.open(io.BytesIO(data))
-        kind, side = image.format, max(image.size)
-        # thumbnail() decodes a JPEG in the size that is needed; of others it needs all pixels, in up to 4 bytes.
-        if kind != "JPEG" and image.size[0] * image.size[1] * 5 > free_memory():
-            return data
-        while side > IMAGE_SIDE or len(data) > IMAGE_BYTES:
-            side = min(IMAGE_SIDE, side * 3 // 4)
-            image.thumbnail((side, side))
-            target = io.BytesIO()
-            image.save(target, kind)
-            data = target.getvalue()
-    return data
-
-
-def collect_state(names: dict[str, Any], limit: int = STATE_LIMIT) -> tuple[bytes, dict[str, str]]:
-    """Encode the variables that JSON can hold; return the JSON, and why others are not in it (at most 100), by name.
-
-    No more than `limit` bytes are encoded, and no more values looked at than those could hold.
-    """
-    kept: list[bytes] = []
-    left_out: dict[str, str] = {}
-    size = 2
-    for key_given, value in list(names.items()):
-        name = exact(key_given)
-        if not name or name[0] == "_" or issubclass(type(value), (types.ModuleType, type)) or callable(value):
-            continue
-        try:
-            if name != key_given:
-                raise ValueError("its name has lone surrogates")
-            if len(name) > NAME_LIMIT:
-                raise ValueError(f"its name has {len(name)} characters")
-            item = f"{json.dumps(plain(name))}:{json.dumps(plain(value, limit))}".encode()
-            if size + len(item) + 1 > limit:
-                raise ValueError(f"too large: {len(item)} bytes; all variables may come to {limit}")
-            kept.append(item)
-            size += len(item) + 1
-        except Exception as error:  # the value is not JSON, or its own code raised
-            left_out[clip(name, 100)] = failure_of(error).replace("ValueError: ", "", 1)
-    return b"{%s}" % b",".join(kept), dict(list(left_out.items())[:100])
-
-
-def plain(value: Any, limit: int = STATE_LIMIT) -> Any:
-    """Return `value` as JSON can hold it: a tuple as a list, a NumPy number as Python's.
-
-    An instance of a subclass of JSON's types counts as what it holds, not as what its methods say.
-
-    Raises:
-        ValueError: JSON can't hold it, or would take more than `limit` bytes at the least.
-    """
-    return plain_part(value, 0, set(), [limit])
-
-
-def plain_part(value: Any, depth: int, parents: set[int], room: list[int]) -> Any:
-    """Return a part of what `plain` returns, `depth` deep in `parents`, and take what it needs from `room`."""
-    kind = type(value)
-    room[0] -= 2  # a digit and a comma
-    if kind not in PLAIN_TYPES and module_name(value) == "numpy" and getattr(value, "ndim", None) == 0:
-        value = value.item()
-        kind = type(value)
-    if value is None or kind is bool:
-        return value
-    if issubclass(kind, str):
-        text = str.__str__(value)
-        room[0] -= len(text)
-        if room[0] < 0:
-            raise ValueError(f"too large: {len(text)} characters")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("text with lone surrogates") from None
-        return text
-    if issubclass(kind, int):
-        number = int.__int__(value)
-        if number.bit_length() > 4096:
-            raise ValueError(f"an integer of {number.bit_length()} bits")
-        return number
-    if issubclass(kind, float):
-        fraction = float.__float__(value)
-        if not math.isfinite(fraction):
-            raise ValueError(f"{fraction!r} is not JSON")
-        return fraction
-    if not issubclass(kind, (list, tuple, dict)):
-        raise ValueError(f"{class_name(value)} is not JSON")
-    if len(value) * 2 > room[0]:  # before all of it is copied and encoded
-        raise ValueError(f"too large: {len(value)} values")
-    if depth == STATE_DEPTH:
-        raise ValueError(f"nested more than {STATE_DEPTH} deep")
-    if id(value) in parents:
-        raise ValueError("contains itself")
-    parents.add(id(value))
-    try:
-        if not issubclass(kind, dict):
-            items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
-            return [plain_part(item, depth + 1, parents, room) for item in items]
-        for key in dict.keys(value):
-            if not issubclass(type(key), str):
-                raise ValueError(f"a key is {class_name(key)}, not text")
-        return {
-            plain_part(key, 0, set(), room): plain_part(item, depth + 1, parents, room)
-            for key, item in dict.items(value)
-        }
-    finally:
-        parents.discard(id(value))
-
-
-def cpu_seconds() -> float:
-    """Return the CPU time of this process and its finished children, in seconds."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
-def reset_peak_memory() -> bool:
-    """Reset this process's memory high-water mark; return whether the kernel allowed it."""
-    try:
-        write_kernel_file("/proc/self/clear_refs", b"5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory() -> int:
-    """Return the most bytes this process has had resident since reset_peak_memory()."""
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+# ── import rules ──
 
 
 class ImportPolicy:
@@ -7319,36 +7363,6 @@ class ImportPolicy:
         if module is None or name == "__main__" or vars(module) is not asking:
             return True
         return str(asking.get("__file__") or "").startswith(self.home + "/")
-
-
-def plug() -> None:
-    """Pass the standard input and output of a `docker exec` to the supervisor, and stay while it uses them."""
-    import array
-    import os
-    import socket
-
-    request = b""
-    while not request.endswith(b"\n"):  # one byte at a time: what follows is for the supervisor
-        byte = os.read(0, 1)
-        if not byte:
-            return
-        request += byte
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect("\0python-docker-mcp")
-        connection.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1]))])
-        connection.recv(1)  # returns when the supervisor lets go
-
-
-def supervise(settings: str) -> None:
-    """Run the guest, with its channel moved off descriptors 0 and 1, which other code uses by habit."""
-    told = json.loads(settings)
-    prepare_files(told)
-    channel = Channel(os.dup(0), os.dup(1))
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
-    Supervisor(told).run(channel)
 
 
 # ════════ end of guest ════════
