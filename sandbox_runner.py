@@ -2946,8 +2946,8 @@ class Proxy:
         await self._sandbox.write(encoded(frame))
 
     async def _serve(self, connection: Connection) -> None:
-        """Have a connection wait for its turn, then serve it to its end, and write a line on it to the log."""
-        if not await self._wait_for_turn(connection):
+        """Admit a connection in its turn, find its route, relay to its end, and write a line on it to the log."""
+        if not await self._admit(connection):
             self._open.pop(connection.number, None)
             return
         where, verdict = "", ""
@@ -2956,24 +2956,13 @@ class Proxy:
                 request, http = await read_request(connection)
             host, port, path = target_of(request)
             where = f"{host}:{port}"
-            try:
-                rule = self.network.rule(host, port, 443 if path is None else 80)
-                there, proxy = await self.network.connect(host, port, rule, "https" if path is None else "http")
-            except RefusedError:
-                own = await self._dial(port) if host in OWN_HOSTS else None
-                if own is None:
-                    raise
-                there, proxy = own, ""  # no server of the host's is meant, but one of the code's
-            async with there:
+            route = await self._route(host, port, path)
+            async with route.there:
                 if path is None:
                     verdict = "closed, as it did not begin with TLS for that host"
-                    await connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
-                    first, rest = await read_hello(connection, host, http.trailing_data[0]), chunks_of(connection)
-                else:
-                    first = head_for_server(request, f"http://{host}:{port}{path}" if proxy else path, proxy)
-                    rest = body_of(connection, http, is_chunked(request))
+                first, rest = await route.begin(connection, request, http)
                 verdict = "passed"
-                await self._relay(connection, there, first, rest, is_tunnel=path is None)
+                await relay(connection, route, first, rest)
         except RefusedError as error:
             status, verdict = error.args
             if status == 403 and self._sandbox.call and len(self._sandbox.call.refused) < REFUSALS_TOLD:
@@ -2996,6 +2985,18 @@ class Proxy:
                 with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
                     await connection.end()
 
+    async def _route(self, host: str, port: int, path: str | None) -> Route:
+        """Connect to a host, or to a server of the code's own. Raises RefusedError."""
+        try:
+            rule = self.network.rule(host, port, 443 if path is None else 80)
+            there, proxy = await self.network.connect(host, port, rule, "https" if path is None else "http")
+        except RefusedError:
+            own = await self._dial(port) if host in OWN_HOSTS else None
+            if own is None:
+                raise
+            there, proxy = own, ""  # no server of the host's is meant, but one of the code's
+        return Route(host, port, path, there, proxy)
+
     async def _dial(self, port: int) -> anyio.abc.ByteStream | None:
         """Have the supervisor connect to a server of the code's own; return the connection, None if there is none."""
         self._dialed += 1
@@ -3008,7 +3009,7 @@ class Proxy:
         del self._open[number]
         return None
 
-    async def _wait_for_turn(self, connection: Connection) -> bool:
+    async def _admit(self, connection: Connection) -> bool:
         """Wait for a place among CONNECTIONS_AT_ONCE; return whether it was had, and the code still wants it."""
         assert connection.waits is not None
         with connection.waits, anyio.move_on_after(TURN_TIMEOUT) as late:
@@ -3030,46 +3031,61 @@ class Proxy:
                 await connection.end()
         return False
 
-    async def _relay(
-        self,
-        connection: Connection,
-        there: anyio.abc.ByteStream,
-        first: bytes,
-        rest: AsyncIterator[bytes],
-        *,
-        is_tunnel: bool,
-    ) -> None:
-        """Pass bytes both ways until the server has no more, the code has gone, or nothing comes for a long time."""
 
-        async def upwards() -> None:
-            await there.send(first)
-            async for data in rest:
-                await there.send(data)
-            if is_tunnel:  # after a request, the answer is still to come
-                tasks.cancel_scope.cancel()
-            while await connection.receive():
-                pass  # more than the one request
+@dataclass(frozen=True)
+class Route:
+    """How a connection goes on to its server, and what of its beginning is rewritten for that."""
+
+    host: str
+    port: int
+    path: str | None  # None for a tunnel
+    there: anyio.abc.ByteStream  # to the server, or to this server's own proxy
+    proxy: str  # that one's address, or ""
+
+    async def begin(
+        self, connection: Connection, request: h11.Request, http: h11.Connection
+    ) -> tuple[bytes, AsyncIterator[bytes]]:
+        """Return what to send first, and all that follows it. Raises RefusedError."""
+        if self.path is None:
+            await connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            return await read_hello(connection, self.host, http.trailing_data[0]), chunks_of(connection)
+        target = f"http://{self.host}:{self.port}{self.path}" if self.proxy else self.path
+        return head_for_server(request, target, self.proxy), body_of(connection, http, is_chunked(request))
+
+
+async def relay(connection: Connection, route: Route, first: bytes, rest: AsyncIterator[bytes]) -> None:
+    """Pass bytes both ways until the server has no more, the code has gone, or nothing comes for a long time."""
+    there, is_tunnel = route.there, route.path is None
+
+    async def upwards() -> None:
+        await there.send(first)
+        async for data in rest:
+            await there.send(data)
+        if is_tunnel:  # after a request, the answer is still to come
             tasks.cancel_scope.cancel()
+        while await connection.receive():
+            pass  # more than the one request
+        tasks.cancel_scope.cancel()
 
-        async def downwards() -> None:
-            with contextlib.suppress(anyio.EndOfStream):
-                answer = b"" if is_tunnel else await read_answer(there)
-                while True:
-                    await connection.send(answer or await there.receive(PIECE_SIZE))
-                    answer = b""
-            tasks.cancel_scope.cancel()
+    async def downwards() -> None:
+        with contextlib.suppress(anyio.EndOfStream):
+            answer = b"" if is_tunnel else await read_answer(there)
+            while True:
+                await connection.send(answer or await there.receive(PIECE_SIZE))
+                answer = b""
+        tasks.cancel_scope.cancel()
 
-        async def watch() -> None:
-            while (left := connection.used + CONNECTION_IDLE - anyio.current_time()) > 0:
-                await anyio.sleep(left)
-            tasks.cancel_scope.cancel()
+    async def watch() -> None:
+        while (left := connection.used + CONNECTION_IDLE - anyio.current_time()) > 0:
+            await anyio.sleep(left)
+        tasks.cancel_scope.cancel()
 
-        try:
-            async with anyio.create_task_group() as tasks:
-                for task in (upwards, downwards, watch):
-                    tasks.start_soon(task)
-        except* (anyio.BrokenResourceError, anyio.ClosedResourceError, h11.RemoteProtocolError):
-            pass  # one of the two has gone
+    try:
+        async with anyio.create_task_group() as tasks:
+            for task in (upwards, downwards, watch):
+                tasks.start_soon(task)
+    except* (anyio.BrokenResourceError, anyio.ClosedResourceError, h11.RemoteProtocolError):
+        pass  # one of the two has gone
 
 
 async def read_request(connection: Connection) -> tuple[h11.Request, h11.Connection]:
@@ -4011,7 +4027,7 @@ class Supervisor:
         warnings.filterwarnings("ignore", "joblib backend '.*' is not available")  # our setting, for half a core
         self._attach(channel)
         if unfiltered:
-            self._note(f"system calls are not filtered beyond what the engine does: {unfiltered}")
+            self.host.note(f"system calls are not filtered beyond what the engine does: {unfiltered}")
         while True:
             self._turn()
 
@@ -4046,10 +4062,7 @@ class Supervisor:
         if not self.preloading.left:
             self.worker.fork(self.preloading, self.session is None)
         elif problem := self.preloading.import_next():
-            self._note(problem)
-
-    def _note(self, text: str) -> None:
-        self.host.tell({"kind": "note", "text": text})
+            self.host.note(problem)
 
     # ── the host ──
 
@@ -4125,7 +4138,7 @@ class Supervisor:
             try:
                 self.connections.listen()
             except OSError as error:
-                self._note(f"code can't reach the allowed hosts: no proxy ({error})")
+                self.host.note(f"code can't reach the allowed hosts: no proxy ({error})")
 
     def _refusal(self, request: dict[str, Any]) -> Greeting | None:
         """Return the status, unless a plug may come in: there is no host, and the plug is for this sandbox.
@@ -4834,6 +4847,10 @@ class Host:
             self.backlog_left -= len(head(frame)) + len(data)  # all fields: the code may have forged them
             if self.backlog_left > 0 or frame["kind"] == "done":
                 self.backlog.append(frame)
+
+    def note(self, text: str) -> None:
+        """Have something logged."""
+        self.tell({"kind": "note", "text": text})
 
     def greet(self, greeting: Greeting) -> None:
         """Greet a new host, and send it what was kept."""
