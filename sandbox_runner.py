@@ -39,6 +39,7 @@ import base64
 import builtins
 import codecs
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import difflib
@@ -85,6 +86,7 @@ import types
 import urllib.parse
 import urllib.request
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections import deque
@@ -5659,6 +5661,7 @@ def write_kernel_file(path: str, text: bytes) -> None:
 VALUE_LIMIT = 32_000  # characters of a value's repr
 TRACEBACK_LIMIT = 16_000
 MESSAGE_LIMIT = 4_000
+TASKS_TIME, OLD_TASKS_TIME = 1.0, 0.05  # seconds for tasks that are not done: of this call, and of earlier ones
 COPY_ROOM = 8 << 20  # bytes that have to be free to make a copy, which must not be what fills the memory
 
 
@@ -5678,13 +5681,13 @@ class Worker:
         self.calls = 0
         self.sources = Sources(self.home)
         self.flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # plus those of the code's __future__ imports
-        self.loop: Any = None  # asyncio's event loop, once the code awaits something
         self.rich_left = RICH_LIMIT
         self.lock = threading.RLock()  # around the control channel
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         self.names = vars(main)
         self.names["__builtins__"] = builtins
         self.signals = Signals(self.note)
+        self.continuity = Continuity(self)
         with contextlib.suppress(OSError):
             os.chdir(self.home)
         sys.path.insert(0, self.home)
@@ -5812,14 +5815,19 @@ class Worker:
             self.names["__file__"] = os.path.join(self.home, name)
         if state is not None:
             self.names.update(json.loads(state.decode()))
-        value = self._evaluate(request["data"].decode(), name)
+        self.continuity.begin()
+        value = self._evaluate(request["data"].decode(), name, request["final"])
         if value is not None:
-            builtins._ = value  # type: ignore[attr-defined]  # as the interactive interpreter does
-            text = describe(value)
-            report["value"], report["value_length"] = clip(text, VALUE_LIMIT), len(text)
-            bundle = self._forms(value)
-            if bundle:
-                self.publish(bundle, True)
+            self.continuity.keep(value)
+            self.continuity.context.run(self._show, value, report)
+
+    def _show(self, value: Any, report: Report) -> None:
+        """Report the value of the last expression, and show it in the forms that it has."""
+        text = describe(value)
+        report["value"], report["value_length"] = clip(text, VALUE_LIMIT), len(text)
+        bundle = self._forms(value)
+        if bundle:
+            self.publish(bundle, True)
 
     def _steps_after(self, request: Run, with_state: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         """Yield the steps that follow the code, however it ended, each with a description for notes."""
@@ -5852,15 +5860,15 @@ class Worker:
             stale = self.packages.use(request["packages"])
         self.control.send({"id": request["id"], "kind": "used", "stale": stale})
 
-    def _evaluate(self, code: str, filename: str) -> Any:
+    def _evaluate(self, given: str, filename: str, is_last: bool) -> Any:
         """Run the code; return the value of the expression it ends with, or None."""
-        self.sources.enter(code, filename)
+        self.sources.enter(given, filename)
         flags = self.flags
 
         def parse(code: str) -> Any:
             return compile(code, filename, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
 
-        code, tree, context = self.notebook.parse(code, parse)
+        code, tree, context = self.notebook.parse(given, parse)
 
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr) and not code.rstrip().endswith(";"):
@@ -5869,39 +5877,10 @@ class Worker:
         for feature in __future__.all_feature_names:
             self.flags |= body.co_flags & getattr(__future__, feature).compiler_flag
         steps = [body, *([compile(last, filename, "eval", self.flags, dont_inherit=True)] if last else [])]
+        if code != given:
+            self.sources.translated[filename] = code
         with context:
-            return self._execute(steps)
-
-    def _execute(self, steps: list[types.CodeType]) -> Any:
-        """Run one piece after another, all in the event loop if any has an await; return the last one's value."""
-
-        def is_coroutine(step: types.CodeType) -> bool:
-            return bool(step.co_flags & 0x80)  # inspect.CO_COROUTINE: it has a top-level await
-
-        async def run_all() -> Any:
-            value = None
-            for step in steps:
-                value = eval(step, self.names)
-                if is_coroutine(step):
-                    value = await value
-            return value
-
-        if not any(map(is_coroutine, steps)):
-            return [eval(step, self.names) for step in steps][-1]
-        import asyncio
-
-        if self.loop is None or self.loop.is_closed():
-            self.loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self.loop)
-        task = self.loop.create_task(run_all())
-        try:
-            return self.loop.run_until_complete(task)
-        except KeyboardInterrupt:
-            if not task.done():  # else the code itself raised it, and asyncio would wait forever
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    self.loop.run_until_complete(task)
-            raise
+            return self.continuity.execute(steps, is_last)
 
     # ── rich output ──
 
@@ -6180,6 +6159,110 @@ def passes_on(stream: Any, real: Stream) -> bool:
         del vars(real)["write"]
 
 
+class Continuity:
+    """What goes on from call to call beside variables: one context, one event loop with its tasks, and no old warnings.
+
+    A task that code starts outside of a coroutine runs when the code has ended; one that is not done by then goes on
+    whenever later code awaits something.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.context = contextvars.copy_context()
+        self.loop: Any = None  # asyncio's, once the code needs one
+        self.tasks: Any = weakref.WeakSet()
+        self.kept: Any = None  # the value that `_` had from us
+        sys.dont_write_bytecode = True  # a module written again in the same second would be taken for the old one
+
+    def begin(self) -> None:
+        """Have each warning come anew, and asyncio find the loop."""
+        self.worker.names.pop("__warningregistry__", None)
+        with warnings.catch_warnings():
+            pass  # its end makes all modules forget what they have warned of
+        if self.loop:
+            self.find_loop()
+
+    def keep(self, value: Any) -> None:
+        """Have `_` be the value, as in the interactive interpreter, unless the code has put something else there."""
+        if getattr(builtins, "_", self.kept) is self.kept:
+            builtins._ = self.kept = value  # type: ignore[attr-defined]
+
+    def find_loop(self) -> Any:
+        """Return the event loop, which is made if there is none, and have asyncio find it."""
+        import asyncio
+
+        if self.loop is None or self.loop.is_closed():
+            self.loop = asyncio.new_event_loop()
+            self.loop.set_task_factory(self._make_task)
+        asyncio.set_event_loop(self.loop)
+        return self.loop
+
+    def _make_task(self, loop: Any, coroutine: Any, **options: Any) -> Any:
+        task = sys.modules["asyncio"].Task(coroutine, loop=loop, **options)
+        self.tasks.add(task)
+        return task
+
+    def execute(self, steps: list[types.CodeType], is_last: bool) -> Any:
+        """Run one piece after another, all in the event loop if any has an await; return the last one's value."""
+        earlier = set(self.tasks)
+        if any(map(is_coroutine, steps)):
+            value = self._await(self._run_all(steps))
+        else:
+            value = [self.context.run(eval, step, self.worker.names) for step in steps][-1]
+        self._settle(earlier, is_last)
+        return value
+
+    async def _run_all(self, steps: list[types.CodeType]) -> Any:
+        value = None
+        for step in steps:
+            value = eval(step, self.worker.names)
+            if is_coroutine(step):
+                value = await value
+        if sys.hexversion < 0x30B0000:  # there a task has a context of its own
+            self.context = contextvars.copy_context()
+        return value
+
+    def _await(self, coroutine: Any) -> Any:
+        loop = self.find_loop()
+        if sys.hexversion >= 0x30B0000:
+            task = loop.create_task(coroutine, context=self.context)
+        else:
+            task = self.context.run(loop.create_task, coroutine)
+        try:
+            return loop.run_until_complete(task)
+        except KeyboardInterrupt:
+            if not task.done():  # else the code itself raised it, and asyncio would wait forever
+                task.cancel()
+                with contextlib.suppress(sys.modules["asyncio"].CancelledError):
+                    loop.run_until_complete(task)
+            raise
+
+    def _settle(self, earlier: set[Any], is_last: bool) -> None:
+        """Run tasks: those of the last call to their end, others for a while; and tell which have failed."""
+        asyncio = sys.modules.get("asyncio")
+        if not asyncio or not self.loop or self.loop.is_closed():
+            return
+        due = time.monotonic() + (TASKS_TIME if set(self.tasks) - earlier else OLD_TASKS_TIME)
+        while pending := [task for task in self.tasks if not task.done()]:
+            left = None if is_last else due - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            self._await(asyncio.wait(pending, timeout=left))
+        for task in list(self.tasks):
+            if task.done() and not task.cancelled() and task._log_traceback:  # nobody has asked how it ended
+                text = self.worker.sources.traceback_of(task.exception())
+                self.worker.note(f"a task has failed: {text.strip()}")
+        new = [task for task in self.tasks if not task.done() and task not in earlier]
+        if new:
+            tasks = f"{len(new)} tasks are not done: they go" if len(new) > 1 else "a task is not done: it goes"
+            self.worker.note(f"{tasks} on when later code awaits something")
+
+
+def is_coroutine(step: types.CodeType) -> bool:
+    """Whether a piece of code has a top-level await."""
+    return bool(step.co_flags & 0x80)  # inspect.CO_COROUTINE
+
+
 class CopyMaker:
     """Leaves a sleeping copy of the worker, which goes on in its place if the code ends it."""
 
@@ -6207,7 +6290,9 @@ class CopyMaker:
                 return False  # shared memory
         loop = {part.fileno() for part in self._parts_of_loop()}
         if loop and (
-            self.worker.loop._ready or self.worker.loop._scheduled or sys.modules["asyncio"].all_tasks(self.worker.loop)
+            self.worker.continuity.loop._ready
+            or self.worker.continuity.loop._scheduled
+            or sys.modules["asyncio"].all_tasks(self.worker.continuity.loop)
         ):
             return False
         others = set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, 3, *self.worker.standard.spares.values(), *loop}
@@ -6220,9 +6305,13 @@ class CopyMaker:
 
     def _parts_of_loop(self) -> list[Any]:
         """Return what of asyncio's event loop has a descriptor."""
-        if self.worker.loop is None or self.worker.loop.is_closed():
+        if self.worker.continuity.loop is None or self.worker.continuity.loop.is_closed():
             return []
-        return [self.worker.loop._selector, self.worker.loop._ssock, self.worker.loop._csock]
+        return [
+            self.worker.continuity.loop._selector,
+            self.worker.continuity.loop._ssock,
+            self.worker.continuity.loop._csock,
+        ]
 
     def _fork(self, key: str) -> None:
         """Fork a sleeping copy of this process, as a child of process 1, which code does not notice.
@@ -6279,7 +6368,7 @@ class CopyMaker:
             os.dup2(fd, spare, inheritable=False)
         if loop:
             new = sys.modules["asyncio"].new_event_loop()
-            vars(self.worker.loop).update(vars(new))
+            vars(self.worker.continuity.loop).update(vars(new))
             new._closed = True  # its parts are the other one's now
         allow_inspection(True)
         self.worker.control = Channel(3, 3)
@@ -6320,6 +6409,7 @@ class Sources:
         self.home = home
         self.filename = ""  # of the running code
         self.codes: dict[str, str] = {}  # by file name, newest last
+        self.translated: dict[str, str] = {}  # those that Python accepts only after a translation, as it accepts them
 
     def enter(self, code: str, filename: str) -> None:
         """Begin to run a piece of code."""
@@ -6341,7 +6431,20 @@ class Sources:
                         return filename
             return find_file(object)
 
-        inspect.getfile = getfile
+        find_source = inspect.findsource
+
+        def findsource(object: Any) -> tuple[list[str], int]:
+            filename = inspect.getfile(object)
+            if filename not in self.translated:
+                return find_source(object)
+            given, code = linecache.cache[filename], self.translated[filename]
+            linecache.cache[filename] = (len(code), None, source_lines(f"{code}\n"), filename)
+            try:
+                return find_source(object)  # until Python 3.12 it parses all of the file for a class
+            finally:
+                linecache.cache[filename] = given
+
+        inspect.getfile, inspect.findsource = getfile, findsource
 
     def describe(self, error: BaseException, report: Report) -> None:
         """Enter the exception that ended the code into the call's report."""
@@ -6370,9 +6473,7 @@ class Sources:
                 message = exact(error.msg) or message
             if isinstance(error, ModuleNotFoundError):
                 missing = clip(exact(error.name), 200) or None
-            summary = traceback.TracebackException.from_exception(error)
-            self._keep_user_frames(summary)
-            text = exact("".join(summary.format() if summary.stack else summary.format_exception_only()))
+            text = self.traceback_of(error)
         except BaseException:  # its __cause__, __notes__ or msg may be the code's own, and raise anything
             frames = [(frame.tb_frame, frame.tb_lineno) for frame in self._frames(error)]
             kept = [step for step in frames if self._is_users(step[0].f_code.co_filename)]
@@ -6384,6 +6485,12 @@ class Sources:
             "traceback": clip(text, TRACEBACK_LIMIT),
             "missing": missing,
         }
+
+    def traceback_of(self, error: BaseException) -> str:
+        """Return the traceback of an exception, with the frames of the user's own code."""
+        summary = traceback.TracebackException.from_exception(error)
+        self._keep_user_frames(summary)
+        return exact("".join(summary.format() if summary.stack else summary.format_exception_only()))
 
     def _frames(self, error: BaseException) -> Iterator[types.TracebackType]:
         """Yield the entries of an exception's traceback that have a line number, outermost first."""
@@ -7152,6 +7259,8 @@ class Adapter:
         self.worker = worker
         self.changes: dict[str, Callable[[Any], None]] = {
             "IPython.core.display_functions": self._change_ipython,
+            "asyncio": self._change_asyncio,
+            "joblib.func_inspect": self._change_joblib,
             "PIL.Image": self._change_image,
             "PIL.ImageShow": self._change_image_show,
             "getpass": lambda module: vars(module).update(getpass=refuse_input),
@@ -7196,6 +7305,30 @@ class Adapter:
         """Have the real IPython's `display` show what ours shows; outside its shell it would print a repr."""
         module.display = module.update_display = self.worker.display
         module.clear_output = self.worker.clear_output
+
+    def _change_asyncio(self, module: Any) -> None:
+        """Let code start tasks outside of a coroutine, as in a notebook: in the session's loop, which it finds, too."""
+        create = module.create_task
+
+        @functools.wraps(create)
+        def create_task(coroutine: Any, **options: Any) -> Any:
+            if module._get_running_loop() or threading.current_thread() is not threading.main_thread():
+                return create(coroutine, **options)
+            return self.worker.continuity.find_loop().create_task(coroutine, **options)
+
+        module.create_task = module.tasks.create_task = create_task
+        self.worker.continuity.find_loop()
+
+    def _change_joblib(self, module: Any) -> None:
+        """Find again what was cached for a function that an earlier call defined under another file name."""
+        get_name = module.get_func_name
+
+        @functools.wraps(get_name)
+        def get_func_name(*arguments: Any, **options: Any) -> tuple[list[str], str]:
+            modules, name = get_name(*arguments, **options)
+            return [re.sub(r"<call \d+>", "call", part) for part in modules], name
+
+        module.get_func_name = get_func_name
 
     def _change_image_show(self, module: Any) -> None:
         module.show = lambda image, *_, **__: self.worker.display(image) or True
@@ -8543,8 +8676,9 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 # ── shipping ──
 
 GUEST_MODULES = (
-    "__future__ ast atexit base64 builtins codecs contextlib ctypes errno fcntl functools gc glob importlib inspect io "
-    "itertools json linecache math os re select signal socket stat struct sys threading time traceback types warnings"
+    "__future__ ast atexit base64 builtins codecs contextlib contextvars ctypes errno fcntl functools gc glob "
+    "importlib inspect io itertools json linecache math os re select signal socket stat struct sys threading time "
+    "traceback types warnings weakref"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "

@@ -23,7 +23,7 @@ import struct
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -2185,3 +2185,75 @@ def test_what_is_cleared_is_gone_at_once_or_when_something_else_is_shown(guest: 
     told = guest.run("from IPython.display import clear_output\nprint(1)\nclear_output()")
     assert [frame["kind"] for frame in told.frames] == ["stdout", "clear", "done"]
     assert guest.run("print(2)").stdout == "2\n"
+
+
+# ── what a process keeps from call to call ──
+
+WORK = "import asyncio\nasync def work(seconds=0.02):\n    await asyncio.sleep(seconds)\n    return 42\n"
+WARN = "import warnings\nwarnings.warn('careful')"
+
+
+@pytest.mark.parametrize(
+    ("calls", "value"),
+    [
+        ((f"{WORK}task = asyncio.create_task(work())", "task.result()"), "42"),
+        ((f"{WORK}task = asyncio.get_event_loop().create_task(work())", "task.result()"), "42"),
+        ((f"{WORK}task = asyncio.ensure_future(work())", "asyncio.run(work()), task.result()"), "(42, 42)"),
+        ((f"{WORK}task = asyncio.create_task(work(1.3))", "await task"), "42"),
+        ((f"{WORK}asyncio.run(work())", "asyncio.get_event_loop().run_until_complete(work())"), "42"),
+        (
+            (
+                "import asyncio, contextvars\nv = contextvars.ContextVar('v', default=0)\n"
+                "await asyncio.sleep(0)\ntoken = v.set(5)",
+                "v.get()",
+            ),
+            "5",
+        ),
+        (
+            (
+                "import contextvars\nv = contextvars.ContextVar('v', default=0)\ntoken = v.set(5)",
+                "v.reset(token)\nv.get()",
+            ),
+            "0",
+        ),
+        (("import gettext\ngettext.install('x')\n_('a')", "_('hello')", "5", "_('b')"), "'b'"),
+        (("6 * 7", "_ + 1"), "43"),
+        (
+            (
+                "import importlib\nopen('rules.py', 'w').write('RATE = 1')\nimport rules",
+                "open('rules.py', 'w').write('RATE = 2')\nimportlib.reload(rules).RATE",
+            ),
+            "2",
+        ),
+        (
+            ("%time 1\nclass Tank:\n    size = 1\n", "import inspect\ninspect.getsource(Tank)"),
+            "'class Tank:\\n    size = 1\\n'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_goes_on_in_the_process_goes_on_from_call_to_call(guest: Guest, calls: Sequence[str], value: str) -> None:
+    *before, last = [guest.run(code) for code in calls]
+    assert {told.status for told in before} == {"ok"}, [told.exception for told in before]
+    assert last.value == value, last.exception
+
+
+def test_a_warning_comes_anew_in_each_call_and_once_in_each(guest: Guest) -> None:
+    for _ in range(2):
+        assert guest.run(f"for _ in range(2):\n    {WARN.replace(chr(10), '; ')}").stderr.count("careful\n") == 1
+
+
+def test_a_task_that_fails_or_is_not_done_is_told_of_once(guest: Guest) -> None:
+    told = guest.run("import asyncio\nasync def bad(): raise ValueError('boom')\ntask = asyncio.create_task(bad())")
+    (note,) = told.shown
+    assert note["text/plain"].startswith("[a task has failed: Traceback")
+    assert note["text/plain"].endswith("ValueError: boom]")
+    assert "sandbox" not in note["text/plain"]
+    told = guest.run("event = asyncio.Event()\ntask = asyncio.create_task(event.wait())")
+    assert told.shown == [{"text/plain": "[a task is not done: it goes on when later code awaits something]"}]
+    assert guest.run("1").shown == []
+    assert guest.run("event.set(); await task").value == "True"
+
+
+def test_in_a_script_tasks_run_to_their_end(guest: Guest) -> None:
+    code = f"{WORK}async def slow():\n    await work(1.2)\n    print('done')\nasyncio.create_task(slow())"
+    assert guest.run(code, session=None, final=True).stdout == "done\n"
