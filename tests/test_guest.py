@@ -2203,8 +2203,8 @@ WARN = "import warnings\nwarnings.warn('careful')"
         ((f"{WORK}asyncio.run(work())", "asyncio.get_event_loop().run_until_complete(work())"), "42"),
         (
             (
-                "import asyncio, contextvars\nv = contextvars.ContextVar('v', default=0)\n"
-                "await asyncio.sleep(0)\ntoken = v.set(5)",
+                ("import asyncio, contextvars\nv = contextvars.ContextVar('v', default=0)\n"
+                "await asyncio.sleep(0)\ntoken = v.set(5)"),
                 "v.get()",
             ),
             "5",
