@@ -5878,7 +5878,7 @@ class Worker:
             self.flags |= body.co_flags & getattr(__future__, feature).compiler_flag
         steps = [body, *([compile(last, filename, "eval", self.flags, dont_inherit=True)] if last else [])]
         if code != given:
-            self.sources.translated[filename] = code
+            self.sources.translate(code)
         with context:
             return self.continuity.execute(steps, is_last)
 
@@ -6420,6 +6420,12 @@ class Sources:
         lines = source_lines(code if code.endswith("\n") else f"{code}\n")
         linecache.cache[filename] = (len(code), None, lines, filename)
 
+    def translate(self, code: str) -> None:
+        """Note how Python accepts the running code; show it so, too, if it has other lines."""
+        self.translated[self.filename] = code
+        if code.count("\n") > self.codes[self.filename].count("\n") + 1:
+            self.enter(code, self.filename)
+
     def teach_inspect(self) -> None:
         """Make `inspect` find the source of the session's classes; unaided, it finds that of functions only."""
         find_file = inspect.getfile
@@ -6920,6 +6926,7 @@ def collect_state(names: dict[str, Any], limit: int = STATE_LIMIT) -> tuple[byte
 # ── code as models write it: what it expects of a notebook, and of libraries ──
 
 FENCE = re.compile(r"\s*(```|~~~)")
+PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.|In \[\d+\]:|\.{3,}:)(?: (.*))?")
 SHELL_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?(!!?)(?!=)[ \t]*(.+)")
 MAGIC_LINE = re.compile(r"([ \t]*)(?:([\w., \t]+?)[ \t]*=[ \t]*)?%(\w+)[ \t]*(.*)")
 CELL_MAGIC = re.compile(r"%%(\w+|!)[ \t]*(.*)")
@@ -6932,7 +6939,8 @@ PIP = re.compile(
 # What is translated: a magic, to what it becomes, with {0} for its arguments as a literal; and one for all of the code,
 # with {1} for the code.
 LINE_MAGICS = {
-    **dict.fromkeys("autoreload config gui load_ext matplotlib reload_ext unload_ext xmode".split(), "pass"),
+    **dict.fromkeys("config gui load_ext matplotlib reload_ext unload_ext xmode".split(), "pass"),
+    "autoreload": "__notebook__.worker.note('modules are not reloaded by themselves: use importlib.reload(module)')",
     **dict.fromkeys(("system", "sx"), "__notebook__.lines({0})"),
     "timeit": "__notebook__.timeit({0})",
 }
@@ -6949,11 +6957,20 @@ NO_CONTEXT = contextlib.nullcontext()
 # IPython, where it is not installed
 
 DISPLAY_CLASSES = {
+    "Code": "text/plain",
+    "DisplayObject": "text/plain",
+    "GeoJSON": "application/json",
     "HTML": "text/html",
+    "Image": "",
     "JSON": "application/json",
+    "Javascript": "application/javascript",
     "Latex": "text/latex",
     "Markdown": "text/markdown",
+    "Math": "text/latex",
+    "Pretty": "text/plain",
     "SVG": "image/svg+xml",
+    "TextDisplayObject": "text/plain",
+    **dict.fromkeys("Audio FileLink FileLinks IFrame ScribdDocument Video VimeoVideo YouTubeVideo".split(), None),
 }
 PAUSE_LIMIT = 0.05  # seconds that pyplot.pause() takes: it is for somebody who watches
 
@@ -6970,8 +6987,9 @@ class Notebook:
     def parse(self, code: str, parse: Callable[[str], Any]) -> tuple[str, Any, Any]:
         """Return code as Python accepts it, its syntax tree, and the context to run it in.
 
-        Code that Python accepts stays as it is. Else a byte-order mark, a fence around the code and its indentation are
-        taken off, and those of its lines translated that Python points at. Every line keeps its number.
+        Code that Python accepts stays as it is. Else escaped newlines, if there are no others, become newlines; or a
+        byte-order mark, a fence around the code, prompts and its indentation are taken off, and those of its lines
+        translated that Python points at. Every line keeps its number.
 
         Raises:
             SyntaxError: Python refuses something else.
@@ -6979,9 +6997,15 @@ class Notebook:
         context: Any = NO_CONTEXT
         with contextlib.suppress(SyntaxError):
             return code, parse(code), context
+        if "\\n" in code and "\n" not in code.strip():
+            unescaped = re.sub(r"""\\([nt"'\\])""", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), code)
+            with contextlib.suppress(SyntaxError):
+                return unescaped, parse(unescaped), context
         lines = [line.rstrip("\n") for line in source_lines(code.lstrip("\ufeff"))]
         if FENCE.match(next(filter(str.strip, lines), "")):
             lines = inside_fences(lines)
+        if PROMPT.fullmatch(next(filter(str.strip, lines), "")):
+            lines = [found[1] or "" if (found := PROMPT.fullmatch(line)) else "" for line in lines]
         first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
         indentation = re.match(r"\s*", "".join(lines[first : first + 1]))[0]  # type: ignore[index]  # it matches anything
         lines = [line[line.startswith(indentation) and len(indentation) :] for line in lines]
@@ -7064,6 +7088,8 @@ class Notebook:
         try:
             done = subprocess.run([program, "-c", script], stdin=subprocess.DEVNULL, stdout=output, check=False)
         except FileNotFoundError:
+            if program == "bash":
+                return self._run(script, "sh", captures)
             raise OSError(f"there is no {program} in this image: use Python instead") from None
         if done.returncode:
             why = ": there is no such command in this image" if done.returncode == 127 else ""
@@ -7100,7 +7126,9 @@ class Notebook:
 
     def write(self, arguments: str, text: str) -> None:
         """Write a file, or append to it."""
-        *options, path = arguments.split()
+        import shlex
+
+        *options, path = shlex.split(arguments)
         with open(path, "a" if "-a" in options else "w", encoding="utf-8") as file:
             file.write(text)
 
@@ -7188,13 +7216,15 @@ def readable_seconds(seconds: float) -> str:
 class Shown:
     """A value that is shown as text of a MIME type, or as an image: the base of what IPython.display has."""
 
-    mime = ""
+    mime: str | None = ""  # "" for an image, None for what can't be shown
 
     def __init__(self, data: Any = None, url: str | None = None, filename: Any = None, **_options: Any) -> None:
         named = filename if filename is not None else url
         if named is None and isinstance(data, str) and (self.mime == "" or data.endswith(".svg")):
             named = data
-        if named is not None and not str(named).startswith(("http:", "https:")):
+        if self.mime is None:
+            data = str(data if named is None else named)[:200]
+        elif named is not None and not str(named).startswith(("http:", "https:")):
             with open(named, "rb") as file:
                 data = file.read()
         elif named is not None:
@@ -7203,6 +7233,8 @@ class Shown:
 
     def _repr_mimebundle_(self, *_: object, **__: object) -> dict[str, Any]:
         data, mime = self.data, self.mime
+        if mime is None or mime == "text/plain":
+            return {}
         if mime == "application/json":
             data = json.dumps(data)
         elif mime == "":
@@ -7212,44 +7244,55 @@ class Shown:
         return {mime: data}
 
     def __repr__(self) -> str:
-        return (
-            json.dumps(self.data)
-            if self.mime == "application/json"
-            else f"<IPython.core.display.{type(self).__name__} object>"
-        )
+        name = type(self).__name__
+        texts = {None: f"[{name}: {self.data}]", "text/plain": self.data, "application/json": self.data}
+        if self.mime not in texts:
+            return f"<IPython.core.display.{name} object>"
+        return str(texts[self.mime]) if self.mime != "application/json" else json.dumps(self.data)
 
 
 class StandIn:
     """Finder of modules named IPython that have `display` and its like, if no other finder has them."""
 
-    modules = ("IPython", "IPython.core", "IPython.core.display", "IPython.core.getipython", "IPython.display")
+    packages = ("IPython", "IPython.core")
+    modules = (
+        *packages,
+        "IPython.core.display",
+        "IPython.core.display_functions",
+        "IPython.core.getipython",
+        "IPython.display",
+    )
 
     def __init__(self, worker: Worker) -> None:
-        classes = {name: type(name, (Shown,), {"mime": mime}) for name, mime in DISPLAY_CLASSES.items()}
+        def display_as(mime: str) -> Callable[..., None]:
+            return lambda *values, **_: worker.display(*({mime: value} for value in values), raw=True)
+
+        kinds = {"html": "text/html", "latex": "text/latex", "markdown": "text/markdown", "svg": "image/svg+xml"}
         self.names: dict[str, Any] = {
-            **classes,
-            "Image": type("Image", (Shown,), {}),
-            "display": worker.display,
-            "update_display": worker.display,
+            **{name: type(name, (Shown,), {"mime": mime}) for name, mime in DISPLAY_CLASSES.items()},
+            **{f"display_{kind}": display_as(mime) for kind, mime in kinds.items()},
             "clear_output": worker.clear_output,
+            "display": worker.display,
             "get_ipython": lambda: None,
+            "publish_display_data": lambda data, *_, **__: worker.display(data, raw=True),
+            "set_matplotlib_formats": lambda *_, **__: None,
+            "update_display": worker.display,
         }
 
     def find_spec(self, name: str, *_: object) -> Any:
         """Find a module by its name."""
         loader: Any = self
-        is_package = name in ("IPython", "IPython.core")
+        is_package = name in self.packages
         return importlib.machinery.ModuleSpec(name, loader, is_package=is_package) if name in self.modules else None
 
     def create_module(self, _spec: Any) -> None:
         """Have an ordinary module made."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Give a module its names."""
+        """Give a module its names; of the package, `display` is a module."""
         vars(module).update(self.names, __version__="9.0.0", version_info=(9, 0, 0))
-
-
-# Libraries, changed as they are imported
+        if module.__name__ == "IPython":
+            vars(module)["display"] = importlib.import_module("IPython.display")
 
 
 class Adapter:

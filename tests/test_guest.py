@@ -2257,3 +2257,38 @@ def test_a_task_that_fails_or_is_not_done_is_told_of_once(guest: Guest) -> None:
 def test_in_a_script_tasks_run_to_their_end(guest: Guest) -> None:
     code = f"{WORK}async def slow():\n    await work(1.2)\n    print('done')\nasyncio.create_task(slow())"
     assert guest.run(code, session=None, final=True).stdout == "done\n"
+
+
+# ── code as models write it ──
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "value"),
+    [
+        (">>> rate = 2\n>>> for i in range(2):\n...     print(i * rate)\n...\n0\n2\n>>> rate", "0\n2\n", "2"),
+        ("In [1]: x = 2\n\nIn [2]: for i in range(2):\n   ...:     print(i * x)\n   ...:\n0\n2", "0\n2\n", None),
+        (r"import math\nvalues = [9]\nprint(math.sqrt(values[0]), \"a\\nb\")\nvalues", "3.0 a\nb\n", "[9]"),
+        ('%%writefile "a b.txt"\nhello', "", None),
+        ("%%bash\necho hi", "hi\n", None),
+        ("from IPython import display\ndisplay.clear_output(wait=True)\ndisplay.display(5)", "", None),
+        ("import IPython\nIPython.display.display(IPython.display.Code('x = 1'))", "", None),
+        ("from IPython.display import *\nHTML, Math, Video('clip.mp4')", "", None),
+        ("from IPython.core.display import display, HTML, Video\nVideo('a.mp4')", "", "[Video: a.mp4]"),
+    ],
+)  # fmt: skip
+def test_code_is_taken_as_models_send_it(guest: Guest, code: str, output: str, value: str | None) -> None:
+    told = guest.run(code)
+    assert told.status == "ok", told.exception
+    assert told.stdout == output
+    assert value is None or told.value == value
+
+
+def test_newlines_that_are_escaped_in_code_with_one_more_meaning_are_not_guessed_at(guest: Guest) -> None:
+    told = guest.run(r"import math\nprint('a\nb')")
+    assert told.exception["type"] == "SyntaxError"
+
+
+def test_autoreload_says_what_takes_its_place(guest: Guest) -> None:
+    told = guest.run("%load_ext autoreload\n%autoreload 2")
+    (note,) = told.shown
+    assert "importlib.reload(module)" in note["text/plain"]
