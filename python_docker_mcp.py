@@ -763,7 +763,7 @@ def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
     plain = plain or forms.get("text/plain", "")
     if plain and not (plain.startswith("<") and plain.endswith(">")):
         return plain
-    mimes = ("text/markdown", "text/latex", "text/html", "image/svg+xml")
+    mimes = ("text/markdown", "text/latex", "application/json", "text/html", "image/svg+xml")
     return next((forms[mime] for mime in mimes if mime in forms), plain)
 
 

@@ -83,6 +83,7 @@ import threading
 import time
 import traceback
 import types
+import unicodedata
 import urllib.parse
 import urllib.request
 import warnings
@@ -4147,10 +4148,9 @@ class Supervisor:
 
         It is if it wants this session or, where there is none yet, a sandbox with the same settings.
         """
-        is_meant = request["settings"] == self.settings["digest"]
-        if self.session is not None:
-            is_meant = request["session"] == self.session
-        return None if is_meant and not self.host.channel else self._status("status")
+        wanted, ours = ("settings", self.settings["digest"]) if self.session is None else ("session", self.session)
+        may_enter = not self.host.channel and request[wanted] == ours
+        return None if may_enter else self._status("status")
 
     def _enter(self, channel: Channel, plug: socket.socket, owner: str) -> None:
         self.host.plug, self.host.owner = plug, owner
@@ -5698,6 +5698,7 @@ class Worker:
         builtins.input = refuse_input
         self.sources.teach_inspect()
         self.pictures = Pictures(self)
+        self.pages = Pages(self.home)
         self.notebook = builtins.__notebook__ = Notebook(self)  # type: ignore[attr-defined]  # for translated code
         sys.breakpointhook = refuse_debugger
         sys.modules["sandbox_backend"] = self.pictures.backend()
@@ -5737,9 +5738,13 @@ class Worker:
                     self._serve_call(frame, state)
                 except BaseException as error:  # the code left a profiler, a limit or similar that breaks the worker
                     failure = error
-                while self.call:  # it has not been answered
+                for _ in range(100):
+                    if not self.call:
+                        break  # it has been answered
                     with contextlib.suppress(BaseException):  # one of the code's signal handlers
                         self._recover(failure)
+                else:
+                    return  # whoever waits for the answer is told that this process has died
 
     def hear(self) -> Any:
         """Return what the supervisor asks for next, None when it is gone."""
@@ -5757,6 +5762,7 @@ class Worker:
         self.call = request["id"]
         self.clears, self.rich_left = False, RICH_LIMIT
         self.signals.attempt(self.pictures.begin)
+        self.pages.begin()
         resets = reset_peak_memory()
         started = cpu_seconds()
         report: Report = {"id": request["id"], "kind": "done", "status": "ok", "cpu": 0.0}
@@ -5771,13 +5777,14 @@ class Worker:
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self.signals.attempt(self.note, f"{purpose} {how}")
         self.signals.attempt(self.standard.flush)
-        while self.signals.attempt(self.signals.set_aside):
-            pass  # one of the code's signal handlers has raised an exception
+        for _ in range(100):
+            if not self.signals.attempt(self.signals.set_aside):
+                break  # else one of the code's signal handlers has raised an exception
         with self.lock:
-            self.call = None
             report["cpu"] = cpu_seconds() - started
             report["memory"] = peak_memory() if resets else None
             self.control.send(report)
+            self.call = None
 
     def _recover(self, error: BaseException) -> None:
         """Answer a call whose end the worker failed to report, and disable what is known to cause such failures."""
@@ -5800,8 +5807,8 @@ class Worker:
         with self.lock:
             if self.call:
                 report: Report = {"id": self.call, "kind": "done", "status": "error", "cpu": 0.0}
-                self.call = None
                 self.control.send({**report, "exception": exception})
+                self.call = None
 
     def _run(self, request: Run, state: bytes | None, report: Report) -> None:
         """Run the code with its variables, and report the value of its last expression."""
@@ -5823,11 +5830,11 @@ class Worker:
 
     def _show(self, value: Any, report: Report) -> None:
         """Report the value of the last expression, and show it in the forms that it has."""
-        text = describe(value)
+        forms = self._forms(value) or {"text/plain": describe(value)}
+        text = forms.pop("text/plain")
         report["value"], report["value_length"] = clip(text, VALUE_LIMIT), len(text)
-        bundle = self._forms(value)
-        if bundle:
-            self.publish(bundle, True)
+        if forms:
+            self.publish(forms, True)
 
     def _steps_after(self, request: Run, with_state: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         """Yield the steps that follow the code, however it ended, each with a description for notes."""
@@ -5893,22 +5900,22 @@ class Worker:
             if raw:
                 self.publish(encode_forms(value))
             elif (forms := self._forms(value)) is not None:
-                self.publish({"text/plain": clip(describe(value), VALUE_LIMIT), **forms})
+                self.publish({**forms, "text/plain": clip(forms["text/plain"], VALUE_LIMIT)})
         if display_id:
             return types.SimpleNamespace(display_id=display_id, display=self.display, update=self.display)
         return None
 
     def _forms(self, value: Any) -> dict[str, str] | None:
-        """Return a value's forms; or note that it is a figure that can't be drawn, and return None."""
+        """Return a value's forms, with text; or note that it is a figure that can't be drawn, and return None."""
         try:
-            forms = self.pictures.draw(value) if is_figure(value) else rich_forms(value)
+            forms = self.pictures.draw(value) if is_figure(value) else self.pages.make(value) or rich_forms(value)
         except Exception as error:
             name = f"figure {getattr(value, 'number', '')}".rstrip()
             self.note(f"{name} could not be drawn: {failure_of(error)}")
             return None
         with contextlib.suppress(Exception):
             self.pictures.note_shown(value)
-        return forms
+        return self.pages.fit(forms if "text/plain" in forms else {"text/plain": describe(value), **forms})
 
     def clear_output(self, wait: bool = False) -> None:
         """Take back what the call has shown so far: now or, to `wait`, as soon as it shows something else."""
@@ -5931,6 +5938,7 @@ class Worker:
             self.clear()
         if self.rich_left < 0:
             return  # a note has already said so
+        bundle = self.pages.fit(dict(bundle))
         self.pictures.shown.update(map(hash, bundle.values()))
         data = json.dumps(bundle)
         most = min(DATA_LIMIT, self.rich_left - FRAME_COST)
@@ -6177,8 +6185,8 @@ class Continuity:
     def begin(self) -> None:
         """Have each warning come anew, and asyncio find the loop."""
         self.worker.names.pop("__warningregistry__", None)
-        with warnings.catch_warnings():
-            pass  # its end makes all modules forget what they have warned of
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # the code may have emptied sys.modules
+            pass  # the end of this makes all modules forget what they have warned of
         if self.loop:
             self.find_loop()
 
@@ -6603,7 +6611,40 @@ NAME_LIMIT = 1000  # characters of a variable's name
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 PICTURES_SHOWN = 4  # of those that a call saved
 PICTURE_LIMIT = 32 << 20  # bytes of such a picture that are read
+IN_MPL_FONT = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH")  # names of characters
 CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
+PAGES_SAVED = 20  # of a call
+PAGE_LIMIT = 6_000  # characters of HTML and the like, above which they are saved and not shown
+CHART_LIMIT = 48_000  # characters of an interactive figure's data, for programs
+LONG_FORMS = {
+    "text/html": ("page", "html"),
+    "application/json": ("data", "json"),
+    "image/svg+xml": ("picture", "svg"),
+    "application/javascript": ("script", "js"),
+}
+PAGE_MAKERS = {  # by package: what its figures have, and their page
+    "altair": ("to_html", lambda chart: str(chart.to_html())),
+    "bokeh": (
+        "sizing_mode",
+        lambda plot: str(
+            importlib.import_module("bokeh.embed").file_html(plot, importlib.import_module("bokeh.resources").CDN)
+        ),
+    ),
+    "folium": ("_repr_html_", lambda chart: str(chart.get_root().render())),
+    "plotly": ("to_html", lambda figure: str(figure.to_html(include_plotlyjs="cdn"))),
+    "pydeck": ("to_html", lambda deck: str(deck.to_html(as_string=True))),
+    "pyvis": ("generate_html", lambda network: str(network.generate_html())),
+}
+CHART_FORMS = {  # besides
+    "altair": {
+        "application/vnd.vegalite.v5+json": lambda chart: chart.to_json(indent=None),
+        "image/png": lambda chart: importlib.import_module("vl_convert").vegalite_to_png(chart.to_json()),
+    },
+    "plotly": {
+        "application/vnd.plotly.v1+json": lambda figure: figure.to_json(),
+        "image/png": lambda figure: importlib.import_module("kaleido") and figure.to_image("png"),
+    },
+}
 RICH_FORMS = (
     ("image/png", "_repr_png_"),
     ("image/jpeg", "_repr_jpeg_"),
@@ -6634,6 +6675,9 @@ def rich_forms(value: Any) -> dict[str, str]:
     forms: dict[str, Any] = {}
     if issubclass(type(value), type):
         return {}
+    if is_image(value):  # Pillow itself shows some modes only
+        with contextlib.suppress(Exception):
+            return draw_image(value)
     for mime, method in RICH_FORMS:
         with contextlib.suppress(Exception):  # a form that can't be made is left out
             make = getattr(value, method)
@@ -6652,11 +6696,72 @@ def encode_forms(forms: Mapping[Any, Any]) -> dict[str, str]:
         if isinstance(form, tuple) and form:
             form = form[0]  # some return (data, metadata)
         if isinstance(form, bytes):
-            form = encode_image(bytes(form))
+            picture = image_forms(bytes(form))
+            mime, form = next(iter(picture.items())) if str(mime).startswith("image/") else (mime, *picture.values())
         mime, form = exact(mime), exact(form)
         if 0 < len(mime) <= 200 and form:
             rich[mime] = form
     return rich
+
+
+class Pages:
+    """Interactive figures, and other forms too long for an answer: saved as files for the user, and named instead."""
+
+    def __init__(self, home: str) -> None:
+        self.home = home
+        self.left = 0  # pages that the call may still save
+
+    def begin(self) -> None:
+        """Begin a call."""
+        self.left = PAGES_SAVED
+
+    def make(self, value: Any) -> dict[str, str] | None:
+        """Save the page of an interactive figure; return its other forms, of text the page's name. None for others."""
+        package = module_name(value).partition(".")[0]
+        if package not in PAGE_MAKERS or issubclass(type(value), type):
+            return None
+        has: str = PAGE_MAKERS[package][0]
+        make: Callable[[Any], str] = PAGE_MAKERS[package][1]
+        if not hasattr(type(value), has):
+            return None
+        forms: dict[str, str] = {}
+        others: dict[str, Callable[[Any], Any]] = CHART_FORMS.get(package, {})
+        for mime, form in others.items():
+            with contextlib.suppress(BaseException):  # most need another package, or a browser
+                data = form(value)
+                if isinstance(data, bytes):
+                    forms.update(image_forms(data))
+                elif len(data) <= CHART_LIMIT:
+                    forms[mime] = data
+        saved = self._save(make(value), "figure", "html")
+        return {**forms, "text/plain": f"<interactive figure of {package}: {saved}>"}
+
+    def fit(self, forms: dict[str, str]) -> dict[str, str]:
+        """Return forms without those too long for an answer; save what would have been shown."""
+        plain = forms.get("text/plain", "")
+        is_telling = plain and not (plain.startswith("<") and plain.endswith(">"))
+        has_picture = any(mime in forms for mime in ("image/png", "image/jpeg", "image/gif", "image/webp"))
+        for mime, (name, suffix) in LONG_FORMS.items():
+            if len(forms.get(mime, "")) <= PAGE_LIMIT:
+                continue
+            form = forms.pop(mime)
+            if not is_telling and not has_picture:
+                forms["text/plain"] = f"<{suffix.upper()} of {len(form) >> 10} kB: {self._save(form, name, suffix)}>"
+        return forms
+
+    def _save(self, form: str, name: str, suffix: str) -> str:
+        """Save it under a new name; say where, or why not."""
+        if self.left <= 0:
+            return f"not saved, as a call may save {PAGES_SAVED} of them"
+        self.left -= 1
+        taken = set(os.listdir(self.home))
+        path = next(path for number in itertools.count(1) if (path := f"{name}-{number}.{suffix}") not in taken)
+        try:
+            with open(os.path.join(self.home, path), "x", encoding="utf-8", errors="replace") as file:
+                file.write(form)
+        except OSError as error:
+            return f"not saved: {error.strerror}"
+        return f"saved as {path}" + ", which a browser shows" * (suffix == "html")
 
 
 class Pictures:
@@ -6677,7 +6782,7 @@ class Pictures:
     def forget(self) -> None:
         """Forget the pictures of the previous call."""
         self.shown: set[Any] = set()  # marks of figures and images, hashes of what was shown, and paths
-        self.saved: dict[str, bytes] = {}  # marks of figures and images, by path
+        self.saved: dict[str | int, bytes] = {}  # marks of figures and images, by path or by hash of what was saved
         self.live: list[Any] = []  # figures that were shown without blocking
         self.without_glyph: set[str] = set()  # characters that no font has
 
@@ -6687,9 +6792,14 @@ class Pictures:
         @functools.wraps(save)
         def noted(owner: Any, *arguments: Any, **options: Any) -> Any:
             result = save(owner, *arguments, **options)
-            with contextlib.suppress(Exception):  # that it is a buffer, for one
-                path: Any = arguments[0] if arguments else options.get("filename", options.get("fp"))
-                self.saved[os.path.abspath(path)] = self._mark(picture_of(owner))
+            with contextlib.suppress(Exception):
+                place: Any = arguments[0] if arguments else options.get("filename", options.get("fp"))
+                if isinstance(place, io.BytesIO):
+                    self.saved[hash(place.getvalue())] = self._mark(picture_of(owner))
+                else:
+                    path = os.path.abspath(getattr(place, "name", place))
+                    path = path if os.path.exists(path) else f"{path}.{options.get('format') or 'png'}"
+                    self.saved[path] = self._mark(picture_of(owner))
             return result
 
         return noted
@@ -6716,7 +6826,7 @@ class Pictures:
         finally:
             if "matplotlib.pyplot" in sys.modules:
                 sys.modules["matplotlib.pyplot"].close(figure)
-        return {"image/png": encode_image(image.getvalue())}
+        return image_forms(image.getvalue())
 
     def more_fonts(self, manager: Any) -> list[str]:
         """Return fonts for Chinese, Japanese and Korean, of installed packages or the image, as Matplotlib has none."""
@@ -6778,7 +6888,8 @@ class Pictures:
         now, _ = list_files(self.worker.home, PICTURE_SUFFIXES)
         changed = [path for path in sorted(now, key=now.__getitem__) if now[path] != self.before.get(path)]  # by time
         inside = [f"{self.worker.home}/{path}" for path in changed]
-        paths = [path for path in dict.fromkeys([*inside, *self.saved]) if path.lower().endswith(PICTURE_SUFFIXES)]
+        known = [path for path in self.saved if isinstance(path, str)]
+        paths = [path for path in dict.fromkeys([*inside, *known]) if path.lower().endswith(PICTURE_SUFFIXES)]
         left, more = PICTURES_SHOWN, 0
         for path in paths:
             with contextlib.suppress(OSError):
@@ -6786,6 +6897,8 @@ class Pictures:
                     continue
                 with open(path, "rb") as file:
                     data = file.read(PICTURE_LIMIT)
+                if self.saved.get(hash(data)) in self.shown:
+                    continue
                 data = fit_image(data) if left else data
                 name = shown_path(os.path.relpath(path, self.worker.home))
                 if (mime := image_type(data)) and hash(image := base64.b64encode(data).decode()) not in self.shown:
@@ -6801,7 +6914,11 @@ class Pictures:
             self.worker.note(f"{more} more pictures were saved, and are not shown")
         if self.without_glyph:
             text = clip(" ".join(sorted(self.without_glyph)), 100)
-            self.worker.note(f"boxes stand for {text}: for a font that has them install mpl-font, then run this again")
+            helps = all(unicodedata.name(character, "").startswith(IN_MPL_FONT) for character in self.without_glyph)
+            advice = (
+                "for a font that has them install mpl-font, then run this again" if helps else "no font has them here"
+            )
+            self.worker.note(f"boxes stand for {text}: {advice}")
 
 
 @contextlib.contextmanager
@@ -6869,9 +6986,34 @@ def image_type(data: bytes) -> str | None:
     return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def encode_image(data: bytes) -> str:
-    """Return an image in base64, scaled down if need be."""
-    return base64.b64encode(fit_image(data)).decode("ascii")
+def image_forms(data: bytes) -> dict[str, str]:
+    """Return an image by its MIME type, in base64, scaled down if need be."""
+    data = fit_image(data)
+    return {image_type(data) or "image/png": base64.b64encode(data).decode("ascii")}
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value is a Pillow image."""
+    return module_name(value).startswith("PIL.") and hasattr(value, "getextrema")
+
+
+def draw_image(image: Any) -> dict[str, str]:
+    """Return a Pillow image of any mode as clients can show it."""
+    if max(image.size) > IMAGE_SIDE:
+        factor = IMAGE_SIDE / max(image.size)
+        image = image.resize([max(1, int(side * factor)) for side in image.size], reducing_gap=2.0)
+    if image.mode[0] in "FI":  # numbers: from the lowest in black to the highest in white, unless they are grey levels
+        image = image.convert("F")
+        low, high = image.getextrema()
+        if not (0 <= low <= high <= 255 and high > 1):
+            scale = 255 / (high - low or 1)
+            image = image.point(lambda level: level * scale - low * scale)
+        image = image.convert("L")
+    elif image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    target = io.BytesIO()
+    image.save(target, "PNG")
+    return image_forms(target.getvalue())
 
 
 def fit_image(data: bytes) -> bytes:
@@ -6882,18 +7024,30 @@ def fit_image(data: bytes) -> bytes:
     with without_trace(), contextlib.suppress(Exception):
         from PIL import Image
 
-        image = Image.open(io.BytesIO(data))
+        image: Any = Image.open(io.BytesIO(data))
         kind, side = image.format, max(image.size)
         # thumbnail() decodes a JPEG in the size that is needed; of others it needs all pixels, in up to 4 bytes.
         if kind != "JPEG" and image.size[0] * image.size[1] * 5 > free_memory():
             return data
         while side > IMAGE_SIDE or len(data) > IMAGE_BYTES:
-            side = min(IMAGE_SIDE, side * 3 // 4)
+            if side > IMAGE_SIDE:
+                side = IMAGE_SIDE
+            elif kind == "PNG" and is_opaque(image):  # of a photograph, a JPEG keeps more than fewer pixels do
+                kind, image = "JPEG", image.convert("RGB")
+            else:
+                side = side * 3 // 4
             image.thumbnail((side, side))
             target = io.BytesIO()
             image.save(target, kind)
             data = target.getvalue()
     return data
+
+
+def is_opaque(image: Any) -> bool:
+    """Whether nothing shines through a Pillow image."""
+    if "transparency" in image.info:
+        return False
+    return "A" not in image.getbands() or image.getchannel("A").getextrema()[0] == 255
 
 
 def collect_state(names: dict[str, Any], limit: int = STATE_LIMIT) -> tuple[bytes, dict[str, str]]:
@@ -7216,7 +7370,7 @@ def readable_seconds(seconds: float) -> str:
 class Shown:
     """A value that is shown as text of a MIME type, or as an image: the base of what IPython.display has."""
 
-    mime: str | None = ""  # "" for an image, None for what can't be shown
+    mime = ""  # "" for an image, None for what can't be shown
 
     def __init__(self, data: Any = None, url: str | None = None, filename: Any = None, **_options: Any) -> None:
         named = filename if filename is not None else url
@@ -7245,10 +7399,8 @@ class Shown:
 
     def __repr__(self) -> str:
         name = type(self).__name__
-        texts = {None: f"[{name}: {self.data}]", "text/plain": self.data, "application/json": self.data}
-        if self.mime not in texts:
-            return f"<IPython.core.display.{name} object>"
-        return str(texts[self.mime]) if self.mime != "application/json" else json.dumps(self.data)
+        texts = {None: f"[{name}: {self.data}]", "text/plain": str(self.data)}
+        return texts.get(self.mime, f"<IPython.core.display.{name} object>")
 
 
 class StandIn:
@@ -7303,6 +7455,8 @@ class Adapter:
         self.changes: dict[str, Callable[[Any], None]] = {
             "IPython.core.display_functions": self._change_ipython,
             "asyncio": self._change_asyncio,
+            "cv2": self._change_cv2,
+            "tkinter": lambda module: setattr(module.Tk, "__init__", refuse_screen),
             "joblib.func_inspect": self._change_joblib,
             "PIL.Image": self._change_image,
             "PIL.ImageShow": self._change_image_show,
@@ -7315,7 +7469,11 @@ class Adapter:
             "multiprocessing.context": self._change_multiprocessing,
             "multiprocessing.pool": self._change_pool,
             "pandas": self._change_pandas,
-            "plotly.basedatatypes": self._change_plotly,
+            **dict.fromkeys(("bokeh.io.showing", "plotly.io._renderers"), self._change_show),
+            **dict.fromkeys(("altair.vegalite.v5.api", "altair.vegalite.v6.api"), self._change_altair),
+            "bokeh.io.output": lambda module: vars(module).update(output_notebook=lambda *_, **__: None),
+            "folium.folium": lambda module: setattr(module.Map, "show_in_browser", self.worker.display),
+            "plotly.offline.offline": lambda module: vars(module).update(iplot=self.worker.display),
             "tqdm.notebook": self._change_tqdm,
             "pdb": lambda module: vars(module).update(set_trace=refuse_debugger),
         }
@@ -7362,6 +7520,15 @@ class Adapter:
         module.create_task = module.tasks.create_task = create_task
         self.worker.continuity.find_loop()
 
+    def _change_cv2(self, module: Any) -> None:
+        """Show images in the result rather than in windows, and have no key pressed."""
+
+        def imshow(_name: str, image: Any) -> None:
+            self.worker.publish(image_forms(module.imencode(".png", image)[1].tobytes()))
+
+        windows = ("destroyAllWindows", "destroyWindow", "namedWindow", "resizeWindow", "setWindowTitle")
+        vars(module).update({name: lambda *_, **__: None for name in windows}, imshow=imshow, waitKey=lambda *_: -1)
+
     def _change_joblib(self, module: Any) -> None:
         """Find again what was cached for a function that an earlier call defined under another file name."""
         get_name = module.get_func_name
@@ -7407,6 +7574,7 @@ class Adapter:
 
     def _change_backend_bases(self, module: Any) -> None:
         """Note which figures are saved where, so that none is shown twice."""
+        module.FigureCanvasBase.start_event_loop = refuse_screen
         save = module.FigureCanvasBase.print_figure
         module.FigureCanvasBase.print_figure = self.worker.pictures.noting(save, lambda canvas: canvas.figure)
 
@@ -7441,9 +7609,13 @@ class Adapter:
         for name in ("apply_async", "_map_async", "imap", "imap_unordered"):
             setattr(module.Pool, name, forked_only(getattr(module.Pool, name), module.ThreadPool))
 
-    def _change_plotly(self, module: Any) -> None:
-        """Show a figure's data: it is drawn by a browser, and there is none."""
-        module.BaseFigure.show = lambda figure, *_, **__: self.worker.publish({"text/plain": describe(figure)})
+    def _change_show(self, module: Any) -> None:
+        """Show a figure in the result, as there is no browser."""
+        module.show = lambda figure, *_, **__: self.worker.display(figure)
+
+    def _change_altair(self, module: Any) -> None:
+        """Show a chart likewise."""
+        module.TopLevelMixin.show = lambda chart, *_, **__: self.worker.display(chart)
 
     def _change_tqdm(self, module: Any) -> None:
         """Draw progress bars as text: there are no widgets."""
@@ -7473,6 +7645,11 @@ def tell_children(root: str, folders: list[str]) -> None:
 def refuse_input(_prompt: object = "", /) -> str:
     """Stand in for input(), which has no one to answer it in a sandbox."""
     raise EOFError("input() can't be answered in the sandbox; put the value into the code instead")
+
+
+def refuse_screen(*_: object, **__: object) -> None:
+    """Stand in for what opens a window, or waits for a key or a click."""
+    raise RuntimeError("there is no screen, no keyboard and no mouse here: show a picture with display(), or save it")
 
 
 def refuse_debugger(*_: object, **__: object) -> None:
@@ -8721,7 +8898,7 @@ def fetch(url: str, task: dict[str, Any]) -> bytes:
 GUEST_MODULES = (
     "__future__ ast atexit base64 builtins codecs contextlib contextvars ctypes errno fcntl functools gc glob "
     "importlib inspect io itertools json linecache math os re select signal socket stat struct sys threading time "
-    "traceback types warnings weakref"
+    "traceback types unicodedata warnings weakref"
 ).split()
 INSTALLER_MODULES = (
     "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
