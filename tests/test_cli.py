@@ -144,10 +144,9 @@ def test_the_exit_status_is_what_a_shell_would_have_it(result: Result, status: i
         (["-c", "1", "--timeout", "400"], 2, "--timeout: 400 is more than docker.max_timeout (300): raise that, too."),
         (["-c", "1", "--session", "s", "--timeout", "2000"], 2, "2000 is more than session.max_timeout (1800)"),
         (["-c", "1", "--config", "nowhere.yaml"], 2, "nowhere.yaml can't be read"),
-        (["-c", "1", "--image", "none/such"], 125, "The image none/such is not here and can't be pulled"),
         (["-c", "1", "--mount", "nowhere:/x"], 2, "does not exist on this host"),
         (["-c", "1", "--mount", "~:/x"], 2, "'~' is refused, as it is the home directory"),
-        (["-c", "open('/proc/no', 'x')", "--image", "none/such"], 125, "manifest unknown. Pull or load it by hand"),
+        (["-c", "1", "--image", "none/such"], 125, "manifest unknown. Pull or load it by hand, set docker.image to"),
         ([], 2, "a FILE, - for standard input, or -c CODE is needed"),
     ],
 )
