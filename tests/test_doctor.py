@@ -159,8 +159,8 @@ def test_what_only_looks_unwell_is_well(check: str, seen: Any, facts: dict[str, 
     assert verdict(check, seen, **facts).verdict == "ok"
 
 
-TOO_LITTLE = (Result("out_of_memory"), {}, "failed", "^Raise docker.memory_limit: ")
-IGNORED = ({"info": RUNSC}, "failed", "remove --ignore-cgroups from the runtimeArgs of runsc")
+TOO_LITTLE: tuple[Any, ...] = (Result("out_of_memory"), {}, "failed", "^Raise docker.memory_limit: ")
+IGNORED: tuple[Any, ...] = ({"info": RUNSC}, "failed", "remove --ignore-cgroups from the runtimeArgs of runsc")
 
 
 @pytest.mark.parametrize(

@@ -400,26 +400,6 @@ async def test_sessions_are_listed_and_removed_by_the_command_line(
 # ── nothing is left ──
 
 
-async def test_the_exit_status_is_the_code_s_own_and_nothing_is_left(command_line: CommandLine, engine: Engine) -> None:
-    async with command_line("-c", f"import sys\nprint('begun', flush=True)\n{WAIT}sys.exit(3)") as program:
-        await program.says("begun")
-        name = await program.container()
-        await engine.let_go(name)
-        assert await program.end() == (3, "", "")
-    await eventually(lambda: engine.is_gone(name))
-
-
-async def test_a_second_ctrl_c_leaves_and_nothing_is_left(command_line: CommandLine, engine: Engine) -> None:
-    async with command_line("-c", STUBBORN) as program:
-        await program.says("begun")
-        name = await program.container()
-        program.process.send_signal(signal.SIGINT)
-        await program.says("never mind")
-        program.process.send_signal(signal.SIGINT)
-        assert (await program.end())[0] == 130
-    await eventually(lambda: engine.is_gone(name))
-
-
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [(signal.SIGINT, 130, "KeyboardInterrupt\n"), (signal.SIGTERM, 143, ""), (signal.SIGKILL, -signal.SIGKILL, "")],
