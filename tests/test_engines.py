@@ -20,7 +20,7 @@ from pathlib import Path
 import anyio
 import anyio.abc
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE
 from real_engines import WAIT, CommandLine, Engine, clients, eventually, run
 
 import sandbox_runner
@@ -545,6 +545,14 @@ async def test_without_a_registry_the_default_image_is_made_from_this_host_s_pyt
     assert sum("making an image from this host's own Python" in record.message for record in caplog.records) == 1
 
 
+async def cleaned(runner: Runner) -> str:
+    """The name of the sandbox that is kept for the next call, once it is clean."""
+    with anyio.fail_after(PATIENCE):
+        while not runner.pool.ready:
+            await anyio.sleep(0.01)
+    return runner.pool.ready[0].name
+
+
 async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_memory_of_its_last_use(
     config: Config,
 ) -> None:
@@ -569,14 +577,14 @@ async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_m
     pool = PoolConfig(warm=0, preload=(), reuse=True)
     async with open_runner(dataclasses.replace(config, pool=pool)) as runner:
         assert (await runner.execute(dirty)).status == "ok"
-        await until(lambda: bool(runner.pool.ready))
-        name = runner.pool.ready[0].name
+        name = await cleaned(runner)
         assert (await runner.execute(look)).value == "([], [])"
-        await until(lambda: bool(runner.pool.ready))
-        assert runner.pool.ready[0].name == name
+        assert await cleaned(runner) == name
         # System V shared memory can't be removed from outside of who made it: such a sandbox is not used again.
         await runner.execute("import ctypes; ctypes.CDLL(None).shmget(5, 4096, 0o1600)")
-        await until(lambda: not runner.pool.count)
+        with anyio.fail_after(PATIENCE):
+            while runner.pool.count:
+                await anyio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -606,7 +614,7 @@ async def test_no_message_reaches_the_next_caller_of_a_sandbox(config: Config, m
     ).replace("WRITABLE", "('/tmp', '/app', '/dev/shm', '/dev/mqueue')")
     async with open_runner(dataclasses.replace(config, pool=PoolConfig(warm=0, preload=(), reuse=True))) as runner:
         fresh = (await runner.execute(look)).value
-        await until(lambda: bool(runner.pool.ready))
+        await cleaned(runner)
         assert fresh is not None
         assert (await runner.execute(leave)).status == "ok"
         assert (await runner.execute(look)).value == fresh
