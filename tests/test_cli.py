@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import pty
@@ -23,7 +24,7 @@ from conftest import ROOT, FakeEngine, wait_until
 
 import python_docker_mcp
 import sandbox_runner
-from sandbox_runner import Result, Rich, Screen, exit_status
+from sandbox_runner import Result, exit_status
 
 pytestmark = pytest.mark.slow
 PNG = base64.b64decode(
@@ -33,6 +34,7 @@ ON = "print('on', flush=True)\n"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, lambda *_: print('no'))\n{ON}while True: signal.pause()"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Says = Callable[..., str]
 
 
 def program(*arguments: str) -> list[str]:
@@ -144,10 +146,9 @@ def test_the_exit_status_is_what_a_shell_would_have_it(result: Result, status: i
         (["-c", "1", "--timeout", "400"], 2, "--timeout: 400 is more than docker.max_timeout (300): raise that, too."),
         (["-c", "1", "--session", "s", "--timeout", "2000"], 2, "2000 is more than session.max_timeout (1800)"),
         (["-c", "1", "--config", "nowhere.yaml"], 2, "nowhere.yaml can't be read"),
-        (["-c", "1", "--image", "none/such"], 125, "The image none/such is not here and can't be pulled"),
         (["-c", "1", "--mount", "nowhere:/x"], 2, "does not exist on this host"),
         (["-c", "1", "--mount", "~:/x"], 2, "'~' is refused, as it is the home directory"),
-        (["-c", "open('/proc/no', 'x')", "--image", "none/such"], 125, "manifest unknown. Pull or load it by hand"),
+        (["-c", "1", "--image", "none/such"], 125, "manifest unknown. Pull or load it by hand, set docker.image to"),
         ([], 2, "a FILE, - for standard input, or -c CODE is needed"),
     ],
 )
@@ -274,18 +275,20 @@ def test_a_folder_that_can_not_be_written_costs_the_pictures_and_nothing_else(
     assert "sandbox_runner: a picture can't be saved in taken: File exists; --images DIR names another" in done.stderr
 
 
-def test_only_so_many_pictures_are_saved_and_what_is_no_picture_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sandbox_runner, "MAX_PICTURES", 2)
-    screen = Screen(tmp_path)
-    screen._print_now(Rich({"text/plain": "broken", "image/png": "?"}))
-    for _ in range(4):
-        screen._print_now(Rich({"image/svg+xml": "<svg/>"}))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["figure-1.svg", "figure-2.svg"]
-    said = capsys.readouterr()
-    assert said.out == "broken\n"
-    assert said.err.splitlines()[2:] == ["sandbox_runner: more than 2 pictures: the others are not saved"]
+def test_only_so_many_pictures_are_saved_and_what_is_no_picture_is_not(run: Run, home: Path) -> None:
+    most = sandbox_runner.MAX_PICTURES
+    done = run(
+        "-c",
+        "class Shown:\n    def __init__(self, **forms): self.forms = forms\n"
+        "    def __repr__(self): return 'broken'\n"
+        "    def _repr_mimebundle_(self, **_): return {'text/plain': 'broken', **self.forms}\n"
+        "display(Shown(**{'image/png': '?'}))\n"
+        f"for _ in range({most + 2}): display(Shown(**{{'image/svg+xml': '<svg/>'}}))",
+    )
+    assert len(list(home.glob("figure-*"))) == len(list(home.glob("figure-*.svg"))) == most
+    assert done.stdout == "broken\n"
+    said = [line for line in done.stderr.splitlines() if "saved figure-" not in line]
+    assert said == [f"sandbox_runner: more than {most} pictures: the others are not saved"]
 
 
 # ── on a terminal ──
@@ -315,24 +318,49 @@ def test_on_a_terminal_what_is_waited_for_takes_one_line_that_is_gone_in_the_end
 # ── help ──
 
 
-@pytest.mark.parametrize("module", [sandbox_runner, python_docker_mcp])
-def test_the_help_has_examples_that_the_program_takes(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def says(
+    home: Path,  # noqa: ARG001  # it holds the settings
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Says]:
+    """What a program says until it ends, run in this process."""
+    monkeypatch.setattr(sandbox_runner, "set_up_logging", lambda *_: None)
+    monkeypatch.setattr(sandbox_runner.traffic_log, "setLevel", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["sandbox_runner.py"])
-    parser = module._parser()
-    examples = parser.format_help().partition("examples:\n")[2].partition("\n\n")[0].splitlines()
+
+    def says(module: Any, *arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            module.main(arguments)
+        assert end.value.code in (0, 2)
+        return "".join(capsys.readouterr())
+
+    handler = signal.getsignal(signal.SIGINT)
+    yield says
+    signal.signal(signal.SIGINT, handler)  # a program that ends ignores it
+
+
+@pytest.mark.parametrize("module", [sandbox_runner, python_docker_mcp])
+def test_the_help_has_examples_that_the_program_takes(says: Says, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1")))
+    monkeypatch.setenv("PYTHON_DOCKER_MCP_CONFIG", "nowhere.yaml")  # this or the script is what it then looks for
+    examples = says(module, "--help").partition("examples:\n")[2].partition("\n\n")[0].splitlines()
     assert len(examples) > 4
     for example in examples:
         words = shlex.split(re.split(r"   |; ", example.strip())[0])
         words = words[2:] if words[0] == "…" else words  # what is piped into it
         name = ["python", "sandbox_runner.py"] if module is sandbox_runner else ["python-docker-mcp"]
         assert words[: len(name)] == name
-        parser.parse_args(words[len(name) :])
+        assert "can't be read: No such file or directory." in says(module, *words[len(name) :]), example
 
 
-def test_the_configuration_may_be_named_on_either_side_of_the_command() -> None:
-    parse = python_docker_mcp._parser().parse_args
-    assert parse([]).config is parse(["ps"]).config is None
-    assert parse(["--config", "x", "ps"]).config == parse(["ps", "--config", "x"]).config == "x"
+def test_help_tells_the_exit_statuses(says: Says) -> None:
+    assert "124 after a time-out, 137 out of memory, 130 interrupted" in says(sandbox_runner, "--help")
+
+
+def test_the_configuration_may_be_named_on_either_side_of_the_command(says: Says) -> None:
+    for arguments in (["--config", "nowhere.yaml", "ps"], ["ps", "--config", "nowhere.yaml"]):
+        assert "nowhere.yaml can't be read: No such file or directory." in says(python_docker_mcp, *arguments)
 
 
 def test_an_operators_command_is_not_just_a_file_that_is_missing(run: Run) -> None:
@@ -375,7 +403,7 @@ def test_ctrl_c_interrupts_the_code_which_says_where_it_was(docker: FakeEngine) 
         assert child.wait(20) == 130
         assert child.stderr
         said = child.stderr.read()
-        assert said.startswith("Traceback (most recent call last):\n")
+        assert re.match(r'Traceback \(most recent call last\):\n  File "<string>", line [123], in <module>\n', said)
         assert "KeyboardInterrupt" in said
     wait_until(lambda: not docker.containers())
 
@@ -425,12 +453,6 @@ def test_a_reader_that_goes_away_ends_it_quietly(docker: FakeEngine) -> None:
     wait_until(lambda: not docker.containers())
 
 
-def test_help_tells_the_exit_statuses(run: Run) -> None:
-    done = run("--help")
-    assert done.returncode == 0
-    assert "124 after a time-out, 137 out of memory, 130 interrupted" in done.stdout
-
-
 @pytest.mark.usefixtures("home")
 def test_the_environment_names_the_configuration(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHON_DOCKER_MCP_CPU_LIMIT", "half")
@@ -439,10 +461,13 @@ def test_the_environment_names_the_configuration(run: Run, monkeypatch: pytest.M
 
 
 def test_a_script_is_told_of_refused_connections_at_its_end_and_of_no_others(
-    capsys: pytest.CaptureFixture[str],
+    says: Says, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sandbox_runner._print_end(Result("ok", refused=("example.com was refused: why",)), value=True)
-    assert capsys.readouterr().err == "sandbox_runner: example.com was refused: why\n"
+    async def execute(*_: object, **__: object) -> Result:
+        return Result("ok", refused=("example.com was refused: why",))
+
+    monkeypatch.setattr(sandbox_runner.Runner, "execute", execute)
+    assert says(sandbox_runner, "-c", "1") == "sandbox_runner: example.com was refused: why\n"
     code = (
         "import sandbox_runner as library\nasync def command():\n    library.traffic_log.info('passed')\n"
         "    library.traffic_log.warning('failed')\n    library.log.info('made')\n    return 3\n"

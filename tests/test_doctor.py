@@ -26,11 +26,9 @@ from python_docker_mcp import (
     PROBE_MODULES,
     Finding,
     Patient,
-    _print_findings,
     examine,
     import_name,
     judge,
-    print_table,
     probe_source,
     within_trial,
 )
@@ -161,31 +159,34 @@ def test_what_only_looks_unwell_is_well(check: str, seen: Any, facts: dict[str, 
     assert verdict(check, seen, **facts).verdict == "ok"
 
 
-def test_where_memory_is_too_little_for_a_check_the_remedy_is_more_of_it() -> None:
-    for check in ("imports", "processes", "disk"):
-        finding = verdict(check, Result("out_of_memory"))
-        assert finding.verdict == "failed"
-        assert finding.remedy.startswith("Raise docker.memory_limit: "), finding
+TOO_LITTLE: tuple[Any, ...] = (Result("out_of_memory"), {}, "failed", "^Raise docker.memory_limit: ")
+IGNORED: tuple[Any, ...] = ({"info": RUNSC}, "failed", "remove --ignore-cgroups from the runtimeArgs of runsc")
 
 
-def test_limits_that_gvisor_ignores_are_failures_and_the_remedy_is_its_setting() -> None:
-    for check, seen in (("memory", 335544320), ("CPU", 0.9), ("processes", [306, None])):
-        finding = verdict(check, seen, info=RUNSC)
-        assert finding.verdict == "failed"
-        assert "remove --ignore-cgroups from the runtimeArgs of runsc" in finding.remedy
+@pytest.mark.parametrize(
+    ("check", "seen", "facts", "expected", "remedy"),
+    [
+        ("imports", *TOO_LITTLE),
+        ("processes", *TOO_LITTLE),
+        ("disk", *TOO_LITTLE),
+        ("memory", 335544320, *IGNORED),
+        ("CPU", 0.9, *IGNORED),
+        ("processes", [306, None], *IGNORED),
+        ("process 1", ["fd", "kill"], {"info": RUNSC}, "warning", "Don't trust what a session says"),
+        ("CPU", 1.0, {"info": {"SecurityOptions": ["name=rootless"]}}, "failed", "Delegate=cpu"),
+    ],
+)
+def test_the_remedy_is_that_of_the_cause(
+    check: str, seen: Any, facts: dict[str, Any], expected: str, remedy: str
+) -> None:
+    finding = verdict(check, seen, **facts)
+    assert finding.verdict == expected
+    assert re.search(remedy, finding.remedy), finding
 
 
-def test_what_gvisor_lets_code_do_to_process_1_is_a_warning_that_says_what_it_means() -> None:
-    finding = verdict("process 1", ["fd", "kill"], info=RUNSC)
-    assert (finding.verdict, finding.seen) == ("warning", "code gets at its fd, kill")
-    assert "Don't trust what a session says" in finding.remedy
+def test_what_gvisor_lets_code_do_is_said() -> None:
+    assert verdict("process 1", ["fd", "kill"], info=RUNSC).seen == "code gets at its fd, kill"
     assert verdict("system calls", [{}, {}, ["io_uring"]], info=RUNSC).verdict == "ok"
-
-
-def test_limits_of_a_rootless_engine_need_delegation() -> None:
-    finding = verdict("CPU", 1.0, info={"SecurityOptions": ["name=rootless"]})
-    assert finding.verdict == "failed"
-    assert "Delegate=cpu" in finding.remedy
 
 
 @pytest.mark.parametrize("seen", [{}, [], "text", 5, [None] * 4, [[]] * 3, {"a": 1}])
@@ -231,22 +232,6 @@ def test_the_probe_refers_to_nothing_but_itself_and_what_it_imports() -> None:
 
 def names_stored(code: types.CodeType) -> set[str]:
     return {str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_NAME"}
-
-
-# ── the table ──
-
-
-def test_a_table_has_columns_of_the_same_width(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(("A", "B"), [("long", "ok"), ("x", "")])
-    assert capsys.readouterr().out == "A     B\nlong  ok\nx\n"
-
-
-def test_a_remedy_that_several_checks_have_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = [Finding("a", "failed", "x", "Do it."), Finding("b", "ok", "y"), Finding("c", "warning", "z", "Do it.")]
-    _print_findings(findings)
-    assert capsys.readouterr().out == (
-        "CHECK  VERDICT  SEEN\na      failed   x\nb      ok       y\nc      warning  z\n\na, c: Do it.\n"
-    )
 
 
 # ── the command, on an engine that keeps no limit ──
@@ -315,6 +300,19 @@ def test_where_nothing_is_limited_the_doctor_sees_it_and_leaves_nothing_behind(
     assert [verdicts[name] for name in ("engine", "network")] == ["ok"] * 2
     assert all(bool(check["remedy"]) == (check["verdict"] != "ok") for check in told["checks"])
     assert not docker.containers()
+
+
+def test_findings_are_a_table_and_a_remedy_that_several_checks_have_is_shown_once(
+    doctor_here: DoctorHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def examine(_: Config) -> list[Finding]:
+        remedied = [Finding("a", "failed", "x", "Do it."), Finding("c", "warning", "", "Do it.")]
+        return [Finding("longer", "ok", "y"), *remedied]
+
+    monkeypatch.setattr(python_docker_mcp, "examine", examine)
+    assert doctor_here()[1].partition("\n\nchecked in ")[0] == (
+        "CHECK   VERDICT  SEEN\nlonger  ok       y\na       failed   x\nc       warning\n\na, c: Do it."
+    )
 
 
 UNLIMITED = ("memory", "CPU", "processes", "disk", "file system")

@@ -81,29 +81,11 @@ Rome
 
 [picture]
 
-== a loop over columns with df.plot
-for column in ['rain', 'sun']:
-    df[column].plot(title=column)
-    plt.show()
-->
-[picture] [picture]
-
 == figures of df.plot that are shown at the end
 for column in ['rain', 'sun']:
     df.plot(x='city', y=column, kind='bar', title=column)
 ->
 [picture] [picture]
-
-== subplots
-fig, axes = plt.subplots(2, 2, figsize=(8, 6))
-x = np.linspace(0, 10, 100)
-for ax, f in zip(axes.flat, [np.sin, np.cos, np.exp, np.sqrt]):
-    ax.plot(x, f(x))
-    ax.set_title(f.__name__)
-plt.tight_layout()
-plt.show()
-->
-[picture]
 
 == an animation by ion and pause
 plt.ion()
@@ -125,27 +107,6 @@ ax.set_title('step 3')
 plt.show()
 ->
 [picture again]
-
-== matplotlib.use('Agg')
-import matplotlib
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-for n in (2, 3):
-    plt.figure()
-    plt.plot(x, x ** n)
-    plt.title(f'x^{n}')
-    plt.show()
-    plt.close()
-->
-[picture] [picture]
-
-== several open figures
-for n in range(3):
-    plt.figure(figsize=(4, 3))
-    plt.pie([n + 1, 2, 3], labels=list('abc'))
-    plt.title(f'pie {n}')
-->
-[picture] [picture] [picture]
 
 == savefig and show
 plt.figure(figsize=(6, 4))
@@ -207,47 +168,12 @@ year  1.00 -0.18  0.06
 rain -0.18  1.00 -0.60
 sun   0.06 -0.60  1.00
 
-== twin axes
-fig, ax1 = plt.subplots()
-ax1.bar(df.index, df['rain'], color='tab:blue')
-ax1.set_ylabel('rain')
-ax2 = ax1.twinx()
-ax2.plot(df.index, df['sun'], color='tab:orange')
-ax2.set_ylabel('sun')
-fig
-->
-[picture]
-
 == 3D
 from mpl_toolkits.mplot3d import Axes3D
 fig = plt.figure()
 ax = fig.add_subplot(111, projection='3d')
 X, Y = np.meshgrid(np.linspace(-3, 3, 30), np.linspace(-3, 3, 30))
 ax.plot_surface(X, Y, np.sin(X) * np.cos(Y), cmap='viridis')
-plt.show()
-->
-[picture]
-
-== a log scale
-plt.plot(x, np.exp(x))
-plt.yscale('log')
-plt.grid(True, which='both')
-plt.xlabel('$x$')
-plt.ylabel('$e^x$')
-plt.show()
-->
-[picture]
-
-== annotate
-plt.plot(x, np.sin(x))
-plt.annotate('maximum', xy=(np.pi / 2, 1), xytext=(3, 0.8), arrowprops=dict(arrowstyle='->'))
-plt.axhline(0, color='gray')
-plt.show()
-->
-[picture]
-
-== df.hist
-df[['rain', 'sun']].hist(bins=5)
 plt.show()
 ->
 [picture]
@@ -280,19 +206,6 @@ Freq: MS, dtype: float64
 
 [picture]
 
-== describe
-print(df[['rain', 'sun']].describe())
-->
-              rain          sun
-count     6.000000     6.000000
-mean    847.533333  1961.666667
-std     160.905036   408.215956
-min     640.200000  1668.000000
-25%     772.125000  1686.750000
-50%     800.800000  1722.500000
-75%     966.575000  2290.750000
-max    1059.000000  2502.000000
-
 == groupby
 df.groupby('city').agg({'rain': 'mean', 'sun': ['min', 'max']})
 ->
@@ -303,16 +216,6 @@ city
 Bern  1040.20  1682  1744
 Oslo   782.55  1668  1701
 Rome   719.85  2473  2502
-
-== pivot_table
-print(pd.pivot_table(df, values='rain', index='city', columns='year', aggfunc='sum', margins=True))
-->
-year    2023    2024     All
-city
-Bern  1059.0  1021.4  2080.4
-Oslo   763.0   802.1  1565.1
-Rome   799.5   640.2  1439.7
-All   2621.5  2463.7  5085.2
 
 == merge
 countries = pd.DataFrame({'city': ['Oslo', 'Rome'], 'country': ['Norway', 'Italy']})

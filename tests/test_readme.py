@@ -67,18 +67,14 @@ def blocks(language: str, chapter: str | None = None) -> list[str]:
     return found
 
 
-def form_of(shown: str, numbers: str = r"\d+(?:\.\d+)*") -> str:
-    """A pattern for what is shown: `…` stands for anything, and what `numbers` matches for all that it matches."""
+def resembles(said: str, shown: str, numbers: str = r"\d+(?:\.\d+)*") -> bool:
+    """Whether this was said in the form that is shown: `…` is anything, what `numbers` matches any of its matches."""
     parts = re.split(rf"({numbers}|…)", shown)
-    return "".join(
+    forms = [
         re.escape(part) if not index % 2 else "(?s:.*)" if part == "…" else f"(?:{numbers})"
         for index, part in enumerate(parts)
-    )
-
-
-def resembles(said: str, shown: str, numbers: str = r"\d+(?:\.\d+)*") -> bool:
-    """Whether this was said in the form that is shown."""
-    return re.fullmatch(form_of(shown, numbers), said) is not None
+    ]
+    return re.fullmatch("".join(forms), said) is not None
 
 
 @pytest.fixture

@@ -91,11 +91,19 @@ def kinds(result: types.CallToolResult) -> list[str]:
 # ── what a result looks like ──
 
 
-def test_what_a_call_printed_and_its_value_come_as_one_text() -> None:
-    result = render(Result("ok", output=(Text("stdout", "one\ntwo\n"),), value="42"))
-    assert kinds(result) == ["text"]
-    assert text_of(result) == "one\ntwo\n\nValue: 42"
-    assert not result.is_error
+@pytest.mark.parametrize(
+    ("output", "value", "text"),
+    [
+        ((), None, "(no output)"),
+        ((Text("stdout", "one\ntwo\n"),), "42", "one\ntwo\n\nValue: 42"),
+        ((Text("stdout", "a\n"), Omitted(123), Text("stdout", "z\n")), None, "a\n\n[… 123 bytes left out …]\nz"),
+    ],
+)
+def test_what_a_call_printed_and_its_value_come_as_one_text(
+    output: tuple[Text | Rich | Omitted, ...], value: str | None, text: str
+) -> None:
+    result = render(Result("ok", output=output, value=value))
+    assert (kinds(result), text_of(result), result.is_error) == (["text"], text, False)
 
 
 def test_standard_error_is_marked_as_such_and_kept_in_order() -> None:
@@ -114,20 +122,16 @@ def advice_on(
     return hint_on(Result("error", exception=error, **more), code, config or Config())
 
 
+INSTALL = "Install it with install-package, package_name"
+
+
 @pytest.mark.parametrize(
     ("missing", "code", "hint"),
     [
-        (
-            "bs4",
-            "",
-            (
-                "bs4 is not installed; its package is called beautifulsoup4. "
-                'Install it with install-package, package_name "beautifulsoup4".'
-            ),
-        ),
-        ("rich.text", "", 'rich is not installed. Install it with install-package, package_name "rich".'),
+        ("bs4", "", f'bs4 is not installed; its package is called beautifulsoup4. {INSTALL} "beautifulsoup4".'),
+        ("rich.text", "", f'rich is not installed. {INSTALL} "rich".'),
         ("tkinter", "", "tkinter belongs to Python's standard library, but"),
-        ("IPython", "", 'IPython is not installed. Install it with install-package, package_name "IPython".'),
+        ("IPython", "", f'IPython is not installed. {INSTALL} "IPython".'),
         ("pip", "import pip", "pip does not work in code here: call install-package, with one package a call."),
         ("google.colab", "", "google.colab exists only in Google Colab: leave it out."),
         ("google", "from google.colab import drive", "google.colab exists only in Google Colab: leave it out."),
@@ -135,10 +139,7 @@ def advice_on(
         (
             "google.cloud",
             "from google.cloud.storage import Client",
-            (
-                "google.cloud.storage is not installed. "
-                'Install it with install-package, package_name "google-cloud-storage".'
-            ),
+            f'google.cloud.storage is not installed. {INSTALL} "google-cloud-storage".',
         ),
     ],
 )
@@ -154,62 +155,54 @@ NO_ENGINE = (
 )
 
 
+NEEDED = [  # what an ImportError says, and the package that it is about
+    # as pandas 2.3.3 says it
+    ("Missing optional dependency 'tabulate'.  Use pip or conda to install tabulate.", "tabulate"),
+    ("Missing optional dependency 'pytables'.  Use pip or conda to install pytables.", "tables"),
+    ("Missing optional dependency 'Jinja2'. DataFrame.style requires jinja2.", "Jinja2"),
+    ("Missing optional dependency 'pyarrow.orc'.  Use pip or conda to install pyarrow.orc.", "pyarrow"),
+    (
+        (
+            "Missing optional dependency 'xlrd'. Install xlrd >= 2.0.1 for xls Excel support "
+            "Use pip or conda to install xlrd."
+        ),
+        "xlrd",
+    ),
+    (f"{NO_ENGINE} - Missing optional dependency 'pyarrow'. pyarrow is required for parquet support.", "pyarrow"),
+    ("Using URI string without sqlalchemy installed.", "sqlalchemy"),
+    # as pandas 3.1.1 says it
+    (f"`Import tabulate` failed.  {PANDAS_3} tabulate package.", "tabulate"),
+    (f"`Import lxml` failed.  {PANDAS_3} lxml package.", "lxml"),
+    (f"`Import python-calamine` failed.  {PANDAS_3} python-calamine package.", "python-calamine"),
+    (f"`Import pytables` failed.  {PANDAS_3} pytables package.", "tables"),
+    (f"`Import pyarrow.orc` failed.  {PANDAS_3} pyarrow.orc package.", "pyarrow"),
+    (f"`Import scipy` failed. cubic interpolation requires SciPy. {PANDAS_3} scipy package.", "scipy"),
+    (f"{NO_ENGINE} - `Import pyarrow` failed. pyarrow is required", "pyarrow"),
+    ("Using a URI string requires 'sqlalchemy' version '2.0.42' or newer.", "sqlalchemy"),
+    ("pyarrow>=16.0.0 is required for ArrowDtype", "pyarrow"),
+    # as both do
+    ("lxml not found, please install or use the etree parser.", "lxml"),
+    (
+        (
+            "'numexpr' is not installed or an unsupported version. Cannot use engine='numexpr' for query/eval "
+            "if 'numexpr' is not installed"
+        ),
+        "numexpr",
+    ),
+    ('matplotlib is required for plotting when the default backend "matplotlib" is selected.', "matplotlib"),
+    # others
+    ("html5lib not found, please install it", "html5lib"),
+    ("Please install openpyxl", "openpyxl"),
+    ("Foo needs bar. Please install the bar package.", "bar"),
+    ("pip3 install --upgrade nbformat.", "nbformat"),
+]
+
+
 @pytest.mark.parametrize(
     ("kind", "message", "package"),
     [
-        # as pandas 2.3.3 says it
-        ("ImportError", "Missing optional dependency 'tabulate'.  Use pip or conda to install tabulate.", "tabulate"),
-        ("ImportError", "Missing optional dependency 'pytables'.  Use pip or conda to install pytables.", "tables"),
-        ("ImportError", "Missing optional dependency 'Jinja2'. DataFrame.style requires jinja2.", "Jinja2"),
-        (
-            "ImportError",
-            "Missing optional dependency 'pyarrow.orc'.  Use pip or conda to install pyarrow.orc.",
-            "pyarrow",
-        ),
-        (
-            "ImportError",
-            (
-                "Missing optional dependency 'xlrd'. Install xlrd >= 2.0.1 for xls Excel support Use pip or conda to "
-                "install xlrd."
-            ),
-            "xlrd",
-        ),
-        (
-            "ImportError",
-            f"{NO_ENGINE} - Missing optional dependency 'pyarrow'. pyarrow is required for parquet support.",
-            "pyarrow",
-        ),
-        ("ImportError", "Using URI string without sqlalchemy installed.", "sqlalchemy"),
-        # as pandas 3.1.1 says it
-        ("ImportError", f"`Import tabulate` failed.  {PANDAS_3} tabulate package.", "tabulate"),
-        ("ImportError", f"`Import lxml` failed.  {PANDAS_3} lxml package.", "lxml"),
-        ("ImportError", f"`Import python-calamine` failed.  {PANDAS_3} python-calamine package.", "python-calamine"),
-        ("ImportError", f"`Import pytables` failed.  {PANDAS_3} pytables package.", "tables"),
-        ("ImportError", f"`Import pyarrow.orc` failed.  {PANDAS_3} pyarrow.orc package.", "pyarrow"),
-        (
-            "ImportError",
-            f"`Import scipy` failed. cubic interpolation requires SciPy. {PANDAS_3} scipy package.",
-            "scipy",
-        ),
-        ("ImportError", f"{NO_ENGINE} - `Import pyarrow` failed. pyarrow is required", "pyarrow"),
-        ("ImportError", "Using a URI string requires 'sqlalchemy' version '2.0.42' or newer.", "sqlalchemy"),
-        ("ImportError", "pyarrow>=16.0.0 is required for ArrowDtype", "pyarrow"),
-        # as both do
+        *(("ImportError", *row) for row in NEEDED),
         ("AttributeError", "The '.style' accessor requires jinja2", "jinja2"),
-        ("ImportError", "lxml not found, please install or use the etree parser.", "lxml"),
-        (
-            "ImportError",
-            (
-                "'numexpr' is not installed or an unsupported version. Cannot use engine='numexpr' for query/eval if "
-                "'numexpr' is not installed"
-            ),
-            "numexpr",
-        ),
-        (
-            "ImportError",
-            'matplotlib is required for plotting when the default backend "matplotlib" is selected.',
-            "matplotlib",
-        ),
         (
             "ValueError",
             (
@@ -218,13 +211,8 @@ NO_ENGINE = (
             ),
             "plotly",
         ),
-        # others
-        ("ImportError", "html5lib not found, please install it", "html5lib"),
-        ("ImportError", "Please install openpyxl", "openpyxl"),
-        ("ImportError", "Foo needs bar. Please install the bar package.", "bar"),
         ("RuntimeError", "You can install it with `pip install -q -U transformers[torch]`.", "transformers[torch]"),
         ("ValueError", "Run: conda install -c conda-forge 'ruamel.yaml>=0.17'.", "ruamel.yaml>=0.17"),
-        ("ImportError", "pip3 install --upgrade nbformat.", "nbformat"),
     ],
 )
 def test_a_package_that_another_one_needs_has_a_hint_with_the_call_that_installs_it(
@@ -527,10 +515,6 @@ def test_a_text_of_more_meanings_or_none_is_refused(parameter: str, text: str, w
         python_docker_mcp.parse(tool, {"code": "1", parameter: text})
 
 
-def test_a_call_without_anything_to_see_says_so() -> None:
-    assert text_of(render(Result("ok"))) == "(no output)"
-
-
 def test_an_error_is_told_first_with_its_line_and_then_its_traceback() -> None:
     error = ExceptionInfo("ValueError", "no\nreally", 3, "Traceback …\nValueError: no\nreally\n")
     result = render(Result("error", output=(Text("stdout", "before\n"),), exception=error), hint="Do better.")
@@ -613,11 +597,6 @@ def test_a_gap_across_pieces_keeps_the_images_between_them() -> None:
     result = render(Result("ok", output=output))
     assert kinds(result) == ["text", "image", "text"]
     assert text_of(result).count("left out") == 1
-
-
-def test_output_that_the_sandbox_left_out_is_told() -> None:
-    output = (Text("stdout", "a\n"), Omitted(123), Text("stdout", "z\n"))
-    assert "[… 123 bytes left out …]" in text_of(render(Result("ok", output=output)))
 
 
 def picture(width: int, height: int) -> str:
@@ -819,6 +798,10 @@ def test_ids_that_are_made_up_are_fit_for_use_and_differ() -> None:
 # ── what is offered ──
 
 
+KEYWORDS = {"type", "description", "pattern", "minimum", "maximum", "exclusiveMinimum", "default"}
+KEYWORDS |= {"additionalProperties"}
+
+
 def test_each_tool_has_exactly_the_parameters_of_the_contract() -> None:
     schemas = {name: describe(tool, Config()).input_schema for name, tool in python_docker_mcp.TOOLS.items()}
     assert list(schemas) == TOOLS
@@ -834,15 +817,7 @@ def test_each_tool_has_exactly_the_parameters_of_the_contract() -> None:
         for about in schema["properties"].values():
             assert isinstance(about["type"], str)
             assert about["description"]
-            assert set(about) <= {
-                "type",
-                "description",
-                "pattern",
-                "minimum",
-                "maximum",
-                "exclusiveMinimum",
-                "default",
-            } | {"additionalProperties"}
+            assert set(about) <= KEYWORDS
     types_shown = {name: about["type"] for schema in schemas.values() for name, about in schema["properties"].items()}
     assert types_shown == {
         "code": "string",
@@ -1343,22 +1318,23 @@ async def test_every_request_over_the_wire_gets_an_answer(config: Config, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "links"), [("codex-mcp-client", 0), ("Codex", 0), ("claude-ai", 1)])
+@pytest.mark.parametrize(
+    ("name", "version", "links"),
+    [
+        ("codex-mcp-client", "2025-11-25", 0),
+        ("Codex", "2025-11-25", 0),
+        ("of the first protocol", "2024-11-05", 0),
+        ("claude-ai", "2025-11-25", 1),
+    ],
+)
 async def test_clients_that_break_on_links_get_none_and_read_the_names_nevertheless(
-    config: Config, tmp_path: Path, name: str, links: int
+    config: Config, tmp_path: Path, name: str, version: str, links: int
 ) -> None:
-    async with RawClient.open(config, tmp_path, name=name) as client:
+    async with RawClient.open(config, tmp_path, version, name=name) as client:
         await client.call(1, "execute-persistent", code="open('a.csv', 'w').close()", session_id="s")
         blocks = (await client.result(1))["content"]
         assert [block["type"] for block in blocks] == ["text"] + ["resource_link"] * links
         assert "a.csv" in blocks[0]["text"]
-
-
-@pytest.mark.slow
-async def test_a_client_of_the_first_protocol_gets_only_what_it_knows(config: Config, tmp_path: Path) -> None:
-    async with RawClient.open(config, tmp_path, "2024-11-05") as client:
-        await client.call(1, "execute-persistent", code="open('a', 'w').close()", session_id="s")
-        assert {block["type"] for block in (await client.result(1))["content"]} == {"text"}
 
 
 @pytest.mark.slow
@@ -1478,31 +1454,8 @@ def real(engine_command: str) -> Config:
     )
 
 
-@pytest.fixture
-async def served(real: Config, tmp_path: Path) -> AsyncIterator[Client]:
-    """A client of a server in a process of its own, on a real engine."""
-    async with stdio(real, tmp_path) as client:
-        yield client
-
-
 @pytest.mark.engine
-async def test_conversation_1_a_factorial(served: Client) -> None:
-    result = await served.call_tool("execute-transient", {"code": FACTORIAL})
-    assert not result.is_error
-    assert text_of(result) == "120"
-
-
-@pytest.mark.engine
-async def test_conversation_2_a_function_is_there_in_the_next_call(served: Client) -> None:
-    first = await served.call_tool("execute-persistent", {"code": "def add(a, b):\n    return a + b"})
-    (session,) = re.findall(r'pass session_id "([\w-]+)"', text_of(first))
-    second = await served.call_tool("execute-persistent", {"code": "print(add(2, 3))", "session_id": session})
-    assert text_of(second) == f"5\n\nSession: {session}"
-    assert not (await served.call_tool("cleanup-session", {"session_id": session})).is_error
-
-
-@pytest.mark.engine
-async def test_conversation_3_a_package_is_installed_for_a_session_that_does_not_exist_yet(
+async def test_a_package_is_installed_for_a_session_that_does_not_exist_yet(
     real: Config, engine_command: str, tmp_path: Path
 ) -> None:
     index = Index()
@@ -1561,32 +1514,22 @@ async def test_a_session_outlives_its_server(
 
 
 @pytest.mark.engine
-async def test_a_cancelled_call_keeps_the_sessions_variables_and_files(served: Client, session: str) -> None:
-    async with anyio.create_task_group() as tasks:
-        listener = Listener()
-        code = "import time\nx = 7\nopen('kept.txt', 'w').write('still')\nprint('started', flush=True)\ntime.sleep(100)"
-        call = await start(tasks, served, "execute-persistent", listener, code=code, session_id=session)
-        await listener.wait_for("started")
-        call.cancel()
-    result = await served.call_tool("execute-persistent", {"code": "x", "session_id": session})
-    assert "Value: 7" in text_of(result)
-    (contents,) = (await served.read_resource(f"session://{session}/files/kept.txt")).contents
-    assert isinstance(contents, types.TextResourceContents)
-    assert contents.text == "still"
-    await served.call_tool("cleanup-session", {"session_id": session})
-
-
-@pytest.mark.engine
-async def test_twenty_calls_at_once_get_twenty_answers(served: Client) -> None:
-    answers: dict[int, str] = {}
-
-    async def call(number: int) -> None:
-        answers[number] = text_of(await served.call_tool("execute-transient", {"code": f"{number} ** 2"}))
-
-    async with anyio.create_task_group() as tasks:
-        for number in range(20):
-            tasks.start_soon(call, number)
-    assert answers == {number: f"Value: {number**2}" for number in range(20)}
+async def test_a_cancelled_call_keeps_the_sessions_variables_and_files(
+    real: Config, session: str, tmp_path: Path
+) -> None:
+    code = "import time\nx = 7\nopen('kept.txt', 'w').write('still')\nprint('started', flush=True)\ntime.sleep(100)"
+    async with stdio(real, tmp_path) as client:
+        async with anyio.create_task_group() as tasks:
+            listener = Listener()
+            call = await start(tasks, client, "execute-persistent", listener, code=code, session_id=session)
+            await listener.wait_for("started")
+            call.cancel()
+        result = await client.call_tool("execute-persistent", {"code": "x", "session_id": session})
+        assert "Value: 7" in text_of(result)
+        (contents,) = (await client.read_resource(f"session://{session}/files/kept.txt")).contents
+        assert isinstance(contents, types.TextResourceContents)
+        assert contents.text == "still"
+        await client.call_tool("cleanup-session", {"session_id": session})
 
 
 @pytest.mark.engine
