@@ -654,6 +654,14 @@ class Piece:
     content: str | types.ImageContent
 
 
+# A picture in base64, by the first bytes of PNG, JPEG, GIF and WebP; often as an address of the kind `data:`.
+BASE64_PICTURE = re.compile(
+    r"(?:data:image/[\w.+-]{1,20};base64,)?((?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{50,}={0,2})"
+)
+CURSOR_MOVE = re.compile(r"\x1b\[\d*[ABJK]")
+TERMINAL_TOKEN = re.compile(r"\x1b\[(\d*)([A-Za-z])|\r|\n|[^\x1b\r\n]+|\x1b")
+SCREEN_LINES, SCREEN_COLUMNS = 1000, 2000
+
 Section = str | types.ImageContent | types.EmbeddedResource | types.ResourceLink
 
 
@@ -693,6 +701,7 @@ def render(
         "status": result.status,
         **{stream: text_of(pieces, stream) for stream in ("stdout", "stderr", "display")},
         "value": shown_value(result),
+        "charts": charts(result),
         "error": error_fields(result),
         "message": result.message,
         "state": variables,
@@ -730,10 +739,10 @@ def failure(message: str) -> types.CallToolResult:
 
 def output_pieces(result: Result) -> list[Piece]:
     """Return everything that the code wrote and displayed, in order."""
-    pieces = []
+    pieces: list[Piece] = []
     for item in result.output:
         if isinstance(item, Text):
-            pieces.append(Piece(item.stream, as_shown(item.text)))
+            pieces += with_pictures(item.stream, as_shown(item.text))
         elif isinstance(item, Omitted):
             pieces.append(Piece("stdout", f"\n[… {item.bytes} bytes left out …]\n"))
         elif picture := image(item.forms):
@@ -743,6 +752,17 @@ def output_pieces(result: Result) -> list[Piece]:
     return pieces
 
 
+def with_pictures(stream: Literal["stdout", "stderr"], text: str) -> Iterator[Piece]:
+    """Split text at the pictures in it, which are written in base64."""
+    end = 0
+    for found in BASE64_PICTURE.finditer(text):
+        if picture := image({"image/png": found[1]}):
+            yield Piece(stream, text[end : found.start()])
+            yield Piece("display", picture)
+            end = found.end()
+    yield Piece(stream, text[end:])
+
+
 def text_of(pieces: Sequence[Piece], kind: str) -> str:
     """Return the text of all pieces of one kind."""
     return "".join(piece.content for piece in pieces if piece.kind == kind and isinstance(piece.content, str))
@@ -750,12 +770,39 @@ def text_of(pieces: Sequence[Piece], kind: str) -> str:
 
 def as_shown(text: str) -> str:
     """Return text as a terminal would leave it: no colours, only a progress bar's last state. In linear time."""
+    if CURSOR_MOVE.search(text):
+        text = on_screen(text)
     if "\x1b" in text:
         text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
     if "\r" in text:
         lines = (line.rstrip("\r").rpartition("\r") for line in text.split("\n"))
         text = "\n".join(last.rstrip() if found else last for _, found, last in lines)  # blanks wiped what was there
     return text
+
+
+def on_screen(text: str) -> str:
+    """Return the lines that a terminal has at the end of text which moves its cursor, as do bars below bars."""
+    lines, row, column = [""], 0, 0
+    for token in TERMINAL_TOKEN.finditer(text):
+        number, move = int(token[1] or 1), token[2]
+        if move == "A":
+            row = max(0, row - number)
+        elif move == "B":
+            row += min(number, SCREEN_LINES)
+        elif move == "K":
+            lines[row] = lines[row][:column] if token[1] in (None, "", "0") else ""
+        elif move == "J":
+            del lines[row + 1 :]
+            lines[row] = lines[row][:column]
+        elif token[0] == "\n":
+            row, column = row + 1, 0
+        elif token[0] == "\r":
+            column = 0
+        elif not move and (written := token[0][: SCREEN_COLUMNS - column]):
+            lines[row] = lines[row].ljust(column)[:column] + written + lines[row][column + len(written) :]
+            column += len(written)
+        lines += [""] * (row + 1 - len(lines))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
@@ -915,6 +962,17 @@ def shown_value(result: Result) -> str | None:
         if isinstance(item, Rich) and item.is_value and value is not None:
             value = None if isinstance(image(item.forms), types.ImageContent) else telling_form(item.forms, value)
     return None if value is None else clip(as_shown(value), VALUE_BUDGET)
+
+
+def charts(result: Result) -> list[dict[str, Any]]:
+    """Return the data of interactive figures, for programs that can draw them."""
+    forms = [form for item in result.output if isinstance(item, Rich) for form in item.forms.items()]
+    found = []
+    for mime, form in forms:
+        if mime.startswith(("application/vnd.plotly", "application/vnd.vegalite")):
+            with contextlib.suppress(ValueError):  # the code may have made up the form
+                found.append({"mime_type": mime, "data": json.loads(form)})
+    return found
 
 
 def value_section(result: Result) -> Iterator[str]:
@@ -1141,23 +1199,35 @@ def size_of(block: types.ContentBlock) -> int:
 
 
 def fit(blocks: Iterator[types.ContentBlock]) -> list[types.ContentBlock]:
-    """Return the blocks, with notes in place of the images and files for which there is no room."""
+    """Return the blocks, with notes in place of the images and files for which there is no room.
+
+    If there are too many images, the first and the last ones stay: how it began, and what came of it.
+    """
     sized = [(block, size_of(block)) for block in blocks]
     room = RESULT_LIMIT - sum(size for block, size in sized if isinstance(block, types.TextContent))
-    images = 0
+    images = [place for place, (block, _) in enumerate(sized) if isinstance(block, types.ImageContent)]
+    outermost = [images[each // 2 if each % 2 == 0 else -1 - each // 2] for each in range(len(images))]
+    others = [place for place, (block, _) in enumerate(sized) if block.type not in ("text", "image")]
+    kept = {place for place, (block, _) in enumerate(sized) if block.type == "text"}
+    for place in [*outermost[:IMAGE_LIMIT], *others]:
+        if sized[place][1] <= room:
+            room -= sized[place][1]
+            kept.add(place)
+    left_out = set(images) - kept
     fitting: list[types.ContentBlock] = []
-    for block, size in sized:
-        images += isinstance(block, types.ImageContent)
-        if isinstance(block, types.TextContent):
-            fitting.append(block)
-        elif size <= room and (images <= IMAGE_LIMIT or not isinstance(block, types.ImageContent)):
-            room -= size
-            fitting.append(block)
-        elif isinstance(block, types.ImageContent):
-            why = "a result has room for less" if images <= IMAGE_LIMIT else f"a result holds at most {IMAGE_LIMIT}"
-            fitting.append(types.TextContent(text=f"[image of {readable_size(size)} left out: {why}]"))
-        elif isinstance(block, types.EmbeddedResource):
-            fitting.append(types.TextContent(text=f"[{block.resource.uri} left out: a result has room for less]"))
+    for is_left_out, group in itertools.groupby(range(len(sized)), left_out.__contains__):
+        places = list(group)
+        if is_left_out:
+            count = f"{len(places)} images" if len(places) > 1 else f"image of {readable_size(sized[places[0]][1])}"
+            why = f"a result holds at most {IMAGE_LIMIT}" if len(images) > IMAGE_LIMIT else "a result has room for less"
+            fitting.append(types.TextContent(text=f"[{count} left out: {why}]"))
+            continue
+        for place in places:
+            block = sized[place][0]
+            if place in kept:
+                fitting.append(block)
+            elif isinstance(block, types.EmbeddedResource):
+                fitting.append(types.TextContent(text=f"[{block.resource.uri} left out: a result has room for less]"))
     return fitting
 
 

@@ -5908,7 +5908,10 @@ class Worker:
     def _forms(self, value: Any) -> dict[str, str] | None:
         """Return a value's forms, with text; or note that it is a figure that can't be drawn, and return None."""
         try:
-            forms = self.pictures.draw(value) if is_figure(value) else self.pages.make(value) or rich_forms(value)
+            if is_figure(value):
+                forms = self.pictures.draw(value)
+            else:
+                forms = picture_in(value) or self.pages.make(value) or rich_forms(value)
         except Exception as error:
             name = f"figure {getattr(value, 'number', '')}".rstrip()
             self.note(f"{name} could not be drawn: {failure_of(error)}")
@@ -6990,6 +6993,17 @@ def image_forms(data: bytes) -> dict[str, str]:
     """Return an image by its MIME type, in base64, scaled down if need be."""
     data = fit_image(data)
     return {image_type(data) or "image/png": base64.b64encode(data).decode("ascii")}
+
+
+def picture_in(value: Any) -> dict[str, str]:
+    """Return the picture that a value holds as bytes, or as text in base64."""
+    data: Any = value
+    if type(value) is str and (
+        found := re.match(r"(?:data:image/[\w.+-]+;base64,)?(?=iVBOR|/9j/|R0lGOD|UklGR)", value)
+    ):
+        with contextlib.suppress(ValueError):
+            data = base64.b64decode(value[found.end() :], validate=True)
+    return image_forms(data) if type(data) is bytes and len(data) > 100 and image_type(data) else {}
 
 
 def is_image(value: Any) -> bool:

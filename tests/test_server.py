@@ -587,8 +587,8 @@ def test_notes_on_images_that_are_left_out_count_towards_the_limit_of_a_result(m
     monkeypatch.setattr(python_docker_mcp, "RESULT_LIMIT", 1500)
     image = types.ImageContent(data="A" * 2000, mime_type="image/png")
     for images, has_data in (1, True), (10, False):
-        result = python_docker_mcp.answer(["text", *[image] * images], {"value": "x" * 700})
-        assert "image of" in text_of(result)
+        result = python_docker_mcp.answer(["text", image] * images, {"value": "x" * 700})
+        assert text_of(result).count("[image of") == images
         assert (result.structured_content is not None) == has_data
 
 
@@ -657,9 +657,54 @@ def test_the_type_of_an_image_is_what_it_is_not_what_it_claims() -> None:
 
 
 def test_no_more_images_than_a_conversation_bears() -> None:
-    result = render(Result("ok", output=(Rich({"image/png": picture(8, 8)}),) * (IMAGE_LIMIT + 5)))
-    assert kinds(result).count("image") == IMAGE_LIMIT
-    assert text_of(result).count("left out") == 5
+    result = render(Result("ok", output=tuple(Rich({"image/png": picture(8, 8 + each)}) for each in range(25))))
+    half = IMAGE_LIMIT // 2
+    assert kinds(result) == ["image"] * half + ["text"] + ["image"] * half, (
+        "the first and the last ones are told most by"
+    )
+    assert text_of(result) == f"[5 images left out: a result holds at most {IMAGE_LIMIT}]"
+    last = result.content[-1]
+    assert isinstance(last, types.ImageContent)
+    assert last.data == picture(8, 8 + 24)
+
+
+def test_a_picture_in_base64_is_shown_as_a_picture() -> None:
+    address = f"data:image/png;base64,{picture(80, 80)}"
+    result = render(Result("ok", output=(Text("stdout", f"before {address} after\n{picture(80, 80)}\n"),)))
+    assert kinds(result) == ["text", "image", "text", "image"]
+    assert text_of(result).split() == ["before", "after"]
+    broken = f"data:image/png;base64,iVBORw0KGgo{'A' * 400}"
+    assert text_of(render(Result("ok", output=(Text("stdout", broken),)))) == (
+        "[image/png left out: its data are not an image]"
+    )
+
+
+def test_an_interactive_figures_data_are_for_programs_only() -> None:
+    forms = {
+        "text/plain": "<figure>",
+        "application/vnd.plotly.v1+json": '{"data": [1]}',
+        "application/vnd.vegalite": "{",
+    }
+    result = render(Result("ok", output=(Rich(forms),)))
+    assert text_of(result) == "<figure>"
+    assert result.structured_content
+    assert result.structured_content["charts"] == [
+        {"mime_type": "application/vnd.plotly.v1+json", "data": {"data": [1]}}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("out: 0\r\n in: 0\r in: 1\x1b[A\rout: 1\n in: 2\x1b[A\rout: 2\n\n", "out: 2\n in: 2"),
+        ("out: 1\n in: 5\r      \r\x1b[Aout: 2", "out: 2"),
+        ("12345\r\x1b[Kab", "ab"),
+        ("one\ntwo\x1b[2A\x1b[Jthree", "onethree"),
+        ("x" * 5000 + "\x1b[99B\x1b[A" + "y", "x" * 2000),
+    ],
+)
+def test_what_moves_the_cursor_is_shown_as_a_terminal_has_it_in_the_end(written: str, shown: str) -> None:
+    assert text_of(render(Result("ok", output=(Text("stderr", written),)))) == f"[stderr]\n{shown}"
 
 
 def test_a_result_stays_below_a_megabyte_whatever_it_holds() -> None:
