@@ -5762,7 +5762,7 @@ class Worker:
         self.call = request["id"]
         self.clears, self.rich_left = False, RICH_LIMIT
         self.signals.attempt(self.pictures.begin)
-        self.pages.begin()
+        self.signals.attempt(self.pages.begin)
         resets = reset_peak_memory()
         started = cpu_seconds()
         report: Report = {"id": request["id"], "kind": "done", "status": "ok", "cpu": 0.0}
@@ -5847,6 +5847,8 @@ class Worker:
         if request["final"]:
             yield "running atexit callbacks", atexit._run_exitfuncs
         yield "showing the pictures", self.pictures.show_saved
+        if elsewhere := self.pages.files_elsewhere():
+            yield "naming files", functools.partial(self.note, elsewhere)
 
     def _send_state(self, limit: int) -> None:
         variables, left_out = collect_state(self.names, limit)
@@ -6617,6 +6619,7 @@ PICTURE_LIMIT = 32 << 20  # bytes of such a picture that are read
 IN_MPL_FONT = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH")  # names of characters
 CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
 PAGES_SAVED = 20  # of a call
+FILE_SUFFIXES = tuple(".csv .docx .html .json .md .mp4 .parquet .pdf .png .pptx .svg .txt .wav .xlsx .zip".split())
 PAGE_LIMIT = 6_000  # characters of HTML and the like, above which they are saved and not shown
 CHART_LIMIT = 48_000  # characters of an interactive figure's data, for programs
 LONG_FORMS = {
@@ -6640,7 +6643,7 @@ PAGE_MAKERS = {  # by package: what its figures have, and their page
 }
 CHART_FORMS = {  # besides
     "altair": {
-        "application/vnd.vegalite.v5+json": lambda chart: chart.to_json(indent=None),
+        "application/vnd.vegalite+json": lambda chart: chart.to_json(indent=None),
         "image/png": lambda chart: importlib.import_module("vl_convert").vegalite_to_png(chart.to_json()),
     },
     "plotly": {
@@ -6713,10 +6716,26 @@ class Pages:
     def __init__(self, home: str) -> None:
         self.home = home
         self.left = 0  # pages that the call may still save
+        self.elsewhere: dict[str, int] = {}  # files in /tmp when the call began, with the times of their last change
 
     def begin(self) -> None:
         """Begin a call."""
-        self.left = PAGES_SAVED
+        self.left, self.elsewhere = PAGES_SAVED, self._files_elsewhere()
+
+    def files_elsewhere(self) -> str:
+        """Say which files the call wrote to /tmp, or to the home, which is that: nobody can have them."""
+        now = self._files_elsewhere()
+        names = sorted(name for name in now if now[name] != self.elsewhere.get(name))
+        if not names or self.home == "/tmp":
+            return ""
+        return f"{', '.join(names[:3])} in /tmp can't be read from outside: write files to {self.home}"
+
+    def _files_elsewhere(self) -> dict[str, int]:
+        with contextlib.suppress(OSError):
+            likely = [entry for entry in os.scandir("/tmp") if entry.name.endswith(FILE_SUFFIXES)]
+            named = [entry for entry in likely if entry.is_file() and not entry.name.startswith((".", "tmp"))]
+            return {entry.name: entry.stat().st_mtime_ns for entry in named[:ENTRIES_SEEN]}
+        return {}
 
     def make(self, value: Any) -> dict[str, str] | None:
         """Save the page of an interactive figure; return its other forms, of text the page's name. None for others."""

@@ -2291,3 +2291,77 @@ def test_autoreload_says_what_takes_its_place(guest: Guest) -> None:
     told = guest.run("%load_ext autoreload\n%autoreload 2")
     (note,) = told.shown
     assert "importlib.reload(module)" in note["text/plain"]
+
+
+# ── pages, and pictures of all kinds ──
+
+
+def test_a_long_page_or_picture_is_saved_for_the_user_and_named(guest: Guest) -> None:
+    told = guest.run(
+        "from IPython.display import HTML, JSON\ndisplay(HTML('<p>' + 'x' * 10_000), HTML('<b>short</b>'))\n"
+        "JSON({'a': list(range(5000))})"
+    )
+    long, short = told.shown
+    assert long == {"text/plain": "<HTML of 9 kB: saved as page-1.html, which a browser shows>"}
+    assert short["text/html"] == "<b>short</b>"
+    assert told.value == "<JSON of 28 kB: saved as data-1.json>"
+    assert (guest.home / "page-1.html").read_text() == "<p>" + "x" * 10_000
+    assert json.loads((guest.home / "data-1.json").read_text()) == {"a": list(range(5000))}
+    assert [path for path, _ in told.done["files"]] == ["data-1.json", "page-1.html"]
+
+
+def test_of_what_tells_more_as_text_no_page_is_saved(guest: Guest) -> None:
+    told = guest.run(
+        "class Table:\n    def _repr_html_(self): return '<td>' * 10_000\n    def __repr__(self): return 'a b'\nTable()"
+    )
+    assert (told.value, told.done["files"]) == ("a b", [])
+
+
+@pytest.mark.parametrize("way", ["figure", "figure.show()", "show(figure)", "display(figure)"])
+def test_an_interactive_figure_is_a_page_for_the_user_and_data_for_programs(guest: Guest, way: str) -> None:
+    guest.run(
+        "import os, sys\nos.makedirs('lib/plotly/io')\nsys.path.insert(0, 'lib')\n"
+        "open('lib/plotly/__init__.py', 'w').write('')\n"
+        "open('lib/plotly/io/_renderers.py', 'w').write('def show(figure): raise OSError')\n"
+        "open('lib/plotly/io/__init__.py', 'w').write('from plotly.io._renderers import show')\n"
+        "open('lib/plotly/figure.py', 'w').write('''\n"
+        "class Figure:\n"
+        "    def to_html(self, include_plotlyjs): return '<html>' + include_plotlyjs\n"
+        "    def to_json(self): return '{\"data\": []}'\n"
+        "    def show(self):\n"
+        "        import plotly.io\n"
+        "        plotly.io.show(self)\n''')\n"
+        "from plotly.figure import Figure\nfrom plotly.io import show\nfigure = Figure()\n"
+        "for name in os.listdir(): name.endswith('.html') and os.remove(name)"
+    )
+    told = guest.run(way)
+    text = "<interactive figure of plotly: saved as figure-1.html, which a browser shows>"
+    (forms,) = told.shown
+    assert forms.pop("text/plain", told.value) == text
+    assert forms == {"application/vnd.plotly.v1+json": '{"data": []}'}
+    assert (guest.home / "figure-1.html").read_text() == "<html>cdn"
+
+
+def test_pages_of_a_loop_are_bounded(guest: Guest) -> None:
+    told = guest.run("for _ in range(25): display({'text/html': 'x' * 10_000}, raw=True)")
+    assert len(list(guest.home.glob("page-*.html"))) == 20
+    assert told.shown[-1] == {"text/plain": "<HTML of 9 kB: not saved, as a call may save 20 of them>"}
+
+
+def test_files_that_nobody_can_have_are_named(guest: Guest) -> None:
+    name = f"of-{os.urandom(8).hex()}.csv"
+    try:
+        (note,) = guest.run(f"open('/tmp/{name}', 'w').write('1')").shown
+        assert note["text/plain"] == f"[{name} in /tmp can't be read from outside: write files to {guest.home}]"
+        assert guest.run("1").shown == []
+    finally:
+        os.remove(f"/tmp/{name}")
+
+
+def test_what_needs_a_screen_says_so_at_once(guest: Guest) -> None:
+    guest.run(
+        "import os, sys\nos.makedirs('lib')\nsys.path.insert(0, 'lib')\n"
+        "open('lib/tkinter.py', 'w').write('class Tk:\\n    def __init__(self): raise OSError')\nimport tkinter"
+    )
+    told = guest.run("tkinter.Tk()")
+    assert told.exception["message"].startswith("there is no screen, no keyboard and no mouse here")

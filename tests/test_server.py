@@ -669,8 +669,9 @@ def test_no_more_images_than_a_conversation_bears() -> None:
 
 
 def test_a_picture_in_base64_is_shown_as_a_picture() -> None:
-    address = f"data:image/png;base64,{picture(80, 80)}"
-    result = render(Result("ok", output=(Text("stdout", f"before {address} after\n{picture(80, 80)}\n"),)))
+    data = base64.b64encode(base64.b64decode(picture(80, 80)) + bytes(100)).decode()
+    text = f"before data:image/png;base64,{data} after\n{data}\n"
+    result = render(Result("ok", output=(Text("stdout", text),)))
     assert kinds(result) == ["text", "image", "text", "image"]
     assert text_of(result).split() == ["before", "after"]
     broken = f"data:image/png;base64,iVBORw0KGgo{'A' * 400}"
