@@ -373,6 +373,10 @@ class InstallPackage(Tool):
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # inherited
         """Install the package, and report the outcome."""
+        module = self.package_name.strip()
+        if module.partition(".")[0] in sys.stdlib_module_names and module not in DISTRIBUTIONS:
+            message = f"{module} is part of Python: import it, nothing has to be installed"
+            return render_installation(Installation(module, True, message, ()), self.session_id)
         requirement, note = package_meant(self.package_name)
         installation = await service.runner.install(requirement, session=self.session_id, on_status=progress.on_status)
         return render_installation(installation, self.session_id, note)
@@ -628,10 +632,19 @@ def package_meant(asked: str) -> tuple[str, str | None]:
         words = [word.strip(QUOTES) for word in text[command.end() :].split() if word not in NEEDLESS_OPTIONS]
         if not any(word.startswith("-") for word in words):  # other options change what would be installed
             text = " ".join(words)
+    if re.search(r"\s(-i|-f|--(extra-)?index-url|--find-links)\b", text):
+        raise RequestError(
+            f"{textwrap.shorten(repr(text), 80)} is not a package's name: another index is for the operator to name "
+            "(package.index_url); ask for the package by its name alone."
+        )
     name, requirement = parse_requirement(text)
     known = {plain_name(module): package for module, package in DISTRIBUTIONS.items()}
     package = known.get(name)
     written, rest = re.findall(r"^([\w.-]+)(.*)", requirement)[0]
+    top = written.partition(".")[0]
+    if not package and top != written and (top in DISTRIBUTIONS or top in WELL_KNOWN):
+        package = DISTRIBUTIONS.get(top, top)
+        return package + rest, f"{written} is a module of the package {package}."
     if not package or (rest and not re.fullmatch(r"[\w.-]+", package)):
         return requirement, None  # the package brings extras or versions of its own
     return package + rest, f"{written} is the name of the import; the package is called {package}."
@@ -1255,23 +1268,47 @@ DISTRIBUTIONS = {
     "win32api": "pywin32", "wx": "wxPython", "Xlib": "python-xlib", "yaml": "PyYAML", "zmq": "pyzmq",
 }  # fmt: skip
 
+WELL_KNOWN = ("matplotlib", "nltk", "numpy", "pandas", "plotly", "requests", "scipy", "seaborn", "statsmodels", "sympy")
+SYSTEM_PACKAGES = {  # Debian's, by the library that they have
+    "libEGL": "libegl1", "libGL": "libgl1", "libMagickWand": "libmagickwand-6.q16-6", "libcairo": "libcairo2",
+    "libglib-2": "libglib2.0-0", "libgobject-2": "libglib2.0-0", "libgomp": "libgomp1", "libgthread-2": "libglib2.0-0",
+    "libmagic": "libmagic1", "libpango-1": "libpango-1.0-0", "libpangocairo-1": "libpangocairo-1.0-0",
+    "libportaudio": "libportaudio2", "libsndfile": "libsndfile1", "libtcl8": "tk", "libtk8": "tk",
+    "libusb-1": "libusb-1.0-0", "libxcb": "libxcb1", "libzbar": "libzbar0",
+}  # fmt: skip
+DATA_HOSTS = {  # of what libraries load by themselves: what asks for it, and where it comes from
+    r"load_dataset\(": "raw.githubusercontent.com",
+    r"nltk\.download|nltk": "raw.githubusercontent.com",
+    r"fetch_openml\(": "api.openml.org",
+    r"fetch_\w+\(": "ndownloader.figshare.com",
+    r"from_pretrained\(|huggingface": "huggingface.co",
+    r"torchvision\.datasets|tensorflow_datasets|keras\.datasets": "storage.googleapis.com",
+    r"yfinance|yf\.": "query1.finance.yahoo.com",
+}
+
 # Hints that are too long for a row.
 NO_GRAPHICS = (
     "opencv-python needs a graphics library that this image lacks: call install-package with package_name "
     '"opencv-python-headless".'
 )
-NO_LIBRARY = (
-    "The system library {0} is missing, and can't be added from code: have the operator set docker.image to an image "
-    "that has it."
+NO_COMMAND = (
+    "System packages can't be added from code: do without, use a Python package for it, or have the operator set "
+    "docker.image to an image that has them."
+)
+NO_LOCALE = (
+    "This image has only the locales C.UTF-8 and POSIX: format numbers and dates in Python, such as f'{{x:,.2f}}', or "
+    'by the package babel (install-package, package_name "babel").'
+)
+NO_FONT = (
+    "There is no such font here: use ImageFont.load_default(size=20), or Matplotlib's own, by "
+    "matplotlib.font_manager.findfont('DejaVu Sans')."
 )
 NO_FFMPEG = "There is no ffmpeg in this image: save the animation as a GIF, by anim.save('name.gif', writer='pillow')."
-NO_IPYTHON_DISPLAY = (
-    "IPython.display has only display, HTML, Markdown, Image, SVG, Latex, JSON and clear_output here: use one of them."
-)
 NO_POOL = (
     "The pool's processes could not run the code, or memory ran out: use mp_context=multiprocessing.get_context("
     '"fork"), or threads.'
 )
+NO_SCREEN = "There is no screen here: draw with Matplotlib or Pillow, and show it with display(), or save it."
 NO_FILE = "There is no file: the working directory is {docker.working_dir}; use paths relative to it."
 NO_IPYTHON = "This is plain Python, not IPython: leave it out. Shell lines (!ls) and figures work without it."
 DISK_FULL = "Files may take {docker.disk_limit}: remove some, or have the operator raise docker.disk_limit."
@@ -1291,6 +1328,7 @@ _GAP = r"""(?:\s+['"]?|['"]\s*,\s*['"])"""
 PIP_INSTALL = re.compile(rf"""\bpip[\d.]*{_GAP}install((?:{_GAP}[^\s'";|&()]+)+)""")
 PIP_FAILED = re.compile(r"No module named pip\b|\bpip[\d.]*: (?:command )?not found|No matching distribution found for")
 REQUIREMENT = r"\w[\w-]*(?:\.[\w-]+)*(?:\[[\w,-]+\])?(?:[<>=!~]=[\w.]*\w)?"
+RELATIVE = r"""['"]((?![/~]|[A-Za-z]:)[^'"]*\.\w{1,8})['"]"""  # with a suffix: another may be a command
 PATH = r"""((?:[/~]|[A-Za-z]:[\\/])[^'"]*)"""  # one that is not relative
 
 
@@ -1315,7 +1353,13 @@ def hint_on(result: Result, code: str, config: Config, lacking: str | None = Non
     if result.status == "timeout":
         return "Allow it more time with `timeout`, or do less in one call."
     if (error := result.exception) is None:
-        return hint_on_pip(code) if result.status == "ok" and any(map(is_from_pip, result.output)) else None
+        if result.status == "ok" and any(map(is_from_pip, result.output)):
+            return hint_on_pip(code)
+        is_system = re.search(r"\b(apt|apt-get|apk|yum|dnf|brew)\s+(-\S+\s+)*(install|add|update)\b", code)
+        said = [item.text for item in result.output if isinstance(item, Text) and item.stream == "stderr"]
+        return (
+            NO_COMMAND if is_system and re.search(r"not found|ermission denied|are you root", "".join(said)) else None
+        )
     failure = Failure(error, code, config, result.session is not None, lacking)
     for kind, message, words in HINTS:
         if re.fullmatch(kind, error.type) and (found := re.search(message, error.message)):
@@ -1383,6 +1427,33 @@ def hint_on_optional(found: re.Match[str], _: Failure) -> str:
     return f'Another package is needed: call install-package with package_name "{package}", then run this again.'
 
 
+def hint_on_library(found: re.Match[str], _: Failure) -> str:
+    """Return which system package a library is in, and who can add it."""
+    package = next((name for library, name in SYSTEM_PACKAGES.items() if found[1].startswith(library)), None)
+    called = f" (Debian's package {package})" if package else ""
+    return (
+        f"The system library {found[1]}{called} is missing, and can't be added from code: have the operator set "
+        "docker.image to an image that has it."
+    )
+
+
+def hint_on_overwritten(_: re.Match[str], failure: Failure) -> str | None:
+    """Return how to have a builtin back whose name the code has given to something else."""
+    name = failure.error.missing
+    return name and f"The code has put something else in the place of Python's own {name}: `del {name}` brings it back."
+
+
+def hint_on_relative(found: re.Match[str], failure: Failure) -> str:
+    """Return how files come into the working directory, where one is missing."""
+    what_is_there = "os.listdir() tells what is there" if failure.in_session else "each call starts without any"
+    taken = (
+        f"Name files of the user's in `files`. {what_can_be_given(failure.config)}"
+        if failure.config.files.inputs
+        else ("Write it first, or have the operator name a folder to take files from (files.inputs).")
+    )
+    return f"{found[1]} is not in the working directory ({what_is_there}). {taken}"
+
+
 def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
     """Return how data gets in without a network, if there is none."""
     if not failure.config.docker.network_disabled:
@@ -1393,6 +1464,12 @@ def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
             "variables http_proxy and https_proxy name: use what respects them, such as urllib, pandas, requests, "
             "httpx, or aiohttp.ClientSession(trust_env=True)."
         )
+    for asks, host in DATA_HOSTS.items():
+        if re.search(asks, failure.code):
+            return (
+                f"Code here has no network, and these data are loaded from {host}: use others, such as those of "
+                f"sklearn.datasets.load_iris(), or have the operator allow that host (docker.network_allow: [{host}])."
+            )
     return "Code here has no network (docker.network_disabled): put the data into the code, or " + (
         "pass a file with it in `files`."
         if failure.config.files.inputs
@@ -1456,7 +1533,7 @@ def hint_on_permission(found: re.Match[str], failure: Failure) -> str | None:
 # Each row: the exception's type, what its message matches, and the hint, in which {0} is the match's first group. A
 # function may still find that its row does not fit, and return None. The first row that fits wins.
 HINTS: tuple[tuple[str, str, Words], ...] = (
-    (r".*", r"", hint_on_missing),
+    (r"(?!TypeError).*", r"", hint_on_missing),
     (r"ModuleNotFoundError", r"^code can't install packages: ", lambda found, _: hint_on_pip(found.string)),
     # packages that others need: pandas 2 and 3 in their words, then what libraries say in general
     (r".*", r"Unable to find a usable engine; tried using: '([\w-]+)", hint_on_optional),
@@ -1474,13 +1551,23 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r"ImportError", r"(?i)\bplease,? install (?:the )?['`\"]?(?!it\b|or\b|the\b|a\b|an\b)([\w-]+)", hint_on_optional),
     # what this image and plain Python lack
     (r"ImportError", r"^lib(?:GL|gthread|glib)\b.* cannot open shared object file", NO_GRAPHICS),
-    (r"ImportError", r"^(\S+): cannot open shared object file", NO_LIBRARY),
+    (r".*", r"\b(lib[\w.+-]+)\.so\S*: cannot open shared object file", hint_on_library),
+    (
+        r".*",
+        r"(?:cannot load library|no library called|could not find|find library) '?\"?(lib[\w+-]+)",
+        hint_on_library,
+    ),
+    (r"FileNotFoundError", r"directory: '(?:sudo|apt|apt-get|apk|brew|yum|dnf|conda)'", NO_COMMAND),
+    (r"Error", r"unsupported locale setting", NO_LOCALE),
+    (r"OSError", r"^cannot open resource", NO_FONT),
+    (r"\w*", r"DISPLAY|[Nn]o display name|cannot connect to (?:X server|display)", NO_SCREEN),
+    (r"LookupError", r"NLTK Downloader", hint_on_network),
+    (r"TypeError", r"object is not callable", hint_on_overwritten),
     (
         r".*",
         r"unknown file extension: \.(?:mp4|avi|mov|mkv|webm)|MovieWriter \(?'?ffmpeg'?\)? (?:not |un)avail",
         NO_FFMPEG,
     ),
-    (r"ImportError", r"cannot import name '\w+' from 'IPython\.display'(?! \(/)", NO_IPYTHON_DISPLAY),
     (r"NameError", r"name '__file__'", NO_FILE),
     (r"NameError", r"name 'get_ipython'", NO_IPYTHON),
     # nobody is there
@@ -1496,6 +1583,7 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r"FileNotFoundError", r"No such file or directory: ['\"]?([^'\"]+)", hint_on_input),
     (r"FileNotFoundError", rf"No such file or directory: ['\"]?{PATH}", hint_on_path),
     (r"FileNotFoundError", rf"^{PATH} not found", hint_on_path),
+    (r"FileNotFoundError", rf"No such file or directory: {RELATIVE}", hint_on_relative),
     (r"PermissionError", rf"\[Errno 13\][^'\"]*['\"]{PATH}", hint_on_permission),
     (r"(?:_Array)?MemoryError", r"", OUT_OF_MEMORY),
     (r"BrokenProcessPool", r"", NO_POOL),

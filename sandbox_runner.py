@@ -178,7 +178,7 @@ class ExceptionInfo:
     message: str
     line: int | None  # in this call's code
     traceback: str  # only the frames of the user's own code
-    missing: str | None = None  # the module that was not found, if that was the cause
+    missing: str | None = None  # the module that was not found, or Python's own name that the code has overwritten
 
 
 @dataclass(frozen=True)
@@ -6492,6 +6492,8 @@ class Sources:
                 message = exact(error.msg) or message
             if isinstance(error, ModuleNotFoundError):
                 missing = clip(exact(error.name), 200) or None
+            if type(error) is TypeError and lines:
+                missing = self._overwritten(lines[-1])
             text = self.traceback_of(error)
         except BaseException:  # its __cause__, __notes__ or msg may be the code's own, and raise anything
             frames = [(frame.tb_frame, frame.tb_lineno) for frame in self._frames(error)]
@@ -6504,6 +6506,13 @@ class Sources:
             "traceback": clip(text, TRACEBACK_LIMIT),
             "missing": missing,
         }
+
+    def _overwritten(self, number: int) -> str | None:
+        """Return which of Python's own functions a line calls whose name the code has given to something else."""
+        line = "".join(source_lines(self.codes[self.filename])[number - 1 : number])
+        names = vars(sys.modules["__main__"])
+        called = [name for name in re.findall(r"\b(\w+)\(", line) if hasattr(builtins, name) and name in names]
+        return next((name for name in called if not callable(names[name])), None)
 
     def traceback_of(self, error: BaseException) -> str:
         """Return the traceback of an exception, with the frames of the user's own code."""
@@ -9072,7 +9081,10 @@ class PackageConfig:
     installer: Literal["uv", "pip"] = "uv"
     index_url: str | None = None
     trusted_hosts: tuple[str, ...] = ()
-    preinstalled: tuple[str, ...] = ("numpy", "pandas", "scipy", "matplotlib", "scikit-learn", "sympy")
+    preinstalled: tuple[str, ...] = (
+        *("numpy", "pandas", "scipy", "matplotlib", "scikit-learn", "sympy"),
+        *("seaborn", "openpyxl", "tabulate", "jinja2", "tqdm"),
+    )
     wheels_only: bool = True
     ca_bundle: str | None = None
     network: str | None = None
@@ -9779,7 +9791,7 @@ def _print_end(result: Result, value: bool) -> None:
     notes += [f"not saved: {path} ({reason})" for path, reason in result.files_left_out.items()]
     notes += result.refused
     notes.append(result.message or "")
-    if result.exception and result.exception.missing:
+    if result.exception and result.exception.missing and result.exception.type != "TypeError":
         notes.append(f"`python-docker-mcp install PACKAGE` installs what {result.exception.missing} is part of")
     if result.unread:
         print("".join(map(plain_text, result.unread.output)), end="", file=sys.stderr)

@@ -50,6 +50,8 @@ async def read(runner: Runner, code: str) -> Read:
 
 
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.title('t')\n"
+IMAGE = "import numpy as np\nfrom PIL import Image\nx = (np.add.outer(range(500), range(600)) % 256).astype('uint8')\n"
+BUFFER = f"{PLOT}import io\nb = io.BytesIO()\nplt.savefig(b)\n"
 ARRAY = "import numpy as np, pandas as pd\ndf = pd.DataFrame(np.arange(72).reshape(3, 24)).add_prefix('column_')\n"
 
 PICTURES = [  # code, pictures, what its text has, and what not
@@ -76,6 +78,19 @@ PICTURES = [  # code, pictures, what its text has, and what not
     (PLOT.replace("'t'", "'売上 매출 销售'"), 1, "boxes stand for 上 售 売 销 매 출: for a font", "Glyph"),
     ("import matplotlib.pyplot as plt\nplt.rcParams['font.sans-serif'] = ['SimHei']\n" + PLOT, 1, "SimHei", "image"),
     ("import plotly.express", 0, 'install-package, package_name "plotly"', ""),
+    (f"{PLOT}plt.savefig('trend')\nplt.show()", 1, "trend.png", "saved as"),
+    (f"{PLOT}with open('p.png', 'wb') as file: plt.savefig(file)\nNone", 1, "p.png", "saved as"),
+    (f"{BUFFER}plt.show()\nx = open('b.png', 'wb').write(b.getvalue())", 1, "b.png", "saved as"),
+    (f"{BUFFER}plt.close()\nimport base64\nprint(base64.b64encode(b.getvalue()))", 1, "", "iVBOR"),
+    (f"{BUFFER}plt.close()\nb.getvalue()", 1, "", "Value"),
+    (PLOT.replace("'t'", "'\u0e2a'"), 1, "no font has them here", "mpl-font"),
+    (f"{PLOT}plt.waitforbuttonpress()", 1, "there is no screen, no keyboard", "Timed out"),
+    (f"{IMAGE}Image.fromarray(x.astype('float32') / 255)", 1, "", "Value"),
+    (f"{IMAGE}Image.fromarray(x.astype('uint16') * 257)", 1, "", "Value"),
+    (f"{IMAGE}Image.fromarray(x).convert('CMYK')", 1, "", "Value"),
+    (f"{IMAGE}Image.fromarray(np.dstack([x.repeat(3, 0).repeat(3, 1)] * 3))", 1, "", "Value"),
+    ("for number in range(24):\n    display(number)\n" + PLOT, 1, "23", "left out"),
+    ("import seaborn as sns\nsns.histplot([1, 2, 2, 3])", 1, "Value: <Axes", "install"),
     (f"{ARRAY}print(df)", 0, "column_23", "..."),
     (f"{ARRAY}df.describe()", 0, "column_23", "..."),
 ]
@@ -119,15 +134,22 @@ CODE = [  # code, and what its text has
     (PIP, 'call install-package with package_name "nonesuch".'),
     ("import os\nos.system('pip install nonesuch')", 'call install-package with package_name "nonesuch".'),
     (f"{IPYTHON}display(HTML('<b>42</b>'))", "<b>42</b>"),
-    ("from IPython.display import Audio", "IPython.display has only display, HTML"),
+    ("from IPython.display import Audio\nAudio('a.mp3')", "Value: [Audio: a.mp3]"),
     (f"from IPython import get_ipython\nprint(get_ipython())\n{PLOT}", "None\n"),
     ("get_ipython().system('ls')", "This is plain Python, not IPython"),
     ("len?", "SyntaxError: invalid syntax"),
     ("from google.colab import drive", "google.colab exists only in Google Colab"),
     ("__file__", "There is no file: the working directory is /app"),
-    ("import pandas as pd\npd.DataFrame({'a': [1]}).to_markdown()", 'package_name "tabulate"'),
+    ("import pandas as pd\nprint(pd.DataFrame({'a': [1]}).to_markdown())", "|  0 |   1 |"),
+    ("import pandas as pd\npd.DataFrame({'a': [1]}).to_excel('a.xlsx')\npd.read_excel('a.xlsx').size", "Value: 2"),
+    ("import tqdm\nfor _ in tqdm.tqdm(range(3)): pass", "100%"),
+    ("import tkinter\ntkinter.Tk()", "there is no screen, no keyboard and no mouse here"),
+    ("sum = 3\nprint(sum([1, 2]))", "`del sum` brings it back"),
+    ("import seaborn as sns\nsns.load_dataset('tips')", "docker.network_allow: [raw.githubusercontent.com]"),
+    ("from PIL import ImageFont\nImageFont.truetype('arial.ttf', 20)", "ImageFont.load_default(size=20)"),
+    ("import numpy as np\nawait __import__('asyncio').sleep(0)\nnp.set_printoptions(2)\nnp.array([1/3])", "[0.33]"),
     ("import pandas as pd\npd.DataFrame({'a': [1]}).to_parquet('x')", 'package_name "pyarrow"'),
-    ("import pandas as pd\npd.DataFrame({'a': [1]}).style", 'package_name "jinja2"'),
+    ("import pandas as pd\npd.DataFrame({'a': [1]}).style.highlight_max()", "<style"),
     ("import io, pandas as pd\npd.read_html(io.StringIO('<table><tr><td>1</table>'))", 'package_name "lxml"'),
     ("import pandas as pd\npd.read_csv('/mnt/data/sales.csv')", "Code sees only its own working directory /app"),
     (SPAWN, "processes started by spawn can't find f"),

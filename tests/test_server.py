@@ -274,6 +274,33 @@ def test_pip_in_code_that_did_not_mind_has_the_same_hint(text: str, code: str, c
     assert hint_on(Result("ok", output=(Text("stdout", text), Omitted(1))), code, Config()) is None
 
 
+def test_a_builtin_that_the_code_has_overwritten_is_named() -> None:
+    advice = advice_on("TypeError", "'int' object is not callable", missing="sum")
+    assert advice == "The code has put something else in the place of Python's own sum: `del sum` brings it back."
+
+
+@pytest.mark.parametrize(
+    ("code", "host"),
+    [
+        ("sns.load_dataset('tips')", "raw.githubusercontent.com"),
+        ("fetch_california_housing()", "ndownloader.figshare.com"),
+        ("fetch_openml('mnist_784')", "api.openml.org"),
+        ("AutoModel.from_pretrained('x')", "huggingface.co"),
+        ("requests.get('https://example.com')", None),
+    ],
+)
+def test_data_that_a_library_loads_by_itself_are_told_with_their_host(code: str, host: str | None) -> None:
+    advice = advice_on("URLError", "<urlopen error [Errno -3] Temporary failure in name resolution>", code=code) or ""
+    assert (f"docker.network_allow: [{host}]" in advice) == (host is not None)
+    assert "no network" in advice
+
+
+def test_system_packages_in_shell_lines_have_a_hint_if_there_are_none() -> None:
+    said = (Text("stderr", "sh: 1: apt-get: not found"),)
+    assert "docker.image" in (hint_on(Result("ok", output=said), "!apt-get install -y graphviz", Config()) or "")
+    assert hint_on(Result("ok", output=said), "print('apt')", Config()) is None
+
+
 VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'tests' / 'tools'}:/out:rw")))
 
 
@@ -288,10 +315,25 @@ VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'test
         (
             "ImportError",
             "libpango-1.0.so.0: cannot open shared object file: No such file or directory",
-            "The system library libpango-1.0.so.0 is missing",
+            "The system library libpango-1.0 (Debian's package libpango-1.0-0) is missing",
         ),
-        ("ImportError", "cannot import name 'Audio' from 'IPython.display' (unknown location)", "clear_output here"),
-        ("ImportError", "cannot import name 'Audio' from 'IPython.display' (/packages/IPython/display.py)", None),
+        (
+            "OSError",
+            "libgomp.so.1: cannot open shared object file: No such file or directory",
+            "Debian's package libgomp1",
+        ),
+        ("OSError", 'no library called "libcairo-2" was found', "Debian's package libcairo2"),
+        (
+            "FileNotFoundError",
+            "[Errno 2] No such file or directory: 'apt-get'",
+            "System packages can't be added from code",
+        ),
+        ("FileNotFoundError", "[Errno 2] No such file or directory: 'ffmpeg'", None),
+        ("Error", "unsupported locale setting", "format numbers and dates in Python, such as f'{x:,.2f}'"),
+        ("OSError", "cannot open resource", "ImageFont.load_default(size=20)"),
+        ("KeyError", "'DISPLAY'", "There is no screen here"),
+        ("TclError", "no display name and no $DISPLAY environment variable", "There is no screen here"),
+        ("TypeError", "'int' object is not callable", None),
         ("ImportError", "import of os is not allowed", None),
         ("ValueError", "unknown file extension: .mp4", "There is no ffmpeg in this image: save the animation as a GIF"),
         ("RuntimeError", "Requested MovieWriter (ffmpeg) not available", "There is no ffmpeg in this image"),
@@ -342,11 +384,12 @@ def test_a_failure_with_a_usual_cause_has_a_hint(kind: str, message: str, words:
         ("/app/a.csv", Config(), None),
         ("/tmp/a.csv", Config(), None),
         ("/usr/bin/ffmpeg", Config(), None),
-        ("a.csv", Config(), None),
+        ("a.csv", Config(), "a.csv is not in the working directory (each call starts without any)"),
     ],
 )
 def test_a_file_outside_of_what_code_sees_has_a_hint(path: str, config: Config, words: str | None) -> None:
-    for message in (str(FileNotFoundError(2, "No such file or directory", path)), f"{path} not found."):
+    others = [f"{path} not found."] if path != "a.csv" else []
+    for message in (str(FileNotFoundError(2, "No such file or directory", path)), *others):
         advice = advice_on("FileNotFoundError", message, config=config)
         assert words in advice if words and advice else advice is words
 
@@ -439,7 +482,11 @@ def test_a_command_that_installs_one_package_is_taken_for_the_package(asked: str
     [
         ("pip install numpy pandas", "'numpy pandas' is not a package's name with extras and versions: ask for one"),
         ("pip install -r needed.txt", "'pip install -r needed.txt' is not a package's name"),
-        ("pip install -i https://x.y requests", "'pip install -i https://x.y requests' is not a package's name"),
+        (
+            "pip install -i https://x.y requests",
+            "'pip install -i https://x.y requests' is not a package's name: another",
+        ),
+        ("pip install torch --index-url https://x.y", "'pip install torch --index-url https://x.y' is not a package's"),
         ("pip install --pre requests", "'pip install --pre requests' is not a package's name"),
         ("pip install -q", "'' is not a package's name"),
     ],
@@ -462,6 +509,7 @@ def test_a_command_that_installs_anything_else_is_refused(asked: str, words: str
         ("psycopg", "psycopg[binary]", "psycopg"),
         ("psycopg[c]", "psycopg[c]", None),
         ("beautifulsoup4", "beautifulsoup4", None),
+        ("zope.interface", "zope.interface", None),
     ],
 )
 def test_the_name_of_an_import_is_taken_for_its_package_and_that_is_said(
@@ -473,6 +521,12 @@ def test_the_name_of_an_import_is_taken_for_its_package_and_that_is_said(
     assert said == (note.replace("python-docx[x]", "python-docx") if note else None)
     rendered = text_of(render_installation(Installation("x", True, "Installed x 1"), None, said))
     assert rendered == "Installed x 1." + (f"\n\nNote: {said}" if said else "")
+
+
+def test_a_module_is_taken_for_its_package() -> None:
+    said = "sklearn.linear_model is a module of the package scikit-learn."
+    assert package_meant("sklearn.linear_model") == ("scikit-learn", said)
+    assert package_meant("matplotlib.pyplot==3.9")[0] == "matplotlib==3.9"
 
 
 def test_every_package_in_the_table_is_a_requirement() -> None:
