@@ -110,6 +110,7 @@ from sandbox_runner import (
     show_status,
     size_in_bytes,
     split_mount,
+    tells,
 )
 
 gc.freeze()  # later collections skip those objects too
@@ -821,7 +822,7 @@ def on_screen(text: str) -> str:
 def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
     """Return the form of a value that tells a reader most: its repr, unless that is like `<… object at 0x…>`."""
     plain = plain or forms.get("text/plain", "")
-    if plain and not (plain.startswith("<") and plain.endswith(">")):
+    if tells(plain):
         return plain
     mimes = ("text/markdown", "text/latex", "application/json", "text/html", "image/svg+xml")
     return next((forms[mime] for mime in mimes if mime in forms), plain)
@@ -1308,6 +1309,10 @@ NO_POOL = (
     "The pool's processes could not run the code, or memory ran out: use mp_context=multiprocessing.get_context("
     '"fork"), or threads.'
 )
+NO_GRAPHVIZ = (
+    "Graphviz's own program dot is not in this image: draw the graph with networkx (nx.draw), or have the operator set "
+    "docker.image to an image that has it."
+)
 NO_SCREEN = "There is no screen here: draw with Matplotlib or Pillow, and show it with display(), or save it."
 NO_FILE = "There is no file: the working directory is {docker.working_dir}; use paths relative to it."
 NO_IPYTHON = "This is plain Python, not IPython: leave it out. Shell lines (!ls) and figures work without it."
@@ -1562,6 +1567,7 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
     (r"OSError", r"^cannot open resource", NO_FONT),
     (r"\w*", r"DISPLAY|[Nn]o display name|cannot connect to (?:X server|display)", NO_SCREEN),
     (r"LookupError", r"NLTK Downloader", hint_on_network),
+    (r"\w*ExecutableNotFound\w*|InvocationException", r"[Gg]raph[Vv]iz|\bdot\b", NO_GRAPHVIZ),
     (r"TypeError", r"object is not callable", hint_on_overwritten),
     (
         r".*",

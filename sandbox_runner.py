@@ -3816,6 +3816,11 @@ def head(frame: Mapping[str, Any]) -> bytes:
     return ENCODER.encode(fields).encode() + b"\n"
 
 
+def tells(plain: str) -> bool:
+    """Whether a value's repr tells a reader something, as one like `<… object at 0x…>` does not."""
+    return bool(plain) and not (plain.startswith("<") and plain.endswith(">")) and " object at 0x" not in plain
+
+
 def clip(text: str, limit: int) -> str:
     """Shorten `text` to about `limit` characters: head, tail, and between them how much was left out."""
     if len(text) <= limit:
@@ -5915,8 +5920,8 @@ class Worker:
             else:
                 forms = picture_in(value) or self.pages.make(value) or rich_forms(value)
         except Exception as error:
-            name = f"figure {getattr(value, 'number', '')}".rstrip()
-            self.note(f"{name} could not be drawn: {failure_of(error)}")
+            number = getattr(value, "number", "") if is_figure(value) else ""
+            self.note(f"{f'figure {number}' if number else class_name(value)} could not be drawn: {failure_of(error)}")
             return None
         with contextlib.suppress(Exception):
             self.pictures.note_shown(value)
@@ -6686,22 +6691,34 @@ def describe(value: Any) -> str:
 
 
 def rich_forms(value: Any) -> dict[str, str]:
-    """Return a value's forms other than plain text, by MIME type, as its class makes them (IPython's protocol)."""
+    """Return a value's forms other than plain text, by MIME type, as its class makes them (IPython's protocol).
+
+    Raises the error that kept one from being made, if there is no other.
+    """
     forms: dict[str, Any] = {}
+    failure: Exception | None = None
     if issubclass(type(value), type):
         return {}
     if is_image(value):  # Pillow itself shows some modes only
         with contextlib.suppress(Exception):
             return draw_image(value)
     for mime, method in RICH_FORMS:
-        with contextlib.suppress(Exception):  # a form that can't be made is left out
-            make = getattr(value, method)
+        try:
+            make = getattr(value, method, None)
             forms[mime] = make() if callable(make) else None
-    with contextlib.suppress(Exception):
-        bundle = value._repr_mimebundle_()
+        except Exception as error:
+            failure = error
+    try:
+        make = getattr(value, "_repr_mimebundle_", None)
+        bundle = make() if callable(make) else {}
         forms.update(bundle[0] if isinstance(bundle, tuple) else bundle)
+    except Exception as error:
+        failure = error
     forms.pop("text/plain", None)
-    return encode_forms(forms)
+    rich = encode_forms(forms)
+    if failure and not rich:
+        raise failure
+    return rich
 
 
 def encode_forms(forms: Mapping[Any, Any]) -> dict[str, str]:
@@ -6769,8 +6786,7 @@ class Pages:
 
     def fit(self, forms: dict[str, str]) -> dict[str, str]:
         """Return forms without those too long for an answer; save what would have been shown."""
-        plain = forms.get("text/plain", "")
-        is_telling = plain and not (plain.startswith("<") and plain.endswith(">"))
+        is_telling = tells(forms.get("text/plain", ""))
         has_picture = any(mime in forms for mime in ("image/png", "image/jpeg", "image/gif", "image/webp"))
         for mime, (name, suffix) in LONG_FORMS.items():
             if len(forms.get(mime, "")) <= PAGE_LIMIT:
