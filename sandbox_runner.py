@@ -6961,11 +6961,11 @@ class Pictures:
             self.worker.note(f"{more} more pictures were saved, and are not shown")
         if self.without_glyph:
             text = clip(" ".join(sorted(self.without_glyph)), 100)
-            helps = all(unicodedata.name(character, "").startswith(IN_MPL_FONT) for character in self.without_glyph)
-            advice = (
-                "for a font that has them install mpl-font, then run this again" if helps else "no font has them here"
-            )
-            self.worker.note(f"boxes stand for {text}: {advice}")
+            if all(unicodedata.name(character, "").startswith(IN_MPL_FONT) for character in self.without_glyph):
+                advice = f"{text}: for a font that has them install mpl-font, then run this again"
+            else:
+                advice = f"{text}: no font has them here"
+            self.worker.note(f"boxes stand for {advice}")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,9 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 ON = "print('on', flush=True)\n"
-STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, lambda *_: print('no'))\n{ON}while True: signal.pause()"
+STUBBORN = (
+    f"import signal, time\nsignal.signal(signal.SIGINT, lambda *_: print('no'))\n{ON}while True: time.sleep(0.01)"
+)
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Says = Callable[..., str]
