@@ -6672,6 +6672,7 @@ RICH_FORMS = (
     ("text/html", "_repr_html_"),
     ("text/markdown", "_repr_markdown_"),
     ("text/latex", "_repr_latex_"),
+    ("application/json", "_repr_json_"),
 )
 
 
@@ -6727,6 +6728,8 @@ def encode_forms(forms: Mapping[Any, Any]) -> dict[str, str]:
     for mime, form in list(forms.items())[:FORMS_LIMIT]:
         if isinstance(form, tuple) and form:
             form = form[0]  # some return (data, metadata)
+        if isinstance(form, (dict, list)) and str(mime).endswith("json"):
+            form = json.dumps(form, default=str)
         if isinstance(form, bytes):
             picture = image_forms(bytes(form))
             mime, form = next(iter(picture.items())) if str(mime).startswith("image/") else (mime, *picture.values())
