@@ -2281,7 +2281,9 @@ def judge_system_calls(patient: Patient, _: Result, seen: Any) -> Judgement:
 def judge_neighbours(_: Patient, __: Result, seen: Any) -> Judgement:
     """Whether there is enough for every sandbox of what the kernel counts by user."""
     user, taken = seen
-    shared = ", which all sandboxes with docker.mounts share" if user == NOBODY else ", which no other sandbox has"
+    shared = (
+        ", which all sandboxes with docker.mounts share" if user == NOBODY else ", which was drawn for this sandbox"
+    )
     if taken < INOTIFY_WANTED:
         remedy = "Raise the limit: `sysctl fs.inotify.max_user_instances=1024`; and see which other program takes them."
         return "warning", f"of uid {user}{shared}, only {taken} inotify instances are left", remedy

@@ -1445,7 +1445,7 @@ class Pool:
         idle_timeout: float,
     ) -> None:
         self.ready: deque[Sandbox] = deque()  # oldest first
-        self._create = create
+        self.create = create
         self.config = config
         self._tasks = tasks
         self._creations = anyio.Semaphore(config.max_concurrent_creations)
@@ -1605,7 +1605,7 @@ class Pool:
         """Create a sandbox, for which a place is already counted."""
         try:
             async with self._creations:
-                sandbox = await self._create(preload, report)
+                sandbox = await self.create(preload, report)
         except BaseException:
             self._free_place()
             raise
@@ -1909,9 +1909,9 @@ class Sandbox:
         self._pipe = pipe
         self._errors = bytearray()
         self._greeted = anyio.Event()
-        self._answers: dict[str, MemoryObjectSendStream[ToQuestion]] = {}  # by the questions' id
+        self.answers: dict[str, MemoryObjectSendStream[ToQuestion]] = {}  # by the questions' id
         self._heard = anyio.current_time()  # when the last frame was read, and taken
-        self._fault: str | None = None  # what was wrong with a frame
+        self.fault: str | None = None  # what was wrong with a frame
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
@@ -1934,7 +1934,7 @@ class Sandbox:
         labels = {"owner": launcher.owner, "settings": settings["digest"]}
         client = await engine.spawn(*engine.sandbox_arguments(name, image, launcher.config, labels))
         sandbox = cls(engine, name, *client, launcher.network)
-        launcher.tasks.start_soon(sandbox._serve, None)
+        launcher.tasks.start_soon(sandbox.serve, None)
         try:
             with anyio.fail_after(START_TIMEOUT):
                 await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", {**settings, "owner": launcher.owner}))
@@ -1977,7 +1977,7 @@ class Sandbox:
         """Find out whether the supervisor answers or, if it does not, the engine. Raises HangError."""
         with anyio.move_on_after(PONG_TIMEOUT):
             with contextlib.suppress(anyio.EndOfStream):  # it ends: the call learns of that as of any other end
-                await self._ask({"op": "ping", "id": secrets.token_hex(8)})
+                await self.ask({"op": "ping", "id": secrets.token_hex(8)})
             return
         await self._require_engine()
 
@@ -1999,7 +1999,7 @@ class Sandbox:
         answer within `patience` seconds.
         """
         sandbox = cls(engine, name, *await engine.spawn(*engine.plug_arguments(name)), launcher.network)
-        launcher.tasks.start_soon(sandbox._serve, call)
+        launcher.tasks.start_soon(sandbox.serve, call)
         request: PlugRequest = {"session": session, "settings": settings, "owner": launcher.owner}
         try:
             with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
@@ -2026,14 +2026,14 @@ class Sandbox:
 
     # ── the pipe ──
 
-    async def _serve(self, call: Call | None) -> None:
+    async def serve(self, call: Call | None) -> None:
         """Read from the container and its command line until they are gone; go on with `call` if it runs there."""
         assert self.client.stderr is not None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(keep_tail, self.client.stderr, self._errors)
                 await self._read_frames(call, tasks)
-                if self._fault and self.greeting and self.greeting["kind"] == "ready":
+                if self.fault and self.greeting and self.greeting["kind"] == "ready":
                     await self.remove()  # it is ours, and may not end by itself
                 with anyio.move_on_after(FAREWELL_TIMEOUT):
                     await self.client.wait()
@@ -2046,15 +2046,15 @@ class Sandbox:
             self.gone.set()
             self._greeted.set()
             self.prepared.set()
-            for answer in self._answers.values():
+            for answer in self.answers.values():
                 answer.close()
             if self.call:
                 self._lose(self.call)
 
     def _lose(self, call: Call) -> None:
         """Cut the call from this sandbox, which is gone; end it if no session could go on with it."""
-        why = last_line(f"it sent what no supervisor sends: {self._fault}" if self._fault else self._last_words())
-        if self._fault or (call.stage is Stage.BEGUN and not call.request.session):
+        why = last_line(f"it sent what no supervisor sends: {self.fault}" if self.fault else self._last_words())
+        if self.fault or (call.stage is Stage.BEGUN and not call.request.session):
             call.end(call.died(f"the container ended during the call ({why})"))
         call.cut(why)
 
@@ -2088,9 +2088,9 @@ class Sandbox:
                     or frame["kind"] == "written"
                     or frame["kind"] == "recycled"
                     or frame["kind"] == "used"
-                    or (frame["kind"] == "unfit" and frame["id"] in self._answers)
+                    or (frame["kind"] == "unfit" and frame["id"] in self.answers)
                 ):
-                    if answers := self._answers.get(frame["id"]):
+                    if answers := self.answers.get(frame["id"]):
                         answers.send_nowait(frame)
                 elif self.call and frame["id"] == self.call.id and not self.call.ended.is_set():
                     await self.call.take(frame)
@@ -2101,7 +2101,7 @@ class Sandbox:
         except (anyio.EndOfStream, anyio.IncompleteRead, anyio.ClosedResourceError, anyio.BrokenResourceError):
             pass
         except (ProtocolError, anyio.DelimiterNotFound, anyio.WouldBlock) as error:
-            self._fault = str(error) or "more answers than questions"
+            self.fault = str(error) or "more answers than questions"
             if self.greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
                 log.error("the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, error)
 
@@ -2130,7 +2130,7 @@ class Sandbox:
         said = last_line(self._errors.decode("utf-8", "replace"))
         return said or f"its process ended with exit status {self.client.returncode}"
 
-    async def _ask(self, question: Order | Use) -> ToQuestion:
+    async def ask(self, question: Order | Use) -> ToQuestion:
         """Send a question and return its answer. Raises anyio.EndOfStream if the sandbox ends first."""
         with self.answers_to(question["id"]) as answers:
             await self.write(encoded(question))
@@ -2141,13 +2141,13 @@ class Sandbox:
         """Provide the answers to questions with this id, of which QUESTIONS_AHEAD may be unanswered at a time."""
         put, answers = anyio.create_memory_object_stream[ToQuestion](QUESTIONS_AHEAD)
         with put, answers:
-            self._answers[question] = put
+            self.answers[question] = put
             if self.gone.is_set():
                 put.close()
             try:
                 yield answers
             finally:
-                del self._answers[question]
+                del self.answers[question]
 
     # ── a call ──
 
@@ -2245,7 +2245,7 @@ class Sandbox:
         question: Use = {"op": "use", "id": secrets.token_hex(8), "session": session, "packages": packages}
         answer = None
         with anyio.move_on_after(ATTACH_TIMEOUT):  # threads that earlier calls left running may keep the worker busy
-            answer = await self._ask(question)
+            answer = await self.ask(question)
         if answer and answer["kind"] == "unfit":
             raise anyio.EndOfStream
         self.packages = packages
@@ -2254,7 +2254,7 @@ class Sandbox:
     async def recycle(self) -> bool:
         """Have the sandbox undo what its last call may have left; return whether nothing seems to be left."""
         with contextlib.suppress(anyio.EndOfStream), anyio.move_on_after(ATTACH_TIMEOUT):
-            answer = await self._ask({"op": "recycle", "id": secrets.token_hex(8)})
+            answer = await self.ask({"op": "recycle", "id": secrets.token_hex(8)})
             self.call = None
             return answer["kind"] == "recycled" and answer["clean"]
         return False
@@ -2919,31 +2919,31 @@ class Proxy:
     def __init__(self, network: Network, sandbox: Sandbox) -> None:
         self.network = network
         self._sandbox = sandbox
-        self._open: dict[int, Connection] = {}
+        self.open: dict[int, Connection] = {}
         self._places = anyio.Semaphore(CONNECTIONS_AT_ONCE)
         self._next = 0.0  # when the next one may be served, of those that come too fast
         self._dialed = 0  # connections to the code's own servers so far
-        self._last = 0  # the highest number so far
+        self.last = 0  # the highest number so far
 
     def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
         """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
         number = frame["flow"]
         if number >= FIRST_DIALED:
-            if number in self._open:
-                self._open[number].take(frame)
+            if number in self.open:
+                self.open[number].take(frame)
             return
-        if number > self._last:
+        if number > self.last:
             # Those that the code has closed are gone here, too, unless they have a place: in no order are there more.
-            if len(self._open) > FLOWS_OPEN + 2 * CONNECTIONS_AT_ONCE:
+            if len(self.open) > FLOWS_OPEN + 2 * CONNECTIONS_AT_ONCE:
                 raise ProtocolError("more connections than a supervisor has")
-            self._last = number
-            self._open[number] = Connection(number, self._pass)
-            tasks.start_soon(self._serve, self._open[number])
-        if connection := self._open.get(number):  # else it is over here, and the code does not know yet
+            self.last = number
+            self.open[number] = Connection(number, self._pass)
+            tasks.start_soon(self._serve, self.open[number])
+        if connection := self.open.get(number):  # else it is over here, and the code does not know yet
             connection.take(frame)
             if frame["ended"] and connection.waits:
                 connection.waits.cancel()
-                del self._open[number]  # as the supervisor has: else those that come now would be too many
+                del self.open[number]  # as the supervisor has: else those that come now would be too many
 
     async def _pass(self, frame: Pass) -> None:
         await self._sandbox.write(encoded(frame))
@@ -2951,7 +2951,7 @@ class Proxy:
     async def _serve(self, connection: Connection) -> None:
         """Admit a connection in its turn, find its route, relay to its end, and write a line on it to the log."""
         if not await self._admit(connection):
-            self._open.pop(connection.number, None)
+            self.open.pop(connection.number, None)
             return
         where, verdict = "", ""
         try:
@@ -2978,7 +2978,7 @@ class Proxy:
             traffic_log.warning("network: %s failed: %r", where or "a request", error)
         finally:
             self._places.release()
-            self._open.pop(connection.number, None)
+            self.open.pop(connection.number, None)
             session = self._sandbox.call.request.session if self._sandbox.call else None
             traffic_log.info(
                 "network: %s, %s: %s; %d bytes out, %d in",
@@ -3004,12 +3004,12 @@ class Proxy:
         """Have the supervisor connect to a server of the code's own; return the connection, None if there is none."""
         self._dialed += 1
         number = FIRST_DIALED + self._dialed
-        connection = self._open[number] = Connection(number, self._pass)
+        connection = self.open[number] = Connection(number, self._pass)
         await self._sandbox.write(encoded({"op": "dial", "flow": number, "port": port}))
         with anyio.fail_after(CONNECT_TIMEOUT):
             if await connection.is_open():
-                return OwnServer(connection, lambda: self._open.pop(number, None))
-        del self._open[number]
+                return OwnServer(connection, lambda: self.open.pop(number, None))
+        del self.open[number]
         return None
 
     async def _admit(self, connection: Connection) -> bool:
@@ -3688,22 +3688,22 @@ class Outbox:
 
     def __init__(self) -> None:
         self.size = 0
-        self._parts: deque[bytes | memoryview] = deque()
+        self.parts: deque[bytes | memoryview] = deque()
 
     def add(self, data: bytes) -> None:
         """Add bytes at the end."""
         if data:
-            self._parts.append(data)
+            self.parts.append(data)
             self.size += len(data)
 
     def write(self, write: Callable[[list[bytes | memoryview]], int]) -> int:
         """Have `write` take some of the parts; return how many bytes it took. Raises what it raises."""
-        written = left = write(list(itertools.islice(self._parts, PARTS_WRITTEN)))
+        written = left = write(list(itertools.islice(self.parts, PARTS_WRITTEN)))
         self.size -= written
-        while self._parts and left >= len(self._parts[0]):
-            left -= len(self._parts.popleft())
+        while self.parts and left >= len(self.parts[0]):
+            left -= len(self.parts.popleft())
         if left:
-            self._parts[0] = memoryview(self._parts[0])[left:]
+            self.parts[0] = memoryview(self.parts[0])[left:]
         return written
 
 
@@ -3720,7 +3720,7 @@ class Channel:
         self.reader = reader
         self.writer = writer
         self.outbox = Outbox()
-        self._inbox = bytearray()
+        self.inbox = bytearray()
         self._searched = 0
         self._head: dict[str, Any] | None = None  # of the frame whose data is being read
 
@@ -3740,23 +3740,23 @@ class Channel:
             data = b""
         if not data:
             raise EOFError("the channel was closed")
-        self._inbox += data
+        self.inbox += data
 
     def has_more(self) -> bool:
         """Whether there is something to receive."""
-        return bool(self._inbox or select.select([self.reader], [], [], 0)[0])
+        return bool(self.inbox or select.select([self.reader], [], [], 0)[0])
 
     def next(self) -> dict[str, Any] | None:
         """Return the first frame that was read, None if it is not complete. Raises ValueError if it can't be one."""
         if self._head is None:
-            end = self._inbox.find(b"\n", self._searched)
+            end = self.inbox.find(b"\n", self._searched)
             if end < 0:
-                self._searched = len(self._inbox)
+                self._searched = len(self.inbox)
                 if self._searched > LINE_LIMIT:
                     raise ValueError(f"a frame's line is longer than {LINE_LIMIT} bytes")
                 return None
-            line = bytes(self._inbox[:end])
-            del self._inbox[: end + 1]
+            line = bytes(self.inbox[:end])
+            del self.inbox[: end + 1]
             self._searched = 0
             try:
                 frame = json.loads(line)
@@ -3771,11 +3771,11 @@ class Channel:
         frame = self._head
         if "data" in frame:
             size = frame["data"]
-            if len(self._inbox) < size:
+            if len(self.inbox) < size:
                 return None
-            with memoryview(self._inbox) as view:
+            with memoryview(self.inbox) as view:
                 frame["data"] = bytes(view[:size])
-            del self._inbox[:size]
+            del self.inbox[:size]
         self._head = None
         return frame
 
@@ -4020,7 +4020,7 @@ class Supervisor:
         self.host = Host(settings["owner"])
         self.door = Door(self._refusal, self._enter)
         self.output = Streams(self.sources, lambda: self.call is not None, self._pass_on)
-        self.worker = WorkerProcess(settings, self.sources, self.output, self._from_worker)
+        self.worker = WorkerProcess(settings, self.sources, self.output, self.from_worker)
         self.files = Files(settings["working_dir"], settings["writable_folders"])
         self.connections = Flows(self.host.tell, self.sources)
         self.preloading = Preloading(settings["packages"], settings["preload"])
@@ -4201,7 +4201,7 @@ class Supervisor:
 
     # ── what the worker says ──
 
-    def _from_worker(self) -> None:
+    def from_worker(self) -> None:
         control = self.worker.control
         assert control is not None
         try:

@@ -215,7 +215,7 @@ def test_whatever_a_container_says_a_call_ends_with_a_result(said: bytes, piece:
                 sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, container.stdout, Network(()))
                 call.place()
                 sandbox.call = call
-                tasks.start_soon(sandbox._serve, None)
+                tasks.start_soon(sandbox.serve, None)
                 await call.wait(sandbox_runner.DOUBT_AFTER)
         return call
 
@@ -232,14 +232,14 @@ async def serve(said: list[dict[str, Any]]) -> Sandbox:
     """A sandbox that has said this."""
     container: Any = Container(b"".join(json.dumps(frame).encode() + b"\n" for frame in said), 65536)
     sandbox = Sandbox(NoEngine("docker", "docker", "20"), "name", container, container.stdout, Network(()))
-    await sandbox._serve(None)
+    await sandbox.serve(None)
     return sandbox
 
 
 async def test_a_sandbox_that_greets_again_and_again_is_given_up() -> None:
     sandbox = await serve([{**GREETING, "unread": f"call-{number}"} for number in range(100)])
-    assert sandbox._fault == "a second greeting"
-    assert not sandbox._answers
+    assert sandbox.fault == "a second greeting"
+    assert not sandbox.answers
 
 
 async def test_a_sandbox_can_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -251,7 +251,7 @@ async def test_a_sandbox_can_not_fill_the_log(caplog: pytest.LogCaptureFixture) 
 
 async def test_a_sandbox_can_not_say_that_it_has_a_session_of_any_name() -> None:
     sandbox = await serve([{**GREETING, "session": "\x1b[2J"}])
-    assert "String should match pattern" in str(sandbox._fault)
+    assert "String should match pattern" in str(sandbox.fault)
 
 
 # ── from the worker to the supervisor ──
@@ -280,7 +280,7 @@ def test_a_channel_yields_objects_or_says_what_is_wrong(pieces: list[bytes]) -> 
             for frame in channel.receive():
                 assert isinstance(frame, dict)
                 assert isinstance(frame.get("data", b""), bytes)
-            assert len(channel._inbox) <= LINE_LIMIT + 65536
+            assert len(channel.inbox) <= LINE_LIMIT + 65536
     except ValueError:
         pass
     finally:

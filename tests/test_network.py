@@ -420,7 +420,7 @@ async def test_requests_and_tunnels_reach_their_servers(servers: Servers) -> Non
             assert await fetched(both, servers, url, bytes(700_000), **{"X-Own": "1"}) == b"700000 1"
             chunks = (bytes(size) for size in (1, 300_000, 5))
             assert await fetched(both, servers, url, chunks) == b"300006 None"
-        await until(lambda: not both.flows.open and not both.proxy._open)
+        await until(lambda: not both.flows.open and not both.proxy.open)
 
 
 async def test_what_is_not_allowed_is_refused_in_a_sentence_and_the_call_tells_it(servers: Servers) -> None:
@@ -533,10 +533,10 @@ async def test_what_comes_after_a_refusal_is_no_request(servers: Servers, caplog
         target = f"localhost:{servers.plain}"
         await stream.send(get("http://other.example/", "other.example"))
         assert (await stream.receive()).startswith(b"HTTP/1.1 403 ")
-        await until(lambda: not both.proxy._open)
+        await until(lambda: not both.proxy.open)
         late: Any = {"kind": "passed", "flow": 1, "data": get(f"http://{target}/", target), "credit": 0, "ended": False}
         both.proxy.take(late, both.tasks)
-        assert not both.proxy._open
+        assert not both.proxy.open
         await anyio.sleep(0.05)
     assert "passed" not in caplog.text
     (line,) = [record.getMessage() for record in caplog.records if record.name == "python_docker_mcp.network"]
@@ -580,7 +580,7 @@ async def test_connections_past_the_bounds_wait_for_their_turn_and_are_refused_w
     url = f"http://localhost:{servers.plain}/a.csv"
     async with proxied(*servers.allowed) as both:
         idle = [await anyio.connect_tcp("127.0.0.1", both.port) for _ in range(2)]
-        await until(lambda: len(both.proxy._open) == 2)
+        await until(lambda: len(both.proxy.open) == 2)
         monkeypatch.setattr(sandbox_runner, "TURN_TIMEOUT", 0.05)
         with pytest.raises(
             NotFetchedError, match=r"503: 2 connections are open, and none was closed for 0\.05 seconds"
@@ -590,7 +590,7 @@ async def test_connections_past_the_bounds_wait_for_their_turn_and_are_refused_w
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(fetched, both, servers, url)
-            await until(lambda: len(both.proxy._open) > 2)
+            await until(lambda: len(both.proxy.open) > 2)
             await idle.pop().aclose()
         await idle.pop().aclose()
 
@@ -611,8 +611,8 @@ async def test_500_small_downloads_by_100_threads_all_succeed_and_the_event_loop
             async with anyio.create_task_group() as tasks:
                 for _ in range(100):
                     tasks.start_soon(fetch_many)
-                while both.proxy._last < 500:
-                    assert len(both.proxy._open) <= sandbox_runner.FLOWS_OPEN + sandbox_runner.CONNECTIONS_AT_ONCE
+                while both.proxy.last < 500:
+                    assert len(both.proxy.open) <= sandbox_runner.FLOWS_OPEN + sandbox_runner.CONNECTIONS_AT_ONCE
                     await anyio.sleep(0.01)
                     turns += 1
         assert turns > 30
@@ -629,7 +629,7 @@ async def test_a_server_of_the_codes_own_is_reached_by_the_name_localhost_where_
         for port in (own.server_address[1], servers.plain):
             for _ in range(3):
                 assert await fetched(both, servers, f"http://localhost:{port}/a.csv") == b"x,y\n1,2\n"
-        await until(lambda: not both.proxy._open and not both.flows.open)
+        await until(lambda: not both.proxy.open and not both.flows.open)
     await anyio.to_thread.run_sync(own.shutdown)
     own.server_close()
 
@@ -652,7 +652,7 @@ async def test_no_number_of_connections_that_are_opened_and_closed_is_a_breach_o
         for _ in range(6):  # frames of many of them come in one read
             await anyio.to_thread.run_sync(open_and_close, both.port)
         assert await fetched(both, servers, url) == b"x,y\n1,2\n"
-        await until(lambda: not both.proxy._open)
+        await until(lambda: not both.proxy.open)
 
 
 async def test_more_than_was_credited_is_a_breach_of_the_protocol() -> None:

@@ -974,7 +974,7 @@ async def test_an_engine_that_stands_still_in_the_middle_of_a_call_is_told_of_an
 async def test_code_that_is_silent_for_long_is_not_taken_for_a_sandbox_that_is(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = Sandbox._ask
+    ask = Sandbox.ask
 
     async def ask_until_the_end(sandbox: Sandbox, question: Any) -> Any:
         assert sandbox.call
@@ -983,7 +983,7 @@ async def test_code_that_is_silent_for_long_is_not_taken_for_a_sandbox_that_is(
         return answer
 
     monkeypatch.setattr(sandbox_runner, "DOUBT_AFTER", 0.05)
-    monkeypatch.setattr(Sandbox, "_ask", ask_until_the_end)
+    monkeypatch.setattr(Sandbox, "ask", ask_until_the_end)
     hears = Hears()
     result = await runner.execute("import time\ntime.sleep(0.4); print('off')", session="s", on_output=hears)
     assert (result.status, result.stdout, hears.text) == ("ok", "off\n", "off\n")
@@ -995,7 +995,7 @@ async def test_a_sandbox_that_ends_while_it_is_asked_whether_it_is_there_is_told
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch, session: str | None
 ) -> None:
     monkeypatch.setattr(sandbox_runner, "DOUBT_AFTER", 0.2)
-    asked, ask = anyio.Event(), Sandbox._ask
+    asked, ask = anyio.Event(), Sandbox.ask
 
     async def heard(sandbox: Sandbox, question: Any) -> Any:
         asked.set()
@@ -1008,7 +1008,7 @@ async def test_a_sandbox_that_ends_while_it_is_asked_whether_it_is_there_is_told
         await asked.wait()
         docker.run("rm", "--force", container)
 
-    monkeypatch.setattr(Sandbox, "_ask", heard)
+    monkeypatch.setattr(Sandbox, "ask", heard)
     hears = Hears()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(end_it)
@@ -1420,7 +1420,7 @@ async def test_a_ready_sandbox_that_was_killed_behind_our_back_costs_a_call_noth
 ) -> None:
     config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=()))
     async with open_runner(config, warm=True) as runner:
-        await until(lambda: bool(runner.pool.ready and not runner.pool.ready[0]._answers))
+        await until(lambda: bool(runner.pool.ready and not runner.pool.ready[0].answers))
         docker.run("kill", runner.pool.ready[0].name)  # and this loop has no time to notice
         result = await runner.execute("open('ran', 'x').close(); 6 * 7", session=session)
         assert (result.status, result.value, result.lost_before) == ("ok", "42", None), result
@@ -1522,7 +1522,7 @@ async def test_who_leaves_starts_no_successors_of_the_sandboxes_that_end_with_th
             successors.append(preload)
             raise EngineError("Nobody needs it.")
 
-        runner.pool._create = create
+        runner.pool.create = create
     assert successors == []
 
 

@@ -198,7 +198,7 @@ class TamedSupervisor(Supervisor):
         self.worker.control = Channel(fd, fd)
         self.worker.control.set_blocking(False)
         self.mouth.setblocking(False)
-        self.sources[fd] = self._from_worker
+        self.sources[fd] = self.from_worker
         self.abandoned: str | None = None
         request: Any = {"id": CALL, "timeout": 60, "output_limit": 1000}
         self.call = RunningCall(request, 2.0)
@@ -239,13 +239,13 @@ def as_supervisor(data: bytes, attached: bool) -> list[dict[str, Any]]:
         for start in range(0, len(data), 4096):
             supervisor.mouth.send(data[start : start + 4096])
             if control.reader in supervisor.sources:
-                supervisor._from_worker()
+                supervisor.from_worker()
         told: list[Any] = list(supervisor.host.backlog)
         if supervisor.host.channel:
             sent = b""
             with contextlib.suppress(BlockingIOError):
                 sent = os.read(supervisor.told, 1 << 20)  # more than a pipe holds
-            told = list(unwire(sent + b"".join(supervisor.host.channel.outbox._parts)))
+            told = list(unwire(sent + b"".join(supervisor.host.channel.outbox.parts)))
     for frame in told:
         assert frame["id"] == CALL
         assert frame["kind"] in ("display", "state", "done", "omitted", "stdout", "stderr")
