@@ -6633,6 +6633,7 @@ PICTURE_LIMIT = 32 << 20  # bytes of such a picture that are read
 IN_MPL_FONT = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH")  # names of characters
 CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
 PAGES_SAVED = 20  # of a call
+LOOKED_AT = 500  # entries of /tmp
 FILE_SUFFIXES = tuple(".csv .docx .html .json .md .mp4 .parquet .pdf .png .pptx .svg .txt .wav .xlsx .zip".split())
 PAGE_LIMIT = 6_000  # characters of HTML and the like, above which they are saved and not shown
 CHART_LIMIT = 48_000  # characters of an interactive figure's data, for programs
@@ -6761,9 +6762,10 @@ class Pages:
 
     def _files_elsewhere(self) -> dict[str, int]:
         with contextlib.suppress(OSError):
-            likely = [entry for entry in os.scandir("/tmp") if entry.name.endswith(FILE_SUFFIXES)]
+            some = itertools.islice(os.scandir("/tmp"), LOOKED_AT)
+            likely = [entry for entry in some if entry.name.endswith(FILE_SUFFIXES)]
             named = [entry for entry in likely if entry.is_file() and not entry.name.startswith((".", "tmp"))]
-            return {entry.name: entry.stat().st_mtime_ns for entry in named[:ENTRIES_SEEN]}
+            return {entry.name: entry.stat().st_mtime_ns for entry in named}
         return {}
 
     def make(self, value: Any) -> dict[str, str] | None:

@@ -319,16 +319,16 @@ round(float(average), 2), plt.get_fignums(), square(12), model.n_features_in_
 Value: (847.53, [], 144, 4)
 
 == a package that is not there
-import seaborn as sns
+import networkx as nx
 ->
-Failed on line 1: ModuleNotFoundError: No module named 'seaborn'
+Failed on line 1: ModuleNotFoundError: No module named 'networkx'
 
 Traceback (most recent call last):
   File "<call <<\d+>>>", line 1, in <module>
-    import seaborn as sns
-ModuleNotFoundError: No module named 'seaborn'
+    import networkx as nx
+ModuleNotFoundError: No module named 'networkx'
 
-Hint: <<[^\n]*install-package[^\n]*"seaborn"[^\n]*>>
+Hint: <<[^\n]*install-package[^\n]*"networkx"[^\n]*>>
 
 == cleanup-session {}
 ->
@@ -413,9 +413,9 @@ pear    7.5
 plum    3.0
 Name: price, dtype: float64
 
-== install-package {"package_name": "openpyxl"}
+== install-package {"package_name": "xlsxwriter"}
 ->
-Installed <<[^\n]*openpyxl [\d.]+[^\n]*>>: can be imported in the session <<[a-z-]+>>.
+Installed <<[^\n]*xlsxwriter [\d.]+[^\n]*>>: can be imported in the session <<[a-z-]+>>.
 
 == Excel
 summary = df.pivot_table(index='item', values='price', aggfunc='sum')
