@@ -6222,12 +6222,12 @@ class Continuity:
 
     def execute(self, steps: list[types.CodeType], is_last: bool) -> Any:
         """Run one piece after another, all in the event loop if any has an await; return the last one's value."""
-        earlier = set(self.tasks)
-        if any(map(is_coroutine, steps)):
+        earlier, awaits = set(self.tasks), any(map(is_coroutine, steps))
+        if awaits:
             value = self._await(self._run_all(steps))
         else:
             value = [self.context.run(eval, step, self.worker.names) for step in steps][-1]
-        self._settle(earlier, is_last)
+        self._settle(earlier, is_last and not awaits)
         return value
 
     async def _run_all(self, steps: list[types.CodeType]) -> Any:
@@ -6255,14 +6255,14 @@ class Continuity:
                     loop.run_until_complete(task)
             raise
 
-    def _settle(self, earlier: set[Any], is_last: bool) -> None:
-        """Run tasks: those of the last call to their end, others for a while; and tell which have failed."""
+    def _settle(self, earlier: set[Any], to_the_end: bool) -> None:
+        """Run tasks for a while, or to their end, as where a script only starts them; and tell which have failed."""
         asyncio = sys.modules.get("asyncio")
         if not asyncio or not self.loop or self.loop.is_closed():
             return
         due = time.monotonic() + (TASKS_TIME if set(self.tasks) - earlier else OLD_TASKS_TIME)
         while pending := [task for task in self.tasks if not task.done()]:
-            left = None if is_last else due - time.monotonic()
+            left = None if to_the_end else due - time.monotonic()
             if left is not None and left <= 0:
                 break
             self._await(asyncio.wait(pending, timeout=left))

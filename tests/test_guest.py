@@ -2253,6 +2253,18 @@ def test_a_task_that_fails_or_is_not_done_is_told_of_once(guest: Guest) -> None:
     assert guest.run("event.set(); await task").value == "True"
 
 
+def test_a_script_that_awaits_does_not_wait_for_servers_that_it_leaves_running(guest: Guest) -> None:
+    code = (
+        "import asyncio\nasync def handle(reader, writer):\n    writer.write(await reader.readline())\n"
+        "server = await asyncio.start_server(handle, '127.0.0.1', 0)\n"
+        "task = asyncio.create_task(server.serve_forever())\n"
+        "reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())\n"
+        "writer.write(b'hello\\n')\nprint((await reader.readline()).decode(), end='')"
+    )
+    told = guest.run(code, session=None, final=True, timeout=15.0)
+    assert (told.status, told.stdout) == ("ok", "hello\n")
+
+
 def test_in_a_script_tasks_run_to_their_end(guest: Guest) -> None:
     code = f"{WORK}async def slow():\n    await work(1.2)\n    print('done')\nasyncio.create_task(slow())"
     assert guest.run(code, session=None, final=True).stdout == "done\n"
