@@ -91,6 +91,7 @@ from sandbox_runner import (
     Runner,
     SandboxError,
     SessionConfig,
+    SessionId,
     Text,
     __version__,
     clip,
@@ -202,7 +203,6 @@ Code = Annotated[
         "works.",
     ),
 ]
-SessionId = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 OptionalSessionId = Annotated[SessionId | SkipJsonSchema[None], in_text(lambda text: text if text.strip() else None)]
 Seconds = Annotated[float, pydantic.Field(gt=0)]
 Timeout = Annotated[
@@ -661,7 +661,7 @@ def new_session_id() -> str:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputPiece:
     """Something that the code wrote or displayed: text, or an image."""
 
     kind: Literal["stdout", "stderr", "display"]
@@ -751,33 +751,33 @@ def failure(message: str) -> types.CallToolResult:
 # Output, in order
 
 
-def output_pieces(result: Result) -> list[Piece]:
+def output_pieces(result: Result) -> list[OutputPiece]:
     """Return everything that the code wrote and displayed, in order."""
-    pieces: list[Piece] = []
+    pieces: list[OutputPiece] = []
     for item in result.output:
         if isinstance(item, Text):
             pieces += with_pictures(item.stream, as_shown(item.text))
         elif isinstance(item, Omitted):
-            pieces.append(Piece("stdout", f"\n[… {item.bytes} bytes left out …]\n"))
+            pieces.append(OutputPiece("stdout", f"\n[… {item.bytes} bytes left out …]\n"))
         elif picture := image(item.forms):
-            pieces.append(Piece("display", picture))
+            pieces.append(OutputPiece("display", picture))
         elif not item.is_value:
-            pieces.append(Piece("display", f"{as_shown(telling_form(item.forms))}\n"))
+            pieces.append(OutputPiece("display", f"{as_shown(telling_form(item.forms))}\n"))
     return pieces
 
 
-def with_pictures(stream: Literal["stdout", "stderr"], text: str) -> Iterator[Piece]:
+def with_pictures(stream: Literal["stdout", "stderr"], text: str) -> Iterator[OutputPiece]:
     """Split text at the pictures in it, which are written in base64."""
     end = 0
     for found in BASE64_PICTURE.finditer(text):
         if picture := image({"image/png": found[1]}):
-            yield Piece(stream, text[end : found.start()])
-            yield Piece("display", picture)
+            yield OutputPiece(stream, text[end : found.start()])
+            yield OutputPiece("display", picture)
             end = found.end()
-    yield Piece(stream, text[end:])
+    yield OutputPiece(stream, text[end:])
 
 
-def text_of(pieces: Sequence[Piece], kind: str) -> str:
+def text_of(pieces: Sequence[OutputPiece], kind: str) -> str:
     """Return the text of all pieces of one kind."""
     return "".join(piece.content for piece in pieces if piece.kind == kind and isinstance(piece.content, str))
 
@@ -828,28 +828,28 @@ def telling_form(forms: Mapping[str, str], plain: str = "") -> str:
     return next((forms[mime] for mime in mimes if mime in forms), plain)
 
 
-def within(pieces: Sequence[Piece], budget: int) -> list[Piece]:
+def within(pieces: Sequence[OutputPiece], budget: int) -> list[OutputPiece]:
     """Cut the pieces' text to `budget` characters, out of the middle; all images stay."""
     total = sum(len(piece.content) for piece in pieces if isinstance(piece.content, str))
     if total <= budget:
         return list(pieces)
     gap_start, gap_end = budget * 2 // 3, total - (budget - budget * 2 // 3)
     gap = f"\n[… {gap_end - gap_start} characters left out …]\n"
-    kept: list[Piece] = []
+    kept: list[OutputPiece] = []
     start = 0
     for piece in pieces:
         if isinstance(piece.content, str):
             end = start + len(piece.content)
             head, tail = piece.content[: max(0, gap_start - start)], piece.content[max(0, gap_end - start) :]
             mark = gap if start <= gap_start < end else ""
-            kept.append(Piece(piece.kind, f"{head}{mark}{tail}" if end > gap_start else piece.content))
+            kept.append(OutputPiece(piece.kind, f"{head}{mark}{tail}" if end > gap_start else piece.content))
             start = end
         else:
             kept.append(piece)
     return [piece for piece in kept if piece.content]
 
 
-def labelled(pieces: Sequence[Piece]) -> list[Section]:
+def labelled(pieces: Sequence[OutputPiece]) -> list[Section]:
     """Turn output into sections, labelled where the stream changes; it starts as standard output."""
     sections: list[Section] = []
     text, stream = "", "stdout"

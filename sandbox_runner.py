@@ -295,7 +295,7 @@ class RequestError(SandboxError):
 CLOSING_TIME = 1.0  # seconds to wait for a session's previous call, or host, to finish before refusing a new call
 ENDED_SESSIONS = 100  # whose end is kept, to be told to a next call
 FIRST_CALL_ATTEMPTS = 3  # sandboxes tried for one call, while each turns out gone or unfit before the call begins
-HEAD_START = 0.1  # seconds for a call to begin, or its result to be passed on, before the engine commands it entails
+HEAD_START = 0.1  # seconds to delay engine commands in the background, so that they do not slow the call
 
 
 @asynccontextmanager
@@ -1705,7 +1705,7 @@ class Launcher:
     async def prepare(self, report: OnStatus | None = None) -> tuple[Engine, Image]:
         """Return the engine and the image, which is pulled or made first if it is missing.
 
-        Another call that fails meanwhile may have the runner look for both again.
+        Use the returned pair: another task may reset the attributes.
 
         Raises:
             EngineError, ImageError: there is nothing to run code in.
@@ -3952,7 +3952,7 @@ def open_inside(folder: str, path: str) -> int:
     return fd
 
 
-def rights(*descriptors: int) -> list[tuple[int, int, bytes]]:
+def passed(*descriptors: int) -> list[tuple[int, int, bytes]]:
     """Return what sendmsg() takes to pass descriptors on with a message."""
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
 
@@ -4595,7 +4595,7 @@ class WorkerProcess:
         ends = self._connect()
         try:
             connection.settimeout(self._settings["grace"])
-            connection.sendmsg([b"wake"], rights(*ends))
+            connection.sendmsg([b"wake"], passed(*ends))
             self.id = process if connection.recv(1) else 0
         except OSError:
             self.id = 0
@@ -6398,7 +6398,7 @@ class CopyMaker:
 def announce_copy(key: str, process: int, connection: socket.socket) -> None:
     """Tell the supervisor of a copy, and pass it its end of the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.sendmsg([f"{key} {process}".encode()], rights(connection.fileno()), socket.MSG_DONTWAIT, COPY_ADDRESS)
+        sender.sendmsg([f"{key} {process}".encode()], passed(connection.fileno()), socket.MSG_DONTWAIT, COPY_ADDRESS)
 
 
 def forked_only(method: Callable[..., Any], threads: type) -> Callable[..., Any]:
@@ -7721,7 +7721,7 @@ def refuse_debugger(*_: object, **__: object) -> None:
 
 
 def fit_to_share(cpus: int) -> None:
-    """Have Python count as many processors as the sandbox's share of CPU time feeds."""
+    """Make os.cpu_count() report the CPU limit, in whole processors."""
     affinity, cpus = os.sched_getaffinity, min(cpus, os.cpu_count() or 1)
     os.sched_getaffinity = lambda pid: set(sorted(affinity(pid))[:cpus])
     os.cpu_count = lambda: cpus
