@@ -798,11 +798,11 @@ def on_screen(text: str) -> str:
     """Return the lines that a terminal has at the end of text which moves its cursor, as do bars below bars."""
     lines, row, column = [""], 0, 0
     for token in TERMINAL_TOKEN.finditer(text):
-        number, move = int(token[1] or 1), token[2]
+        number, move = int((token[1] or "1")[:4]), token[2]  # Python refuses to parse thousands of digits
         if move == "A":
             row = max(0, row - number)
         elif move == "B":
-            row += min(number, SCREEN_LINES)
+            row = max(row, min(row + number, SCREEN_LINES))  # else a short text could ask for lines without end
         elif move == "K":
             lines[row] = lines[row][:column] if token[1] in (None, "", "0") else ""
         elif move == "J":
@@ -1279,7 +1279,7 @@ SYSTEM_PACKAGES = {  # Debian's, by the library that they have
 }  # fmt: skip
 DATA_HOSTS = {  # of what libraries load by themselves: what asks for it, and where it comes from
     r"load_dataset\(": "raw.githubusercontent.com",
-    r"nltk\.download|nltk": "raw.githubusercontent.com",
+    r"nltk": "raw.githubusercontent.com",
     r"fetch_openml\(": "api.openml.org",
     r"fetch_\w+\(": "ndownloader.figshare.com",
     r"from_pretrained\(|huggingface": "huggingface.co",
@@ -1454,7 +1454,7 @@ def hint_on_relative(found: re.Match[str], failure: Failure) -> str:
     taken = (
         f"Name files of the user's in `files`. {what_can_be_given(failure.config)}"
         if failure.config.files.inputs
-        else ("Write it first, or have the operator name a folder to take files from (files.inputs).")
+        else "Write it first, or have the operator name a folder to take files from (files.inputs)."
     )
     return f"{found[1]} is not in the working directory ({what_is_there}). {taken}"
 

@@ -748,6 +748,13 @@ def test_an_interactive_figures_data_are_for_programs_only() -> None:
     ]
 
 
+def test_moves_of_the_cursor_cost_no_more_than_their_text() -> None:
+    down = "\x1b[999B" * 20_000
+    assert len(text_of(render(Result("ok", output=(Text("stdout", f"a{down}b"),))))) < 3000
+    far = f"a\x1b[{'9' * 5000}Ab\x1b[A"
+    assert text_of(render(Result("ok", output=(Text("stdout", far),)))) == "ab"
+
+
 @pytest.mark.parametrize(
     ("written", "shown"),
     [
