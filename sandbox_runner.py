@@ -5905,7 +5905,7 @@ class Worker:
         """
         for value in values:
             if raw:
-                self.publish(encode_forms(value))
+                self.publish(self.pages.fit(encode_forms(value)))
             elif (forms := self._forms(value)) is not None:
                 self.publish({**forms, "text/plain": clip(forms["text/plain"], VALUE_LIMIT)})
         if display_id:
@@ -5948,7 +5948,6 @@ class Worker:
             self.clear()
         if self.rich_left < 0:
             return  # a note has already said so
-        bundle = self.pages.fit(dict(bundle))
         self.pictures.shown.update(map(hash, bundle.values()))
         data = json.dumps(bundle)
         most = min(DATA_LIMIT, self.rich_left - FRAME_COST)
@@ -6780,7 +6779,7 @@ class Pages:
         forms: dict[str, str] = {}
         others: dict[str, Callable[[Any], Any]] = CHART_FORMS.get(package, {})
         for mime, form in others.items():
-            with contextlib.suppress(BaseException):  # most need another package, or a browser
+            with contextlib.suppress(Exception):  # most need another package, or a browser
                 data = form(value)
                 if isinstance(data, bytes):
                     forms.update(image_forms(data))
