@@ -4075,6 +4075,7 @@ class Supervisor:
     # ── the host ──
 
     def _attach(self, channel: Channel) -> None:
+        self.active = time.monotonic()
         self.host.channel = channel
         self.sources[channel.reader] = self._from_host
         self.host.greet(self._status("ready"))
@@ -4569,11 +4570,13 @@ class WorkerProcess:
         _, self._had = own_memory(self.id)
 
     def asks_for_too_much(self) -> bool:
-        """Whether the running code has asked for more memory, in this call, than there is even without the copy."""
-        held, _ = own_memory(self.copy.process)  # at most so much more is free once the copy has gone
-        free = free_memory() + held  # looked at before the worker: what it takes meanwhile must not count twice
-        _, untouched = own_memory(self.id)
-        return untouched - self._had > max(UNTOUCHED_USUAL, free)
+        """Whether the worker and files would fill all memory if the running code used what it has asked for."""
+        touched, untouched = own_memory(self.id)
+        asked = untouched - self._had
+        if asked <= UNTOUCHED_USUAL:
+            return False
+        _, files = memory_of_files() or (0, 0)
+        return touched + asked + files > int(self._settings["memory_limit"])
 
     # ── its copy ──
 
@@ -5630,16 +5633,22 @@ def memory_in_use() -> int | None:
     return None
 
 
+def memory_of_files() -> tuple[int, int] | None:
+    """Return the bytes of memory that the container's cached files take and those of files in memory, if known."""
+    for path, unit in (("/sys/fs/cgroup/memory.stat", ""), ("/sys/fs/cgroup/memory/memory.stat", "total_")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            counts = dict(line.split() for line in read_kernel_file(path).splitlines())
+            cached = sum(int(counts[f"{unit}{kind}_file"]) for kind in ("active", "inactive"))
+            return cached, int(counts[f"{unit}shmem"])
+    return None
+
+
 def free_memory() -> float:
     """Return the bytes that the container may still take, besides what the kernel would give back; inf if not known."""
-    for folder, limit, unit in (
-        ("/sys/fs/cgroup", "memory.max", ""),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_"),
-    ):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            counts = dict(line.split() for line in read_kernel_file(f"{folder}/memory.stat").splitlines())
-            cached = sum(int(counts[f"{unit}{kind}_file"]) for kind in ("active", "inactive"))
-            return int(read_kernel_file(f"{folder}/{limit}")) - (memory_in_use() or 0) + cached
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            cached, _ = memory_of_files() or (0, 0)
+            return int(read_kernel_file(path)) - (memory_in_use() or 0) + cached
     return math.inf
 
 

@@ -44,6 +44,7 @@ from sandbox_runner import (
     Result,
     Runner,
     SandboxError,
+    SandboxInfo,
     SessionConfig,
     SessionError,
     Stage,
@@ -719,6 +720,28 @@ def test_nothing_is_lost_and_nothing_left_behind_in_any_story(world: World, _par
 
 
 # ── single things that the stories have found, or meet too seldom ──
+
+
+@pytest.mark.slow
+def test_a_session_whose_waiting_end_another_server_has_collected_counts_as_used(world: World) -> None:
+    first = Host(world, warm=False)
+    first.execute("x = 1", session="s")
+    first.execute(waiting("go"), session="s", answer_within=0)
+    first.end(killed=False)
+    world.let_go("go")
+    second = Host(world, warm=False)
+
+    def infos() -> list[SandboxInfo]:
+        return world.call(second.runner.launcher.list_sandboxes)
+
+    world.until(lambda: not infos()[0].busy)
+    world.clock.jump(0.6 * IDLE_TIMEOUT)
+    assert second.execute("", session="s").status == "ok"
+    world.clock.jump(0.6 * IDLE_TIMEOUT)
+    assert infos()
+    assert infos(), "it has looked at the clock since the first answer"
+    assert second.execute("x", session="s").value == "1"
+    second.end(killed=False)
 
 
 def is_another(runner: Runner, cut: sandbox_runner.Sandbox | None) -> bool:
