@@ -5751,14 +5751,7 @@ class Worker:
                 try:
                     self._serve_call(frame, state)
                 except BaseException as error:  # the code left a profiler, a limit or similar that breaks the worker
-                    failure = error
-                for _ in range(100):
-                    if not self.call:
-                        break  # it has been answered
-                    with contextlib.suppress(BaseException):  # one of the code's signal handlers
-                        self._recover(failure)
-                else:
-                    return  # whoever waits for the answer is told that this process has died
+                    self._recover(error)
 
     def hear(self) -> Any:
         """Return what the supervisor asks for next, None when it is gone."""
@@ -5780,10 +5773,9 @@ class Worker:
         resets = reset_peak_memory()
         started = cpu_seconds()
         report: Report = {"id": request["id"], "kind": "done", "status": "ok", "cpu": 0.0}
-        if error := self.signals.attempt(self._run, request, state, report):
-            self.signals.interruptible = True
-            self.sources.describe(error, report)
-            self.signals.interruptible = False
+        error = self.signals.attempt(self._run, request, state, report)
+        if error and (failure := self.signals.attempt(self.sources.describe, error, report)):
+            raise failure
         if os.getpid() != self.process:
             self._end_child(report)
         for purpose, step in self._steps_after(request, state is not None):
@@ -5791,9 +5783,7 @@ class Worker:
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self.signals.attempt(self.note, f"{purpose} {how}")
         self.signals.attempt(self.standard.flush)
-        for _ in range(100):
-            if not self.signals.attempt(self.signals.set_aside):
-                break  # else one of the code's signal handlers has raised an exception
+        self.signals.stop_timers()
         with self.lock:
             report["cpu"] = cpu_seconds() - started
             report["memory"] = peak_memory() if resets else None
@@ -5802,7 +5792,6 @@ class Worker:
 
     def _recover(self, error: BaseException) -> None:
         """Answer a call whose end the worker failed to report, and disable what is known to cause such failures."""
-        self.signals.set_aside()
         if os.getpid() != self.process:
             os._exit(1)
         sys.settrace(None)
@@ -5817,7 +5806,7 @@ class Worker:
             "traceback": f"{kind}: {message}\n",
             "missing": None,
         }
-        self.signals.interruptible = False
+        self.signals.stop_timers()
         with self.lock:
             if self.call:
                 report: Report = {"id": self.call, "kind": "done", "status": "error", "cpu": 0.0}
@@ -5970,82 +5959,98 @@ class Worker:
 
     def send(self, kind: str, **fields: Any) -> None:
         """Send a frame of the running call, whole even if an interruption arrives meanwhile."""
-        with self.lock:
+        with self.signals.shielded(), self.lock:
             if not self.call:
                 return  # from a thread that outlived its call: there is no result to put this into
-            with self.signals.shielded():
-                self.control.send({"id": self.call, "kind": kind, **fields})
-                if kind in ("display", "turn", "clear"):
-                    while (answer := self.hear()) and answer["op"] != "proceed":
-                        pass  # wait, so that the code's later output comes after this
+            self.control.send({"id": self.call, "kind": kind, **fields})
+            if kind in ("display", "turn", "clear"):
+                while (answer := self.hear()) and answer["op"] != "proceed":
+                    pass  # wait, so that the code's later output comes after this
 
 
 class Signals:
-    """When the code may be interrupted, and its own signal handlers: they are in force while a call runs."""
+    """When the code may be interrupted, and its own signal handlers: they run in the steps of a call, and only there.
+
+    Elsewhere an exception from a handler would hit the worker's own bookkeeping, at any of its instructions.
+    """
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.interruptible = False  # whether an interruption may end what is being done
-        self._shielded = self._interrupted = False
-        self._handlers: dict[int, Any] = {}
+        self._shielded = False
+        self._held: list[tuple[Callable[..., object], int]] = []  # what has arrived while shielded
         self._note = note
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        inner: Any = sys.modules["_signal"]  # the module `signal` calls these two whenever it is called
+        install, look = inner.signal, inner.getsignal
+        inner.signal = lambda number, handler: self._own(install(number, self._guarded(handler)))
+        inner.getsignal = lambda number: self._own(look(number))
+        self.restore()
+
+    def _guarded(self, handler: Any) -> Any:
+        return functools.partial(self._admit, handler) if callable(handler) else handler
+
+    def _own(self, handler: Any) -> Any:
+        """Return the handler that was guarded."""
+        is_guarded = isinstance(handler, functools.partial) and handler.func == self._admit
+        return handler.args[0] if is_guarded else handler
+
+    def _admit(self, handler: Callable[..., object], number: int, frame: types.FrameType | None) -> None:
+        """Run a handler if a step of a call was interrupted; hold it back if that is shielded."""
+        if self._shielded:
+            if (handler, number) not in self._held:
+                self._held.append((handler, number))
+            return
+        place = frame and frame.f_back
+        while place:
+            if place.f_code is Signals.attempt.__code__:
+                handler(number, frame)
+                return
+            place = place.f_back
 
     def _on_interrupt(self, *_: Any) -> None:
-        """Raise KeyboardInterrupt in the code, at most once per step, and never in the worker's own bookkeeping."""
-        if self._shielded:
-            self._interrupted = True
-        elif self.interruptible:
+        """Raise KeyboardInterrupt in the code, at most once per step."""
+        if self.interruptible:
             self.interruptible = False
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
-        """Hold back an interruption until the end of the block."""
-        self._shielded = threading.current_thread() is threading.main_thread()
+        """Hold back signals until the end of the block."""
+        if self._shielded or threading.current_thread() is not threading.main_thread():
+            yield  # no signal is handled in another thread
+            return
+        self._shielded = True
         try:
             yield
         finally:
             self._shielded = False
-        if self._interrupted:
-            self._interrupted = False
-            self._on_interrupt()
+        while self._held:
+            handler, number = self._held.pop(0)
+            self._admit(handler, number, sys._getframe())
 
     def attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
         try:
-            try:
-                self.interruptible = True
-                step(*arguments)
-            finally:
-                self.interruptible = False
+            self.interruptible = True
+            self._run(step, *arguments)
         except BaseException as error:
             return error
+        finally:
+            self.interruptible = False
         return None
 
+    def _run(self, step: Callable[..., object], *arguments: Any) -> None:
+        """Run a step in a frame below that of `attempt`, even if it is not written in Python."""
+        step(*arguments)
+
     def restore(self) -> None:
-        """Put the code's handlers in force again."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        """Have SIGINT interrupt the code, whatever an earlier call has set."""
         signal.signal(signal.SIGINT, self._on_interrupt)
 
-    def set_aside(self) -> None:
-        """Stop the code's timers, and set its handlers aside: none of them may run while no call does."""
+    def stop_timers(self) -> None:
+        """Stop the timers that the code left running."""
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             if signal.setitimer(timer, 0)[0]:
                 self.attempt(self._note, "a timer that the code left running was stopped")
-        for number in range(1, signal.NSIG):
-            handler = signal.getsignal(number)
-            if handler is ignore_signal:
-                continue  # since a handler raised an exception here, in which this was begun again
-            if callable(handler):
-                self._handlers[number] = handler
-                signal.signal(number, ignore_signal)
-            else:
-                self._handlers.pop(number, None)
-
-
-def ignore_signal(*_: object) -> None:
-    """Do nothing at a signal that the code handles, as no call runs."""
 
 
 class StandardStreams:
