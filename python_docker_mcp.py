@@ -29,6 +29,8 @@ import dataclasses
 import difflib
 import errno
 import functools
+import hashlib
+import hmac
 import inspect
 import itertools
 import json
@@ -42,25 +44,36 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import textwrap
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import anyio
 import mcp_types as types
 import pydantic
 import pydantic_core
+import uvicorn
 from anyio.streams.memory import MemoryObjectSendStream
 from mcp.server import Server, ServerRequestContext
+from mcp.server.auth.middleware import auth_context
+from mcp.server.auth.provider import AccessToken
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.session import ServerSession
 from mcp.server.stdio import stdio_server
+from mcp.server.transport_security import TransportSecuritySettings
 from mcp.shared.exceptions import MCPError
 from mcp.shared.message import SessionMessage
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandbox_runner import (
     BASE_LABEL,
@@ -71,6 +84,8 @@ from sandbox_runner import (
     NOBODY,
     PACKAGES,
     PROXY_PORT,
+    SESSION_ID,
+    USER_NAME,
     WRITABLE_FOLDERS,
     Config,
     ConfigError,
@@ -100,6 +115,7 @@ from sandbox_runner import (
     is_within,
     load_config,
     log,
+    on_signals,
     open_runner,
     open_tasks,
     parse_requirement,
@@ -129,6 +145,7 @@ STATE_BUDGET = 100_000  # bytes of JSON for the variables that come back, if the
 STATE_UNASKED = 4_000  # the same, if the caller did not
 RESULT_LIMIT = 900_000  # bytes of the whole result as JSON
 IMAGE_LIMIT = 20  # images
+DOWNLOADS_NAMED = 10  # addresses of files in a result
 FILES_NAMED = 30  # files named in a result, or in a tool's description
 FILES_LOOKED_AT = 1000  # entries of a folder, to see whether it has so few
 LOOK_PATIENCE = 1.0  # seconds for such a look: what it adds is not worth more
@@ -346,6 +363,7 @@ class ExecutePersistent(Tool):
             new_session=self.session_id is None,
             kept=service.shelf.add(result, service.runner.living()),
             hint=await service.hint_on(result, self.code),
+            address=service.address,
         )
 
 
@@ -378,6 +396,11 @@ class InstallPackage(Tool):
         if module.partition(".")[0] in sys.stdlib_module_names and module not in DISTRIBUTIONS:
             message = f"{module} is part of Python: import it, nothing has to be installed"
             return render_installation(Installation(module, True, message, ()), self.session_id)
+        if not (self.session_id or service.installs_for_all):
+            raise RequestError(
+                "On this server packages are installed for a session: pass the session_id that needs it. For everybody "
+                "the operator adds packages (package.preinstalled)."
+            )
         requirement, note = package_meant(self.package_name)
         installation = await service.runner.install(requirement, session=self.session_id, on_status=progress.on_status)
         return render_installation(installation, self.session_id, note)
@@ -686,6 +709,7 @@ def render(
     kept: str | None = None,
     hint: str | None = None,
     state_budget: int = STATE_BUDGET,
+    address: Callable[[str, str], str | None] = lambda *_: None,
 ) -> types.CallToolResult:
     """Render a result for a model.
 
@@ -695,6 +719,7 @@ def render(
         kept: address of the resource that has the whole output, if the output is too long for a result.
         hint: what to do about a failure, see `hint_on`.
         state_budget: bytes of JSON for the variables.
+        address: returns where a user far away gets a session's file or, for an empty path, puts one; None if nowhere.
     """
     pieces = within(output_pieces(result), OUTPUT_BUDGET)
     variables, missing = state_within(result, state_budget)
@@ -706,9 +731,11 @@ def render(
         *value_section(result),
         *traceback_section(result),
         *files_section(result),
+        *downloads_section(result, address),
         *state_section(variables, missing, asked=state_budget == STATE_BUDGET),
         *notes,
         *session_section(result, new_session),
+        *upload_section(result, new_session, address),
         *attachments(result),
     ]
     structured = {
@@ -720,7 +747,7 @@ def render(
         "message": result.message,
         "state": variables,
         "not_in_state": missing,
-        "files": [file_fields(result, file) for file in result.files[:FILES_NAMED]],
+        "files": [file_fields(result, file, address) for file in result.files[:FILES_NAMED]],
         "files_left_out": files_left_out(result),
         "notes": background + notes,
         "session_id": result.session,
@@ -1113,6 +1140,21 @@ def files_section(result: Result) -> Iterator[str]:
         yield f"Files left out: {missing}"
 
 
+def downloads_section(result: Result, address: Callable[[str, str], str | None]) -> Iterator[str]:
+    """Name the addresses by which a user far away gets the files, if there are such addresses."""
+    files = result.files[:DOWNLOADS_NAMED] if result.session else ()
+    if places := list(filter(None, (address(str(result.session), file.path) for file in files))):
+        more = f"\n({len(result.files) - len(files)} more are not named)" if len(result.files) > len(files) else ""
+        yield "\n".join(["For the user to download, within an hour:", *places]) + more
+
+
+def upload_section(result: Result, new_session: bool, address: Callable[[str, str], str | None]) -> Iterator[str]:
+    """Say once, with a new session, how a user far away sends files into it; and again if one was missing."""
+    is_missing = result.exception is not None and result.exception.type == "FileNotFoundError"
+    if result.session and (new_session or result.is_new or is_missing) and (place := address(result.session, "")):
+        yield f"To send a file of the user's into the session, within an hour: curl -T FILE '{place}'"
+
+
 def files_left_out(result: Result) -> str:
     """Return which files are not listed, or not saved, and why."""
     return clip("; ".join(f"{path} ({reason})" for path, reason in result.files_left_out.items()), 2000)
@@ -1132,11 +1174,17 @@ def listing(files: Sequence[FileInfo]) -> str:
     return ", ".join(words) + (f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else "")
 
 
-def file_fields(result: Result, file: FileInfo) -> dict[str, Any]:
+def file_fields(
+    result: Result, file: FileInfo, address: Callable[[str, str], str | None] = lambda *_: None
+) -> dict[str, Any]:
     """Describe a file as structured data."""
     about: dict[str, Any] = {"path": file.path, "size": file.size, "type": media_type(file.path)}
     about |= {"saved_as": file.saved} if file.saved else {}
-    return about | {"uri": session_uri(result.session, "files", file.path)} if result.session else about
+    if not result.session:
+        return about
+    where = address(result.session, file.path)
+    about |= {"download": where} if where else {}
+    return about | {"uri": session_uri(result.session, "files", file.path)}
 
 
 def link(session: str, file: FileInfo) -> types.ResourceLink:
@@ -1614,7 +1662,8 @@ def hint_on_installation(installation: Installation) -> str | None:
 class Shelf:
     """Things that results pointed at, kept for reading: outputs that were too long, and lists of sessions' files."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most or OUTPUT_KEPT_ALL  # characters of output, over all sessions
         self.outputs: dict[str, tuple[str, list[str]]] = {}  # by address: session, and text in pieces; oldest first
         self.files: dict[str, dict[str, FileInfo]] = {}  # by session and path
         self._numbers = itertools.count(1)
@@ -1635,12 +1684,12 @@ class Shelf:
         size = sum(map(len, pieces))
         if size <= OUTPUT_BUDGET:
             return None
-        if size > OUTPUT_KEPT:
-            pieces = ["".join(pieces)[:OUTPUT_KEPT]]
+        if size > (most := min(OUTPUT_KEPT, self.most)):
+            pieces = ["".join(pieces)[:most]]
         address = session_uri(result.session, "output", str(next(self._numbers)))
         self.outputs[address] = (result.session, pieces)
         self._drop_oldest(result.session, OUTPUT_KEPT)
-        self._drop_oldest(None, OUTPUT_KEPT_ALL)
+        self._drop_oldest(None, self.most)
         return address
 
     def _drop_oldest(self, session: str | None, limit: int) -> None:
@@ -1659,33 +1708,51 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Service:
-    """Objects that live as long as the server runs."""
+    """What a caller may use; it lives as long as the server runs."""
 
     runner: Runner
     shelf: Shelf = field(default_factory=Shelf)
     reporter: Reporter = field(default_factory=lambda: Reporter())
+    installs_for_all: bool = True
+
+    @contextlib.asynccontextmanager
+    async def turn(self, tool: Tool, progress: Progress) -> AsyncIterator[None]:  # noqa: ARG002  # for one user: at once
+        """Wait until the caller may make a call, which is made in the block. Raises RequestError."""
+        yield
+
+    def address(self, session: str, path: str) -> str | None:  # noqa: ARG002  # a user on this host needs none
+        """Return where a user far away gets a session's file or, for an empty path, puts one; None if nowhere."""
+        return None
 
     async def hint_on(self, result: Result, code: str) -> str | None:
         """Return what to do about a failure of this runner's."""
         image, config = self.runner.launcher.image, self.runner.config
         lacking = image.problem if image else None
         if config.files.inputs and result.exception:  # a hint may look for a file there
-            return await looked_up(lambda: hint_on(result, code, config, lacking), None)
-        return hint_on(result, code, config, lacking)
+            hint = await looked_up(lambda: hint_on(result, code, config, lacking), None)
+        else:
+            hint = hint_on(result, code, config, lacking)
+        if hint and "install-package" in hint and not self.installs_for_all:
+            hint += " On this server that is for one session: pass its session_id, and run the code there."
+        return hint
 
 
-Context = ServerRequestContext[Service]
+FindService = Callable[[], Service]  # returns what the caller of the running request may use
+Context = ServerRequestContext[FindService]
 
 
-def make_server(runner: Runner) -> Server[Service]:
-    """Return a server that runs code with `runner`, ready to be given a connection."""
+def make_server(runner: Runner, find: FindService | None = None) -> Server[FindService]:
+    """Return a server that runs code with `runner`, ready to be given a connection.
+
+    Where it serves several users, `find` returns the service of the one whose request is being answered.
+    """
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: Server[Service]) -> AsyncIterator[Service]:
+    async def lifespan(_: Server[FindService]) -> AsyncIterator[FindService]:
         service = Service(runner)
         async with open_tasks() as tasks:
             tasks.start_soon(service.reporter.run)
-            yield service
+            yield find or (lambda: service)
 
     return Server(
         "python-docker-mcp",
@@ -1705,20 +1772,25 @@ def make_server(runner: Runner) -> Server[Service]:
 
 async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -> types.ListToolsResult:
     """List the tools, always in the same order."""
-    config = context.lifespan_context.runner.config
+    config = context.lifespan_context().runner.config
     folders = f"They are taken from {' or '.join(config.files.inputs)}."
     given = await looked_up(lambda: what_can_be_given(config), folders) if config.files.inputs else ""
-    return types.ListToolsResult(tools=[describe(tool, config, given) for tool in TOOLS.values()])
+    tools = [describe(tool, config, given) for tool in TOOLS.values()]
+    if not context.lifespan_context().installs_for_all:
+        tool = next(tool for tool in tools if tool.name == InstallPackage.name)
+        tool.description = f"{tool.description} On this server only with session_id."
+    return types.ListToolsResult(tools=tools)
 
 
 async def call_tool(context: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
     """Make a call; report a SandboxError in the result, where the model sees it."""
-    service = context.lifespan_context
+    service = context.lifespan_context()
     try:
         tool = parse(params.name, params.arguments or {})
         progress = Progress(context.session)
         with service.reporter.follow(progress):
-            result = await tool.call(service, progress)
+            async with service.turn(tool, progress):
+                result = await tool.call(service, progress)
     except SandboxError as error:
         return failure(str(error))
     if not takes_links(context):
@@ -1729,7 +1801,9 @@ async def call_tool(context: Context, params: types.CallToolRequestParams) -> ty
 def takes_links(context: Context) -> bool:
     """Return whether a client accepts a result with links. The text of the result names their targets, too."""
     client = context.session.client_params
-    name = client.client_info.name.lower() if client else ""
+    if client is None:  # over HTTP, in the handshake's era, no request says which client it is from
+        return False
+    name = client.client_info.name.lower()
     return context.protocol_version >= LINKS_SINCE and not any(part in name for part in NO_LINKS)
 
 
@@ -1805,7 +1879,7 @@ class Reporter:
 
 async def list_resources(context: Context, params: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
     """List the outputs that are still kept, and the files that results pointed at, a page at a time."""
-    shelf, alive = context.lifespan_context.shelf, context.lifespan_context.runner.living()
+    shelf, alive = context.lifespan_context().shelf, context.lifespan_context().runner.living()
     cursor = (params.cursor if params else None) or "0"
     if not re.fullmatch(r"[0-9]{1,9}", cursor):
         raise MCPError(types.INVALID_PARAMS, f"{clip(cursor, 100)!r} is no cursor of this list: begin without one.")
@@ -1844,7 +1918,7 @@ async def list_resource_templates(
 
 async def read_resource(context: Context, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
     """Read a session's file, or an output that is kept."""
-    service = context.lifespan_context
+    service = context.lifespan_context()
     try:
         address, session, kind, rest, offset, length = parse_address(params.uri)
         if kind == "output":
@@ -1879,6 +1953,10 @@ def parse_address(uri: str) -> tuple[str, str, str, str, int, int | None]:
     if length is not None and not 0 < length <= RESOURCE_LIMIT:
         raise RequestError(f"A length of {length} can't be read at once: ask for 1 to {RESOURCE_LIMIT}.")
     session, rest = urllib.parse.unquote(parts.netloc), urllib.parse.unquote(match[2])
+    if not re.fullmatch(SESSION_ID, session):
+        raise RequestError(
+            f"There is no session {clip(session, 100)!r}: it has ended, with its files, or never existed."
+        )
     address = session_uri(session, "output" if match[1] == "output" else "files", rest)
     return address, session, match[1], rest, int(given.get("offset", 0)), length
 
@@ -1888,6 +1966,404 @@ def cut(data: Any, length: int | None, size: str) -> Any:
     if length is None and len(data) > RESOURCE_LIMIT:
         raise RequestError(f"{size}, too much for one answer: read parts of it with ?offset=0&length={RESOURCE_LIMIT}.")
     return data if length is None else data[:length]
+
+
+# ── a server for a team ──
+#
+# Streamable HTTP, by the SDK's own application in uvicorn. Everything that one user could do to another's is decided in
+# one place: a request's token names the user, and its handlers get that user's Service and no other. Nothing of the
+# protocol is kept between requests, so a client goes on after a restart of the server without noticing.
+
+PATH = "/mcp"
+BODY_LIMIT = 8 << 20  # bytes of a request: code, or state of up to 4 MB, as JSON may write it
+CONNECTIONS = 1000  # open connections and requests, above which new ones are answered with 503
+LINK_TIME = 3600  # seconds for which the address of a file holds
+DRAIN_TIME = 10.0  # seconds that transient calls get to their end when the server is stopped
+CALLS_WAITING = 100  # calls of one user that wait for their turn
+OUTPUT_KEPT_EACH = 8 << 20  # characters of output kept for one user
+TOKEN_PREFIX = "pdmcp_"  # by which a scanner for leaked secrets can know one
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOCAL = "local"  # the one user of a server without a file of tokens
+
+
+class Tokens:
+    """The users of a server, each with the hash of a token, in a file that is read again whenever it has changed."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file).expanduser()
+        self._seen: tuple[int, int, int] | None = None
+        self._users: dict[str, str] = {}  # by hash
+
+    @staticmethod
+    def new() -> str:
+        """Return a new token, of 256 random bits."""
+        return TOKEN_PREFIX + secrets.token_urlsafe(32)
+
+    def users(self) -> dict[str, str]:
+        """Return the users by the hashes of their tokens. Raises ConfigError if the file can't be used."""
+        try:
+            state = self.file.stat()
+            seen: tuple[int, int, int] | None = (state.st_ino, state.st_size, state.st_mtime_ns)
+            if seen == self._seen:
+                return self._users
+            if state.st_mode & 0o022:
+                raise ConfigError(f"The file of tokens {self.file} can be written by others: `chmod 600 {self.file}`.")
+            lines = [line.split() for line in self.file.read_text("utf-8").splitlines() if line.strip()]
+        except FileNotFoundError:
+            lines, seen = [], None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The file of tokens {self.file} can't be read: {error}.") from None
+        for line in lines:
+            if len(line) != 2 or not re.fullmatch(USER_NAME, line[0]) or not re.fullmatch("[0-9a-f]{64}", line[1]):
+                raise ConfigError(f"The file of tokens {self.file} has a line that is not NAME and SHA-256.")
+        self._seen, self._users = seen, {digest: name for name, digest in lines}
+        return self._users
+
+    def user(self, token: str) -> str | None:
+        """Return whose token this is; None if it is nobody's."""
+        digest = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+        try:
+            users = self.users()
+        except ConfigError as error:  # somebody is writing the file, or has broken it: nobody comes in by it
+            log.warning("%s", error)
+            return None
+        return next((name for known, name in users.items() if hmac.compare_digest(known, digest)), None)
+
+    def write(self, users: Mapping[str, str]) -> None:
+        """Replace the file, which only its owner may read."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{name} {digest}\n" for digest, name in users.items())
+        descriptor, aside = tempfile.mkstemp(dir=self.file.parent, prefix=f".{self.file.name}.")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(aside, self.file)
+
+
+class MadeUpToken(Tokens):
+    """One token for whoever has started the server on their own machine, who is told it."""
+
+    def __init__(self) -> None:
+        super().__init__(os.devnull)
+        self.token = self.new()
+
+    def users(self) -> dict[str, str]:
+        """Return the one user."""
+        return {hashlib.sha256(self.token.encode()).hexdigest(): LOCAL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member(Service):
+    """What one user of a team may use: sessions, outputs, turns and addresses of files of their own."""
+
+    user: str
+    team: Team
+    turns: anyio.Semaphore
+
+    @contextlib.asynccontextmanager
+    async def turn(self, tool: Tool, progress: Progress) -> AsyncIterator[None]:
+        """Wait until few enough of the user's calls run. Raises RequestError if that takes too long."""
+        only_waits = isinstance(tool, ExecutePersistent) and not tool.code.strip()
+        started = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            if not (only_waits or isinstance(tool, CleanupSession)):
+                progress.on_status("waiting for other calls of yours to end")
+                await stack.enter_async_context(self.own_turn())
+                progress.on_status("")
+            await stack.enter_async_context(self.team.under_way())
+            yield
+        session = getattr(tool, "session_id", None) or "none"
+        log.info("%s: %s, session %s: %.1f s", self.user, tool.name, session, time.monotonic() - started)
+
+    @contextlib.asynccontextmanager
+    async def own_turn(self) -> AsyncIterator[None]:
+        """Take one of the user's turns for the block. Raises RequestError if none becomes free."""
+        full = (
+            f"{self.runner.config.http.calls_per_user} calls of yours are running, which is the most at once "
+            "(http.calls_per_user): wait for one of them to end, then call again."
+        )
+        if self.turns.statistics().tasks_waiting >= CALLS_WAITING:
+            raise RequestError(full)
+        try:
+            with anyio.fail_after(self.runner.config.session.answer_within):
+                await self.turns.acquire()
+        except TimeoutError:
+            raise RequestError(full) from None
+        try:
+            yield
+        finally:
+            self.turns.release()
+
+    def address(self, session: str, path: str) -> str:
+        """Return where the user gets a session's file or, for an empty path, puts one."""
+        until = int(time.time()) + LINK_TIME
+        proof = self.team.proof("GET" if path else "PUT", self.user, session, path, until)
+        return f"{self.team.address}/files/{self.user}/{session}/{until}/{proof}/{urllib.parse.quote(path)}"
+
+
+class Team:
+    """The users of a server over HTTP. It signs the addresses of their files, and knows the calls under way."""
+
+    def __init__(self, runner: Runner, tokens: Tokens | None, address: str) -> None:
+        self.runner = runner
+        self.tokens = tokens  # None: whoever asks is the one user
+        self.address = address
+        self.reporter = Reporter()
+        self.is_draining = False
+        self._members: dict[str, Member] = {}
+        self._key = secrets.token_bytes(32)  # so the addresses of files end with the server
+        self._calls: set[anyio.CancelScope] = set()
+
+    def member(self, user: str) -> Member:
+        """Return what a user may use. Raises ConfigError if the user's folders can't be made."""
+        if user not in self._members:
+            http = self.runner.config.http
+            try:
+                runner = self.runner.for_user(user, http.sessions_per_user)
+            except OSError as error:
+                raise ConfigError(
+                    f"The folders of {user} (files.inputs, files.output) can't be made: {error}."
+                ) from None
+            turns = anyio.Semaphore(http.calls_per_user)
+            shelf = Shelf(OUTPUT_KEPT_EACH)
+            self._members[user] = Member(runner, shelf, self.reporter, http.installs, user=user, team=self, turns=turns)
+        return self._members[user]
+
+    def caller(self) -> Member:
+        """Return what the user may use whose request is being answered."""
+        token = auth_context.get_access_token()
+        assert token or self.tokens is None
+        return self.member(token.client_id if token else LOCAL)
+
+    async def verify_token(self, token: str) -> AccessToken | None:
+        """Return who has this token, as the SDK asks it."""
+        user = self.tokens.user(token) if self.tokens else None
+        return AccessToken(token="", client_id=user, scopes=[]) if user else None
+
+    @contextlib.asynccontextmanager
+    async def under_way(self) -> AsyncIterator[None]:
+        """Count the call that is made in the block. Raises SandboxError if the server ends before the call."""
+        with anyio.CancelScope() as scope:
+            self._calls.add(scope)
+            try:
+                yield
+            finally:
+                self._calls.discard(scope)
+        if scope.cancelled_caught:
+            raise SandboxError("The server was restarted before the call came to its end: call again.")
+
+    async def drain(self) -> None:
+        """Have calls in sessions answered now, whose code goes on; give the others some time, then end them."""
+        self.is_draining = True
+        log.info("stopping: calls in sessions are answered now, others have %g seconds", DRAIN_TIME)
+        with anyio.move_on_after(DRAIN_TIME):
+            looks = 0  # at which there was no call: one may still be on its way
+            while looks < 5:
+                await self.runner.sessions.hand_over()
+                await anyio.sleep(0.1)
+                looks = 0 if self._calls else looks + 1
+        for scope in list(self._calls):
+            scope.cancel()
+
+    # ── addresses besides the protocol's ──
+
+    def proof(self, method: str, user: str, session: str, path: str, until: int) -> str:
+        """Return what shows that an address was made here, for this method and until this time."""
+        signed = "\0".join((method, user, session, path, str(until)))
+        return hmac.new(self._key, signed.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:40]
+
+    async def health(self, _: Request) -> Response:
+        """Answer whether calls can be made here, from what is known: no engine is asked."""
+        failure = self.runner.launcher.failure
+        problem = "stopping" if self.is_draining else str(failure) if failure else ""
+        return PlainTextResponse(f"{problem or 'ok'}\n", 503 if problem else 200)
+
+    async def files(self, request: Request) -> Response:
+        """Answer with a session's file, or put one there: for whoever has an address that was signed here."""
+        user, session, until, proof, path = request.path_params.values()
+        method = "PUT" if request.method == "PUT" else "GET"
+        expected = self.proof(method, user, session, "" if method == "PUT" else path, until)
+        if not hmac.compare_digest(expected.encode(), proof.encode()):
+            return PlainTextResponse("This address was not made by the server that runs now.\n", 403)
+        if time.time() > until or (self.tokens and user not in self.tokens.users().values()):
+            return PlainTextResponse("This address does not hold any more: ask for the file again.\n", 410)
+        member = self.member(user)
+        try:
+            return await (self._put if method == "PUT" else self._get)(member, session, path, request)
+        except SandboxError as error:
+            return PlainTextResponse(f"{error}\n", 404 if method == "GET" else 409)
+
+    async def _get(self, member: Member, session: str, path: str, _: Request) -> Response:
+        first = await member.runner.read_file(session, path, 0, RESOURCE_LIMIT)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            piece, offset = first, 0
+            while piece:
+                yield piece
+                offset += len(piece)
+                full = len(piece) == RESOURCE_LIMIT
+                piece = await member.runner.read_file(session, path, offset, RESOURCE_LIMIT) if full else b""
+
+        name = urllib.parse.quote(os.path.basename(path), errors="replace")
+        headers = {
+            "Content-Disposition": f"attachment; filename*=UTF-8''{name}",  # never shown as a page of this server's
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "sandbox",
+            "Cache-Control": "private, no-store",
+        }
+        return StreamingResponse(pieces(), headers=headers, media_type=media_type(path))
+
+    async def _put(self, member: Member, session: str, path: str, request: Request) -> Response:
+        if not path or "/" in path or path.startswith(".") or len(path.encode("utf-8", "replace")) > 255:
+            return PlainTextResponse("The address has to end with the name of the file: curl -T FILE adds it.\n", 400)
+        most = size_in_bytes(member.runner.config.files.limit)
+        size = 0
+        async with member.own_turn():
+            with tempfile.TemporaryDirectory(prefix="python-docker-mcp-") as folder:
+                async with await anyio.open_file(f"{folder}/file", "wb") as file:
+                    async for piece in request.stream():
+                        size += len(piece)
+                        if size > most:
+                            return PlainTextResponse(f"The file has more than {most} bytes (files.limit).\n", 413)
+                        await file.write(piece)
+                await member.runner.write_file(session, InputFile(path, Path(folder), "file", size))
+        return PlainTextResponse(f"{path} is in the working directory of the session {session}.\n", 201)
+
+
+def make_app(team: Team, hosts: Sequence[str], origins: Sequence[str]) -> ASGIApp:
+    """Return the ASGI application of a team's server, which answers requests for these hosts, from these origins."""
+    server = make_server(team.runner, team.caller)
+    schemas = {name: tool.model_json_schema() for name, tool in TOOLS.items()}
+    server.get_tool_input_schema = schemas.get  # else the SDK would list the tools for each call
+    with_tokens: Any = {
+        "token_verifier": team,
+        # Without an address of this server's, no metadata of OAuth are published: beside them, Claude Code ignores the
+        # token that it was given (github.com/anthropics/claude-code/issues/59467).
+        "auth": AuthSettings(issuer_url=pydantic.AnyHttpUrl(team.address), resource_server_url=None),
+    }
+    app = server.streamable_http_app(
+        streamable_http_path=PATH,
+        stateless_http=True,
+        max_request_body_size=BODY_LIMIT,
+        transport_security=TransportSecuritySettings(allowed_hosts=list(hosts), allowed_origins=list(origins)),
+        custom_starlette_routes=[
+            Route("/health", team.health),
+            Route("/files/{user}/{session}/{until:int}/{proof}/{path:path}", team.files, methods=["GET", "PUT"]),
+        ],
+        **(with_tokens if team.tokens else {}),
+    )
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse what is ambiguous about who asks, or gives a token away."""
+        if scope["type"] == "http":
+            problem = None
+            if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+                problem = "There are two Authorization headers: send one."
+            elif re.search(rb"(^|&)[^=&]*token=|" + TOKEN_PREFIX.encode(), scope["query_string"]):
+                problem = "A token in an address ends up in logs: send it as the header `Authorization: Bearer TOKEN`."
+            if problem:
+                await PlainTextResponse(f"{problem}\n", 400)(scope, receive, send)
+                return
+        await app(scope, receive, send)
+
+    return checked
+
+
+def listen(address: str) -> tuple[socket.socket, str, int, bool]:
+    """Return a listening socket, its host and port, and whether it is one that systemd passes and keeps open.
+
+    Raises ConfigError if there can be none.
+    """
+    found = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):)?(\d{1,5})", address)
+    if not found or int(found[2]) > 65535:
+        raise ConfigError(f"--http: {address!r} is not HOST:PORT, such as 127.0.0.1:8700.")
+    host, port = (found[1] or "127.0.0.1").strip("[]"), int(found[2])
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS"):
+        door = socket.socket(fileno=3)  # see sd_listen_fds(3): it stays open while the server is restarted
+        door.set_inheritable(False)
+        return door, host, port, True
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        door = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"--http: {address} can't be listened on: {error.strerror or error}.") from None
+    return door, host, door.getsockname()[1], False
+
+
+def team_of(runner: Runner, host: str, port: int, with_tokens: bool) -> tuple[Team, ASGIApp]:
+    """Return a team, and its application. Raises ConfigError if it would let in people whom it should not."""
+    config = runner.config
+    http, tokens = config.http, Tokens(config.http.tokens)
+    is_loopback = host in LOOPBACK or host.startswith("127.")
+    has_users = bool(tokens.users())
+    if not is_loopback and not (with_tokens and has_users):
+        raise ConfigError(
+            f"--http: {host} can be reached from other machines, and there is no token: make one for each user with "
+            "`python-docker-mcp token add NAME`, or listen on 127.0.0.1."
+        )
+    if not is_loopback and not (http.public_url or http.hosts):
+        raise ConfigError(
+            f"--http: {host} can be reached from other machines: say by which name (http.public_url, http.hosts), or "
+            "listen on 127.0.0.1. Web pages could otherwise use the server by a name of their own."
+        )
+    if with_tokens and has_users:
+        for setting, place in config.files.named():
+            if "{user}" not in place:
+                raise ConfigError(
+                    f"{setting}: {place!r} would be everybody's: write {{user}} where a user's name goes, as in "
+                    "/srv/python/{user}."
+                )
+        if config.pool.reuse:
+            raise ConfigError("pool.reuse: one user's code would run where another's ran before: set it to false.")
+    elif with_tokens:
+        tokens = MadeUpToken()
+    shown = f"[{host}]" if ":" in host else host
+    address = (http.public_url or f"http://{shown}:{port}").rstrip("/")
+    hosts = [*http.hosts, urllib.parse.urlsplit(address).netloc]
+    if is_loopback:
+        hosts += [name + end for name in ("127.0.0.1", "localhost", "[::1]") for end in ("", ":*")]
+    origins = [f"{scheme}://{name}" for scheme in ("http", "https") for name in hosts]
+    team = Team(runner, tokens if with_tokens else None, address)
+    if isinstance(tokens, MadeUpToken):
+        log.info("the token, made up for this run: %s", tokens.token)
+    log.info("serving %s%s", address, PATH)
+    return team, make_app(team, hosts, origins)
+
+
+async def serve_http(config: Config, file: str | None, address: str, with_tokens: bool) -> int:
+    """Serve over HTTP until a signal; a second one ends it at once. Raises ConfigError if it should not be started."""
+    door, host, port, stays_open = listen(address)
+    async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
+        team, app = team_of(runner, host, port, with_tokens)
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            limit_concurrency=CONNECTIONS,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=75,  # longer than proxies keep theirs, or they would use one that is just being closed
+            timeout_graceful_shutdown=5,
+        )
+        server = uvicorn.Server(settings)
+        vars(server)["capture_signals"] = contextlib.nullcontext  # signals are heeded here
+
+        async def stop() -> None:
+            for listener in server.servers if stays_open else ():
+                listener.close()  # requests from now on wait for the next server
+            await team.drain()
+            server.should_exit = True
+
+        def heed(_: int) -> None:
+            if team.is_draining:
+                server.should_exit = server.force_exit = True
+            tasks.start_soon(stop)
+
+        tasks.start_soon(team.reporter.run)
+        async with on_signals(heed):
+            await server.serve(sockets=[door])
+    return 0
 
 
 # ── doctor ──
@@ -2520,6 +2996,8 @@ def import_name(requirement: str) -> str:
 EXAMPLES = """\
 examples:
   python-docker-mcp                               serve; a client does that
+  python-docker-mcp serve --http 127.0.0.1:8700   serve over HTTP, also for several users
+  python-docker-mcp token add alice               make a user's token, and print it; `token list`, `token remove alice`
   python-docker-mcp doctor                        try whether engine, image, limits and isolation are as they should be
   python-docker-mcp build                         make the image ahead of the first call, and print its name
   python-docker-mcp install 'polars>=1,<2'        install a package for every sandbox; --session NAME for one session
@@ -2533,7 +3011,7 @@ The exit status is 0 if all went well, 1 if a check failed, a package could not 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve on standard input and output until the client or a signal ends it; or run an operator's command."""
     options = _parser().parse_args(argv)
-    if options.command:
+    if options.command and not (options.command is _serve_http and options.http is None):
         run_to_exit("python-docker-mcp", functools.partial(options.command, options))
     set_up_logging("python-docker-mcp: %(message)s", logging.INFO)
     try:
@@ -2566,6 +3044,14 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--session", metavar="NAME", help="only for this session")
         if name == "rm":
             one.add_argument("sessions", nargs="+", metavar="NAME", help="a session; `ps` lists them")
+        if name == "serve":
+            one.add_argument(
+                "--http", metavar="HOST:PORT", help="over HTTP, at /mcp; else on standard input and output"
+            )
+            one.add_argument("--no-token", action="store_true", help="for whoever asks, which has to be on this host")
+        if name == "token":
+            one.add_argument("action", choices=("add", "list", "remove"))
+            one.add_argument("user", nargs="?", help="letters, digits, and . _ @ - after the first")
         if name in ("doctor", "ps"):
             one.add_argument("--json", action="store_true", help="print JSON")
     for one in (parser, *commands.choices.values()):
@@ -2660,18 +3146,53 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+async def _serve_http(options: argparse.Namespace) -> int:
+    """Serve over HTTP until a signal."""
+    return await serve_http(load_config(options.config), options.config, options.http, not options.no_token)
+
+
+async def _token(options: argparse.Namespace) -> int:
+    """Add a user, whose token is printed and kept nowhere; or list or remove them; exit status 1 if that fails."""
+    tokens = Tokens(load_config(options.config).http.tokens)
+    users, user = dict(tokens.users()), options.user
+    if options.action == "list":
+        print("".join(f"{name}\n" for name in sorted(users.values())), end="")
+        return 0
+    if not user or not re.fullmatch(USER_NAME, user):
+        raise RequestError(
+            f"{user or ''!r} can't be a user's name: use 1 to 64 lower-case letters and digits, and . _ @ - after the "
+            "first."
+        )
+    if (user in users.values()) == (options.action == "add"):
+        there = (
+            "has a token already: remove that first" if user in users.values() else "is no user: `token list` has all"
+        )
+        print(f"python-docker-mcp: {user} {there}", file=sys.stderr)
+        return 1
+    if options.action == "remove":
+        tokens.write({digest: name for digest, name in users.items() if name != user})
+        return 0
+    token = tokens.new()
+    tokens.write({**users, hashlib.sha256(token.encode()).hexdigest(): user})
+    print(token)
+    return 0
+
+
 async def _remove(options: argparse.Namespace) -> int:
     """End sessions; exit status 1 if one of them was not there."""
     missing = 0
     async with runner_until_signal(load_config(options.config)) as runner:
         for name in options.sessions:
-            if not await runner.close_session(name):
+            user, _, session = name.rpartition("~")
+            if not await (runner.for_user(user, 1) if user else runner).close_session(session):
                 missing = 1
                 print(f"python-docker-mcp: there is no session {name!r}: `ps` lists those there are", file=sys.stderr)
     return missing
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Awaitable[int]], str]] = {
+    "serve": (_serve_http, "Serve, on standard input and output, or over HTTP."),
+    "token": (_token, "Add, list and remove the users of a server over HTTP, each with a token."),
     "doctor": (_doctor, "Try whether engine, image, limits and isolation are as they should be."),
     "build": (_build, "Make the image ahead of the first call, and print its name."),
     "install": (_install, "Install a package for the sandboxes, or for one session."),

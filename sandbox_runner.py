@@ -40,6 +40,7 @@ import builtins
 import codecs
 import contextlib
 import contextvars
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -123,6 +124,7 @@ __all__ = [
     "SessionConfig",
     "PackageConfig",
     "FilesConfig",
+    "HttpConfig",
     "PoolConfig",
     "FileInfo",
     "Installation",
@@ -337,9 +339,20 @@ class Runner:
         self.config = config
         self.launcher = Launcher(config, tasks, on_status, file)
         self.pool = Pool(self.launcher.start, config.pool, tasks, config.session.idle_timeout)
-        self.sessions = Sessions(self.launcher, self.pool)
+        self.sessions = Sessions(self.launcher, self.pool, config)
         self._tasks = tasks
         self._transient: set[Sandbox] = set()
+
+    def for_user(self, user: str, most: int) -> Runner:
+        """Return a runner for one of several users, on the same engine and pool.
+
+        Its sessions, of which there may be `most`, have names of their own: nobody else's can be named or found. In the
+        folders of `files`, the user's name stands for {user}.
+        """
+        one = copy.copy(self)
+        one.config = dataclasses.replace(self.config, files=self.config.files.for_user(user))
+        one.sessions = Sessions(self.launcher, self.pool, one.config, user, most, self.sessions.everybodys)
+        return one
 
     async def execute(
         self,
@@ -390,11 +403,14 @@ class Runner:
         self.pool.touch()
         limit = size_in_bytes(self.config.docker.output_limit) if keep_output else None
         timeout = self.config.docker.timeout if timeout is None else timeout
-        await self.launcher.require_paths()
+        await self.launcher.require_paths(self.config)
         if (files or output) and sys.platform == "win32":
             raise RequestError("On Windows no files can be copied: make a folder visible by docker.mounts instead.")
         given = await anyio.to_thread.run_sync(input_files, files, self.config) if files else ()
-        request = Request(code, session, state, timeout, filename, tuple(arguments), limit, state_limit, given, output)
+        user = self.sessions.user
+        request = Request(
+            code, session, state, timeout, filename, tuple(arguments), limit, state_limit, given, output, user
+        )
         call = Call(request, streams=on_output is not None)
         call.on_status = on_status or self.launcher.report
         if session is None:
@@ -448,6 +464,19 @@ class Runner:
             RequestError: there is no such file, or the path leaves the directory.
             SessionError: there is no such session.
         """
+        return await (await self._sandbox_of(session)).files.read(path, offset, length)
+
+    async def write_file(self, session: str, file: InputFile) -> None:
+        """Put a file of the host's into a session's working directory; also while code runs there.
+
+        Raises:
+            RequestError: there is no room for it, or it has changed.
+            SessionError: there is no such session.
+        """
+        await (await self._sandbox_of(session)).files.take_in([file])
+
+    async def _sandbox_of(self, session: str) -> Sandbox:
+        """Return a session's sandbox. Raises SessionError if there is none."""
         Request("", session)
         entry = self.sessions[session]
         if not entry.is_attached and not entry.placing:
@@ -455,7 +484,7 @@ class Runner:
                 await entry.attach()
         if entry.sandbox is None or not entry.is_attached:
             raise SessionError(f"There is no session {session!r}: it has ended, with its files, or never existed.")
-        return await entry.sandbox.files.read(path, offset, length)
+        return entry.sandbox
 
     async def install(
         self, requirement: str, *, session: str | None = None, on_status: OnStatus | None = None
@@ -507,7 +536,8 @@ class Runner:
 
     def held(self) -> list[Sandbox]:
         """Return the sandboxes that this runner is connected to, or was."""
-        sessions = [session.sandbox for session in self.sessions.values() if session.sandbox]
+        everybodys = itertools.chain(*(sessions.values() for sessions in self.sessions.everybodys))
+        sessions = [session.sandbox for session in everybodys if session.sandbox]
         return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
 
     async def _warm_up(self) -> None:
@@ -595,12 +625,25 @@ async def open_tasks() -> AsyncIterator[anyio.abc.TaskGroup]:
 
 
 class Sessions(dict[str, "Session"]):
-    """A runner's sessions by name, of which there may be `session.max`. One that is asked for is made."""
+    """One user's sessions by name. One that is asked for is made."""
 
-    def __init__(self, launcher: Launcher, pool: Pool) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        pool: Pool,
+        config: Config,
+        user: str = "",
+        most: int | None = None,
+        everybodys: list[Sessions] | None = None,
+    ) -> None:
         super().__init__()
         self.launcher = launcher
         self.pool = pool
+        self.config = config
+        self.user = user
+        self.most = most  # that this user may have, or None for no such limit
+        self.everybodys = [] if everybodys is None else everybodys
+        self.everybodys.append(self)
 
     def __missing__(self, name: str) -> Session:
         """Make a session, which has no sandbox yet."""
@@ -613,22 +656,39 @@ class Sessions(dict[str, "Session"]):
         for name in ended[:-ENDED_SESSIONS]:
             del self[name]
 
+    async def hand_over(self) -> None:
+        """Let go of everybody's sessions in which code runs, and have its callers answered that it goes on."""
+        for session in list(itertools.chain(*(sessions.values() for sessions in self.everybodys))):
+            await session.hand_over()
+
     async def make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
-        limits = self.launcher.config.session
+        limits = self.config.session
         there = {name: one for name, one in self.items() if one.is_there}
-        if len(there) < limits.max:
+        count = sum(one.is_there for sessions in self.everybodys for one in sessions.values())
+        setting, most, others = "session.max", limits.max, count - len(there)
+        if self.most is not None and len(there) >= self.most:
+            setting, most, others = "http.sessions_per_user", self.most, 0
+        elif count < limits.max:
             return
         idle = [name for name, one in there.items() if not one.is_busy]
         if not (limits.evict and idle):
+            names = textwrap.shorten(", ".join(sorted(there)), 500)
+            advice = f"{names}. End one of them first" if there else "try again when one of them has ended"
+            besides = f", {others} of them other users'" if others else ""
             raise SessionError(
-                f"There are {len(there)} sessions already, which is the most allowed (session.max): "
-                f"{textwrap.shorten(', '.join(sorted(there)), 500)}. End one of them first."
+                f"There are {len(there) + others} sessions already{besides}, which is the most allowed ({setting}): "
+                f"{advice}."
             )
         oldest = min(idle, key=lambda name: there[name].used)
-        log.info("ending the session %s, the longest idle one, to make room for another", oldest)
+        log.info("ending the session %s, the longest idle one, to make room for another", there[oldest].key)
         await there[oldest].close()
-        self[oldest].lost = f"it was ended to make room for another (session.max: {limits.max})"
+        self[oldest].lost = f"it was ended to make room for another ({setting}: {most})"
+
+
+def session_key(user: str, name: str) -> str:
+    """Return the name by which a session is known on the engine: unlike one of another user's, or of nobody's."""
+    return f"{user}~{name}" if user else name
 
 
 class Session:
@@ -643,12 +703,14 @@ class Session:
     """
 
     def __init__(self, name: str, others: Sessions) -> None:
-        self.name = name
+        self.name = name  # as its user calls it
+        self.key = session_key(others.user, name)
         self.lock = anyio.Lock(fast_acquire=True)
         self.sandbox: Sandbox | None = None
         self.call: Call | None = None  # the last one, until its result has been told
         self.lost: str | None = None  # why the variables are gone, until a call has told it
         self.used = 0.0  # when its last call was made
+        self._handed_over: Sandbox | None = None  # which was let go while code ran in it, for the next host
         self.placing: anyio.CancelScope | None = None  # of the task that finds or makes a sandbox for the call
         self._placed = anyio.Event()  # set when that task has ended
         self._is_coming = False  # whether a sandbox is being made for it, for which there is room
@@ -729,6 +791,8 @@ class Session:
                 await self._placed.wait()
             elif self.sandbox and call.is_placed:
                 await self.sandbox.finish(call, on_output)
+                if self.sandbox is self._handed_over:
+                    break
             elif call.cancelled and call.stage is Stage.NOWHERE:
                 call.fail(SessionError(f"The call in the session {self.name!r} was cancelled before it began."))
             elif self.sandbox and self._takes_at_once(call):
@@ -805,7 +869,7 @@ class Session:
             )
         if call.cancelled:
             with contextlib.suppress(SandboxError):  # it failed: nobody is there to be told
-                result = await bring_out(self.sandbox, call, self._launcher.config)
+                result = await bring_out(self.sandbox, call, self._others.config)
                 if result.state == "lost":
                     self.lost = "a call was cancelled, and its code did not stop in time"
             self.call = None
@@ -823,7 +887,7 @@ class Session:
             return call.tell()
         if call.failed:
             self.call = None
-        result = await bring_out(self.sandbox, call, self._launcher.config)
+        result = await bring_out(self.sandbox, call, self._others.config)
         self.call = None  # not before: if the caller goes meanwhile, the next one is told
         if self.sandbox and self.sandbox.call is call:
             self.sandbox.call = None  # else its output would be kept as long as the session
@@ -831,6 +895,12 @@ class Session:
         return dataclasses.replace(result, lost_before=lost, is_new=call.is_new)
 
     # ── its sandbox ──
+
+    async def hand_over(self) -> None:
+        """Let go of the sandbox if code runs in it. The end is told to whoever asks next, of this host or another."""
+        if self.sandbox and self.call and self.call.stage is Stage.BEGUN:
+            self._handed_over = self.sandbox
+            await self.sandbox.leave()
 
     async def open(self, report: OnStatus) -> Sandbox:
         """Return the sandbox, which is made if there is none, when no call runs in it. Raises as `execute`."""
@@ -886,7 +956,7 @@ class Session:
 
     async def _claim(self, sandbox: Sandbox) -> None:
         """Give the container the name by which the session is found. An engine allows each name only once."""
-        name = session_container(self.name)
+        name = session_container(self.key)
         deadline = time.monotonic() + ATTACH_TIMEOUT
         while not sandbox.gone.is_set():
             try:
@@ -913,7 +983,7 @@ class Session:
             SessionError: another program has it, or it does not answer.
         """
         engine = await self._launcher.find_engine()
-        container = session_container(self.name)
+        container = session_container(self.key)
         begun = time.monotonic()
         while version := (await engine.sandboxes(f"--filter=name={container}")).get(container):
             if version != str(PROTOCOL):
@@ -923,7 +993,7 @@ class Session:
                 )
             # Shielded: a sandbox that is plugged into tells at once what it has kept for its host, and must be held.
             with anyio.CancelScope(shield=True):
-                answer = await Sandbox.plug_in(self._launcher, engine, container, session=self.name, call=self.call)
+                answer = await Sandbox.plug_in(self._launcher, engine, container, session=self.key, call=self.call)
             if isinstance(answer, Sandbox):
                 return answer
             waited = time.monotonic() - begun
@@ -955,7 +1025,7 @@ class Session:
                 await self.create(report)
             assert self.sandbox is not None
             with contextlib.suppress(anyio.EndOfStream):
-                return await self.sandbox.use(self.name, folder)
+                return await self.sandbox.use(self.key, folder)
             # It has ended, or had preloaded other packages than the session has now.
             self._launcher.tasks.start_soon(self.sandbox.end)
             self.sandbox = None
@@ -974,7 +1044,7 @@ class Session:
                     await self.attach()
                 except VersionError:
                     engine = await self._launcher.find_engine()
-                    await engine.remove(session_container(self.name))
+                    await engine.remove(session_container(self.key))
                     return True
         sandbox, self.sandbox = self.sandbox, None
         if self.call:
@@ -989,6 +1059,7 @@ class Session:
 # ── a call ──
 
 SESSION_ID = r"[A-Za-z0-9._-]{1,128}"
+USER_NAME = r"[a-z0-9][a-z0-9._@-]{0,63}"  # one spelling for each, also where file systems ignore case
 CODE_LIMIT = 256 << 10  # bytes of code in one call; less than LINE_LIMIT
 SHORT_PIECE = 4096  # characters up to which neighbouring pieces are joined as they arrive
 PIECES_LIMIT = 100_000  # pieces of output in one result; more than a genuine supervisor lets through
@@ -1013,6 +1084,7 @@ class Request:
     state_limit: int | None = None  # bytes of variables that come back if `state` is given; None for the usual limit
     files: tuple[InputFile, ...] = ()  # for the working directory, ahead of the code
     output: str | os.PathLike[str] | None = None  # folder on the host for the files that the code writes
+    user: str = ""  # who the session belongs to, where there are several
 
     def __post_init__(self) -> None:
         """Refuse what can't be run, before anything is started for it. Raises RequestError."""
@@ -1032,6 +1104,11 @@ class Request:
         if not 0 < self.timeout < math.inf:
             raise RequestError(f"A timeout of {self.timeout!r} seconds can't be: give a number above zero.")
         _ = self.encoded_state
+
+    @property
+    def key(self) -> str | None:
+        """The session's name on the engine."""
+        return self.session and session_key(self.user, self.session)
 
     @functools.cached_property
     def encoded_state(self) -> bytes | None:
@@ -1062,7 +1139,7 @@ class Request:
             "op": "run",
             "id": call_id,
             "data": self.code.encode(),
-            "session": self.session,
+            "session": self.key,
             "final": self.session is None,
             "timeout": self.timeout,
             "filename": self.filename,
@@ -1666,26 +1743,26 @@ class Launcher:
         self._watching: list[OnStatus] = []  # those who wait until engine and image are there
         self._retry_at = 0.0  # when to try again to complete an image
         self._may_look = anyio.CapacityLimiter(1)  # a thread that looks at folders may hang for a long time
-        self._has_looked = not (config.docker.mounts or config.files.named() or config.package.ca_bundle)
+        self._looked_at: set[Config] = set()
 
-    async def require_paths(self) -> None:
+    async def require_paths(self, config: Config) -> None:
         """See once, before the first call, that the folders which the configuration names may be used.
 
         Raises ConfigError if not, or if they don't answer.
         """
-        if self._has_looked:
+        named = [place for _, place in config.files.named()] + list(config.docker.mounts)
+        if config in self._looked_at or not (named or config.package.ca_bundle):
             return
-        look = functools.partial(require_paths, self.config, self.file)
+        look = functools.partial(require_paths, config, self.file)
         try:
             with anyio.fail_after(LOOK_TIMEOUT):
                 await anyio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._may_look)
         except TimeoutError:
-            named = [place for _, place in self.config.files.named()] + list(self.config.docker.mounts)
             raise ConfigError(
                 f"A folder of the configuration did not answer within {LOOK_TIMEOUT} seconds ({', '.join(named)}): is "
                 "one on a drive that is not there? Connect it, or take the folder out of the configuration."
             ) from None
-        self._has_looked = True
+        self._looked_at.add(config)
 
     async def find_engine(self) -> Engine:
         """Return the engine. Raises EngineError."""
@@ -1702,6 +1779,11 @@ class Launcher:
                 log.debug("using %s %s (%s)", self.engine.kind, self.engine.version, self.engine.command)
             return self.engine
 
+    @property
+    def failure(self) -> EngineError | None:
+        """Why there is no engine to be had, as far as that is known."""
+        return self._failed if self.engine is None else None
+
     async def prepare(self, report: OnStatus | None = None) -> tuple[Engine, Image]:
         """Return the engine and the image, which is pulled or made first if it is missing.
 
@@ -1710,7 +1792,7 @@ class Launcher:
         Raises:
             EngineError, ImageError: there is nothing to run code in.
         """
-        await self.require_paths()
+        await self.require_paths(self.config)
         await self.find_engine()  # ahead of the queue: where there is none, no call waits for those before it
         watcher = report or self.report
         self._watching.append(watcher)
@@ -2110,7 +2192,8 @@ class Sandbox:
         self.packages = greeting["packages"]
         unread = greeting["unread"]
         if unread and greeting["kind"] == "ready":
-            request = Request("", greeting["session"], output_limit=BACKLOG_LIMIT)
+            user, _, name = (greeting["session"] or "").rpartition("~")
+            request = Request("", name or None, output_limit=BACKLOG_LIMIT, user=user)
             adopted = Call(request, unread, ran=greeting["ran"], is_adopted=True)
             self.call = call if call and call.id == unread else adopted
             self.call.go_on(greeting["told"], greeting["left"])
@@ -2153,7 +2236,7 @@ class Sandbox:
 
     async def begin(self, call: Call) -> None:
         """Place a call in this sandbox, whose last one has ended."""
-        log.debug("call %s of %s in the container %s", call.id, call.request.session or "no session", self.name)
+        log.debug("call %s of %s in the container %s", call.id, call.request.key or "no session", self.name)
         call.attempts += 1
         if call.request.files:
             call.report(f"copying {files_in_words(len(call.request.files))} into the sandbox")
@@ -2979,7 +3062,7 @@ class Proxy:
         finally:
             self._places.release()
             self.open.pop(connection.number, None)
-            session = self._sandbox.call.request.session if self._sandbox.call else None
+            session = self._sandbox.call.request.key if self._sandbox.call else None
             traffic_log.info(
                 "network: %s, %s: %s; %d bytes out, %d in",
                 session or self._sandbox.name, where or "?", verdict or "cut", connection.received, connection.sent,
@@ -3227,6 +3310,7 @@ Count = Annotated[int, pydantic.Field(ge=0, le=1 << 62)]
 Number = Annotated[int, pydantic.Field(ge=-(1 << 62), le=1 << 62)]
 Seconds = Annotated[float, pydantic.Field(ge=0, le=1e12)]
 SessionId = Annotated[str, pydantic.Field(pattern=f"^{SESSION_ID}$")]
+SessionKey = Annotated[str, pydantic.Field(pattern=f"^(?:{USER_NAME}~)?{SESSION_ID}$")]
 Data = Annotated[  # on the wire, the number of bytes that follow
     bytes, pydantic.GetPydanticSchema(lambda *_: pydantic_core.core_schema.int_schema(ge=0, le=DATA_LIMIT, strict=True))
 ]
@@ -3435,7 +3519,7 @@ class Greeting(TypedDict):
     """The state of a sandbox, to the host that it is now attached to (`ready`) or only answers (`status`)."""
 
     kind: Literal["ready", "status"]
-    session: SessionId | None
+    session: SessionKey | None
     attached: bool
     owner: str
     unread: str | None  # id of the last call, until a host has been sent its end
@@ -9166,9 +9250,42 @@ class FilesConfig:
         output = [("files.output", self.output)] if self.output else []
         return [*output, *(("files.inputs", one) for one in self.inputs)]
 
+    def for_user(self, user: str) -> FilesConfig:
+        """Return the settings with a user's name for {user}; the user's folders are made if they are not there.
+
+        Raises OSError if they can't be.
+        """
+        inputs = tuple(place.replace("{user}", user) for place in self.inputs)
+        own = dataclasses.replace(self, output=self.output and self.output.replace("{user}", user), inputs=inputs)
+        for (_, place), (_, general) in zip(own.named(), self.named(), strict=True):
+            if place != general:
+                Path(place).expanduser().mkdir(parents=True, exist_ok=True)
+        return own
+
     def folders(self) -> list[Path]:
         """Return the folders whose files a call may be given, without links in their paths."""
         return [Path(place).expanduser().resolve() for place in self.inputs]
+
+
+@dataclass(frozen=True)
+class HttpConfig:
+    """What a server for a team is called, whom it serves, and how much of it each of them may have."""
+
+    public_url: str | None = None
+    hosts: tuple[str, ...] = ()
+    tokens: str = "~/.python-docker-mcp/tokens"
+    sessions_per_user: int = 4
+    calls_per_user: int = 2
+    installs: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an address that is none, and limits below one."""
+        parts = urllib.parse.urlsplit(self.public_url or "http://host")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"http.public_url: {self.public_url!r} is not an address like https://python.example.com")
+        for name in ("sessions_per_user", "calls_per_user"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"http.{name}: {getattr(self, name)!r} is not a number above zero")
 
 
 @dataclass(frozen=True)
@@ -9204,6 +9321,7 @@ class Config:
     package: PackageConfig = field(default_factory=PackageConfig)
     files: FilesConfig = field(default_factory=FilesConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
     allowed_modules: tuple[str, ...] = ()
     blocked_modules: tuple[str, ...] = ()
 
@@ -9277,6 +9395,8 @@ def require_paths(config: Config, file: Path, environ: Mapping[str, str] = os.en
         for mount in config.docker.mounts:
             mount_argument(mount, config.docker.working_dir)
         for setting, place in config.files.named():
+            if "{user}" in place:
+                continue  # looked at once a user is there
             folder = Path(place).expanduser().resolve()
             if not folder.is_dir() and (setting == "files.inputs" or folder.exists()):
                 raise ValueError(f"{setting}: {place!r} is not a folder on this host")
@@ -9714,7 +9834,8 @@ def _run_config(options: argparse.Namespace) -> Config:
     return config
 
 
-OPERATOR_COMMANDS = ("doctor", "build", "install", "ps", "rm")  # of the other program, that one may look for here
+# commands of the other program, that one may look for here
+OPERATOR_COMMANDS = ("serve", "token", "doctor", "build", "install", "ps", "rm")
 
 
 def _read_source(file: str) -> tuple[str, str]:

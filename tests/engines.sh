@@ -2,7 +2,7 @@
 # Makes sure that container engines are there and work:
 #
 #   sh tests/engines.sh demo    one of them: Docker, else Podman; if there is none, installs Docker
-#   sh tests/engines.sh test    both, gVisor for Docker, an image with a new Python, and npx; installs what is missing, starts
+#   sh tests/engines.sh test    both, gVisor for Docker, an image with a new Python, npx, nginx and HAProxy; installs what is missing, starts
 #                               Docker's daemon if it is down. Without gVisor or that image their tests are skipped
 #
 # Installing and starting needs root, installing also Debian or Ubuntu. Silent when all is there; when it cannot go on, one
@@ -182,6 +182,8 @@ test)
         die "podman cannot run a container, with its own settings nor with tests/containers.conf: $(last_line .engines/podman.log)"
     get_newest_python
     has npx || install "no npx, which runs the MCP Inspector for one of the tests" npm
+    has nginx || install "no nginx, behind which one of the tests puts servers" nginx-light
+    has haproxy || install "no HAProxy, behind which one of the tests puts servers" haproxy
     ;;
 *) die "usage: sh tests/engines.sh demo|test" ;;
 esac

@@ -19,6 +19,7 @@ from sandbox_runner import (
     ConfigError,
     DockerConfig,
     FilesConfig,
+    HttpConfig,
     PackageConfig,
     PoolConfig,
     SessionConfig,
@@ -397,7 +398,7 @@ def test_the_example_says_of_every_key_what_it_means() -> None:
     sections = [
         item.name for item in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), item.name))
     ]
-    settings = [DockerConfig, SessionConfig, PackageConfig, FilesConfig, PoolConfig]
+    settings = [DockerConfig, SessionConfig, PackageConfig, FilesConfig, PoolConfig, HttpConfig]
     assert len(sections) == len(settings)
     assert len(keys) == len(dataclasses.fields(Config)) + sum(len(dataclasses.fields(item)) for item in settings)
     for index in keys:

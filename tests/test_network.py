@@ -452,7 +452,7 @@ class Call:
     class Request:
         """Its request."""
 
-        session = "s"
+        key = "s"
 
 
 def resolver(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:

@@ -214,7 +214,7 @@ def test_a_type_checker_knows_the_types_of_the_installed_modules(
         "--python-executable", installed, "user.py", cwd=tmp_path,
     )  # fmt: skip
     assert 'Revealed type is "str | None"' in checked.stdout
-    assert 'Server[python_docker_mcp.Service]"' in checked.stdout
+    assert 'Server[def () -> python_docker_mcp.Service]"' in checked.stdout
 
 
 @pytest.mark.slow

@@ -351,7 +351,7 @@ def test_an_image_is_carried_over_in_a_file(shell: Shell, configuration: dict[st
 
 def servers() -> list[dict[str, Any]]:
     """Each server that a client is told to start."""
-    files = [json.loads(text) for text in blocks("json")] + [tomllib.loads(text) for text in blocks("toml")]
+    files = [json.loads(text) for text in blocks("json", "Install")] + [tomllib.loads(text) for text in blocks("toml")]
     found = [next(iter(file.values())) for file in files]
     assert all(list(each) == ["python-docker"] or list(each) == ["python-docker-mcp"] for each in found), found
     return [next(iter(each.values())) for each in found]
@@ -393,6 +393,8 @@ def test_no_block_of_the_readme_is_left_out() -> None:
     seen = {
         ("Tools", ""), ("Files", ""), ("Files", "yaml"), ("Network", "yaml"), ("Files", "json"), ("Install", "json"),
         ("Install", "toml"), ("Install", "sh"), ("From the command line", "sh"), ("From the command line", "console"),
+        ("A server for a team", "sh"), ("A server for a team", "json"), ("A server for a team", "ini"),
+        ("A server for a team", "nginx"), ("A server for a team", "haproxy"),
         ("From Python", "python"), ("Offline and behind a proxy", "sh"), ("Try it", "sh"), ("Development", "sh"),
     }  # fmt: skip
     pictures = {("", ""), ("The first start", "")}  # a drawing, and a log of what takes a registry

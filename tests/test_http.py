@@ -1,0 +1,682 @@
+"""The server for a team: who gets in, what one user can see of another's, and what a restart costs.
+
+Most tests use the fake engine; those marked `engine` try the same on real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+import mcp_types
+import pytest
+import trustme
+import yaml
+from conftest import PATIENCE, ROOT, FakeEngine, text_of, until, wait_until
+from mcp.client.client import Client
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.exceptions import MCPError
+from test_readme import blocks
+
+import python_docker_mcp
+from python_docker_mcp import Tokens, team_of
+from sandbox_runner import Config, ConfigError, FilesConfig, HttpConfig, PoolConfig, open_runner
+
+ERAS = ("legacy", "auto")
+TEAM = "A server for a team"  # the README's chapter
+
+
+class TeamServer:
+    """A server over HTTP, in a process of its own, with a token for each of these users."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        users: tuple[str, ...] = ("alice", "bob"),
+        door: socket.socket | None = None,
+    ) -> None:
+        self.door = door
+        self.users = users
+        config = dataclasses.replace(config, http=dataclasses.replace(config.http, tokens=str(folder / "tokens")))
+        self.file = folder / "config.yaml"
+        self.file.write_text(yaml.safe_dump(plain(dataclasses.asdict(config))), encoding="utf-8")
+        self.log = folder / "log"
+        self.tokens = {user: Tokens.new() for user in users}
+        hashes = {hashlib.sha256(token.encode()).hexdigest(): user for user, token in self.tokens.items()}
+        Tokens(config.http.tokens).write(hashes)
+        self.start()
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "python_docker_mcp", *arguments, "--config", str(self.file)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    def start(self) -> None:
+        """Start it, and wait until it listens: on a new port or, as systemd does it, on a socket that stays open."""
+        command = [sys.executable, "-m", "python_docker_mcp", "serve", "--config", str(self.file), "--http"]
+        if self.door:
+            descriptor, port = self.door.fileno(), self.door.getsockname()[1]
+            passing = (
+                f"import os, sys; os.dup2({descriptor}, 3)\n"
+                "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.executable, sys.argv[1:])"
+            )
+            command = [sys.executable, "-c", passing, *command, f"127.0.0.1:{port}"]
+        else:
+            command.append("127.0.0.1:0")
+        passed = [self.door.fileno()] if self.door else []
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, pass_fds=passed)
+        wait_until(lambda: "serving http" in self.log.read_text() or self.process.poll() is not None)
+        found = re.search(r"serving (https?://\S+)/mcp", self.log.read_text())
+        assert found, self.log.read_text()
+        self.address = found[1]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def http(self, user: str | None, **headers: str) -> httpx2.AsyncClient:
+        """A client of HTTP's, with the user's token."""
+        known = {"Authorization": f"Bearer {self.tokens[user]}"} if user else {}
+        return httpx2.AsyncClient(headers={**known, **headers}, timeout=PATIENCE)
+
+    @asynccontextmanager
+    async def client(self, user: str, era: str = "auto") -> AsyncIterator[Client]:
+        """A client of MCP's, as this user."""
+        async with self.http(user) as http:
+            transport = streamable_http_client(f"{self.address}/mcp", http_client=http)
+            async with Client(transport, mode=era) as client:
+                yield client
+
+
+def plain(value: Any) -> Any:
+    """What YAML can hold of a configuration."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., TeamServer]]:
+    """Starts servers, which end with the test."""
+    servers: list[TeamServer] = []
+
+    def start(config: Config, name: str = "server", **keywords: Any) -> TeamServer:
+        folder = tmp_path / name
+        folder.mkdir()
+        servers.append(TeamServer(config, folder, **keywords))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture
+def team(settings: Config, serve: Callable[..., TeamServer]) -> TeamServer:
+    """A server with the fake engine."""
+    return serve(settings)
+
+
+async def run(client: Client, code: str, session: str | None = "work", **arguments: Any) -> mcp_types.CallToolResult:
+    """A call, in a session unless there is none."""
+    tool = "execute-persistent" if session else "execute-transient"
+    given = {"session_id": session} if session else {}
+    result = await client.call_tool(tool, {"code": code, **given, **arguments})
+    assert isinstance(result, mcp_types.CallToolResult)
+    return result
+
+
+async def said(client: Client, code: str, session: str | None = "work", **arguments: Any) -> str:
+    """What a model reads of a call."""
+    return text_of(await run(client, code, session, **arguments))
+
+
+# ── whose is what ──
+
+
+async def check_walls(server: TeamServer, era: str) -> None:
+    """Try each verb on each thing of somebody else's, by the name that its owner has for it, and by that inside."""
+    owner, other = server.users
+    async with server.client(owner, era) as alice, server.client(other, era) as bob:
+        theirs = await said(alice, "secret = 'of alice'\nopen('secret.txt', 'w').write(secret)\nprint('a' * 40_000)")
+        output = re.search(r"session://work/output/\d+", theirs)
+        assert output
+        waiting = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nsecret"
+        async with anyio.create_task_group() as tasks:
+            kept: list[str] = []
+
+            async def wait() -> None:
+                kept.append(await said(alice, waiting, "slow"))
+
+            tasks.start_soon(wait)
+
+            # sessions: the same name is another session, and what there is not is not told from what is somebody's
+            for name in ("work", "slow"):
+                assert "NameError" in await said(bob, "secret", name)
+                assert "nothing was running" in await said(bob, "", name, interrupt=True)
+            for inner in (f"{owner}~work", f"{other}~work", "~work"):
+                assert "can't be a session_id" in await said(bob, "1", inner)
+            for name in ("work", "slow"):
+                await bob.call_tool("cleanup-session", {"session_id": name})
+            ends = [text_of(await bob.call_tool("cleanup-session", {"session_id": name})) for name in ("work", "wurk")]
+            assert ends[0].replace("work", "wurk") == ends[1]
+
+            # files and outputs, listed and by their addresses
+            assert [item.uri for item in (await bob.list_resources()).resources] == []
+            for uri in ("session://work/files/secret.txt", output[0], f"session://{owner}~work/files/secret.txt"):
+                with pytest.raises(MCPError) as refused:
+                    await bob.read_resource(uri)
+                assert "of alice" not in str(refused.value)
+            listed = [item.uri for item in (await alice.list_resources()).resources]
+            assert {"session://work/files/secret.txt", output[0]} <= set(listed)
+
+            # signed addresses: of the same file under another name, method or time
+            mine = re.search(rf"{server.address}/files/{owner}/\S+/secret\.txt", theirs)
+            assert mine
+            async with server.http(other) as http:
+                assert (await http.get(mine[0])).text == "of alice", "whoever has the address may"
+                for old, new in ((f"/{owner}/", f"/{other}/"), ("/work/", "/slow/"), ("secret.txt", "other.txt")):
+                    assert (await http.get(mine[0].replace(old, new))).status_code == 403
+                assert (await http.put(mine[0], content=b"x")).status_code == 403
+
+            # quotas: what one has does not count for another, and errors name one's own only
+            for number in range(2):
+                await said(alice, "1", f"more-{number}")
+            full = await said(alice, "1", "one-too-many")
+            assert "There are 4 sessions already" in full
+            assert "http.sessions_per_user" in full
+            for number in range(4):
+                assert "Value: 1" in await said(bob, "1", f"bobs-{number}")
+            full = await said(bob, "1", "one-too-many")
+            assert re.findall(r"[\w-]+(?=[,.] )", full.partition("(http.sessions_per_user): ")[2]) == [
+                f"bobs-{number}" for number in range(4)
+            ]
+            assert "more-" not in full
+
+            # installing for everybody
+            refused_result = await bob.call_tool("install-package", {"package_name": "six"})
+            assert "packages are installed for a session" in text_of(refused_result)
+
+            assert "Value: 'of alice'" in await said(alice, "secret")
+            await alice.call_tool("cleanup-session", {"session_id": "slow"})
+        assert "ended" in kept[0]
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+@pytest.mark.parametrize("era", ERAS)
+async def test_nothing_of_one_user_is_seen_changed_or_counted_by_another(team: TeamServer, era: str) -> None:
+    await check_walls(team, era)
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_users_are_kept_apart_on_real_engines(
+    config: Config, serve: Callable[..., TeamServer], session: str
+) -> None:
+    server = serve(config, users=(f"alice-{session}", f"bob-{session}"))
+    await check_walls(server, "auto")
+    sessions = [line.split()[0] for line in server.command("ps").stdout.splitlines() if session in line]
+    assert {name.partition("~")[0] for name in sessions} == set(server.users)
+    server.stop()
+    assert server.command("rm", *sessions).returncode == 0
+
+
+# ── who gets in ──
+
+CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+HEADERS = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-06-18"}
+
+
+async def post(server: TeamServer, user: str | None, where: str = "", body: Any = None, **headers: str) -> Any:
+    async with server.http(user) as http:
+        content = {"content": body} if isinstance(body, bytes) else {"json": body or CALL}
+        known = {
+            **HEADERS,
+            "Content-Type": "application/json",
+            **{key.replace("_", "-"): one for key, one in headers.items()},
+        }
+        return await http.post(f"{server.address}/mcp{where}", headers=known, **content)
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_bad_requests_have_an_answer_each(team: TeamServer) -> None:
+    good = await post(team, "alice")
+    assert (good.status_code, "execute-transient" in good.text) == (200, True)
+    token = team.tokens["alice"]
+    assert (await post(team, None)).status_code == 401
+    assert (await post(team, None, Authorization="Bearer pdmcp_x")).status_code == 401
+    assert (await post(team, None, Authorization=token)).status_code == 401
+    for where in (f"?token={token}", f"?access_token={token}", f"?x={token}"):
+        refused = await post(team, None, where)
+        assert (refused.status_code, "ends up in logs" in refused.text) == (400, True)
+    assert (await post(team, "alice", Host="evil.example")).status_code == 421
+    assert (await post(team, "alice", Origin="https://evil.example")).status_code == 403
+    assert (await post(team, "alice", Origin=team.address)).status_code == 200
+    assert (await post(team, "alice", body=b" " * (8 << 20))).status_code != 413
+    assert (await post(team, "alice", body=b" " * ((8 << 20) + 1))).status_code == 413
+    assert "Traceback" not in team.log.read_text()
+    with anyio.fail_after(PATIENCE):
+        host, port = urllib.parse.urlsplit(team.address).netloc.split(":")
+        async with await anyio.connect_tcp(host, int(port)) as stream:
+            twice = f"Authorization: Bearer {token}\r\nAuthorization: Bearer {team.tokens['bob']}\r\n"
+            await stream.send(f"GET /mcp HTTP/1.1\r\nHost: {host}\r\n{twice}\r\n".encode())
+            assert b"400 Bad Request" in await stream.receive()
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_state_of_four_megabytes_passes(team: TeamServer) -> None:
+    async with team.client("alice") as client:
+        result = await run(client, "len(x)", None, state={"x": "y" * ((4 << 20) - 100)})
+        assert "Value: 4194204" in text_of(result)
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_removing_a_user_is_revoking_the_token_and_a_call_under_way_ends(team: TeamServer) -> None:
+    async with team.client("alice") as client, anyio.create_task_group() as tasks:
+        await client.list_tools()  # else the client would do that after the call
+        ends: list[str] = []
+
+        async def call() -> None:
+            ends.append(await said(client, "import time; time.sleep(1); 6 * 7"))
+
+        tasks.start_soon(call)
+        await anyio.sleep(0.3)
+        assert team.command("token", "remove", "alice").returncode == 0
+        assert (await post(team, "alice")).status_code == 401
+        assert (await post(team, "bob")).status_code == 200
+    assert "Value: 42" in ends[0]
+    team.tokens["alice"] = team.command("token", "add", "alice").stdout.strip()
+    assert (await post(team, "alice")).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("host", "http", "others", "problem"),
+    [
+        ("0.0.0.0", HttpConfig(), {}, "can be reached from other machines, and there is no token"),
+        ("0.0.0.0", HttpConfig(), {"users": True}, "say by which name"),
+        ("127.0.0.1", HttpConfig(), {"users": True, "files": FilesConfig(output="/srv/out")}, "would be everybody's"),
+        ("127.0.0.1", HttpConfig(), {"users": True, "pool": PoolConfig(reuse=True)}, "pool.reuse"),
+        ("10.1.2.3", HttpConfig(public_url="https://x.example"), {"with_tokens": False}, "there is no token"),
+    ],
+)  # fmt: skip
+async def test_a_server_that_would_let_in_others_does_not_start(
+    settings: Config, tmp_path: Path, host: str, http: HttpConfig, others: dict[str, Any], problem: str
+) -> None:
+    http = dataclasses.replace(http, tokens=str(tmp_path / "tokens"))
+    if others.pop("users", False):
+        Tokens(http.tokens).write({"0" * 64: "alice"})
+    with_tokens = others.pop("with_tokens", True)
+    async with open_runner(dataclasses.replace(settings, http=http, **others)) as runner:
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            team_of(runner, host, 8700, with_tokens)
+
+
+def test_the_commands_for_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"http: {{tokens: {tmp_path}/there/tokens}}", encoding="utf-8")
+
+    def command(*arguments: str) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as end:
+            python_docker_mcp.main(["token", *arguments, "--config", str(file)])
+        told = capsys.readouterr()
+        return end.value.code, told.out, told.err
+
+    status, token, _ = command("add", "alice")
+    assert (status, bool(re.fullmatch(r"pdmcp_[\w-]{43}\n", token))) == (0, True)
+    tokens = Tokens(str(tmp_path / "there" / "tokens"))
+    assert tokens.file.stat().st_mode & 0o777 == 0o600
+    assert token.strip() not in tokens.file.read_text()
+    assert (tokens.user(token.strip()), tokens.user(token.strip() + "x"), tokens.user("")) == ("alice", None, None)
+    assert command("add", "alice")[::2] == (1, "python-docker-mcp: alice has a token already: remove that first\n")
+    assert command("add", "bob.b@example.com")[0] == 0
+    assert command("list")[:2] == (0, "alice\nbob.b@example.com\n")
+    for name in ("Alice", "a~b", "../a", ""):
+        assert command("add", *([name] if name else []))[0] == 2
+    assert command("remove", "carol")[0] == 1
+    assert command("remove", "alice")[:2] == (0, "")
+    assert tokens.user(token.strip()) is None
+    tokens.file.write_text("alice\n", encoding="utf-8")
+    status, _, problem = command("list")
+    assert (status, "has a line that is not NAME and SHA-256" in problem) == (2, True)
+    tokens.file.chmod(0o666)
+    assert "can be written by others" in command("list")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_without_tokens_one_is_made_up_for_this_host(settings: Config, serve: Callable[..., TeamServer]) -> None:
+    server = serve(settings, users=())
+    token = re.search(r"made up for this run: (\S+)", server.log.read_text())
+    assert token
+    server.tokens["me"] = token[1]
+    assert (await post(server, None)).status_code == 401
+    async with server.client("me") as client:
+        assert "Value: 42" in await said(client, "6 * 7")
+
+
+# ── files of users far away ──
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_files_go_up_and_down_by_signed_addresses(settings: Config, serve: Callable[..., TeamServer]) -> None:
+    server = serve(dataclasses.replace(settings, files=FilesConfig(limit="4m")))
+    data = os.urandom(3 << 20)
+    async with server.client("alice") as client, server.http(None) as http:
+        place = re.search(r"curl -T FILE '(\S+)'", await said(client, "1"))
+        assert place
+        assert (await http.put(f"{place[1]}sales%20%C3%BC.csv", content=data)).status_code == 201
+        text = await said(
+            client, "data = open('sales ü.csv', 'rb').read()\nopen('back.bin', 'wb').write(data[::-1])\nlen(data)"
+        )
+        assert f"Value: {3 << 20}" in text
+        assert "sales" not in text, "what was sent is not what the code wrote"
+        back = re.search(r"http://\S+/back\.bin", text)
+        assert back
+        answer = await http.get(back[0])
+        assert answer.content == data[::-1]
+        assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''back.bin"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        for name, status in (("", 400), (".hidden", 400), ("a/b", 400), ("%2e%2e", 400), ("big", 413)):
+            content = bytes((4 << 20) + 1) if name == "big" else b"x"
+            assert (await http.put(place[1] + name, content=content)).status_code == status, name
+        for old, new in ((r"bin$", "bi"), ("/work/", "/wurk/"), (r"/\d{10}/", "/9999999999/")):
+            changed = re.sub(old, new, back[0])
+            assert (await http.get(changed)).status_code == 403
+        assert f"curl -T FILE '{server.address}" in await said(client, "open('missing.csv')")
+        await client.call_tool("cleanup-session", {"session_id": "work"})
+        gone = await http.get(back[0])
+        assert (gone.status_code, "There is no session 'work'" in gone.text) == (404, True)
+        assert (await http.put(place[1] + "x", content=b"x")).status_code == 409
+        assert server.command("token", "remove", "alice").returncode == 0
+        assert (await http.get(back[0])).status_code == 410
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_files_are_saved_in_a_folder_for_each_user(
+    settings: Config, serve: Callable[..., TeamServer], tmp_path: Path
+) -> None:
+    files = FilesConfig(output=str(tmp_path / "out" / "{user}"), inputs=(str(tmp_path / "in" / "{user}"),))
+    server = serve(dataclasses.replace(settings, files=files))
+    for user in ("alice", "bob"):
+        async with server.client(user) as client:
+            await said(client, "open('a.txt', 'w').write('x')")
+            (tmp_path / "in" / user / "own.txt").write_text(user)
+            assert f"Value: '{user}'" in await said(client, "open('own.txt').read()", files=["own.txt"])
+            other = {"alice": "bob", "bob": "alice"}[user]
+            (tmp_path / "in" / other).mkdir(exist_ok=True)
+            (tmp_path / "in" / other / f"of-{other}.txt").write_text("x")
+            for folder in ("", f"../{other}/", str(tmp_path / "in" / other) + "/"):
+                asked = f"{folder}of-{other}.txt"
+                assert "Value" not in await said(client, "1", files=[asked])
+    saved = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.txt"))
+    assert saved == ["alice/work/a.txt", "bob/work/a.txt"]
+
+
+# ── turns, health and restarts ──
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_user_with_many_queued_calls_does_not_keep_another_waiting(
+    settings: Config, serve: Callable[..., TeamServer]
+) -> None:
+    server = serve(dataclasses.replace(settings, http=HttpConfig(calls_per_user=2)))
+    async with server.client("alice") as alice, server.client("bob") as bob, anyio.create_task_group() as tasks:
+        ended: list[str] = []
+
+        async def call(client: Client, who: str) -> None:
+            result = await run(client, "import time; time.sleep(0.2)", None)
+            ended.append(who if not result.is_error else text_of(result))
+
+        for _ in range(20):
+            tasks.start_soon(call, alice, "alice")
+        await anyio.sleep(0.3)
+        await call(bob, "bob")
+        assert ended.count("alice") < 18
+    assert (ended.count("alice"), ended.count("bob")) == (20, 1)
+
+
+async def check_restart(server: TeamServer) -> None:
+    """End a server while it has calls under way, and go on with the next one."""
+    ends: dict[str, str] = {}
+    async with server.client(server.users[0]) as alice, anyio.create_task_group() as tasks:
+
+        async def call(name: str, code: str, session: str | None = "work") -> None:
+            ends[name] = await said(alice, code, session)
+
+        await said(alice, "x = 41")
+        tasks.start_soon(call, "in a session", "import time; time.sleep(4)\nx += 1\nx")
+        tasks.start_soon(call, "on its own", "import time; time.sleep(2)\n'done'", None)
+        await anyio.sleep(1)
+        server.process.send_signal(signal.SIGTERM)
+    assert "Still running" in ends["in a session"]
+    assert "Value: 'done'" in ends["on its own"]
+    assert await anyio.to_thread.run_sync(server.process.wait, PATIENCE) == 0
+    server.start()
+    async with server.client(server.users[0]) as alice:
+        assert "Value: 42" in await said(alice, "")
+        assert "Value: 42" in await said(alice, "x")
+        await alice.call_tool("cleanup-session", {"session_id": "work"})
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_restart_loses_nothing(team: TeamServer) -> None:
+    await check_restart(team)
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_a_restart_loses_nothing_on_real_engines(
+    config: Config, serve: Callable[..., TeamServer], session: str
+) -> None:
+    await check_restart(serve(config, users=(f"alice-{session}",)))
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_health_tells_what_is_known(team: TeamServer) -> None:
+    async with team.http(None) as http:
+        assert (await http.get(f"{team.address}/health")).status_code == 200
+        async with team.client("alice") as alice, anyio.create_task_group() as tasks:
+            tasks.start_soon(functools.partial(said, alice, "import time; time.sleep(1.5)", None))
+            await anyio.sleep(0.5)
+            team.process.send_signal(signal.SIGTERM)
+            await anyio.sleep(0.3)
+            answer = await http.get(f"{team.address}/health")
+            assert (answer.status_code, answer.text) == (503, "stopping\n")
+
+
+# ── several machines, behind the proxies that the README sets up ──
+
+
+@dataclasses.dataclass
+class Proxy:
+    """nginx or HAProxy, with the README's settings, in front of two servers."""
+
+    program: str
+    folder: Path
+    nodes: tuple[str, str]  # HOST:PORT
+    port: int
+
+    def settings(self, authority: trustme.CA) -> list[str]:
+        """Write the settings; return the command that runs the proxy."""
+        pem = self.folder / "python.example.com.pem"
+        certificate = authority.issue_cert("127.0.0.1")
+        certificate.private_key_and_cert_chain_pem.write_to_path(str(pem))
+        text = blocks(self.program, TEAM)[0]
+        for old, new in (
+            ("10.0.0.11:8700", self.nodes[0]),
+            ("10.0.0.12:8700", self.nodes[1]),
+            ("listen 443", f"listen 127.0.0.1:{self.port}"),
+            ("bind :443", f"bind 127.0.0.1:{self.port}"),
+            ("/etc/ssl/python.example.com.key", str(pem)),
+            ("/etc/ssl/python.example.com.pem", str(pem)),
+        ):
+            text = text.replace(old, new)
+        file = self.folder / f"{self.program}.conf"
+        if self.program == "haproxy":
+            file.write_text(text, encoding="utf-8")
+            return ["haproxy", "-db", "-f", str(file)]
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        own = "".join(f"{kind}_temp_path {self.folder}/{kind};\n" for kind in kinds)
+        main = f"daemon off; pid {self.folder}/pid; error_log stderr;\nevents {{}}\n"
+        file.write_text(f"{main}http {{ access_log off;\n{own}{text}}}\n", encoding="utf-8")
+        return ["nginx", "-p", str(self.folder), "-c", str(file)]
+
+    @contextlib.contextmanager
+    def running(self, authority: trustme.CA) -> Iterator[None]:
+        process = subprocess.Popen(self.settings(authority))
+        try:
+            wait_until(lambda: listens(self.port))
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        return int(door.getsockname()[1])
+
+
+@pytest.fixture
+def doors() -> Iterator[list[socket.socket]]:
+    """Listening sockets that stay open while servers are restarted."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64)) for _ in range(2)]
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+@pytest.mark.parametrize("program", ["nginx", "haproxy"])
+async def test_two_machines_behind_a_proxy_and_one_is_restarted_under_load(
+    config: Config,
+    settings: Config,
+    docker: FakeEngine,
+    serve: Callable[..., TeamServer],
+    tmp_path: Path,
+    session: str,
+    program: str,
+    doors: list[socket.socket],
+) -> None:
+    """One has a real engine, the other the fake one. Each user stays on one of them, and no call in a session fails."""
+    port = free_port()
+    authority = trustme.CA()
+    users = tuple(f"user{number}-{session}" for number in range(8))
+    nodes = []
+    known = [folder for folder in os.environ["PATH"].split(os.pathsep) if folder != os.path.dirname(docker.command)]
+    real = dataclasses.replace(
+        config,
+        docker=dataclasses.replace(
+            config.docker, command=shutil.which(config.docker.command or "", path=os.pathsep.join(known))
+        ),
+    )
+    for letter, its, door in zip("ab", (real, settings), doors, strict=True):
+        http = HttpConfig(public_url=f"https://127.0.0.1:{port}/{letter}")
+        nodes.append(serve(dataclasses.replace(its, http=http), letter, users=users, door=door))
+    for node in nodes[1:]:
+        node.tokens = nodes[0].tokens
+        shutil.copy(nodes[0].file.parent / "tokens", node.file.parent / "tokens")
+    places = [f"127.0.0.1:{door.getsockname()[1]}" for door in doors]
+    proxy = Proxy(program, tmp_path, (places[0], places[1]), port)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    front = nodes[0]
+    done: dict[str, int] = dict.fromkeys(users, 0)
+    stop = anyio.Event()
+    with proxy.running(authority):
+
+        @asynccontextmanager
+        async def client(user: str) -> AsyncIterator[Client]:
+            headers = {"Authorization": f"Bearer {front.tokens[user]}"}
+            async with httpx2.AsyncClient(headers=headers, timeout=PATIENCE, verify=trust) as http:
+                transport = streamable_http_client(f"https://127.0.0.1:{port}/mcp", http_client=http)
+                async with Client(transport) as one:
+                    yield one
+
+        async def work(user: str) -> None:
+            """Count, each time as a new client; an answer that the code still runs is followed by the wait for it."""
+            while not stop.is_set():
+                async with client(user) as one:
+                    text = await said(one, "import time; n = globals().get('n', 0) + 1; time.sleep(0.2); n")
+                    while "Still running" in text:
+                        text = await said(one, "")
+                done[user] += 1
+                assert f"Value: {done[user]}" in text, text
+
+        async with anyio.create_task_group() as tasks:
+            for user in users:
+                tasks.start_soon(work, user)
+            await until(lambda: min(done.values()) >= 2)
+            for node in nodes:
+                node.stop()
+                node.start()
+                before = dict(done)
+                await until(lambda before=before: all(done[user] >= before[user] + 2 for user in users))  # type: ignore[misc]
+            stop.set()
+
+        listings = [node.command("ps").stdout for node in nodes]
+        assert all(session in listing for listing in listings), "each has some of them"
+        user = next(user for user in users if f"{user}~" in listings[0])
+        async with client(user) as one, httpx2.AsyncClient(verify=trust) as web:
+            text = await said(one, "open('a.txt', 'w').write('x' * 1000)")
+            place = re.search(rf"https://127.0.0.1:{port}/a/files/{user}/\S+/a.txt", text)
+            assert place, text
+            assert (await web.get(place[0])).text == "x" * 1000
+        for user in users:
+            async with client(user) as one:
+                assert "has ended" in text_of(await one.call_tool("cleanup-session", {"session_id": "work"}))
+
+
+def listens(port: int) -> bool:
+    """Whether something accepts connections on this port."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def test_the_readme_tells_clients_and_systemd_what_the_server_takes() -> None:
+    told = [json.loads(text) for text in blocks("json", TEAM)]
+    vscode, cursor, remote = (next(iter((one.get("servers") or one.get("mcpServers")).values())) for one in told)
+    for client in (vscode, cursor):
+        assert client["url"].endswith(python_docker_mcp.PATH)
+        assert client["headers"]["Authorization"].startswith("Bearer ")
+    assert remote["args"][:2] == ["-y", "mcp-remote"]
+    assert remote["args"][-1].replace("${AUTH}", remote["env"]["AUTH"]).startswith("Authorization:Bearer ")
+    commands = [line.partition(" #")[0] for text in blocks("sh", TEAM) for line in text.splitlines()]
+    started = re.findall(r"(?m)^ExecStart=/\S+/(.*)", "\n".join(blocks("ini", TEAM)))
+    for command in [command for command in commands if command.startswith("python-docker-mcp")] + started:
+        options = python_docker_mcp._parser().parse_args(command.split()[1:])
+        assert options.command in (python_docker_mcp._serve_http, python_docker_mcp._token)
+    assert "--transport http" in commands[-1]
+    assert '--header "Authorization: Bearer ' in commands[-1]
