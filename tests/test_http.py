@@ -53,8 +53,10 @@ class TeamServer:
         folder: Path,
         users: tuple[str, ...] = ("alice", "bob"),
         door: socket.socket | None = None,
+        options: tuple[str, ...] = (),
     ) -> None:
         self.door = door
+        self.options = options
         self.users = users
         config = dataclasses.replace(config, http=dataclasses.replace(config.http, tokens=str(folder / "tokens")))
         self.file = folder / "config.yaml"
@@ -71,7 +73,16 @@ class TeamServer:
 
     def start(self) -> None:
         """Start it, and wait until it listens: on a new port or, as systemd does it, on a socket that stays open."""
-        command = [sys.executable, "-m", "python_docker_mcp", "serve", "--config", str(self.file), "--http"]
+        command = [
+            sys.executable,
+            "-m",
+            "python_docker_mcp",
+            "serve",
+            *self.options,
+            "--config",
+            str(self.file),
+            "--http",
+        ]
         if self.door:
             descriptor, port = self.door.fileno(), self.door.getsockname()[1]
             passing = (
@@ -680,3 +691,25 @@ def test_the_readme_tells_clients_and_systemd_what_the_server_takes() -> None:
         assert options.command in (python_docker_mcp._serve_http, python_docker_mcp._token)
     assert "--transport http" in commands[-1]
     assert '--header "Authorization: Bearer ' in commands[-1]
+
+
+NPM_CACHE = str(Path.home() / ".npm")  # of the real home, not of a test's
+CONFORMANCE = "@modelcontextprotocol/conformance@0.2.0-alpha.12"
+
+
+@pytest.mark.engine  # as npx is there where engines are
+@pytest.mark.parametrize("revision", ["2026-07-28", "2025-11-25"])
+def test_the_official_conformance_suite_finds_only_what_is_not_offered(
+    settings: Config, serve: Callable[..., TeamServer], tmp_path: Path, revision: str
+) -> None:
+    server = serve(settings, users=(), options=("--no-token",))
+    known = yaml.safe_load((ROOT / "tests" / "data" / "conformance.yaml").read_text(encoding="utf-8"))
+    expected = tmp_path / "expected.yaml"
+    expected.write_text(yaml.safe_dump({"server": known["both"] + known.get(revision, [])}), encoding="utf-8")
+    suite = ["npx", "-y", "-p", "node@22", "-p", CONFORMANCE, "conformance", "server", "--requirements", revision]
+    run = subprocess.run(
+        [*suite, "--url", f"{server.address}/mcp", "--expected-failures", str(expected)],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
+        env={**os.environ, "npm_config_cache": NPM_CACHE},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-1000:]
