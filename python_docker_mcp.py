@@ -2252,16 +2252,31 @@ def make_app(team: Team, hosts: Sequence[str], origins: Sequence[str]) -> ASGIAp
         **(with_tokens if team.tokens else {}),
     )
 
+    def refusal(scope: Scope) -> tuple[int, str] | None:
+        """Return why a request is refused before anything of it is read, with the status."""
+        fields: list[tuple[bytes, bytes]] = scope["headers"]
+        if sum(name == b"authorization" for name, _ in fields) > 1:
+            return 400, "There are two Authorization headers: send one."
+        if re.search(rb"(^|&)[^=&]*token=|" + TOKEN_PREFIX.encode(), scope["query_string"]):
+            return 400, "A token in an address ends up in logs: send it as the header `Authorization: Bearer TOKEN`."
+        if scope["path"] != PATH and not scope["path"].startswith(("/files/", "/health")):
+            return 404, f"There is nothing at {scope['path']!r} here: the endpoint is {PATH}."
+        host = dict(fields).get(b"host", b"").decode("latin-1")
+        if scope["path"] == PATH and not {host, re.sub(r":\d+$", ":*", host)} & set(hosts):
+            log.warning("refused a request for the host %r: see http.public_url and http.hosts", host[:200])
+            return 421, f"This server is not asked by the name {host!r}: its operator can add that (http.hosts)."
+        if scope["path"] == PATH and scope["method"] == "GET":  # clients of the handshake's era ask for a stream
+            return 405, "This server sends nothing unasked."
+        return None
+
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse what is ambiguous about who asks, or gives a token away."""
         if scope["type"] == "http":
-            problem = None
-            if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
-                problem = "There are two Authorization headers: send one."
-            elif re.search(rb"(^|&)[^=&]*token=|" + TOKEN_PREFIX.encode(), scope["query_string"]):
-                problem = "A token in an address ends up in logs: send it as the header `Authorization: Bearer TOKEN`."
-            if problem:
-                await PlainTextResponse(f"{problem}\n", 400)(scope, receive, send)
+            if scope["path"] == f"{PATH}/":
+                scope = {**scope, "path": PATH}  # to redirect a client would send it past the proxy's TLS
+            if found := refusal(scope):
+                status, problem = found
+                allowed = {"Allow": "POST"} if status == 405 else {}
+                await PlainTextResponse(f"{problem}\n", status, allowed)(scope, receive, send)
                 return
         await app(scope, receive, send)
 
@@ -2318,7 +2333,7 @@ def team_of(runner: Runner, host: str, port: int, with_tokens: bool) -> tuple[Te
         tokens = MadeUpToken()
     shown = f"[{host}]" if ":" in host else host
     address = (http.public_url or f"http://{shown}:{port}").rstrip("/")
-    hosts = [*http.hosts, urllib.parse.urlsplit(address).netloc]
+    hosts = [*http.hosts, urllib.parse.urlsplit(address).netloc.rpartition("@")[2]]
     if is_loopback:
         hosts += [name + end for name in ("127.0.0.1", "localhost", "[::1]") for end in ("", ":*")]
     origins = [f"{scheme}://{name}" for scheme in ("http", "https") for name in hosts]
@@ -2334,6 +2349,7 @@ async def serve_http(config: Config, file: str | None, address: str, with_tokens
     door, host, port, stays_open = listen(address)
     async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
         team, app = team_of(runner, host, port, with_tokens)
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of proxies that ask for WebSockets
         settings = uvicorn.Config(
             app,
             log_config=None,

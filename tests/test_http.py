@@ -19,7 +19,7 @@ import ssl
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ class TeamServer:
         users: tuple[str, ...] = ("alice", "bob"),
         door: socket.socket | None = None,
         options: tuple[str, ...] = (),
+        without: str = "",
     ) -> None:
+        self.without = without  # a piece of code that takes a defence away
         self.door = door
         self.options = options
         self.users = users
@@ -73,16 +75,9 @@ class TeamServer:
 
     def start(self) -> None:
         """Start it, and wait until it listens: on a new port or, as systemd does it, on a socket that stays open."""
-        command = [
-            sys.executable,
-            "-m",
-            "python_docker_mcp",
-            "serve",
-            *self.options,
-            "--config",
-            str(self.file),
-            "--http",
-        ]
+        program = f"import python_docker_mcp as p\n{self.without}\np.main()"
+        settings = ["--config", str(self.file), *self.options, "--http"]
+        command = [sys.executable, "-c", program, "serve", *settings]
         if self.door:
             descriptor, port = self.door.fileno(), self.door.getsockname()[1]
             passing = (
@@ -166,79 +161,155 @@ async def said(client: Client, code: str, session: str | None = "work", **argume
 # ── whose is what ──
 
 
-async def check_walls(server: TeamServer, era: str) -> None:
-    """Try each verb on each thing of somebody else's, by the name that its owner has for it, and by that inside."""
+class Things:
+    """What one user has, and another one tries to get at."""
+
+    def __init__(self, server: TeamServer, owner: Client, other: Client, told: str) -> None:
+        self.server = server
+        self.owner, self.other = owner, other
+        self.output = found(r"session://work/output/\d+", told)
+        self.address = found(rf"{server.address}/files/\S+/secret\.txt", told)
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match, text
+    return match[0]
+
+
+@asynccontextmanager
+async def things(server: TeamServer, era: str = "auto") -> AsyncIterator[Things]:
+    """Have the first user make things, and code run."""
     owner, other = server.users
     async with server.client(owner, era) as alice, server.client(other, era) as bob:
-        theirs = await said(alice, "secret = 'of alice'\nopen('secret.txt', 'w').write(secret)\nprint('a' * 40_000)")
-        output = re.search(r"session://work/output/\d+", theirs)
-        assert output
-        waiting = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nsecret"
+        told = await said(alice, "secret = 'of alice'\nopen('secret.txt', 'w').write(secret)\nprint('a' * 40_000)")
         async with anyio.create_task_group() as tasks:
-            kept: list[str] = []
-
-            async def wait() -> None:
-                kept.append(await said(alice, waiting, "slow"))
-
-            tasks.start_soon(wait)
-
-            # sessions: the same name is another session, and what there is not is not told from what is somebody's
-            for name in ("work", "slow"):
-                assert "NameError" in await said(bob, "secret", name)
-                assert "nothing was running" in await said(bob, "", name, interrupt=True)
-            for inner in (f"{owner}~work", f"{other}~work", "~work"):
-                assert "can't be a session_id" in await said(bob, "1", inner)
-            for name in ("work", "slow"):
-                await bob.call_tool("cleanup-session", {"session_id": name})
-            ends = [text_of(await bob.call_tool("cleanup-session", {"session_id": name})) for name in ("work", "wurk")]
-            assert ends[0].replace("work", "wurk") == ends[1]
-
-            # files and outputs, listed and by their addresses
-            assert [item.uri for item in (await bob.list_resources()).resources] == []
-            for uri in ("session://work/files/secret.txt", output[0], f"session://{owner}~work/files/secret.txt"):
-                with pytest.raises(MCPError) as refused:
-                    await bob.read_resource(uri)
-                assert "of alice" not in str(refused.value)
-            listed = [item.uri for item in (await alice.list_resources()).resources]
-            assert {"session://work/files/secret.txt", output[0]} <= set(listed)
-
-            # signed addresses: of the same file under another name, method or time
-            mine = re.search(rf"{server.address}/files/{owner}/\S+/secret\.txt", theirs)
-            assert mine
-            async with server.http(other) as http:
-                assert (await http.get(mine[0])).text == "of alice", "whoever has the address may"
-                for old, new in ((f"/{owner}/", f"/{other}/"), ("/work/", "/slow/"), ("secret.txt", "other.txt")):
-                    assert (await http.get(mine[0].replace(old, new))).status_code == 403
-                assert (await http.put(mine[0], content=b"x")).status_code == 403
-
-            # quotas: what one has does not count for another, and errors name one's own only
-            for number in range(2):
-                await said(alice, "1", f"more-{number}")
-            full = await said(alice, "1", "one-too-many")
-            assert "There are 4 sessions already" in full
-            assert "http.sessions_per_user" in full
-            for number in range(4):
-                assert "Value: 1" in await said(bob, "1", f"bobs-{number}")
-            full = await said(bob, "1", "one-too-many")
-            assert re.findall(r"[\w-]+(?=[,.] )", full.partition("(http.sessions_per_user): ")[2]) == [
-                f"bobs-{number}" for number in range(4)
-            ]
-            assert "more-" not in full
-
-            # installing for everybody
-            refused_result = await bob.call_tool("install-package", {"package_name": "six"})
-            assert "packages are installed for a session" in text_of(refused_result)
-
-            assert "Value: 'of alice'" in await said(alice, "secret")
+            waiting = "import time\nslow = 'of alice'\ntime.sleep(3600)"
+            tasks.start_soon(functools.partial(said, alice, waiting, "slow", timeout=1000))
+            await anyio.sleep(0.5)
+            yield Things(server, alice, bob, told)
             await alice.call_tool("cleanup-session", {"session_id": "slow"})
-        assert "ended" in kept[0]
+        assert "Value: 'of alice'" in await said(alice, "secret"), "it is as it was"
+
+
+async def use_a_session(its: Things) -> None:
+    for name in ("work", "slow"):
+        assert "NameError" in await said(its.other, {"work": "secret"}.get(name, name), name)
+    for name in ("work", "slow"):
+        await its.other.call_tool("cleanup-session", {"session_id": name})
+
+
+async def stop_code(its: Things) -> None:
+    assert "nothing was running" in await said(its.other, "", "slow", interrupt=True)
+    await its.other.call_tool("cleanup-session", {"session_id": "slow"})
+
+
+async def end_a_session(its: Things) -> None:
+    """The same words tell of somebody else's and of none."""
+    for name in ("work", "wurk"):
+        end = await its.other.call_tool("cleanup-session", {"session_id": name})
+        assert text_of(end).startswith(f"There is no session '{name}', so there is nothing to clean up")
+
+
+async def name_it_as_the_engine_does(its: Things) -> None:
+    for inner in (f"{its.server.users[0]}~work", f"{its.server.users[1]}~work", "~work"):
+        assert "can't be a session_id" in await said(its.other, "1", inner)
+        with pytest.raises(MCPError, match="There is no session"):
+            await its.other.read_resource(f"session://{inner}/files/secret.txt")
+
+
+async def list_resources(its: Things) -> None:
+    assert [item.uri for item in (await its.other.list_resources()).resources] == []
+    listed = {item.uri for item in (await its.owner.list_resources()).resources}
+    assert {"session://work/files/secret.txt", its.output} <= listed
+
+
+async def read_a_file(its: Things) -> None:
+    with pytest.raises(MCPError, match="There is no session 'work'"):
+        await its.other.read_resource("session://work/files/secret.txt")
+
+
+async def read_an_output(its: Things) -> None:
+    with pytest.raises(MCPError, match="is not kept any more"):
+        await its.other.read_resource(its.output)
+
+
+async def change_an_address(its: Things) -> None:
+    """Whoever has an address may get that file, and nothing else."""
+    owner, other = its.server.users
+    async with its.server.http(other) as http:
+        assert (await http.get(its.address)).text == "of alice"
+        for old, new in ((f"/{owner}/", f"/{other}/"), ("/work/", "/slow/"), ("secret.txt", "other.txt")):
+            assert (await http.get(its.address.replace(old, new))).status_code == 403
+        assert (await http.get(re.sub(r"/\d{10}/", "/9999999999/", its.address))).status_code == 403
+        assert (await http.put(its.address, content=b"x")).status_code == 403
+
+
+async def fill_the_quota(its: Things) -> None:
+    """What one has does not count for another, and errors name one's own only."""
+    for number in range(4):
+        assert "Value: 1" in await said(its.other, "1", f"mine-{number}")
+    full = await said(its.other, "1", "one-too-many")
+    assert re.search(
+        r"^There are 4 sessions already, .*sessions_per_user\): mine-0, mine-1, mine-2, mine-3\. End", full
+    )
+    assert "Value: 1" in await said(its.owner, "1", "another")
+    for name in (f"mine-{number}" for number in range(4)):
+        await its.other.call_tool("cleanup-session", {"session_id": name})
+    await its.owner.call_tool("cleanup-session", {"session_id": "another"})
+
+
+async def install_for_everybody(its: Things) -> None:
+    refused = await its.other.call_tool("install-package", {"package_name": "six"})
+    assert "packages are installed for a session" in text_of(refused)
+
+
+TOGETHER = "member = p.Team.member\np.Team.member = lambda team, _: member(team, 'everybody')"
+UNSIGNED = "p.Team.proof = lambda *_: 'x' * 40"
+FOR_ALL = "p.Service.installs_for_all = property(lambda _: True, lambda *_: None)"
+ATTACKS = (  # and the program with which it succeeds, as the wall against it is taken away there
+    (use_a_session, TOGETHER),
+    (stop_code, TOGETHER),
+    (end_a_session, TOGETHER),
+    (list_resources, TOGETHER),
+    (read_a_file, TOGETHER),
+    (read_an_output, TOGETHER),
+    (fill_the_quota, TOGETHER),
+    (change_an_address, UNSIGNED),
+    (install_for_everybody, FOR_ALL),
+)
+
+
+async def try_all(server: TeamServer, era: str = "auto") -> None:
+    async with things(server, era) as its:
+        for attack, _ in ATTACKS:
+            await attack(its)
+        await name_it_as_the_engine_does(its)
 
 
 @pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.parametrize("era", ERAS)
 async def test_nothing_of_one_user_is_seen_changed_or_counted_by_another(team: TeamServer, era: str) -> None:
-    await check_walls(team, era)
+    await try_all(team, era)
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+@pytest.mark.parametrize(("attack", "without"), ATTACKS, ids=[attack.__name__ for attack, _ in ATTACKS])
+async def test_each_wall_between_users_is_what_keeps_them_apart(
+    settings: Config, serve: Callable[..., TeamServer], attack: Callable[[Things], Awaitable[None]], without: str
+) -> None:
+    soon = dataclasses.replace(settings.session, answer_within=2.0)  # for a call that waits for another one's code
+    server = serve(dataclasses.replace(settings, session=soon), without=without)
+    succeeded: list[BaseException] = []
+    with contextlib.suppress(BaseExceptionGroup, AssertionError):  # where the attack has done harm
+        async with things(server) as its:
+            try:
+                await attack(its)
+            except (AssertionError, pytest.fail.Exception) as error:
+                succeeded.append(error)
+    assert succeeded
 
 
 @pytest.mark.engine
@@ -247,9 +318,9 @@ async def test_users_are_kept_apart_on_real_engines(
     config: Config, serve: Callable[..., TeamServer], session: str
 ) -> None:
     server = serve(config, users=(f"alice-{session}", f"bob-{session}"))
-    await check_walls(server, "auto")
+    await try_all(server)
     sessions = [line.split()[0] for line in server.command("ps").stdout.splitlines() if session in line]
-    assert {name.partition("~")[0] for name in sessions} == set(server.users)
+    assert {name.partition("~")[0] for name in sessions} == {server.users[0]}
     server.stop()
     assert server.command("rm", *sessions).returncode == 0
 
@@ -283,7 +354,12 @@ async def test_bad_requests_have_an_answer_each(team: TeamServer) -> None:
     for where in (f"?token={token}", f"?access_token={token}", f"?x={token}"):
         refused = await post(team, None, where)
         assert (refused.status_code, "ends up in logs" in refused.text) == (400, True)
-    assert (await post(team, "alice", Host="evil.example")).status_code == 421
+    refused = await post(team, "alice", Host="mcp.evil.example:8443")
+    assert (refused.status_code, "by the name 'mcp.evil.example:8443'" in refused.text) == (421, True)
+    assert (await post(team, "alice", "/")).status_code == 200
+    assert "the endpoint is /mcp" in (await post(team, "alice", "/../")).text
+    async with team.http("alice") as http:
+        assert (await http.get(f"{team.address}/mcp", headers=HEADERS)).status_code == 405
     assert (await post(team, "alice", Origin="https://evil.example")).status_code == 403
     assert (await post(team, "alice", Origin=team.address)).status_code == 200
     assert (await post(team, "alice", body=b" " * (8 << 20))).status_code != 413
