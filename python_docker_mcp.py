@@ -69,6 +69,7 @@ from mcp.server.stdio import stdio_server
 from mcp.server.transport_security import TransportSecuritySettings
 from mcp.shared.exceptions import MCPError
 from mcp.shared.message import SessionMessage
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -1716,9 +1717,13 @@ class Service:
     installs_for_all: bool = True
 
     @contextlib.asynccontextmanager
-    async def turn(self, tool: Tool, progress: Progress) -> AsyncIterator[None]:  # noqa: ARG002  # for one user: at once
-        """Wait until the caller may make a call, which is made in the block. Raises RequestError."""
-        yield
+    async def turn(self, tool: Tool, progress: Progress, version: str) -> AsyncIterator[None]:  # noqa: ARG002
+        """Wait until the caller may make a call, by this version of the protocol, in the block. Raises RequestError."""
+        yield  # for one user: at once
+
+    async def told(self, tool: Tool, result: types.CallToolResult) -> types.CallToolResult:  # noqa: ARG002
+        """Return the result with what else the caller should be told."""
+        return result
 
     def address(self, session: str, path: str) -> str | None:  # noqa: ARG002  # a user on this host needs none
         """Return where a user far away gets a session's file or, for an empty path, puts one; None if nowhere."""
@@ -1789,8 +1794,9 @@ async def call_tool(context: Context, params: types.CallToolRequestParams) -> ty
         tool = parse(params.name, params.arguments or {})
         progress = Progress(context.session)
         with service.reporter.follow(progress):
-            async with service.turn(tool, progress):
+            async with service.turn(tool, progress, context.protocol_version):
                 result = await tool.call(service, progress)
+            result = await service.told(tool, result)
     except SandboxError as error:
         return failure(str(error))
     if not takes_links(context):
@@ -1980,6 +1986,7 @@ CONNECTIONS = 1000  # open connections and requests, above which new ones are an
 LINK_TIME = 3600  # seconds for which the address of a file holds
 DRAIN_TIME = 10.0  # seconds that transient calls get to their end when the server is stopped
 CALLS_WAITING = 100  # calls of one user that wait for their turn
+RESULTS_UNTOLD = 4  # results kept for one user because their connections were lost
 OUTPUT_KEPT_EACH = 8 << 20  # characters of output kept for one user
 TOKEN_PREFIX = "pdmcp_"  # by which a scanner for leaked secrets can know one
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -2058,10 +2065,14 @@ class Member(Service):
     user: str
     team: Team
     turns: anyio.Semaphore
+    untold: dict[str, types.CallToolResult] = field(default_factory=dict)  # by session
 
     @contextlib.asynccontextmanager
-    async def turn(self, tool: Tool, progress: Progress) -> AsyncIterator[None]:
-        """Wait until few enough of the user's calls run. Raises RequestError if that takes too long."""
+    async def turn(self, tool: Tool, progress: Progress, version: str) -> AsyncIterator[None]:
+        """Wait until few enough of the user's calls run. Raises RequestError if that takes too long.
+
+        To lose the connection is to cancel the call from 2026-07-28 on; before, it says nothing of what the caller wants.
+        """
         only_waits = isinstance(tool, ExecutePersistent) and not tool.code.strip()
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
@@ -2069,10 +2080,28 @@ class Member(Service):
                 progress.on_status("waiting for other calls of yours to end")
                 await stack.enter_async_context(self.own_turn())
                 progress.on_status("")
-            await stack.enter_async_context(self.team.under_way())
+            await stack.enter_async_context(self.team.under_way(shield=version in HANDSHAKE_PROTOCOL_VERSIONS))
             yield
         session = getattr(tool, "session_id", None) or "none"
         log.info("%s: %s, session %s: %.1f s", self.user, tool.name, session, time.monotonic() - started)
+
+    async def told(self, tool: Tool, result: types.CallToolResult) -> types.CallToolResult:
+        """Keep the result for the session's next caller if this one's connection is lost; tell what was kept so."""
+        session = getattr(tool, "session_id", None)
+        if session and (kept := self.untold.pop(session, None)):
+            before = types.TextContent(text="The session's previous call, whose connection was lost, ended so:")
+            after = types.TextContent(text="(end of that)")
+            result.content = [before, *kept.content, after, *result.content]
+            result.structured_content = None
+        try:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+        except anyio.get_cancelled_exc_class():
+            if session:
+                self.untold[session] = result
+                for oldest in list(self.untold)[:-RESULTS_UNTOLD]:
+                    del self.untold[oldest]
+            raise
+        return result
 
     @contextlib.asynccontextmanager
     async def own_turn(self) -> AsyncIterator[None]:
@@ -2140,9 +2169,9 @@ class Team:
         return AccessToken(token="", client_id=user, scopes=[]) if user else None
 
     @contextlib.asynccontextmanager
-    async def under_way(self) -> AsyncIterator[None]:
+    async def under_way(self, shield: bool) -> AsyncIterator[None]:
         """Count the call that is made in the block. Raises SandboxError if the server ends before the call."""
-        with anyio.CancelScope() as scope:
+        with anyio.CancelScope(shield=shield) as scope:
             self._calls.add(scope)
             try:
                 yield

@@ -591,6 +591,24 @@ async def test_a_restart_loses_nothing_on_real_engines(
 
 @pytest.mark.slow
 @pytest.mark.anyio
+@pytest.mark.parametrize(("era", "end"), [("legacy", "Value: 42"), ("auto", "KeyboardInterrupt")])
+async def test_a_lost_connection_cancels_only_where_the_protocol_says_so(team: TeamServer, era: str, end: str) -> None:
+    slow = "import time\ntry:\n    time.sleep(2)\n    how = 42\nexcept BaseException as error:\n    how = str(type(error))\nhow"
+    with anyio.move_on_after(PATIENCE) as soon:
+        async with team.client("alice", era) as client:
+            await said(client, "1")
+            soon.deadline = anyio.current_time() + 0.7
+            await said(client, slow)
+    await anyio.sleep(2)
+    async with team.client("alice", era) as client:
+        text = await said(client, "how")
+        assert end.partition(": ")[2] in text or end in text, text
+        assert ("whose connection was lost" in text) == (era == "legacy"), text
+        assert "whose connection was lost" not in await said(client, "how")
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
 async def test_health_tells_what_is_known(team: TeamServer) -> None:
     async with team.http(None) as http:
         assert (await http.get(f"{team.address}/health")).status_code == 200
