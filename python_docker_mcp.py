@@ -2071,7 +2071,7 @@ class Member(Service):
     async def turn(self, tool: Tool, progress: Progress, version: str) -> AsyncIterator[None]:
         """Wait until few enough of the user's calls run. Raises RequestError if that takes too long.
 
-        To lose the connection is to cancel the call from 2026-07-28 on; before, it says nothing of what the caller wants.
+        From 2026-07-28 on, to lose the connection is to cancel the call; before, it says nothing of what is wanted.
         """
         only_waits = isinstance(tool, ExecutePersistent) and not tool.code.strip()
         started = time.monotonic()
