@@ -593,7 +593,8 @@ async def test_a_restart_loses_nothing_on_real_engines(
 @pytest.mark.anyio
 @pytest.mark.parametrize(("era", "end"), [("legacy", "Value: 42"), ("auto", "KeyboardInterrupt")])
 async def test_a_lost_connection_cancels_only_where_the_protocol_says_so(team: TeamServer, era: str, end: str) -> None:
-    slow = "import time\ntry:\n    time.sleep(2)\n    how = 42\nexcept BaseException as end:\n    how = str(type(end))\nhow"
+    slow = "import time\ntry:\n    time.sleep(2)\n    how = 42\n"
+    slow += "except BaseException as end:\n    how = str(type(end))\nhow"
     with anyio.move_on_after(PATIENCE) as soon:
         async with team.client("alice", era) as client:
             await said(client, "1")
