@@ -2333,6 +2333,16 @@ def listen(address: str) -> tuple[socket.socket, str, int, bool]:
     return door, host, door.getsockname()[1], False
 
 
+def allow_open_files() -> None:
+    """Raise the limit on open files, as far as that is allowed: a usual one is less than CONNECTIONS take."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
 def team_of(runner: Runner, host: str, port: int, with_tokens: bool) -> tuple[Team, ASGIApp]:
     """Return a team, and its application. Raises ConfigError if it would let in people whom it should not."""
     config = runner.config
@@ -2376,6 +2386,7 @@ def team_of(runner: Runner, host: str, port: int, with_tokens: bool) -> tuple[Te
 async def serve_http(config: Config, file: str | None, address: str, with_tokens: bool) -> int:
     """Serve over HTTP until a signal; a second one ends it at once. Raises ConfigError if it should not be started."""
     door, host, port, stays_open = listen(address)
+    allow_open_files()
     async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
         team, app = team_of(runner, host, port, with_tokens)
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of proxies that ask for WebSockets

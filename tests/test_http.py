@@ -808,3 +808,19 @@ def test_the_official_conformance_suite_finds_only_what_is_not_offered(
         env={**os.environ, "npm_config_cache": NPM_CACHE},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-1000:]
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_thousands_of_half_open_requests_are_refused_and_cost_nothing_afterwards(team: TeamServer) -> None:
+    port = urllib.parse.urlsplit(team.address).port
+    python_docker_mcp.allow_open_files()
+    with contextlib.ExitStack() as stack:
+        for _ in range(python_docker_mcp.CONNECTIONS + 100):
+            half = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            half.sendall(b"POST /mcp HTTP/1.1\r\nHost: ")
+        assert (await post(team, "alice")).status_code == 503
+    await anyio.sleep(0.5)
+    async with team.client("alice") as client:
+        assert "Value: 42" in await said(client, "6 * 7")
+    assert "Traceback" not in team.log.read_text()
