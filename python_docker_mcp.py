@@ -1789,8 +1789,8 @@ async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -
 
 async def call_tool(context: Context, params: types.CallToolRequestParams) -> types.CallToolResult:
     """Make a call; report a SandboxError in the result, where the model sees it."""
-    service = context.lifespan_context()
     try:
+        service = context.lifespan_context()
         tool = parse(params.name, params.arguments or {})
         progress = Progress(context.session)
         with service.reporter.follow(progress):
@@ -2026,15 +2026,18 @@ class Tokens:
         self._seen, self._users = seen, {digest: name for name, digest in lines}
         return self._users
 
+    def known(self) -> dict[str, str]:
+        """Return the users as `users` does; none, with a line in the log, if the file can't be used."""
+        try:
+            return self.users()
+        except ConfigError as error:
+            log.warning("%s", error)
+            return {}
+
     def user(self, token: str) -> str | None:
         """Return whose token this is; None if it is nobody's."""
         digest = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
-        try:
-            users = self.users()
-        except ConfigError as error:  # somebody is writing the file, or has broken it: nobody comes in by it
-            log.warning("%s", error)
-            return None
-        return next((name for known, name in users.items() if hmac.compare_digest(known, digest)), None)
+        return next((name for each, name in self.known().items() if hmac.compare_digest(each, digest)), None)
 
     def write(self, users: Mapping[str, str]) -> None:
         """Replace the file, which only its owner may read."""
@@ -2076,11 +2079,11 @@ class Member(Service):
         only_waits = isinstance(tool, ExecutePersistent) and not tool.code.strip()
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self.team.under_way(shield=version in HANDSHAKE_PROTOCOL_VERSIONS))
             if not (only_waits or isinstance(tool, CleanupSession)):
                 progress.on_status("waiting for other calls of yours to end")
                 await stack.enter_async_context(self.own_turn())
                 progress.on_status("")
-            await stack.enter_async_context(self.team.under_way(shield=version in HANDSHAKE_PROTOCOL_VERSIONS))
             yield
         session = getattr(tool, "session_id", None) or "none"
         log.info("%s: %s, session %s: %.1f s", self.user, tool.name, session, time.monotonic() - started)
@@ -2213,11 +2216,10 @@ class Team:
         expected = self.proof(method, user, session, "" if method == "PUT" else path, until)
         if not hmac.compare_digest(expected.encode(), proof.encode()):
             return PlainTextResponse("This address was not made by the server that runs now.\n", 403)
-        if time.time() > until or (self.tokens and user not in self.tokens.users().values()):
+        if time.time() > until or (self.tokens and user not in self.tokens.known().values()):
             return PlainTextResponse("This address does not hold any more: ask for the file again.\n", 410)
-        member = self.member(user)
         try:
-            return await (self._put if method == "PUT" else self._get)(member, session, path, request)
+            return await (self._put if method == "PUT" else self._get)(self.member(user), session, path, request)
         except SandboxError as error:
             return PlainTextResponse(f"{error}\n", 404 if method == "GET" else 409)
 

@@ -401,6 +401,24 @@ async def test_removing_a_user_is_revoking_the_token_and_a_call_under_way_ends(t
     assert (await post(team, "alice")).status_code == 200
 
 
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_files_and_folders_that_break_while_it_runs_cost_an_answer_only(
+    settings: Config, serve: Callable[..., TeamServer], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("in the way")
+    server = serve(dataclasses.replace(settings, files=FilesConfig(output=str(tmp_path / "out" / "{user}"))))
+    async with server.client("alice") as client:
+        assert "The folders of alice (files.inputs, files.output) can't be made" in await said(client, "1")
+        (tmp_path / "out").unlink()
+        assert "Value: 1" in await said(client, "1")
+        tokens = server.file.parent / "tokens"
+        tokens.write_text("half a li")
+        assert (await post(server, "alice")).status_code == 401
+    assert "has a line that is not NAME and SHA-256" in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("host", "http", "others", "problem"),
