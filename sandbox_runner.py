@@ -666,19 +666,20 @@ class Sessions(dict[str, "Session"]):
         limits = self.config.session
         there = {name: one for name, one in self.items() if one.is_there}
         count = sum(one.is_there for sessions in self.everybodys for one in sessions.values())
-        setting, most, others = "session.max", limits.max, count - len(there)
+        setting, most = "session.max", limits.max
         if self.most is not None and len(there) >= self.most:
-            setting, most, others = "http.sessions_per_user", self.most, 0
+            setting, most = "http.sessions_per_user", self.most
         elif count < limits.max:
             return
         idle = [name for name, one in there.items() if not one.is_busy]
         if not (limits.evict and idle):
             names = textwrap.shorten(", ".join(sorted(there)), 500)
-            advice = f"{names}. End one of them first" if there else "try again when one of them has ended"
-            besides = f", {others} of them other users'" if others else ""
+            if len(there) < most:
+                own = f"end one of yours ({names}), or " if there else ""
+                raise SessionError(f"The server has all sessions that it may ({setting}): {own}try again later.")
             raise SessionError(
-                f"There are {len(there) + others} sessions already{besides}, which is the most allowed ({setting}): "
-                f"{advice}."
+                f"There are {len(there)} sessions already, which is the most allowed ({setting}): {names}. End one of "
+                "them first."
             )
         oldest = min(idle, key=lambda name: there[name].used)
         log.info("ending the session %s, the longest idle one, to make room for another", there[oldest].key)

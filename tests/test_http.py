@@ -325,6 +325,21 @@ async def test_users_are_kept_apart_on_real_engines(
     assert server.command("rm", *sessions).returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_full_server_says_nothing_of_other_users(settings: Config, serve: Callable[..., TeamServer]) -> None:
+    server = serve(dataclasses.replace(settings, session=dataclasses.replace(settings.session, max=2)))
+    async with server.client("alice") as alice, server.client("bob") as bob:
+        await said(alice, "1", "a")
+        assert "Value: 1" in await said(bob, "1", "b")
+        full = await said(bob, "1", "c")
+        assert full == (
+            "The server has all sessions that it may (session.max): end one of yours (b), or try again later."
+        )
+        await alice.call_tool("cleanup-session", {"session_id": "a"})
+        assert "Value: 1" in await said(bob, "1", "c")
+
+
 # ── who gets in ──
 
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
