@@ -259,6 +259,35 @@ async def fill_the_quota(its: Things) -> None:
     await its.owner.call_tool("cleanup-session", {"session_id": "another"})
 
 
+async def install_into_a_session(its: Things) -> None:
+    told = await its.other.call_tool("install-package", {"package_name": "no-such-package-here", "session_id": "slow"})
+    assert "still running" not in text_of(told)
+    await its.other.call_tool("cleanup-session", {"session_id": "slow"})
+
+
+async def hear_of_a_call(its: Things) -> None:
+    """Progress and output go to who made the call, and neither code nor output to the log."""
+    heard: dict[str, list[str]] = {"loud": [], "quiet": []}
+
+    async def call(client: Client, session: str, code: str) -> None:
+        async def on_progress(progress: float, total: float | None, message: str | None) -> None:  # noqa: ARG001
+            heard[session].append(message or "")
+
+        arguments = {"code": code, "session_id": session}
+        await client.call_tool("execute-persistent", arguments, progress_callback=on_progress)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call, its.owner, "loud", "import time; print('of alice', flush=True); time.sleep(1)")
+        tasks.start_soon(call, its.other, "quiet", "import time; print('of bob', flush=True); time.sleep(1)")
+    assert ("of alice" in heard["loud"], "of bob" in heard["quiet"]) == (True, True), heard
+    assert ("of bob" in heard["loud"], "of alice" in heard["quiet"]) == (False, False), heard
+    log = its.server.log.read_text()
+    assert f"{its.server.users[0]}: execute-persistent, session loud" in log
+    assert "of alice" not in log
+    await its.owner.call_tool("cleanup-session", {"session_id": "loud"})
+    await its.other.call_tool("cleanup-session", {"session_id": "quiet"})
+
+
 async def install_for_everybody(its: Things) -> None:
     refused = await its.other.call_tool("install-package", {"package_name": "six"})
     assert "packages are installed for a session" in text_of(refused)
@@ -274,6 +303,7 @@ ATTACKS = (  # and the program with which it succeeds, as the wall against it is
     (list_resources, TOGETHER),
     (read_a_file, TOGETHER),
     (read_an_output, TOGETHER),
+    (install_into_a_session, TOGETHER),
     (fill_the_quota, TOGETHER),
     (change_an_address, UNSIGNED),
     (install_for_everybody, FOR_ALL),
@@ -285,6 +315,7 @@ async def try_all(server: TeamServer, era: str = "auto") -> None:
         for attack, _ in ATTACKS:
             await attack(its)
         await name_it_as_the_engine_does(its)
+        await hear_of_a_call(its)
 
 
 @pytest.mark.slow
