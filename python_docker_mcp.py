@@ -2326,6 +2326,8 @@ def listen(address: str) -> tuple[socket.socket, str, int, bool]:
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS"):
         door = socket.socket(fileno=3)  # see sd_listen_fds(3): it stays open while the server is restarted
         door.set_inheritable(False)
+        if door.family in (socket.AF_INET, socket.AF_INET6):
+            host, port = door.getsockname()[:2]
         return door, host, port, True
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -2361,6 +2363,8 @@ def team_of(runner: Runner, host: str, port: int, with_tokens: bool) -> tuple[Te
             f"--http: {host} can be reached from other machines: say by which name (http.public_url, http.hosts), or "
             "listen on 127.0.0.1. Web pages could otherwise use the server by a name of their own."
         )
+    if not with_tokens and (http.public_url or http.hosts):
+        raise ConfigError("--no-token: the server has a public name (http.public_url, http.hosts), so it needs tokens.")
     if with_tokens and has_users:
         for setting, place in config.files.named():
             if "{user}" not in place:

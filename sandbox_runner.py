@@ -658,8 +658,9 @@ class Sessions(dict[str, "Session"]):
 
     async def hand_over(self) -> None:
         """Let go of everybody's sessions in which code runs, and have its callers answered that it goes on."""
-        for session in list(itertools.chain(*(sessions.values() for sessions in self.everybodys))):
-            await session.hand_over()
+        async with anyio.create_task_group() as tasks:
+            for session in itertools.chain(*(sessions.values() for sessions in self.everybodys)):
+                tasks.start_soon(session.hand_over)
 
     async def make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
@@ -792,7 +793,7 @@ class Session:
                 await self._placed.wait()
             elif self.sandbox and call.is_placed:
                 await self.sandbox.finish(call, on_output)
-                if self.sandbox is self._handed_over:
+                if self.sandbox and self.sandbox is self._handed_over:
                     break
             elif call.cancelled and call.stage is Stage.NOWHERE:
                 call.fail(SessionError(f"The call in the session {self.name!r} was cancelled before it began."))

@@ -474,6 +474,7 @@ async def test_files_and_folders_that_break_while_it_runs_cost_an_answer_only(
         ("127.0.0.1", HttpConfig(), {"users": True, "files": FilesConfig(output="/srv/out")}, "would be everybody's"),
         ("127.0.0.1", HttpConfig(), {"users": True, "pool": PoolConfig(reuse=True)}, "pool.reuse"),
         ("10.1.2.3", HttpConfig(public_url="https://x.example"), {"with_tokens": False}, "there is no token"),
+        ("127.0.0.1", HttpConfig(public_url="https://x.example"), {"with_tokens": False}, "so it needs tokens"),
     ],
 )  # fmt: skip
 async def test_a_server_that_would_let_in_others_does_not_start(
