@@ -30,7 +30,7 @@ import mcp_types
 import pytest
 import trustme
 import yaml
-from conftest import PATIENCE, ROOT, FakeEngine, text_of, until, wait_until
+from conftest import PATIENCE, ROOT, FakeEngine, text_of, wait_until
 from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
@@ -184,9 +184,19 @@ async def things(server: TeamServer, era: str = "auto") -> AsyncIterator[Things]
     async with server.client(owner, era) as alice, server.client(other, era) as bob:
         told = await said(alice, "secret = 'of alice'\nopen('secret.txt', 'w').write(secret)\nprint('a' * 40_000)")
         async with anyio.create_task_group() as tasks:
-            waiting = "import time\nslow = 'of alice'\ntime.sleep(3600)"
-            tasks.start_soon(functools.partial(said, alice, waiting, "slow", timeout=1000))
-            await anyio.sleep(0.5)
+            begun = anyio.Event()
+
+            async def wait() -> None:
+                async def on_progress(progress: float, total: float | None, message: str | None) -> None:  # noqa: ARG001
+                    if message == "on":
+                        begun.set()
+
+                code = "import time\nslow = 'of alice'\nprint('on', flush=True)\ntime.sleep(3600)"
+                arguments = {"code": code, "session_id": "slow", "timeout": 1000}
+                await alice.call_tool("execute-persistent", arguments, progress_callback=on_progress)
+
+            tasks.start_soon(wait)
+            await begun.wait()
             yield Things(server, alice, bob, told)
             await alice.call_tool("cleanup-session", {"session_id": "slow"})
         assert "Value: 'of alice'" in await said(alice, "secret"), "it is as it was"
@@ -808,12 +818,16 @@ async def test_two_machines_behind_a_proxy_and_one_is_restarted_under_load(
         async with anyio.create_task_group() as tasks:
             for user in users:
                 tasks.start_soon(work, user)
-            await until(lambda: min(done.values()) >= 2)
+            with anyio.fail_after(PATIENCE):
+                while min(done.values()) < 2:
+                    await anyio.sleep(0.05)
             for node in nodes:
                 await anyio.to_thread.run_sync(node.stop)  # in a thread: clients go on meanwhile
                 await anyio.to_thread.run_sync(node.start)
                 before = dict(done)
-                await until(lambda before=before: all(done[user] >= before[user] + 2 for user in users))  # type: ignore[misc]
+                with anyio.fail_after(PATIENCE):
+                    while any(done[user] < before[user] + 2 for user in users):
+                        await anyio.sleep(0.05)
             stop.set()
 
         listings = [node.command("ps").stdout for node in nodes]
@@ -885,7 +899,9 @@ async def test_thousands_of_half_open_requests_are_refused_and_cost_nothing_afte
             half = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             half.sendall(b"POST /mcp HTTP/1.1\r\nHost: ")
         assert (await post(team, "alice")).status_code == 503
-    await anyio.sleep(0.5)
+    with anyio.fail_after(PATIENCE):
+        while (await post(team, "alice")).status_code == 503:
+            await anyio.sleep(0.1)  # until it has seen that they are closed
     async with team.client("alice") as client:
         assert "Value: 42" in await said(client, "6 * 7")
     assert "Traceback" not in team.log.read_text()
