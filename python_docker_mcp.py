@@ -127,6 +127,7 @@ from sandbox_runner import (
     set_up_logging,
     show_status,
     size_in_bytes,
+    split_key,
     split_mount,
     tells,
 )
@@ -701,6 +702,8 @@ TERMINAL_TOKEN = re.compile(r"\x1b\[(\d*)([A-Za-z])|\r|\n|[^\x1b\r\n]+|\x1b")
 SCREEN_LINES, SCREEN_COLUMNS = 1000, 2000
 
 Section = str | types.ImageContent | types.EmbeddedResource | types.ResourceLink
+# Where a user far away gets a session's file or, for an empty path, puts one: by session and path; None if nowhere.
+Address = Callable[[str, str], str | None]
 
 
 def render(
@@ -710,7 +713,7 @@ def render(
     kept: str | None = None,
     hint: str | None = None,
     state_budget: int = STATE_BUDGET,
-    address: Callable[[str, str], str | None] = lambda *_: None,
+    address: Address = lambda *_: None,
 ) -> types.CallToolResult:
     """Render a result for a model.
 
@@ -720,7 +723,7 @@ def render(
         kept: address of the resource that has the whole output, if the output is too long for a result.
         hint: what to do about a failure, see `hint_on`.
         state_budget: bytes of JSON for the variables.
-        address: returns where a user far away gets a session's file or, for an empty path, puts one; None if nowhere.
+        address: tells where a user far away gets files, and puts them.
     """
     pieces = within(output_pieces(result), OUTPUT_BUDGET)
     variables, missing = state_within(result, state_budget)
@@ -1141,7 +1144,7 @@ def files_section(result: Result) -> Iterator[str]:
         yield f"Files left out: {missing}"
 
 
-def downloads_section(result: Result, address: Callable[[str, str], str | None]) -> Iterator[str]:
+def downloads_section(result: Result, address: Address) -> Iterator[str]:
     """Name the addresses by which a user far away gets the files, if there are such addresses."""
     files = result.files[:DOWNLOADS_NAMED] if result.session else ()
     if places := list(filter(None, (address(str(result.session), file.path) for file in files))):
@@ -1149,7 +1152,7 @@ def downloads_section(result: Result, address: Callable[[str, str], str | None])
         yield "\n".join(["For the user to download, within an hour:", *places]) + more
 
 
-def upload_section(result: Result, new_session: bool, address: Callable[[str, str], str | None]) -> Iterator[str]:
+def upload_section(result: Result, new_session: bool, address: Address) -> Iterator[str]:
     """Say once, with a new session, how a user far away sends files into it; and again if one was missing."""
     is_missing = result.exception is not None and result.exception.type == "FileNotFoundError"
     if result.session and (new_session or result.is_new or is_missing) and (place := address(result.session, "")):
@@ -1175,9 +1178,7 @@ def listing(files: Sequence[FileInfo]) -> str:
     return ", ".join(words) + (f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else "")
 
 
-def file_fields(
-    result: Result, file: FileInfo, address: Callable[[str, str], str | None] = lambda *_: None
-) -> dict[str, Any]:
+def file_fields(result: Result, file: FileInfo, address: Address) -> dict[str, Any]:
     """Describe a file as structured data."""
     about: dict[str, Any] = {"path": file.path, "size": file.size, "type": media_type(file.path)}
     about |= {"saved_as": file.saved} if file.saved else {}
@@ -1746,18 +1747,15 @@ FindService = Callable[[], Service]  # returns what the caller of the running re
 Context = ServerRequestContext[FindService]
 
 
-def make_server(runner: Runner, find: FindService | None = None) -> Server[FindService]:
-    """Return a server that runs code with `runner`, ready to be given a connection.
-
-    Where it serves several users, `find` returns the service of the one whose request is being answered.
-    """
+def make_server(runner: Runner, team: Team | None = None) -> Server[FindService]:
+    """Return a server that runs code with `runner`, for one user or for a team, ready to be given a connection."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Server[FindService]) -> AsyncIterator[FindService]:
         service = Service(runner)
         async with open_tasks() as tasks:
-            tasks.start_soon(service.reporter.run)
-            yield find or (lambda: service)
+            tasks.start_soon((team or service).reporter.run)
+            yield team.caller if team else lambda: service
 
     return Server(
         "python-docker-mcp",
@@ -1777,11 +1775,12 @@ def make_server(runner: Runner, find: FindService | None = None) -> Server[FindS
 
 async def list_tools(context: Context, _: types.PaginatedRequestParams | None) -> types.ListToolsResult:
     """List the tools, always in the same order."""
-    config = context.lifespan_context().runner.config
+    service = context.lifespan_context()
+    config = service.runner.config
     folders = f"They are taken from {' or '.join(config.files.inputs)}."
     given = await looked_up(lambda: what_can_be_given(config), folders) if config.files.inputs else ""
     tools = [describe(tool, config, given) for tool in TOOLS.values()]
-    if not context.lifespan_context().installs_for_all:
+    if not service.installs_for_all:
         tool = next(tool for tool in tools if tool.name == InstallPackage.name)
         tool.description = f"{tool.description} On this server only with session_id."
     return types.ListToolsResult(tools=tools)
@@ -1885,7 +1884,8 @@ class Reporter:
 
 async def list_resources(context: Context, params: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
     """List the outputs that are still kept, and the files that results pointed at, a page at a time."""
-    shelf, alive = context.lifespan_context().shelf, context.lifespan_context().runner.living()
+    service = context.lifespan_context()
+    shelf, alive = service.shelf, service.runner.living()
     cursor = (params.cursor if params else None) or "0"
     if not re.fullmatch(r"[0-9]{1,9}", cursor):
         raise MCPError(types.INVALID_PARAMS, f"{clip(cursor, 100)!r} is no cursor of this list: begin without one.")
@@ -2262,7 +2262,7 @@ class Team:
 
 def make_app(team: Team, hosts: Sequence[str], origins: Sequence[str]) -> ASGIApp:
     """Return the ASGI application of a team's server, which answers requests for these hosts, from these origins."""
-    server = make_server(team.runner, team.caller)
+    server = make_server(team.runner, team)
     schemas = {name: tool.model_json_schema() for name, tool in TOOLS.items()}
     server.get_tool_input_schema = schemas.get  # else the SDK would list the tools for each call
     with_tokens: Any = {
@@ -2283,28 +2283,11 @@ def make_app(team: Team, hosts: Sequence[str], origins: Sequence[str]) -> ASGIAp
         **(with_tokens if team.tokens else {}),
     )
 
-    def refusal(scope: Scope) -> tuple[int, str] | None:
-        """Return why a request is refused before anything of it is read, with the status."""
-        fields: list[tuple[bytes, bytes]] = scope["headers"]
-        if sum(name == b"authorization" for name, _ in fields) > 1:
-            return 400, "There are two Authorization headers: send one."
-        if re.search(rb"(^|&)[^=&]*token=|" + TOKEN_PREFIX.encode(), scope["query_string"]):
-            return 400, "A token in an address ends up in logs: send it as the header `Authorization: Bearer TOKEN`."
-        if scope["path"] != PATH and not scope["path"].startswith(("/files/", "/health")):
-            return 404, f"There is nothing at {scope['path']!r} here: the endpoint is {PATH}."
-        host = dict(fields).get(b"host", b"").decode("latin-1")
-        if scope["path"] == PATH and not {host, re.sub(r":\d+$", ":*", host)} & set(hosts):
-            log.warning("refused a request for the host %r: see http.public_url and http.hosts", host[:200])
-            return 421, f"This server is not asked by the name {host!r}: its operator can add that (http.hosts)."
-        if scope["path"] == PATH and scope["method"] == "GET":  # clients of the handshake's era ask for a stream
-            return 405, "This server sends nothing unasked."
-        return None
-
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if scope["path"] == f"{PATH}/":
                 scope = {**scope, "path": PATH}  # to redirect a client would send it past the proxy's TLS
-            if found := refusal(scope):
+            if found := why_refused(scope, hosts):
                 status, problem = found
                 allowed = {"Allow": "POST"} if status == 405 else {}
                 await PlainTextResponse(f"{problem}\n", status, allowed)(scope, receive, send)
@@ -2312,6 +2295,24 @@ def make_app(team: Team, hosts: Sequence[str], origins: Sequence[str]) -> ASGIAp
         await app(scope, receive, send)
 
     return checked
+
+
+def why_refused(scope: Scope, hosts: Sequence[str]) -> tuple[int, str] | None:
+    """Return why a request is refused before anything of it is read, with the status."""
+    fields: list[tuple[bytes, bytes]] = scope["headers"]
+    if sum(name == b"authorization" for name, _ in fields) > 1:
+        return 400, "There are two Authorization headers: send one."
+    if re.search(rb"(^|&)[^=&]*token=|" + TOKEN_PREFIX.encode(), scope["query_string"]):
+        return 400, "A token in an address ends up in logs: send it as the header `Authorization: Bearer TOKEN`."
+    if scope["path"] != PATH and not scope["path"].startswith(("/files/", "/health")):
+        return 404, f"There is nothing at {scope['path']!r} here: the endpoint is {PATH}."
+    host = dict(fields).get(b"host", b"").decode("latin-1")
+    if scope["path"] == PATH and not {host, re.sub(r":\d+$", ":*", host)} & set(hosts):
+        log.warning("refused a request for the host %r: see http.public_url and http.hosts", host[:200])
+        return 421, f"This server is not asked by the name {host!r}: its operator can add that (http.hosts)."
+    if scope["path"] == PATH and scope["method"] == "GET":  # clients of the handshake's era ask for a stream
+        return 405, "This server sends nothing unasked."
+    return None
 
 
 def listen(address: str) -> tuple[socket.socket, str, int, bool]:
@@ -2422,7 +2423,6 @@ async def serve_http(config: Config, file: str | None, address: str, with_tokens
                 server.should_exit = server.force_exit = True
             tasks.start_soon(stop)
 
-        tasks.start_soon(team.reporter.run)
         async with on_signals(heed):
             await server.serve(sockets=[door])
     return 0
@@ -3245,7 +3245,7 @@ async def _remove(options: argparse.Namespace) -> int:
     missing = 0
     async with runner_until_signal(load_config(options.config)) as runner:
         for name in options.sessions:
-            user, _, session = name.rpartition("~")
+            user, session = split_key(name)
             if not await (runner.for_user(user, 1) if user else runner).close_session(session):
                 missing = 1
                 print(f"python-docker-mcp: there is no session {name!r}: `ps` lists those there are", file=sys.stderr)

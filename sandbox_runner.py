@@ -536,8 +536,7 @@ class Runner:
 
     def held(self) -> list[Sandbox]:
         """Return the sandboxes that this runner is connected to, or was."""
-        everybodys = itertools.chain(*(sessions.values() for sessions in self.sessions.everybodys))
-        sessions = [session.sandbox for session in everybodys if session.sandbox]
+        sessions = [session.sandbox for session in self.sessions.of_everybody() if session.sandbox]
         return [*self._transient, *self.pool.ready, *self.pool.returning, *sessions]
 
     async def _warm_up(self) -> None:
@@ -656,17 +655,22 @@ class Sessions(dict[str, "Session"]):
         for name in ended[:-ENDED_SESSIONS]:
             del self[name]
 
+    def of_everybody(self) -> Iterator[Session]:
+        """Yield the sessions of all users."""
+        for sessions in self.everybodys:
+            yield from sessions.values()
+
     async def hand_over(self) -> None:
         """Let go of everybody's sessions in which code runs, and have its callers answered that it goes on."""
         async with anyio.create_task_group() as tasks:
-            for session in itertools.chain(*(sessions.values() for sessions in self.everybodys)):
+            for session in self.of_everybody():
                 tasks.start_soon(session.hand_over)
 
     async def make_room(self) -> None:
         """See that there may be one more session. Raises SessionError."""
         limits = self.config.session
         there = {name: one for name, one in self.items() if one.is_there}
-        count = sum(one.is_there for sessions in self.everybodys for one in sessions.values())
+        count = sum(one.is_there for one in self.of_everybody())
         setting, most = "session.max", limits.max
         if self.most is not None and len(there) >= self.most:
             setting, most = "http.sessions_per_user", self.most
@@ -691,6 +695,12 @@ class Sessions(dict[str, "Session"]):
 def session_key(user: str, name: str) -> str:
     """Return the name by which a session is known on the engine: unlike one of another user's, or of nobody's."""
     return f"{user}~{name}" if user else name
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Return the user, or "" if there is none, and the name that make a session's key."""
+    user, _, name = key.rpartition("~")
+    return user, name
 
 
 class Session:
@@ -2194,7 +2204,7 @@ class Sandbox:
         self.packages = greeting["packages"]
         unread = greeting["unread"]
         if unread and greeting["kind"] == "ready":
-            user, _, name = (greeting["session"] or "").rpartition("~")
+            user, name = split_key(greeting["session"] or "")
             request = Request("", name or None, output_limit=BACKLOG_LIMIT, user=user)
             adopted = Call(request, unread, ran=greeting["ran"], is_adopted=True)
             self.call = call if call and call.id == unread else adopted
@@ -4661,7 +4671,7 @@ class WorkerProcess:
         asked = untouched - self._had
         if asked <= UNTOUCHED_USUAL:
             return False
-        _, files = memory_of_files() or (0, 0)
+        _, files = memory_of_files()
         return touched + asked + files > int(self._settings["memory_limit"])
 
     # ── its copy ──
@@ -5719,21 +5729,21 @@ def memory_in_use() -> int | None:
     return None
 
 
-def memory_of_files() -> tuple[int, int] | None:
-    """Return the bytes of memory that the container's cached files take and those of files in memory, if known."""
+def memory_of_files() -> tuple[int, int]:
+    """Return the bytes of memory that the container's cached files take, and files in memory; 0 if not known."""
     for path, unit in (("/sys/fs/cgroup/memory.stat", ""), ("/sys/fs/cgroup/memory/memory.stat", "total_")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             counts = dict(line.split() for line in read_kernel_file(path).splitlines())
             cached = sum(int(counts[f"{unit}{kind}_file"]) for kind in ("active", "inactive"))
             return cached, int(counts[f"{unit}shmem"])
-    return None
+    return 0, 0
 
 
 def free_memory() -> float:
     """Return the bytes that the container may still take, besides what the kernel would give back; inf if not known."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
-            cached, _ = memory_of_files() or (0, 0)
+            cached, _ = memory_of_files()
             return int(read_kernel_file(path)) - (memory_in_use() or 0) + cached
     return math.inf
 
@@ -6061,7 +6071,7 @@ class Signals:
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
-        self.interruptible = False  # whether an interruption may end what is being done
+        self._interruptible = False  # whether the step that runs, if one does, has not been interrupted
         self._shielded = False
         self._held: list[tuple[Callable[..., object], int]] = []  # what has arrived while shielded
         self._note = note
@@ -6094,8 +6104,8 @@ class Signals:
 
     def _on_interrupt(self, *_: Any) -> None:
         """Raise KeyboardInterrupt in the code, at most once per step."""
-        if self.interruptible:
-            self.interruptible = False
+        if self._interruptible:
+            self._interruptible = False
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -6116,12 +6126,10 @@ class Signals:
     def attempt(self, step: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Run a step that one interruption may end; return the interruption or error that ended it, if any."""
         try:
-            self.interruptible = True
+            self._interruptible = True
             self._run(step, *arguments)
         except BaseException as error:
             return error
-        finally:
-            self.interruptible = False
         return None
 
     def _run(self, step: Callable[..., object], *arguments: Any) -> None:

@@ -144,7 +144,7 @@ def team(settings: Config, serve: Callable[..., TeamServer]) -> TeamServer:
     return serve(settings)
 
 
-async def run(client: Client, code: str, session: str | None = "work", **arguments: Any) -> mcp_types.CallToolResult:
+async def run(client: Client, code: str, session: str | None = "study", **arguments: Any) -> mcp_types.CallToolResult:
     """A call, in a session unless there is none."""
     tool = "execute-persistent" if session else "execute-transient"
     given = {"session_id": session} if session else {}
@@ -153,7 +153,7 @@ async def run(client: Client, code: str, session: str | None = "work", **argumen
     return result
 
 
-async def said(client: Client, code: str, session: str | None = "work", **arguments: Any) -> str:
+async def said(client: Client, code: str, session: str | None = "study", **arguments: Any) -> str:
     """What a model reads of a call."""
     return text_of(await run(client, code, session, **arguments))
 
@@ -167,7 +167,7 @@ class Things:
     def __init__(self, server: TeamServer, owner: Client, other: Client, told: str) -> None:
         self.server = server
         self.owner, self.other = owner, other
-        self.output = found(r"session://work/output/\d+", told)
+        self.output = found(r"session://study/output/\d+", told)
         self.address = found(rf"{server.address}/files/\S+/secret\.txt", told)
 
 
@@ -203,9 +203,9 @@ async def things(server: TeamServer, era: str = "auto") -> AsyncIterator[Things]
 
 
 async def use_a_session(its: Things) -> None:
-    for name in ("work", "slow"):
-        assert "NameError" in await said(its.other, {"work": "secret"}.get(name, name), name)
-    for name in ("work", "slow"):
+    for name in ("study", "slow"):
+        assert "NameError" in await said(its.other, {"study": "secret"}.get(name, name), name)
+    for name in ("study", "slow"):
         await its.other.call_tool("cleanup-session", {"session_id": name})
 
 
@@ -216,13 +216,13 @@ async def stop_code(its: Things) -> None:
 
 async def end_a_session(its: Things) -> None:
     """The same words tell of somebody else's and of none."""
-    for name in ("work", "wurk"):
+    for name in ("study", "studi"):
         end = await its.other.call_tool("cleanup-session", {"session_id": name})
         assert text_of(end).startswith(f"There is no session '{name}', so there is nothing to clean up")
 
 
 async def name_it_as_the_engine_does(its: Things) -> None:
-    for inner in (f"{its.server.users[0]}~work", f"{its.server.users[1]}~work", "~work"):
+    for inner in (f"{its.server.users[0]}~study", f"{its.server.users[1]}~study", "~study"):
         assert "can't be a session_id" in await said(its.other, "1", inner)
         with pytest.raises(MCPError, match="There is no session"):
             await its.other.read_resource(f"session://{inner}/files/secret.txt")
@@ -231,12 +231,12 @@ async def name_it_as_the_engine_does(its: Things) -> None:
 async def list_resources(its: Things) -> None:
     assert [item.uri for item in (await its.other.list_resources()).resources] == []
     listed = {item.uri for item in (await its.owner.list_resources()).resources}
-    assert {"session://work/files/secret.txt", its.output} <= listed
+    assert {"session://study/files/secret.txt", its.output} <= listed
 
 
 async def read_a_file(its: Things) -> None:
-    with pytest.raises(MCPError, match="There is no session 'work'"):
-        await its.other.read_resource("session://work/files/secret.txt")
+    with pytest.raises(MCPError, match="There is no session 'study'"):
+        await its.other.read_resource("session://study/files/secret.txt")
 
 
 async def read_an_output(its: Things) -> None:
@@ -249,7 +249,7 @@ async def change_an_address(its: Things) -> None:
     owner, other = its.server.users
     async with its.server.http(other) as http:
         assert (await http.get(its.address)).text == "of alice"
-        for old, new in ((f"/{owner}/", f"/{other}/"), ("/work/", "/slow/"), ("secret.txt", "other.txt")):
+        for old, new in ((f"/{owner}/", f"/{other}/"), ("/study/", "/slow/"), ("secret.txt", "other.txt")):
             assert (await http.get(its.address.replace(old, new))).status_code == 403
         assert (await http.get(re.sub(r"/\d{10}/", "/9999999999/", its.address))).status_code == 403
         assert (await http.put(its.address, content=b"x")).status_code == 403
@@ -568,13 +568,13 @@ async def test_files_go_up_and_down_by_signed_addresses(settings: Config, serve:
         for name, status in (("", 400), (".hidden", 400), ("a/b", 400), ("%2e%2e", 400), ("big", 413)):
             content = bytes((4 << 20) + 1) if name == "big" else b"x"
             assert (await http.put(place[1] + name, content=content)).status_code == status, name
-        for old, new in ((r"bin$", "bi"), ("/work/", "/wurk/"), (r"/\d{10}/", "/9999999999/")):
+        for old, new in ((r"bin$", "bi"), ("/study/", "/studi/"), (r"/\d{10}/", "/9999999999/")):
             changed = re.sub(old, new, back[0])
             assert (await http.get(changed)).status_code == 403
         assert f"curl -T FILE '{server.address}" in await said(client, "open('missing.csv')")
-        await client.call_tool("cleanup-session", {"session_id": "work"})
+        await client.call_tool("cleanup-session", {"session_id": "study"})
         gone = await http.get(back[0])
-        assert (gone.status_code, "There is no session 'work'" in gone.text) == (404, True)
+        assert (gone.status_code, "There is no session 'study'" in gone.text) == (404, True)
         assert (await http.put(place[1] + "x", content=b"x")).status_code == 409
         assert server.command("token", "remove", "alice").returncode == 0
         assert (await http.get(back[0])).status_code == 410
@@ -599,7 +599,7 @@ async def test_files_are_saved_in_a_folder_for_each_user(
                 asked = f"{folder}of-{other}.txt"
                 assert "Value" not in await said(client, "1", files=[asked])
     saved = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.txt"))
-    assert saved == ["alice/work/a.txt", "bob/work/a.txt"]
+    assert saved == ["alice/study/a.txt", "bob/study/a.txt"]
 
 
 # ── turns, health and restarts ──
@@ -631,7 +631,7 @@ async def check_restart(server: TeamServer) -> None:
     ends: dict[str, str] = {}
     async with server.client(server.users[0]) as alice, anyio.create_task_group() as tasks:
 
-        async def call(name: str, code: str, session: str | None = "work") -> None:
+        async def call(name: str, code: str, session: str | None = "study") -> None:
             ends[name] = await said(alice, code, session)
 
         await said(alice, "x = 41")
@@ -646,7 +646,7 @@ async def check_restart(server: TeamServer) -> None:
     async with server.client(server.users[0]) as alice:
         assert "Value: 42" in await said(alice, "")
         assert "Value: 42" in await said(alice, "x")
-        await alice.call_tool("cleanup-session", {"session_id": "work"})
+        await alice.call_tool("cleanup-session", {"session_id": "study"})
     assert "Traceback" not in server.log.read_text()
 
 
@@ -840,7 +840,7 @@ async def test_two_machines_behind_a_proxy_and_one_is_restarted_under_load(
             assert (await web.get(place[0])).text == "x" * 1000
         for user in users:
             async with client(user) as one:
-                assert "has ended" in text_of(await one.call_tool("cleanup-session", {"session_id": "work"}))
+                assert "has ended" in text_of(await one.call_tool("cleanup-session", {"session_id": "study"}))
 
 
 def listens(port: int) -> bool:
