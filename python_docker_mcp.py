@@ -122,6 +122,7 @@ from sandbox_runner import (
     parse_requirement,
     plain_name,
     plain_text,
+    require_secrets,
     run_to_exit,
     runner_until_signal,
     set_up_logging,
@@ -471,7 +472,7 @@ def describe(tool: type[Tool], config: Config, given: str = "") -> types.Tool:
             read_only_hint=False,
             destructive_hint=tool.destructive,
             idempotent_hint=tool.idempotent,
-            open_world_hint=has_network(config.docker) if tool.runs_code else tool is InstallPackage,
+            open_world_hint=has_network(config) if tool.runs_code else tool is InstallPackage,
         ),
         # Claude Code puts longer results into a file, and shows the model the file's name.
         _meta={"anthropic/maxResultSizeChars": 2 * STATE_BUDGET} if tool.runs_code else None,
@@ -483,7 +484,7 @@ def limits(config: Config, most: float) -> str:
     docker = config.docker
     span = f"{docker.timeout:g} seconds (up to {most:g} with `timeout`)"
     room = f"{docker.memory_limit} of memory, {docker.cpu_limit:g} CPU cores, {docker.disk_limit} of files in"
-    words = [f"Limits: {span}, {room} {docker.working_dir}, {what_is_reached(docker)}."]
+    words = [f"Limits: {span}, {room} {docker.working_dir}, {what_is_reached(config)}."]
     if config.allowed_modules:
         words.append(f"Code may import only {', '.join(config.allowed_modules)}.")
     if config.blocked_modules:
@@ -527,16 +528,18 @@ async def permitted(files: Sequence[str] | None, config: FilesConfig) -> list[In
     return await anyio.to_thread.run_sync(find_all)
 
 
-def has_network(docker: DockerConfig) -> bool:
+def has_network(config: Config) -> bool:
     """Whether code can reach anything at all."""
-    return bool(docker.network_allow) or not docker.network_disabled
+    return bool(config.allowed_hosts) or not config.docker.network_disabled
 
 
-def what_is_reached(docker: DockerConfig) -> str:
-    """Say what code can reach over the network."""
-    if docker.network_allow:
-        return f"no network but HTTP and HTTPS to {', '.join(docker.network_allow)}"
-    return "no network" if docker.network_disabled else "network allowed"
+def what_is_reached(config: Config) -> str:
+    """Say what code can reach over the network, and where it needs no credential."""
+    if not config.allowed_hosts:
+        return "no network" if config.docker.network_disabled else "network allowed"
+    known = ", ".join(dict.fromkeys(secret.host for secret in config.secrets.values()))
+    words = f" (to {known} with a credential that is added outside: give any text where a key is asked for)"
+    return f"no network but HTTP and HTTPS to {', '.join(config.allowed_hosts)}{words if known else ''}"
 
 
 def preinstalled(config: Config) -> str:
@@ -1513,9 +1516,9 @@ def hint_on_network(_: re.Match[str], failure: Failure) -> str | None:
     """Return how data gets in without a network, if there is none."""
     if not failure.config.docker.network_disabled:
         return None
-    if failure.config.docker.network_allow:
+    if failure.config.allowed_hosts:
         return (
-            f"Code here has {what_is_reached(failure.config.docker)} (docker.network_allow), by the proxy that the "
+            f"Code here has {what_is_reached(failure.config)} (docker.network_allow), by the proxy that the "
             "variables http_proxy and https_proxy name: use what respects them, such as urllib, pandas, requests, "
             "httpx, or aiohttp.ClientSession(trust_env=True)."
         )
@@ -1757,12 +1760,13 @@ def make_server(runner: Runner, team: Team | None = None) -> Server[FindService]
             tasks.start_soon((team or service).reporter.run)
             yield team.caller if team else lambda: service
 
+    everybodys = dataclasses.replace(runner.config, secrets={}) if team else runner.config
     return Server(
         "python-docker-mcp",
         version=__version__,
         title="Python in Docker",
         description="Runs Python in locked-down containers",
-        instructions=instructions(runner.config),
+        instructions=instructions(everybodys),
         icons=[ICON],
         lifespan=lifespan,
         on_list_tools=list_tools,
@@ -2377,6 +2381,11 @@ def team_of(runner: Runner, host: str, port: int, with_tokens: bool) -> tuple[Te
             raise ConfigError("pool.reuse: one user's code would run where another's ran before: set it to false.")
     elif with_tokens:
         tokens = MadeUpToken()
+    if config.secrets and not (with_tokens and has_users):
+        raise ConfigError("secrets: over HTTP they belong to users who have a token, and there is none.")
+    for name, secret in config.secrets.items():
+        if not secret.users:
+            raise ConfigError(f"secrets.{name}: say whose it is (users: [alice]), as several people use this server.")
     shown = f"[{host}]" if ":" in host else host
     address = (http.public_url or f"http://{shown}:{port}").rstrip("/")
     hosts = [*http.hosts, urllib.parse.urlsplit(address).netloc.rpartition("@")[2]]
@@ -2441,7 +2450,7 @@ TRIED_CPU = 0.5  # cores
 
 
 # The probe: functions that run in the sandbox, with these modules.
-PROBE_MODULES = "ctypes, errno, importlib, os, socket, time"
+PROBE_MODULES = "ctypes, errno, importlib, os, socket, time, urllib.request"
 
 
 def refused_with(action: Callable[..., object], *arguments: Any) -> str | None:
@@ -2495,6 +2504,16 @@ def answers_of_proxy(port: int, targets: list[str]) -> list[str]:
             connection.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
             lines.append(connection.recv(1000).decode("latin-1").partition("\r\n")[0])
     return lines
+
+
+def answer_with_secret(name: str, host: str, method: str, path: str) -> tuple[str, str, int, str]:
+    """Return a secret's name and host, and the status of an answer from there, or 0, and the reason for it."""
+    try:
+        request = urllib.request.Request(f"https://{host}{path}", method=method)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return name, host, answer.status, answer.reason
+    except OSError as error:
+        return name, host, getattr(error, "code", 0), str(getattr(error, "reason", error))
 
 
 def open_parts_of_process_1() -> list[str]:
@@ -2597,7 +2616,7 @@ PROBE: tuple[Callable[..., Any], ...] = (
     look_at, refused_with, rights, create_in, writable_mounts, network, answers_of_proxy, open_parts_of_process_1,
     open_system_calls,
     inotify_instances,
-    spend_cpu, fork_all, fill, hold_memory,
+    spend_cpu, fork_all, fill, hold_memory, answer_with_secret,
 )  # fmt: skip
 
 
@@ -2775,7 +2794,7 @@ def judge_network(patient: Patient, _: Result, seen: Any) -> Judgement:
 
 def judge_hosts(patient: Patient, _: Result, seen: Any) -> Judgement:
     """Whether the proxy lets code reach the hosts that are allowed, and no other."""
-    if not patient.config.docker.network_allow:
+    if not patient.config.allowed_hosts:
         return "ok", "no host is allowed (docker.network_allow)"
     forbidden, allowed = seen
     if passed := [line for line in forbidden if " 200 " in line]:
@@ -2783,10 +2802,18 @@ def judge_hosts(patient: Patient, _: Result, seen: Any) -> Judgement:
     about = ", by this server's own proxy, which resolves the names" if urllib.request.getproxies() else ""
     if failed := [line for line in allowed if " 200 " not in line]:
         return "warning", failed[0].partition(" ")[2], "See that this host itself can reach it."
-    seen = (
-        f"{', '.join(patient.config.docker.network_allow)}{about}; others, addresses and metadata services are refused"
-    )
+    seen = f"{', '.join(patient.config.allowed_hosts)}{about}; others, addresses and metadata services are refused"
     return "ok", seen
+
+
+def judge_secrets(_: Patient, __: Result, seen: Any) -> Judgement:
+    """Whether each host that has a secret answers, and takes the credential for good."""
+    told = "; ".join(f"{name}: {host} answers {status or ''} {reason}" for name, host, status, reason in seen)
+    if any(status in (0, 502) for _, _, status, _ in seen):
+        return "warning", told, "See that this host itself can reach it, and that its certificate is in order."
+    if any(status in (401, 403) for _, _, status, _ in seen):
+        return "warning", told, "The credential was not accepted there, or not for the path that was tried."
+    return "ok", told or "no host has one (secrets)"
 
 
 def judge_root(_: Patient, __: Result, seen: Any) -> Judgement:
@@ -2881,6 +2908,7 @@ CHECKS = (
     Check("mounts", "look_at({mounts})", judge_mounts),
     Check("network", "network()", judge_network, "--network=none"),
     Check("allowed hosts", "[answers_of_proxy({port}, targets) for targets in {targets}]", judge_hosts),
+    Check("secrets", "[answer_with_secret(*one) for one in {asked}]", judge_secrets, timeout=120),
     Check("root", "([*os.getresuid(), *os.getresgid(), *os.getgroups()], rights('self'), rights('1'), "
           "{{'setuid': refused_with(os.setuid, 0), 'chroot': refused_with(os.chroot, '/')}})",
           judge_root, "--user, --cap-drop=ALL and --security-opt=no-new-privileges"),
@@ -2888,7 +2916,7 @@ CHECKS = (
     Check("neighbours", f"(os.getuid(), inotify_instances({INOTIFY_WANTED}))", judge_neighbours),
     Check("process 1", "open_parts_of_process_1()", judge_process_1),
     Check("environment", "[name for name in os.environ if name.lower().endswith('_proxy') and os.environ[name] and "
-          "not ({docker.network_allow} and name.lower() in ('http_proxy', 'https_proxy', 'no_proxy'))]",
+          "not ({hosts} and name.lower() in ('http_proxy', 'https_proxy', 'no_proxy'))]",
           lambda _, __, proxies: (not proxies, ", ".join(proxies) or "no proxies",
           "See the engine's settings for containers (Docker: ~/.docker/config.json, Podman: containers.conf).")),
 )  # fmt: skip
@@ -2965,6 +2993,8 @@ async def examine(config: Config) -> list[Finding]:
     soon = SessionConfig(idle_timeout=60)  # for a session whose program is killed
     config = dataclasses.replace(config, session=soon, docker=within_trial(config.docker))
     config = dataclasses.replace(config, allowed_modules=(), blocked_modules=())  # no wall, and in the probe's way
+    everybodys = {name: dataclasses.replace(secret, users=()) for name, secret in config.secrets.items()}
+    config = dataclasses.replace(config, secrets=everybodys)
     session = f"doctor-{secrets.token_hex(8)}"
     findings: list[Finding] = []
     async with runner_until_signal(config, show_status) as runner:
@@ -3025,7 +3055,9 @@ async def attempt(check: Check, runner: Runner, session: str | None) -> Result:
         "folders": [*dict.fromkeys(("/tmp", runner.config.docker.working_dir, "/dev/shm"))],
         "packages": repr(PACKAGES),
         "port": PROXY_PORT,
-        "targets": proxy_targets(runner.config.docker),
+        "targets": proxy_targets(runner.config),
+        "hosts": runner.config.allowed_hosts,
+        "asked": what_secrets_are_asked(runner.config),
         "mounts": [split_mount(mount)[1] for mount in runner.config.docker.mounts],
     }
     code = f"{probe_source()}\nseen = {check.expression.format(**names)}"
@@ -3035,13 +3067,23 @@ async def attempt(check: Check, runner: Runner, session: str | None) -> Result:
         return Result("died", message=str(error))
 
 
-def proxy_targets(docker: DockerConfig) -> list[list[str]]:
+def proxy_targets(config: Config) -> list[list[str]]:
     """Return what to ask the proxy for: places that are not allowed, and one that is, if a host is named."""
-    if not docker.network_allow:
+    if not config.allowed_hosts:
         return []
-    forbidden = {"169.254.169.254:80", "not-allowed.invalid:443"} - set(docker.network_allow)
-    named = [host for host in docker.network_allow if "*" not in host][:1]
+    forbidden = {"169.254.169.254:80", "not-allowed.invalid:443"} - set(config.allowed_hosts)
+    named = [host for host in config.docker.network_allow if "*" not in host][:1]
     return [sorted(forbidden), [host if re.search(r":\d+$", host) else f"{host}:443" for host in named]]
+
+
+def what_secrets_are_asked(config: Config) -> list[tuple[str, str, str, str]]:
+    """Return for each secret its name, its host, and a request that it is for."""
+    asked = []
+    for name, secret in config.secrets.items():
+        method = "GET" if not secret.methods or "GET" in secret.methods else secret.methods[0]
+        path = secret.paths[0].replace("*", "") if secret.paths else "/"
+        asked.append((name, secret.host, method, path))
+    return asked
 
 
 def import_name(requirement: str) -> str:
@@ -3078,6 +3120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging("python-docker-mcp: %(message)s", logging.INFO)
     try:
         config = load_config(options.config, look=False)  # nothing that may take long comes before the handshake
+        require_secrets(config)
     except ConfigError as error:
         print(f"python-docker-mcp: {error}", file=sys.stderr)
         sys.exit(2)
@@ -3125,7 +3168,9 @@ def _parser() -> argparse.ArgumentParser:
 async def _doctor(options: argparse.Namespace) -> int:
     """Print the findings of an examination; exit status 1 if one of them is a failure."""
     started = time.monotonic()
-    findings = await examine(load_config(options.config))
+    config = load_config(options.config)
+    require_secrets(config)
+    findings = await examine(config)
     seconds = time.monotonic() - started
     count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in get_args(Verdict)}
     if options.json:
@@ -3210,7 +3255,9 @@ def duration(seconds: float) -> str:
 
 async def _serve_http(options: argparse.Namespace) -> int:
     """Serve over HTTP until a signal."""
-    return await serve_http(load_config(options.config), options.config, options.http, not options.no_token)
+    config = load_config(options.config)
+    require_secrets(config)
+    return await serve_http(config, options.config, options.http, not options.no_token)
 
 
 async def _token(options: argparse.Namespace) -> int:

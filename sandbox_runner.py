@@ -43,6 +43,7 @@ import contextvars
 import copy
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import enum
 import errno
@@ -96,7 +97,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, NotRequired, TypeVar
 
 import anyio
 import anyio.abc
@@ -108,7 +109,12 @@ import pydantic_core
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from anyio.streams.stapled import StapledByteStream
+from anyio.streams.tls import TLSStream
 from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 __version__ = "1.0.0"
 __all__ = [
@@ -350,7 +356,7 @@ class Runner:
         folders of `files`, the user's name stands for {user}.
         """
         one = copy.copy(self)
-        one.config = dataclasses.replace(self.config, files=self.config.files.for_user(user))
+        one.config = self.config.for_user(user)
         one.sessions = Sessions(self.launcher, self.pool, one.config, user, most, self.sessions.everybodys)
         return one
 
@@ -541,6 +547,7 @@ class Runner:
 
     async def _warm_up(self) -> None:
         """Begin to keep sandboxes ready, first those that a killed host left, if they are as ours would be."""
+        self._tasks.start_soon(self.launcher.network.credentials.run_commands)
         with contextlib.suppress(SandboxError):  # the pool will meet the same error, and log it
             engine, image = await self.launcher.prepare()
             settings = guest_settings(engine, image, self.config, self.config.pool.preload)["digest"]
@@ -1744,7 +1751,7 @@ class Launcher:
         self.file = file  # of the configuration
         self.on_status = on_status
         self.owner = f"{secrets.token_hex(8)}-{os.getpid()}"
-        self.network = Network(config.docker.network_allow)
+        self.network = Network(config.docker.network_allow, Credentials(config))
         self.tasks = tasks
         self.engine: Engine | None = None
         self.image: Image | None = None
@@ -1970,8 +1977,8 @@ def guest_settings(engine: Engine, image: Image, config: Config, preload: Sequen
         "blocked_modules": config.blocked_modules,
         "preload": preload,
         "packages": image.packages,
-        "has_proxy": bool(config.docker.network_allow),
-        "certificates": host_certificates(config.package) if config.docker.network_allow else None,
+        "has_proxy": bool(config.allowed_hosts),
+        "certificates": host_certificates(config.package) if config.allowed_hosts else ("", False),
     }
     everything = [engine.sandbox_arguments("", image, config, {}), image.id, GUEST_SOURCE, settings]
     return {**settings, "digest": hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]}
@@ -2010,6 +2017,13 @@ class Sandbox:
     def __repr__(self) -> str:
         return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
 
+    @property
+    def user(self) -> str:
+        """Whose code runs in it, "" where there is one user."""
+        if self.call:
+            return self.call.request.user
+        return split_key(self.greeting["session"])[0] if self.greeting and self.greeting["session"] else ""
+
     @classmethod
     async def start(
         cls,
@@ -2026,12 +2040,14 @@ class Sandbox:
         settings = guest_settings(engine, image, launcher.config, preload)
         name = f"python-docker-mcp-{secrets.token_hex(8)}"
         labels = {"owner": launcher.owner, "settings": settings["digest"]}
+        authority = await launcher.network.credentials.certificate()
         client = await engine.spawn(*engine.sandbox_arguments(name, image, launcher.config, labels))
         sandbox = cls(engine, name, *client, launcher.network)
+        told = {**settings, "owner": launcher.owner, "authority": authority}
         launcher.tasks.start_soon(sandbox.serve, None)
         try:
             with anyio.fail_after(START_TIMEOUT):
-                await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", {**settings, "owner": launcher.owner}))
+                await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", told))
             if sandbox.greeting is None:
                 said = f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}."
                 if re.search("cgroup controller|cgroup is not mounted", said):
@@ -2092,9 +2108,11 @@ class Sandbox:
         If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
         answer within `patience` seconds.
         """
+        request: PlugRequest = {"session": session, "settings": settings, "owner": launcher.owner, "authority": ""}
+        if session or settings:
+            request["authority"] = await launcher.network.credentials.certificate()
         sandbox = cls(engine, name, *await engine.spawn(*engine.plug_arguments(name)), launcher.network)
         launcher.tasks.start_soon(sandbox.serve, call)
-        request: PlugRequest = {"session": session, "settings": settings, "owner": launcher.owner}
         try:
             with anyio.move_on_after(ATTACH_TIMEOUT if patience is None else patience):
                 await sandbox.write(head(request))
@@ -2725,9 +2743,11 @@ NOT_PASSED_ON = {
     b"trailer",
     b"upgrade",
 }
+ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 OF_A_HOP = {b"connection", b"proxy-connection", b"keep-alive"}  # fields of an answer's head
 LABEL_OF_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)")
 traffic_log = log.getChild("network")  # a line for each connection
+GONE = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 FIRST_DIALED = 1 << 32  # number of a connection from which on this host has opened them
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -2821,11 +2841,12 @@ def server_name(hello: bytes) -> str | None:
 
 
 class Network:
-    """What docker.network_allow lets through."""
+    """What docker.network_allow and the secrets let through."""
 
-    def __init__(self, allowed: Sequence[str]) -> None:
+    def __init__(self, allowed: Sequence[str], credentials: Credentials | None = None) -> None:
         self.allowed = ", ".join(allowed) or "no hosts"
         self.rules = [HostRule.parse(text) for text in allowed]
+        self.credentials = credentials or Credentials(Config())
 
     def rule(self, host: str, port: int, usual: int) -> HostRule:
         """Return the rule that allows a connection. Raises RefusedError."""
@@ -2981,25 +3002,27 @@ class Connection:
         await self._write({"op": "pass", "flow": self.number, "data": data, "credit": credit, "ended": ended})
 
 
-class OwnServer(anyio.abc.ByteStream):
-    """A connection to a server of the code's own, through its supervisor."""
+class ConnectionStream(anyio.abc.ByteStream):
+    """A connection as a stream, whose `first` bytes have been received already."""
 
-    def __init__(self, connection: Connection, forget: Callable[[], object]) -> None:
+    def __init__(self, connection: Connection, first: bytes = b"", forget: Callable[[], object] = lambda: None) -> None:
         self._connection = connection
+        self._first = first
         self._forget = forget
 
     async def send(self, item: bytes) -> None:
-        """Send bytes. Raises anyio.BrokenResourceError if the server has gone."""
+        """Send bytes. Raises anyio.BrokenResourceError if the other end has gone."""
         await self._connection.send(item)
 
     async def receive(self, max_bytes: int = 65536) -> bytes:  # noqa: ARG002  # a frame's bytes are few enough
         """Return the next bytes. Raises anyio.EndOfStream."""
-        if data := await self._connection.receive():
+        data, self._first = self._first, b""
+        if data := data or await self._connection.receive():
             return data
         raise anyio.EndOfStream
 
     async def send_eof(self) -> None:
-        """Do nothing: the server sees the end when the connection is closed."""
+        """Do nothing: the other end sees it when the connection is closed."""
 
     async def aclose(self) -> None:
         """Close it."""
@@ -3019,6 +3042,11 @@ class Proxy:
         self._next = 0.0  # when the next one may be served, of those that come too fast
         self._dialed = 0  # connections to the code's own servers so far
         self.last = 0  # the highest number so far
+
+    def tell(self, sentence: str) -> None:
+        """Have the running call tell that it was refused something."""
+        if self._sandbox.call and len(self._sandbox.call.refused) < REFUSALS_TOLD:
+            self._sandbox.call.refused[sentence] = None
 
     def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
         """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
@@ -3049,11 +3077,17 @@ class Proxy:
             self.open.pop(connection.number, None)
             return
         where, verdict = "", ""
+        who = (self._sandbox.call and self._sandbox.call.request.key) or self._sandbox.name
         try:
             with anyio.fail_after(CONNECTION_IDLE):
                 request, http = await read_request(connection)
             host, port, path = target_of(request)
             where = f"{host}:{port}"
+            if found := self.network.credentials.at(host, port, path, self._sandbox.user):
+                verdict = await CredentialRoute(self.network, found, path, who, self.tell).serve(
+                    connection, request, http
+                )
+                return
             route = await self._route(host, port, path)
             async with route.there:
                 if path is None:
@@ -3063,21 +3097,20 @@ class Proxy:
                 await relay(connection, route, first, rest)
         except RefusedError as error:
             status, verdict = error.args
-            if status == 403 and self._sandbox.call and len(self._sandbox.call.refused) < REFUSALS_TOLD:
-                self._sandbox.call.refused[verdict] = None
+            if status == 403:
+                self.tell(verdict)
             with contextlib.suppress(anyio.BrokenResourceError):
                 await connection.send(refusal(status, verdict))
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, TimeoutError):
+        except (*GONE, TimeoutError):
             pass
         except Exception as error:  # it must not cost the sandbox more than this connection
             traffic_log.warning("network: %s failed: %r", where or "a request", error)
         finally:
             self._places.release()
             self.open.pop(connection.number, None)
-            session = self._sandbox.call.request.key if self._sandbox.call else None
             traffic_log.info(
                 "network: %s, %s: %s; %d bytes out, %d in",
-                session or self._sandbox.name, where or "?", verdict or "cut", connection.received, connection.sent,
+                who, where or "?", verdict or "cut", connection.received, connection.sent,
             )  # fmt: skip
             if not self._sandbox.gone.is_set():
                 with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True):
@@ -3103,7 +3136,7 @@ class Proxy:
         await self._sandbox.write(encoded({"op": "dial", "flow": number, "port": port}))
         with anyio.fail_after(CONNECT_TIMEOUT):
             if await connection.is_open():
-                return OwnServer(connection, lambda: self.open.pop(number, None))
+                return ConnectionStream(connection, forget=lambda: self.open.pop(number, None))
         del self.open[number]
         return None
 
@@ -3145,7 +3178,7 @@ class Route:
     ) -> tuple[bytes, AsyncIterator[bytes]]:
         """Return what to send first, and all that follows it. Raises RefusedError."""
         if self.path is None:
-            await connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await connection.send(ESTABLISHED)
             return await read_hello(connection, self.host, http.trailing_data[0]), chunks_of(connection)
         target = f"http://{self.host}:{self.port}{self.path}" if self.proxy else self.path
         return head_for_server(request, target, self.proxy), body_of(connection, http, is_chunked(request))
@@ -3173,17 +3206,20 @@ async def relay(connection: Connection, route: Route, first: bytes, rest: AsyncI
                 answer = b""
         tasks.cancel_scope.cancel()
 
-    async def watch() -> None:
-        while (left := connection.used + CONNECTION_IDLE - anyio.current_time()) > 0:
-            await anyio.sleep(left)
-        tasks.cancel_scope.cancel()
-
     try:
         async with anyio.create_task_group() as tasks:
-            for task in (upwards, downwards, watch):
+            for task in (upwards, downwards):
                 tasks.start_soon(task)
+            tasks.start_soon(close_when_idle, connection, tasks.cancel_scope)
     except* (anyio.BrokenResourceError, anyio.ClosedResourceError, h11.RemoteProtocolError):
         pass  # one of the two has gone
+
+
+async def close_when_idle(connection: Connection, scope: anyio.CancelScope) -> None:
+    """Cancel what serves a connection over which nothing has passed for long."""
+    while (left := connection.used + CONNECTION_IDLE - anyio.current_time()) > 0:
+        await anyio.sleep(left)
+    scope.cancel()
 
 
 async def read_request(connection: Connection) -> tuple[h11.Request, h11.Connection]:
@@ -3234,14 +3270,19 @@ def is_chunked(request: h11.Request) -> bool:
     return any(key == b"transfer-encoding" for key, _ in request.headers)
 
 
-def head_for_server(request: h11.Request, target: str, proxy: str = "") -> bytes:
-    """Return the head of a request as its server, or our own `proxy`, gets it: without what is meant for us."""
+def passed_on(request: h11.Request) -> list[tuple[bytes, bytes]]:
+    """Return a request's fields without those that are meant for us."""
     dropped = NOT_PASSED_ON | ({b"content-length"} if is_chunked(request) else set())
     for key, value in request.headers:
         if key == b"connection":
             dropped |= {name.strip() for name in value.lower().split(b",")}
+    return [(name, value) for name, value in request.headers if name not in dropped]
+
+
+def head_for_server(request: h11.Request, target: str, proxy: str = "") -> bytes:
+    """Return the head of a request as its server, or our own `proxy`, gets it."""
     lines = [b"%s %s HTTP/1.1" % (request.method, target.encode())]
-    lines += [b"%s: %s" % field for field in request.headers if field[0] not in dropped]
+    lines += [b"%s: %s" % field for field in passed_on(request)]
     lines += [line.encode() for line in credentials_for(proxy)]
     return b"\r\n".join([*lines, b"connection: close", b"", b""])
 
@@ -3307,6 +3348,535 @@ def refusal(status: int, sentence: str) -> bytes:
     text = "".join(char if " " <= char <= "~" else "?" for char in sentence)
     head = f"HTTP/1.1 {status} {text}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(text) + 1}\r\n\r\n{text}\n".encode()
+
+
+# ── secrets ──
+#
+# Code uses a credential that it never has. Requests to a host that has a secret end here: those by http://, and those
+# by TLS, for which an authority of this installation makes certificates that only sandboxes trust. Each is parsed by
+# h11, checked, written anew with the credential, and sent on by TLS; in the answer, the credential is masked.
+
+VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")  # in the header of a secret
+COMMAND_TIMEOUT = 30  # seconds that the command may take which prints a secret
+RETRY_AFTER = 5  # seconds after which a command that failed is run again, if a request asks for it
+VALUE_LEAST = 8  # characters; a shorter value would be masked in the middle of words
+AUTHORITY_FILE = "authority.key"  # beside the configuration
+AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 30
+CLOCK_SKEW = datetime.timedelta(days=2)  # by which a sandbox's clock may be behind this host's
+UNCLEAR = re.compile(r"//|/\.{1,2}([/;]|$)|\\|%2e|%2f|%5c|%25|[\x00-\x20\x7f]", re.IGNORECASE)  # in a path
+REPLACED = {b"host", b"expect", b"accept-encoding"} | {  # and what has a server take a request for another one
+    b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url",
+}  # fmt: skip
+NEVER_OURS = REPLACED | NOT_PASSED_ON | {b"content-length", b"transfer-encoding"}  # no secret's header
+UNTRUSTED = (
+    "{host} was not reached: the client does not trust the certificates in os.environ['SSL_CERT_FILE'], as it has to for "
+    "a host whose credential is added outside: name that file to it (stripe.ca_bundle_path = "
+    "os.environ['SSL_CERT_FILE']), or ask by http://, which goes on as https"
+)
+
+
+class Credential:
+    """A secret of the configuration: for which requests it is, and how its value is found."""
+
+    def __init__(self, name: str, config: SecretConfig) -> None:
+        self.name = name
+        self.config = config
+        self.rule = HostRule.parse(config.host)
+        self.host, self.port = self.rule.name, self.rule.port or 443
+        field, _, self._form = config.header.partition(":")
+        self.field = field.strip().lower().encode()
+        self._printed: str | None = None  # by the command
+        self._failed = (-math.inf, "")  # when it failed last, and how
+        self._running = anyio.Lock(fast_acquire=True)
+
+    def why_not(self, method: str, path: str) -> str | None:
+        """Return why it is not for such a request, None if it is. Raises RefusedError for a path of two meanings."""
+        methods = self.config.methods
+        if methods and method not in methods and not (method == "HEAD" and "GET" in methods):
+            return f"secrets.{self.name}.methods has {', '.join(methods)}"
+        if self.config.paths:
+            plain = path.partition("?")[0]
+            if UNCLEAR.search(plain):
+                raise RefusedError(403, f"{method} at {self.host} was refused: its path could be taken for another one")
+            plain = urllib.parse.unquote(plain)
+            if not any(re.fullmatch(".*".join(map(re.escape, one.split("*"))), plain) for one in self.config.paths):
+                return f"secrets.{self.name}.paths has {', '.join(self.config.paths)}"
+        return None
+
+    async def value(self) -> tuple[bytes, list[bytes]]:
+        """Return the header's value, and the parts of it that are secret. Raises RefusedError without either."""
+        printed = await self._print() if self.config.command else None
+        try:
+            values = self.values(printed)
+        except ValueError as error:
+            raise RefusedError(403, f"{error}") from None
+        shown = VARIABLE.sub(lambda found: values[found[1]], self._form).strip()
+        return shown.encode(), [value.encode() for value in values.values()]
+
+    def values(self, printed: str | None = None) -> dict[str, str]:
+        """Return what goes in the header's places. Raises ValueError, without a word of it, for what can't."""
+        values = {}
+        for name in VARIABLE.findall(self._form):
+            value = values[name] = (os.environ.get(name, "") if printed is None else printed).strip()
+            what = f"the variable {name}" if printed is None else "what its command printed"
+            if not value:
+                raise ValueError(f"secrets.{self.name}: {what} is not set where this server runs")
+            if not re.fullmatch(r"[!-~]+( +[!-~]+)*", value):
+                raise ValueError(f"secrets.{self.name}: {what} has characters that a header can't have")
+            if len(value) < VALUE_LEAST:
+                raise ValueError(f"secrets.{self.name}: {what} has fewer than {VALUE_LEAST} characters")
+            if any(value in text for text in self.config.environment.values()):
+                raise ValueError(f"secrets.{self.name}.env: the secret itself is there, and code would have it")
+        return values
+
+    async def _print(self) -> str:
+        """Return what the command prints, which is run once."""
+        async with self._running:
+            if self._printed is None and time.monotonic() > self._failed[0] + RETRY_AFTER:
+                program = self.config.command[0]
+                try:
+                    with anyio.fail_after(COMMAND_TIMEOUT):
+                        ended = await anyio.run_process(self.config.command, stdin=subprocess.DEVNULL, check=False)
+                    if ended.returncode:
+                        why = f"{program} ended with the exit status {ended.returncode}: run it by hand to see why"
+                    else:
+                        self._printed = ended.stdout.decode("utf-8", "replace")
+                        return self._printed
+                except TimeoutError:
+                    why = f"{program} took longer than {COMMAND_TIMEOUT} seconds"
+                except OSError as error:
+                    why = f"{program} can't be run: {error.strerror}"
+                self._failed = time.monotonic(), f"secrets.{self.name}: its command {why}"
+            if self._printed is None:
+                raise RefusedError(403, self._failed[1])
+            return self._printed
+
+
+def require_secrets(config: Config) -> None:
+    """Raise ConfigError if the value of a secret can't be used, or is not there. Of commands, this runs none."""
+    for name, secret in config.secrets.items():
+        if not secret.command:
+            try:
+                Credential(name, secret).values()
+            except ValueError as error:
+                raise ConfigError(f"{error}.") from None
+
+
+class Credentials:
+    """The secrets of a configuration, and both sides' TLS: of the sandboxes, and of the hosts that have a secret."""
+
+    def __init__(self, config: Config) -> None:
+        self._all = [Credential(name, secret) for name, secret in config.secrets.items()]
+        self._package = config.package
+        self._authority: Authority | None = None
+        self._loading = anyio.Lock(fast_acquire=True)
+
+    def at(self, host: str, port: int, path: str | None, user: str) -> list[Credential]:
+        """Return the credentials that a user's code may use at a host; `path` is None for TLS."""
+        ports = (port,) if path is None or port != 80 else (80, 443)
+        return [one for one in self._all if one.host == host and one.port in ports and one.config.is_for(user)]
+
+    async def run_commands(self) -> None:
+        """Run the commands that print secrets ahead of the first request; log what fails."""
+        for one in self._all:
+            try:
+                await one.value()
+            except RefusedError as error:
+                log.warning("%s", error.args[1])
+
+    async def certificate(self) -> str:
+        """Return the authority's certificate, "" if no host has a secret. Raises ConfigError."""
+        authority = await self.authority()
+        return authority.certificate if authority else ""
+
+    async def authority(self) -> Authority | None:
+        """Return the authority, None if no host has a secret. Raises ConfigError if its key can't be used."""
+        async with self._loading:
+            if self._all and not self._authority:
+                hosts = [one.host for one in self._all]
+                self._authority = await anyio.to_thread.run_sync(
+                    Authority, CONFIG_PATH.with_name(AUTHORITY_FILE), hosts
+                )
+            return self._authority
+
+    @functools.cached_property
+    def of_hosts(self) -> ssl.SSLContext:
+        """How a host's certificate is verified: as this server's own programs would, or by package.ca_bundle."""
+        context = ssl.create_default_context()
+        if bundle := host_certificates(self._package)[0]:
+            context.load_verify_locations(cadata=bundle.encode("ascii", "ignore").decode())
+        return context
+
+
+class Authority:
+    """Makes certificates for the hosts that have a secret; those for others no client would accept.
+
+    Of it, only the key is kept. A sandbox that trusts an earlier server's certificate trusts that of this one, too, for
+    the hosts that the earlier one had. (The library is imported here only: it takes 60 ms, and few have secrets.)
+    """
+
+    def __init__(self, file: Path, hosts: Sequence[str]) -> None:
+        from cryptography import x509
+
+        self._key = load_key(file.expanduser())
+        self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "python-docker-mcp, in sandboxes only")])
+        no_addresses = [x509.IPAddress(ipaddress.ip_network(every)) for every in ("0.0.0.0/0", "::/0")]
+        limits = x509.NameConstraints([x509.DNSName(host) for host in dict.fromkeys(hosts)], no_addresses)
+        self.certificate = self._signed(self._name, self._key, AUTHORITY_DAYS, {limits: True})
+        self._contexts: dict[str, tuple[float, ssl.SSLContext]] = {}  # by host, with the time until which to use it
+
+    def context(self, host: str) -> ssl.SSLContext:
+        """Return how to be this host for the code."""
+        until, context = self._contexts.get(host) or (0.0, None)
+        if context is None or time.time() > until:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.set_alpn_protocols(["http/1.1"])
+            with tempfile.TemporaryDirectory() as folder:  # ssl takes them from files only
+                Path(folder, "certificate").write_text(self._certificate(host))
+                context.load_cert_chain(Path(folder, "certificate"))
+            self._contexts[host] = time.time() + CERTIFICATE_DAYS * 43200, context
+        return context
+
+    def _certificate(self, host: str) -> str:
+        """Return a certificate for a host, and its key."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import ExtendedKeyUsageOID
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host[:64])])
+        names = x509.SubjectAlternativeName([x509.DNSName(host)])
+        purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        return key_text(key) + self._signed(subject, key, CERTIFICATE_DAYS, {names: False, purpose: False})
+
+    def _signed(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, more: Mapping[x509.ExtensionType, bool]
+    ) -> str:
+        """Return a certificate with more extensions, each critical or not; the authority's own if it has that name."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+
+        public, is_own, now = key.public_key(), subject == self._name, datetime.datetime.now(datetime.UTC)
+        rights = [not is_own, False, False, False, False, is_own, False, False, False]
+        extensions: dict[x509.ExtensionType, bool] = {
+            x509.BasicConstraints(is_own, 0 if is_own else None): True,
+            x509.KeyUsage(*rights): True,
+            x509.SubjectKeyIdentifier.from_public_key(public): False,
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()): False,
+            **more,
+        }
+        until = now + datetime.timedelta(days)
+        new = x509.CertificateBuilder(self._name, subject, public, x509.random_serial_number(), now - CLOCK_SKEW, until)
+        for extension, is_critical in extensions.items():
+            new = new.add_extension(extension, is_critical)
+        return new.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def key_text(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return a key as it is kept in a file."""
+    from cryptography.hazmat.primitives import serialization as form
+
+    return key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()).decode()
+
+
+def load_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the authority's key, made anew if there is no such file. Raises ConfigError if it can't be used."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    said = f"The key {file}, by which sandboxes trust this server,"
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, aside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # with the mode 0600
+            with os.fdopen(descriptor, "w") as new:
+                new.write(key_text(ec.generate_private_key(ec.SECP256R1())))
+            with contextlib.suppress(FileExistsError):  # another server has been quicker
+                os.link(aside, file)
+            os.unlink(aside)
+        if sys.platform != "win32" and file.stat().st_mode & 0o077:
+            raise ConfigError(f"{said} is open to others: `chmod 600 {file}`.")
+        key = serialization.load_pem_private_key(file.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise TypeError
+        return key
+    except OSError as error:
+        raise ConfigError(f"{said} can't be read: {error.strerror}.") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"{said} is none: remove it, and a new one is made.") from None
+
+
+class Mask:
+    """Replaces secrets in what a host answers by as many asterisks, also where one comes in pieces."""
+
+    def __init__(self, values: Sequence[bytes]) -> None:
+        self._values = sorted(values, key=len, reverse=True)
+        self._any = re.compile(b"|".join(map(re.escape, self._values)))
+        self._kept = b""  # the end of what came, as far as it may be the beginning of one
+
+    def whole(self, data: bytes) -> bytes:
+        """Return data without secrets."""
+        return self._any.sub(lambda found: b"*" * len(found[0]), data)
+
+    def piece(self, data: bytes) -> bytes:
+        """Return what can be passed on now that this piece has come."""
+        data = self.whole(self._kept + data)
+        starts = (
+            n for one in self._values for n in range(min(len(one) - 1, len(data)), 0, -1) if data.endswith(one[:n])
+        )
+        kept = max(starts, default=0)
+        data, self._kept = data[: len(data) - kept], data[len(data) - kept :]
+        return data
+
+    def rest(self) -> bytes:
+        """Return what is left at the end."""
+        data, self._kept = self._kept, b""
+        return data
+
+
+class CredentialRoute:
+    """How requests of the code's go on to a host that has a secret."""
+
+    def __init__(
+        self,
+        network: Network,
+        credentials: Sequence[Credential],
+        path: str | None,
+        who: str,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._network = network
+        self._credentials = credentials
+        self._host, self._port = credentials[0].host, credentials[0].port
+        self._path = path  # of the first request; None if the code speaks TLS
+        self._who = who  # for the log
+        self._tell = tell  # has the running call tell what was refused
+        self._there: anyio.abc.ByteStream | None = None
+        self._client = h11.Connection(h11.CLIENT)
+
+    async def serve(self, connection: Connection, request: h11.Request, http: h11.Connection) -> str:
+        """Serve requests until the code has no more, or does nothing for long; return what became of them."""
+        code: anyio.abc.ByteStream = ConnectionStream(connection)
+        first: h11.Request | None = request
+        if self._path is None:
+            encrypted = await self._end_tls(connection, http.trailing_data[0])
+            if encrypted is None:
+                return "closed, as TLS did not begin"
+            code, first = encrypted, None
+            http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(close_when_idle, connection, tasks.cancel_scope)
+                while await self._serve_one(code, http, first):
+                    first = None
+                tasks.cancel_scope.cancel()
+        except* (*GONE, h11.ProtocolError, OSError):
+            pass  # one of the two has gone
+        finally:
+            await self._hang_up()
+            with anyio.move_on_after(FAREWELL_TIMEOUT, shield=True), contextlib.suppress(*GONE, OSError):
+                await code.aclose()
+        return "passed"
+
+    async def _end_tls(self, connection: Connection, first: bytes) -> anyio.abc.ByteStream | None:
+        """Be the host for the code; return what is encrypted, None if it wants no such TLS."""
+        await connection.send(ESTABLISHED)
+        hello = await read_hello(connection, self._host, first)
+        if b"\x02h2" in hello and b"\x08http/1.1" not in hello:
+            self._tell(
+                f"{self._host} was not reached: it has a secret, so only HTTP/1.1 is passed on, not HTTP/2 or gRPC"
+            )
+            return None
+        authority = await self._network.credentials.authority()
+        assert authority is not None
+        try:
+            with anyio.fail_after(CONNECT_TIMEOUT):
+                return await TLSStream.wrap(
+                    ConnectionStream(connection, hello), server_side=True, ssl_context=authority.context(self._host)
+                )
+        except ssl.SSLError:
+            self._tell(UNTRUSTED.format(host=self._host))
+        return None
+
+    async def _serve_one(self, code: anyio.abc.ByteStream, http: h11.Connection, request: h11.Request | None) -> bool:
+        """Serve a request, the next one if none is given; return whether another may follow it."""
+        what = "a request"
+        try:
+            request = request or await self._next_request(code, http)
+            if request is None:
+                return False
+            what = (
+                f"{request.method.decode()} {(self._path or request.target.decode('latin-1')).partition('?')[0]:.200}"
+            )
+            sent, names, mask = await self._checked(request)
+            if self._there is None:
+                self._there, self._client = await self._connect(), h11.Connection(h11.CLIENT)
+            status = await self._exchange(sent, code, http, mask)
+            traffic_log.info("network: %s, %s: %s: %s, with the secret %s", self._who, self._host, what, status, names)
+        except RefusedError as error:
+            status, sentence = error.args
+            traffic_log.info("network: %s, %s: %s: %s", self._who, self._host, what, sentence)
+            if status == 403:
+                self._tell(sentence)
+            if http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                await code.send(refusal(status, sentence))
+            return False
+        if {self._client.our_state, self._client.their_state} == {h11.DONE}:
+            self._client.start_next_cycle()
+        else:
+            await self._hang_up()
+        if {http.our_state, http.their_state} != {h11.DONE}:
+            return False
+        http.start_next_cycle()
+        return True
+
+    async def _next_request(self, code: anyio.abc.ByteStream, http: h11.Connection) -> h11.Request | None:
+        """Return the next request, None if there is none; hang up if the host does meanwhile. Raises RefusedError."""
+        found: Any = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._hear_end)
+            try:
+                found = await next_event(http, code)
+            except h11.RemoteProtocolError as error:
+                found = RefusedError(400, f"that is no request: {error}")
+            tasks.cancel_scope.cancel()
+        if isinstance(found, RefusedError):
+            raise found
+        return found if isinstance(found, h11.Request) else None
+
+    async def _hear_end(self) -> None:
+        if self._there:
+            with contextlib.suppress(*GONE, OSError):
+                await self._there.receive(1)
+            await self._hang_up()  # whatever it says, it has not been asked
+
+    async def _checked(self, request: h11.Request) -> tuple[h11.Request, str, Mask]:
+        """Return a request as the host gets it, the names of the secrets used, and their mask. Raises RefusedError."""
+        method = request.method.decode()
+        target = request.target.decode("latin-1") if self._path is None else self._path
+        given = dict(request.headers)
+        hosts = [value.decode("latin-1").lower() for name, value in request.headers if name == b"host"]
+        if method in ("TRACE", "CONNECT"):
+            raise RefusedError(
+                405, f"{method} at {self._host} was refused: it has a secret, which an answer could show"
+            )
+        if b"upgrade" in given and b"websocket" in given[b"upgrade"].lower():
+            raise RefusedError(403, f"{self._host} has a secret, and WebSockets are not passed on there")
+        if not re.fullmatch('/[!"$-~]*', target) or {b"content-length", b"transfer-encoding"} <= given.keys():
+            raise RefusedError(400, "that is no request: it could be understood in two ways")
+        if self._path is None and hosts not in ([self._host], [f"{self._host}:{self._port}"]):
+            raise RefusedError(400, f"that is no request: its Host is not {self._host}")
+        reasons = {one: one.why_not(method, target) for one in self._credentials}
+        used = [one for one, reason in reasons.items() if not reason]
+        if not used:
+            why = ", ".join(filter(None, reasons.values()))
+            raise RefusedError(403, f"{method} {target.partition('?')[0]:.200} at {self._host} was refused: {why}")
+        if given.get(b"authorization", b"").startswith(b"AWS4-"):
+            raise RefusedError(
+                403, f"{self._host} was refused: the code signs its requests (AWS), for which it needs the key"
+            )
+        fields: dict[bytes, bytes] = {}
+        hidden: list[bytes] = []
+        for one in used:
+            value, parts = await one.value()
+            fields.setdefault(one.field, value)
+            hidden += parts
+        kept = [
+            (name, value)
+            for name, value in passed_on(request)
+            if name.replace(b"_", b"-") not in REPLACED | fields.keys()
+        ]
+        place = self._host if self._port == 443 else f"{self._host}:{self._port}"
+        ours = [(b"host", place.encode()), (b"accept-encoding", b"identity"), *fields.items()]
+        sent = h11.Request(method=request.method, target=target, headers=[*ours, *kept])
+        return sent, ", ".join(one.name for one in used), Mask(hidden)
+
+    async def _connect(self) -> anyio.abc.ByteStream:
+        """Connect to the host, whose certificate has to be in order. Raises RefusedError."""
+        rule, of_hosts = self._credentials[0].rule, self._network.credentials.of_hosts
+        stream, _ = await self._network.connect(self._host, self._port, rule, "https")
+        try:
+            with anyio.fail_after(CONNECT_TIMEOUT):
+                return await TLSStream.wrap(
+                    stream, hostname=self._host, ssl_context=of_hosts, standard_compatible=False
+                )
+        except (*GONE, OSError) as error:
+            await anyio.aclose_forcefully(stream)
+            why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else "TLS did not begin"
+            raise RefusedError(502, f"{self._host} can't be reached: {why}") from None
+
+    async def _hang_up(self) -> None:
+        there, self._there = self._there, None
+        if there:
+            await anyio.aclose_forcefully(there)
+
+    async def _exchange(
+        self, request: h11.Request, code: anyio.abc.ByteStream, http: h11.Connection, mask: Mask
+    ) -> str:
+        """Pass a request on, and its answer back; return the answer's status. Raises RefusedError if there is none."""
+        there, client = self._there, self._client
+        assert there is not None
+
+        async def upwards() -> None:
+            try:
+                while not isinstance(event := await next_event(http, code), h11.EndOfMessage):
+                    with contextlib.suppress(*GONE):  # it may answer, and close, before it has all of it
+                        await there.send(client.send(h11.Data(data=event.data)))
+                with contextlib.suppress(*GONE):
+                    await there.send(client.send(h11.EndOfMessage()))
+                data = await code.receive()
+            except (*GONE, h11.RemoteProtocolError):
+                tasks.cancel_scope.cancel()  # the code has gone
+            else:
+                http.receive_data(data)  # of the next request
+
+        async with anyio.create_task_group() as tasks:
+            try:
+                await there.send(client.send(request))
+                tasks.start_soon(upwards)
+                status = await self._downwards(code, http, mask)
+            except (*GONE, OSError, h11.RemoteProtocolError):
+                status = ""
+            tasks.cancel_scope.cancel()
+        if not status and http.our_state is h11.SEND_RESPONSE:
+            raise RefusedError(502, f"{self._host} did not answer as HTTP/1.1 does")
+        return status or "cut"
+
+    async def _downwards(self, code: anyio.abc.ByteStream, http: h11.Connection, mask: Mask) -> str:
+        """Pass an answer on to the code, and return its status."""
+        assert self._there is not None
+        status = ""
+        while True:
+            event = await next_event(self._client, self._there)
+            if isinstance(event, h11.Response):
+                status = str(event.status_code)
+                fields = [(name, mask.whole(value)) for name, value in event.headers if name not in OF_A_HOP]
+                if self._path is not None:
+                    fields.append((b"connection", b"close"))  # the next request may be for another host
+                answer = h11.Response(status_code=event.status_code, headers=fields, reason=mask.whole(event.reason))
+                await code.send(http.send(answer))
+            elif isinstance(event, h11.Data):
+                if data := mask.piece(event.data):
+                    await code.send(http.send(h11.Data(data=data)))
+            elif isinstance(event, h11.EndOfMessage):
+                if data := mask.rest():
+                    await code.send(http.send(h11.Data(data=data)))
+                await code.send(http.send(h11.EndOfMessage()))
+                return status
+            elif not isinstance(event, h11.InformationalResponse):
+                raise anyio.EndOfStream
+
+
+async def next_event(http: h11.Connection, stream: anyio.abc.ByteStream) -> Any:
+    """Return what comes next of a request or an answer. Raises h11.RemoteProtocolError, or one of GONE."""
+    while (event := http.next_event()) is h11.NEED_DATA:
+        if http.they_are_waiting_for_100_continue:
+            await stream.send(http.send(h11.InformationalResponse(status_code=100, headers=[])))
+        try:
+            http.receive_data(await stream.receive())
+        except anyio.EndOfStream:
+            http.receive_data(b"")
+    return event
 
 
 # ── protocol ──
@@ -3429,6 +3999,7 @@ class PlugRequest(TypedDict):
     session: str | None
     settings: str | None
     owner: str
+    authority: str  # certificate of the authority that its server's hosts with a secret have, "" if there are none
 
 
 # From the supervisor to the worker
@@ -4055,7 +4626,7 @@ def passed(*descriptors: int) -> list[tuple[int, int, bytes]]:
 
 def receive_descriptors(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
     """Receive a message and the descriptors that came with it."""
-    message, ancillary, *_ = connection.recvmsg(4096, socket.CMSG_SPACE(4 * most))
+    message, ancillary, *_ = connection.recvmsg(1 << 15, socket.CMSG_SPACE(4 * most))
     return message, [fd for *_, data in ancillary for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4])]
 
 
@@ -4254,8 +4825,11 @@ class Supervisor:
         may_enter = not self.host.channel and request[wanted] == ours
         return None if may_enter else self._status("status")
 
-    def _enter(self, channel: Channel, plug: socket.socket, owner: str) -> None:
-        self.host.plug, self.host.owner = plug, owner
+    def _enter(self, channel: Channel, plug: socket.socket, request: PlugRequest) -> None:
+        self.host.plug, self.host.owner = plug, request["owner"]
+        if request["authority"]:
+            self.settings["authority"] = request["authority"]
+            trust_certificates(self.settings)
         self._attach(channel)
 
     # ── the worker ──
@@ -4998,10 +5572,10 @@ class Door:
     def __init__(
         self,
         refusal: Callable[[dict[str, Any]], Greeting | None],
-        enter: Callable[[Channel, socket.socket, str], object],
+        enter: Callable[[Channel, socket.socket, PlugRequest], object],
     ) -> None:
         self._refusal = refusal  # what to tell a plug that may not come in
-        self._enter = enter  # over a channel, from a plug's connection, by the host of that id
+        self._enter = enter  # over a channel, from a plug's connection, by the host that asks so
 
     def listen(self, sources: dict[int, Callable[[], object]]) -> None:
         """Open it."""
@@ -5026,7 +5600,7 @@ class Door:
                 os.close(reader)
                 os.close(writer)
                 return
-            self._enter(Channel(reader, writer), connection, request["owner"])
+            self._enter(Channel(reader, writer), connection, request)
             entered = True
         except (OSError, ValueError, LookupError, TypeError, struct.error):
             pass  # the plug went away, or sent nonsense: it sees its connection close
@@ -5340,18 +5914,30 @@ def prepare_files(settings: dict[str, Any]) -> None:
         os.makedirs(os.environ["MPLCONFIGDIR"], exist_ok=True)
         for name in os.listdir(SHIPPED_CACHE):
             os.symlink(f"{SHIPPED_CACHE}/{name}", f"{os.environ['MPLCONFIGDIR']}/{name}")
-    if settings["certificates"]:
-        with contextlib.suppress(OSError, ImportError):
-            trust_certificates(*settings["certificates"])
+    trust_certificates(settings)
 
 
-def trust_certificates(bundle: str, is_wanted: bool) -> None:
-    """Have TLS libraries trust the host's certificates, if that is wanted or the image has none."""
-    import ssl  # only here: it takes 20 ms, and few sandboxes need it
+def trust_certificates(settings: dict[str, Any]) -> None:
+    """Have TLS libraries trust the authority of the hosts that have a secret, besides what they trust anyway.
 
-    if bundle and (is_wanted or not ssl.get_default_verify_paths().cafile):
-        with open(os.open(CERTIFICATES_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "w") as file:
-            file.write(bundle)
+    That is what the image does, or the host's certificates if a setting wants so, or the image has none.
+    """
+    bundle, is_wanted = settings["certificates"]
+    if not (bundle or settings["authority"]):
+        return
+    with contextlib.suppress(OSError, ImportError):
+        import ssl  # only here: it takes 20 ms, and few sandboxes need it
+
+        own = settings.setdefault("own_certificates", ssl.get_default_verify_paths().cafile)
+        if own and not (bundle and is_wanted):
+            if not settings["authority"]:
+                return
+            with open(own) as file:
+                bundle = file.read()
+        with open(f"{CERTIFICATES_FILE}~", "w") as file:
+            file.write(f"{bundle}\n{settings['authority']}")
+        os.chmod(f"{CERTIFICATES_FILE}~", 0o444)
+        os.replace(f"{CERTIFICATES_FILE}~", CERTIFICATES_FILE)
         for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
             os.environ[variable] = CERTIFICATES_FILE
 
@@ -7965,11 +8551,15 @@ class Engine:
         }
         for library in ("OPENBLAS", "OMP", "MKL", "NUMEXPR"):
             environment[f"{library}_NUM_THREADS"] = "1"  # forking needs a single thread, and half a core feeds no more
-        if docker.network_allow:
-            named = {HostRule.parse(host).name for host in docker.network_allow}
+        if config.allowed_hosts:
+            named = {HostRule.parse(host).name for host in config.allowed_hosts}
             address, own = f"http://127.0.0.1:{PROXY_PORT}", ",".join(sorted({"localhost", "127.0.0.1"} - named))
             for variable, value in (("http_proxy", address), ("https_proxy", address), ("no_proxy", own)):
                 environment |= {variable: value, variable.upper(): value}
+            environment = {
+                **{k: v for one in config.secrets.values() for k, v in one.environment.items()},
+                **environment,
+            }
         if docker.cpu_limit <= 1:  # each of joblib's processes would import everything anew, for no gain
             environment["JOBLIB_MULTIPROCESSING"] = "0"
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
@@ -9299,6 +9889,61 @@ class HttpConfig:
 
 
 @dataclass(frozen=True)
+class SecretConfig:
+    """A credential that this server adds to requests of the code's to one host, without the code having it."""
+
+    host: str
+    header: str
+    command: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    env: Mapping[str, str] | None = None
+    users: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be used; the header's text is not quoted, as it may be a secret."""
+        rule = HostRule.parse(self.host)
+        if rule.subdomains or not rule.name or is_address(rule.name):
+            raise ValueError(f"host: {self.host!r} is not the exact name of a host such as api.example.com")
+        name, colon, form = self.header.partition(":")
+        names, said = VARIABLE.findall(form), "it is not like 'Authorization: Bearer ${API_KEY}'"
+        if (
+            not colon
+            or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^`|~-]+", name)
+            or not form.isascii()
+            or not form.isprintable()
+        ):
+            raise ValueError(f"header: {said}")
+        if name.lower().encode() in NEVER_OURS:
+            raise ValueError(f"header: {name} is no header for a credential")
+        if not names or (self.command and len(set(names)) > 1):
+            what = "what the command prints" if self.command else "the value"
+            raise ValueError(f"header: it does not say where {what} goes: write ${{NAME}} there, as in {said[15:]}")
+        for method in self.methods:
+            if not re.fullmatch("[A-Z]+", method) or method in ("TRACE", "CONNECT"):
+                raise ValueError(f"methods: {method!r} is not a method such as GET")
+        for path in self.paths:
+            if not re.fullmatch(r"/[^?#%\s]*", path) or UNCLEAR.search(path):
+                raise ValueError(f"paths: {path!r} is not a path such as /v1/*")
+        for key, value in self.environment.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", key) or not value.isprintable():
+                raise ValueError(f"env: {key!r} can't be a variable with that text")
+        for user in self.users:
+            if not re.fullmatch(USER_NAME, user):
+                raise ValueError(f"users: {user!r} is not a user's name")
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables that code finds, so that client libraries start: by default, those of the header."""
+        names = VARIABLE.findall(self.header)
+        return dict.fromkeys(names, "added-by-the-host") if self.env is None else self.env
+
+    def is_for(self, user: str) -> bool:
+        """Whether a user's code may use it; "" where there is one user."""
+        return not self.users or user in self.users
+
+
+@dataclass(frozen=True)
 class PoolConfig:
     """Sandboxes kept ready, so that a call finds one running, with the usual modules imported."""
 
@@ -9332,6 +9977,7 @@ class Config:
     files: FilesConfig = field(default_factory=FilesConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
+    secrets: Mapping[str, SecretConfig] = field(default_factory=dict, hash=False)
     allowed_modules: tuple[str, ...] = ()
     blocked_modules: tuple[str, ...] = ()
 
@@ -9340,6 +9986,21 @@ class Config:
         if self.docker.timeout > self.session.max_timeout:
             most = f"session.max_timeout ({self.session.max_timeout:g}) allows: raise that, too"
             raise ValueError(f"docker.timeout: {self.docker.timeout:g} is more than {most}")
+        if self.secrets and not self.docker.network_disabled:
+            raise ValueError("secrets: they can't be used while docker.network_disabled is false")
+        for name in self.secrets:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
+                raise ValueError(f"secrets: {name!r} is not a name such as openai")
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """Hosts that code may reach by name, though it has no network."""
+        return tuple(dict.fromkeys((*self.docker.network_allow, *(secret.host for secret in self.secrets.values()))))
+
+    def for_user(self, user: str) -> Config:
+        """Return the settings for one of several users. Raises OSError if the user's folders can't be made."""
+        own = {name: secret for name, secret in self.secrets.items() if secret.is_for(user)}
+        return dataclasses.replace(self, files=self.files.for_user(user), secrets=own)
 
 
 CONFIG_PATH = Path("~/.python-docker-mcp/config.yaml")
@@ -9431,9 +10092,9 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
     """Make a Config from plain data; pydantic checks types, the classes check values. Raises ConfigError."""
     parts = dataclasses.fields(Config)
     sections: dict[str, Any] = {
-        part.name: part.default_factory for part in parts if isinstance(part.default_factory, type)
+        part.name: part.default_factory for part in parts if dataclasses.is_dataclass(part.default_factory)
     }
-    for cls in (Config, *sections.values()):
+    for cls in (Config, SecretConfig, *sections.values()):
         setattr(cls, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010  # mypy knows no such attribute
     settings = (
         {key: value for key, value in settings.items() if value is not None} if isinstance(settings, dict) else settings
@@ -9446,15 +10107,22 @@ def _validated(settings: Any, file: Path, origin: Mapping[str, str]) -> Config:
         where = origin.get(key) or (f"{key} in {file}" if key else file)
         if problem["type"] == "unexpected_keyword_argument":
             known = [part.name for part in parts]
-            for name, section in sections.items():
+            ours = (
+                {".".join(map(str, problem["loc"][:2])): SecretConfig} if problem["loc"][0] == "secrets" else sections
+            )
+            for name, section in ours.items():
                 known += [f"{name}.{item.name}" for item in dataclasses.fields(section)]
             alike = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {alike[0]}?" if alike else f"the settings are {', '.join(known)}."
             raise ConfigError(f"There is no setting {key} ({file}): {advice}") from None
         if problem["type"] == "value_error":
             key, _, reason = str(problem["ctx"]["error"]).partition(": ")
+            if problem["loc"][:1] == ("secrets",):
+                key = f"secrets.{problem['loc'][1]}.{key}"
             raise ConfigError(f"{origin.get(key) or f'{key} in {file}'}: {reason}.") from None
         shown = textwrap.shorten(repr(problem["input"]), 80)
+        if problem["loc"][:1] == ("secrets",):
+            shown = "what is there"  # not quoted: it may be a secret
         wanted = WANTED.get(problem["type"]) or f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
         raise ConfigError(f"{where}: {shown} is not accepted: {wanted}.") from None
 
@@ -9841,6 +10509,7 @@ def _run_config(options: argparse.Namespace) -> Config:
         )
     config = dataclasses.replace(config, docker=docker)
     refuse_to_share(config_file(options.config), config)
+    require_secrets(config)
     return config
 
 

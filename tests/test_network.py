@@ -31,6 +31,7 @@ from python_docker_mcp import hint_on, instructions, render
 from sandbox_runner import (
     Config,
     Connection,
+    Credentials,
     DockerConfig,
     ExceptionInfo,
     Flows,
@@ -257,6 +258,7 @@ class Both:
         self.call: Any = None
         self.gone = anyio.Event()
         self.name = "sandbox"
+        self.user = ""
         sandbox: Any = self
         self.proxy = Proxy(network, sandbox)
         self.flows = Flows(self._tell, {})
@@ -301,15 +303,15 @@ class Both:
 
 
 @contextlib.asynccontextmanager
-async def proxied(*allowed: str) -> AsyncIterator[Both]:
-    """A proxy that lets code reach these hosts."""
+async def proxied(*allowed: str, config: Config | None = None) -> AsyncIterator[Both]:
+    """A proxy that lets code reach these hosts, and those that have a secret by the configuration."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox_runner, "PROXY_PORT", 0)
         for variable in sandbox_runner.PROXIES:
             patch.delenv(variable, raising=False)
         with anyio.fail_after(30):
             async with anyio.create_task_group() as tasks:
-                both = Both(Network(allowed), tasks)
+                both = Both(Network(allowed, Credentials(config or Config())), tasks)
                 tasks.start_soon(both.run)
                 try:
                     yield both
