@@ -93,7 +93,7 @@ import weakref
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +132,7 @@ __all__ = [
     "FilesConfig",
     "HttpConfig",
     "PoolConfig",
+    "SecretConfig",
     "FileInfo",
     "Installation",
     "load_config",
@@ -3364,13 +3365,15 @@ AUTHORITY_FILE = "authority.key"  # beside the configuration
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 30
 CLOCK_SKEW = datetime.timedelta(days=2)  # by which a sandbox's clock may be behind this host's
 UNCLEAR = re.compile(r"//|/\.{1,2}([/;]|$)|\\|%2e|%2f|%5c|%25|[\x00-\x20\x7f]", re.IGNORECASE)  # in a path
-REPLACED = {b"host", b"expect", b"accept-encoding"} | {  # and what has a server take a request for another one
-    b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url",
+MISLEADING = {  # what has servers take a request for another one; and what is answered here
+    b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url", b"expect",
 }  # fmt: skip
-NEVER_OURS = REPLACED | NOT_PASSED_ON | {b"content-length", b"transfer-encoding"}  # no secret's header
+NEVER_SECRET = {  # fields that no secret can be in
+    b"host", b"content-length", b"transfer-encoding", b"accept-encoding", *NOT_PASSED_ON, *MISLEADING,
+}  # fmt: skip
 UNTRUSTED = (
-    "{host} was not reached: the client does not trust the certificates in os.environ['SSL_CERT_FILE'], as it has to for "
-    "a host whose credential is added outside: name that file to it (stripe.ca_bundle_path = "
+    "{host} was not reached: its credential is added outside, and the client does not trust the certificates for that, "
+    "which are in os.environ['SSL_CERT_FILE']: name that file to it (stripe.ca_bundle_path = "
     "os.environ['SSL_CERT_FILE']), or ask by http://, which goes on as https"
 )
 
@@ -3565,8 +3568,9 @@ class Authority:
             x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()): False,
             **more,
         }
-        until = now + datetime.timedelta(days)
-        new = x509.CertificateBuilder(self._name, subject, public, x509.random_serial_number(), now - CLOCK_SKEW, until)
+        new = x509.CertificateBuilder().issuer_name(self._name).subject_name(subject).public_key(public)
+        new = new.serial_number(x509.random_serial_number()).not_valid_before(now - CLOCK_SKEW)
+        new = new.not_valid_after(now + datetime.timedelta(days))
         for extension, is_critical in extensions.items():
             new = new.add_extension(extension, is_critical)
         return new.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
@@ -3754,41 +3758,22 @@ class CredentialRoute:
         """Return a request as the host gets it, the names of the secrets used, and their mask. Raises RefusedError."""
         method = request.method.decode()
         target = request.target.decode("latin-1") if self._path is None else self._path
-        given = dict(request.headers)
-        hosts = [value.decode("latin-1").lower() for name, value in request.headers if name == b"host"]
-        if method in ("TRACE", "CONNECT"):
-            raise RefusedError(
-                405, f"{method} at {self._host} was refused: it has a secret, which an answer could show"
-            )
-        if b"upgrade" in given and b"websocket" in given[b"upgrade"].lower():
-            raise RefusedError(403, f"{self._host} has a secret, and WebSockets are not passed on there")
-        if not re.fullmatch('/[!"$-~]*', target) or {b"content-length", b"transfer-encoding"} <= given.keys():
-            raise RefusedError(400, "that is no request: it could be understood in two ways")
-        if self._path is None and hosts not in ([self._host], [f"{self._host}:{self._port}"]):
-            raise RefusedError(400, f"that is no request: its Host is not {self._host}")
+        place = self._host if self._port == 443 else f"{self._host}:{self._port}"
+        require_clear(request, target, {self._host, f"{self._host}:{self._port}"} if self._path is None else None)
         reasons = {one: one.why_not(method, target) for one in self._credentials}
         used = [one for one, reason in reasons.items() if not reason]
         if not used:
             why = ", ".join(filter(None, reasons.values()))
-            raise RefusedError(403, f"{method} {target.partition('?')[0]:.200} at {self._host} was refused: {why}")
-        if given.get(b"authorization", b"").startswith(b"AWS4-"):
-            raise RefusedError(
-                403, f"{self._host} was refused: the code signs its requests (AWS), for which it needs the key"
-            )
-        fields: dict[bytes, bytes] = {}
+            raise RefusedError(403, f"{method} {target.partition('?')[0]:.200} at {place} was refused: {why}")
+        fields: dict[bytes, bytes] = {b"host": place.encode(), b"accept-encoding": b"identity"}
         hidden: list[bytes] = []
         for one in used:
             value, parts = await one.value()
             fields.setdefault(one.field, value)
             hidden += parts
-        kept = [
-            (name, value)
-            for name, value in passed_on(request)
-            if name.replace(b"_", b"-") not in REPLACED | fields.keys()
-        ]
-        place = self._host if self._port == 443 else f"{self._host}:{self._port}"
-        ours = [(b"host", place.encode()), (b"accept-encoding", b"identity"), *fields.items()]
-        sent = h11.Request(method=request.method, target=target, headers=[*ours, *kept])
+        stands_in = {text.encode() for one in self._credentials for text in one.config.environment.values()}
+        headers = [*fields.items(), *own_fields(request, fields, stands_in)]
+        sent = h11.Request(method=request.method, target=target, headers=headers)
         return sent, ", ".join(one.name for one in used), Mask(hidden)
 
     async def _connect(self) -> anyio.abc.ByteStream:
@@ -3865,6 +3850,41 @@ class CredentialRoute:
                 return status
             elif not isinstance(event, h11.InformationalResponse):
                 raise anyio.EndOfStream
+
+
+def require_clear(request: h11.Request, target: str, hosts: Set[str] | None) -> None:
+    """Raise RefusedError for a request that is understood in several ways, or can't have a credential.
+
+    If `hosts` are given, its Host is to be one of them.
+    """
+    given = dict(request.headers)
+    said = [value.decode("latin-1").lower() for name, value in request.headers if name == b"host"]
+    if request.method in (b"TRACE", b"CONNECT"):
+        raise RefusedError(405, f"{request.method.decode()} was refused: the answer could show the host's secret")
+    if b"websocket" in given.get(b"upgrade", b"").lower():
+        raise RefusedError(403, "a WebSocket was refused: to a host that has a secret, only HTTP is passed on")
+    if not re.fullmatch('/[!"$-~]*', target) or {b"content-length", b"transfer-encoding"} <= given.keys():
+        raise RefusedError(400, "that is no request: it could be understood in two ways")
+    if hosts and (len(said) != 1 or said[0] not in hosts):
+        raise RefusedError(400, "that is no request: its Host is not the one of the connection")
+    if given.get(b"authorization", b"").startswith(b"AWS4-"):
+        raise RefusedError(403, "a request was refused: code signs it (AWS, boto3), for which it would need the secret")
+
+
+def own_fields(
+    request: h11.Request, replaced: Mapping[bytes, bytes], stands_in: Set[bytes]
+) -> list[tuple[bytes, bytes]]:
+    """Return the code's own fields of a request that go on.
+
+    None does that is replaced (some servers take X_API_KEY for X-Api-Key), that misleads servers, or has what only
+    stands in for a secret: some libraries send it in two fields.
+    """
+    left_out = {*replaced, *MISLEADING}
+    return [
+        (name, value)
+        for name, value in passed_on(request)
+        if name.replace(b"_", b"-") not in left_out and value.rpartition(b" ")[2] not in stands_in
+    ]
 
 
 async def next_event(http: h11.Connection, stream: anyio.abc.ByteStream) -> Any:
@@ -9902,9 +9922,12 @@ class SecretConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can't be used; the header's text is not quoted, as it may be a secret."""
-        rule = HostRule.parse(self.host)
-        if rule.subdomains or not rule.name or is_address(rule.name):
-            raise ValueError(f"host: {self.host!r} is not the exact name of a host such as api.example.com")
+        try:
+            rule = HostRule.parse(self.host)
+            if rule.subdomains or not rule.name or is_address(rule.name):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"host: {self.host!r} is not the exact name of a host such as api.example.com") from None
         name, colon, form = self.header.partition(":")
         names, said = VARIABLE.findall(form), "it is not like 'Authorization: Bearer ${API_KEY}'"
         if (
@@ -9914,7 +9937,7 @@ class SecretConfig:
             or not form.isprintable()
         ):
             raise ValueError(f"header: {said}")
-        if name.lower().encode() in NEVER_OURS:
+        if name.lower().encode() in NEVER_SECRET:
             raise ValueError(f"header: {name} is no header for a credential")
         if not names or (self.command and len(set(names)) > 1):
             what = "what the command prints" if self.command else "the value"

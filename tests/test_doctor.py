@@ -56,6 +56,7 @@ WELL: dict[str, Any] = {  # by check, the values of its expression in a sandbox 
     "root": [[65534] * 6, OWN, FIRST, REFUSED],
     "system calls": [OWN, FIRST, []],
     "neighbours": [60706, 32],
+    "secrets": [("api", "api.example.com", 404, "Not Found")],
     "process 1": [],
     "environment": [],
 }
@@ -87,6 +88,9 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
 @pytest.mark.parametrize(
     ("check", "expected", "seen", "facts"),
     [
+        ("secrets", "warning", [("api", "api.example.com", 401, "Unauthorized")], {}),
+        ("secrets", "warning", [("api", "api.example.com", 0, "timed out")], {}),
+        ("secrets", "warning", [("api", "api.example.com", 502, "api.example.com can't be reached: …")], {}),
         ("engine", "warning", None, {"version": {"Server": {"Components": [{"Name": "Podman Engine"}]}}}),
         ("runtime", "warning", None, {"info": {}}),
         ("image", "warning", None, {"is_hosts": True}),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import http.client
 import http.server
 import json
 import os
 import re
-import socket
 import ssl
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,15 @@ from typing import Any
 import anyio
 import pytest
 import trustme
+from conftest import until
+from cryptography import x509
+from hypothesis import given
+from hypothesis import strategies as st
 from test_network import Both, Call, Server, proxied
 
 import sandbox_runner
-from sandbox_runner import Authority, Config, ConfigError, Credentials, DockerConfig, Mask, PackageConfig, SecretConfig, load_config
+from python_docker_mcp import instructions
+from sandbox_runner import Authority, Config, ConfigError, Mask, PackageConfig, SecretConfig, load_config
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +49,7 @@ class Api(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
-        vars(self.server)["requests"].append(f"{self.command} {self.path}")
+        vars(self.server)["requests"].append((self.command, self.path, [*self.headers.items()]))
         body = b""
         if self.headers.get("transfer-encoding"):
             while part := int(self.rfile.readline(), 16):
@@ -93,7 +101,7 @@ class Upstream:
 
     port: int
     bundle: Path
-    requests: list[str]
+    requests: list[tuple[str, str, list[tuple[str, str]]]]  # as they came
 
     def config(self, **more: Any) -> Config:
         """Settings by which the host has a secret."""
@@ -141,7 +149,7 @@ def api(running: Upstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> U
 @contextlib.asynccontextmanager
 async def served(config: Config, *allowed: str) -> AsyncIterator[Code]:
     """What code has that asks by the proxy."""
-    async with proxied(f"127.0.0.1:443", *allowed, config=config) as both:
+    async with proxied("127.0.0.1:443", *allowed, config=config) as both:
         both.call = Call()
         yield Code(both, await both.proxy.network.credentials.certificate())
 
@@ -199,12 +207,14 @@ def fields(seen: Any, name: str) -> list[str]:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_a_request_gets_the_credential_and_the_code_does_not(api: Upstream, scheme: str) -> None:
     async with served(api.config()) as code:
-        seen = await code.seen(f"{scheme}://{HOST}/v1/x?y=1", authorization="Bearer own", X_Other="kept")
-        print(seen)
+        given = {"X_Key": "added-by-the-host", "X_Other": "kept"}
+        seen = await code.seen(f"{scheme}://{HOST}/v1/x?y=1", authorization="Bearer own", **given)
         assert (seen["method"], seen["path"]) == ("GET", "/v1/x?y=1")
         assert fields(seen, "authorization") == ["Bearer " + "*" * len(VALUE)]
+        assert fields({"headers": api.requests[-1][2]}, "authorization") == [f"Bearer {VALUE}"]
         assert fields(seen, "host") == [HOST]
         assert fields(seen, "x-other") == ["kept"]
+        assert not fields(seen, "x-key")
         assert (await code.seen(f"{scheme}://{HOST}/", bytes(700_000)))["body"] == 700_000
         chunks = (bytes(size) for size in (1, 300_000, 5))
         assert (await code.seen(f"{scheme}://{HOST}/", chunks))["body"] == 300_006
@@ -217,3 +227,407 @@ async def test_a_request_gets_the_credential_and_the_code_does_not(api: Upstream
         status, given, _ = await code.ask(f"{scheme}://{HOST}/redirect")
         assert (status, given["location"]) == (302, "https://other.example/")
         assert not code.refused
+
+
+async def test_a_connection_by_tls_carries_many_requests_and_each_is_checked(
+    api: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "python_docker_mcp")
+    async with served(api.config(methods=("GET",), paths=("/v1/*", "/bare"))) as code:
+
+        def ask() -> list[Any]:
+            client = http.client.HTTPSConnection("127.0.0.1", code.both.port, context=code.context)
+            client.set_tunnel(HOST, 443)
+            said = []
+            for method, path in (("GET", "/v1/a"), ("GET", "/bare"), ("GET", "/v1/b"), ("DELETE", "/v1/b")):
+                client.request(method, path)
+                said.append((client.sock, client.getresponse().read()))
+            client.close()
+            return said
+
+        said = await anyio.to_thread.run_sync(ask)
+        assert len({id(sock) for sock, _ in said}) == 1
+        assert [request[:2] for request in api.requests] == [("GET", "/v1/a"), ("GET", "/bare"), ("GET", "/v1/b")]
+        sentence = f"DELETE /v1/b at {HOST} was refused: secrets.api.methods has GET"
+        assert said[-1][1].decode().strip() == sentence
+        assert code.refused == [sentence]
+        assert f"network: s, {HOST}: GET /v1/a: 200, with the secret api" in caplog.text
+        assert VALUE not in caplog.text
+        status, _, text = await code.ask(f"https://{HOST}/v2/x")
+        assert (status, text.strip()) == (403, f"GET /v2/x at {HOST} was refused: secrets.api.paths has /v1/*, /bare")
+
+
+async def test_of_several_secrets_of_a_host_those_are_added_that_a_request_is_for(api: Upstream) -> None:
+    def secret(**more: Any) -> SecretConfig:
+        return SecretConfig(**{"host": HOST, "header": "Authorization: Bearer ${API_KEY}", **more})
+
+    secrets = {
+        "reads": secret(methods=("GET",)),
+        "application": secret(header="X-Application: ${API_KEY}"),
+        "second": secret(host="second.example.com", header="X-Key: ${API_KEY}"),
+    }
+    async with served(dataclasses.replace(api.config(), secrets=secrets)) as code:
+        seen = await code.seen(f"https://{HOST}/")
+        assert (len(fields(seen, "authorization")), len(fields(seen, "x-application"))) == (1, 1)
+        seen = await code.seen(f"https://{HOST}/", b"x")
+        assert (len(fields(seen, "authorization")), len(fields(seen, "x-application"))) == (0, 1)
+        assert len(fields(await code.seen("https://second.example.com/"), "x-key")) == 1
+        assert not fields(seen, "x-key")
+
+
+async def test_a_command_prints_the_secret_once_and_is_tried_again_if_it_fails(
+    api: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran, works = tmp_path / "ran", tmp_path / "works"
+    script = (
+        f"import pathlib, sys\nopen({str(ran)!r}, 'a').write('x')\nworks = pathlib.Path({str(works)!r})\n"
+        f"if not works.exists():\n    print({VALUE!r}, file=sys.stderr)\n    sys.exit(3)\nprint(works.read_text())"
+    )
+    config = api.config(command=(sys.executable, "-c", script))
+    monkeypatch.setattr(sandbox_runner, "RETRY_AFTER", 0)
+    async with served(config) as code:
+        sentence = f"secrets.api: its command {sys.executable} ended with the exit status 3: run it by hand to see why"
+        await code.both.proxy.network.credentials.run_commands()
+        assert sentence in caplog.text
+        status, _, text = await code.ask(f"https://{HOST}/")
+        assert (status, text.strip(), code.refused) == (403, sentence, [sentence])
+        works.write_text(VALUE)
+        for _ in range(3):
+            await code.seen(f"https://{HOST}/")
+        assert fields({"headers": api.requests[-1][2]}, "authorization") == [f"Bearer {VALUE}"]
+    assert ran.read_text() == "xxx"
+    missing = str(tmp_path / "no/python")
+    async with served(api.config(command=(missing,))) as code:
+        _, _, text = await code.ask(f"http://{HOST}/")
+        assert text.strip() == f"secrets.api: its command {missing} can't be run: No such file or directory"
+
+
+async def test_what_can_not_be_passed_on_is_told_in_a_sentence(api: Upstream) -> None:
+    async with served(api.config()) as code:
+        both = code.both
+        for offer, said in ((["h2"], "only HTTP/1.1 is passed on, not HTTP/2 or gRPC"), (None, "does not trust")):
+            context = ssl.create_default_context()
+            if offer:
+                context.set_alpn_protocols(offer)
+
+            def connect(context: ssl.SSLContext = context) -> None:
+                client = http.client.HTTPSConnection("127.0.0.1", both.port, context=context)
+                client.set_tunnel(HOST, 443)
+                with pytest.raises((ssl.SSLError, ConnectionError)):
+                    client.connect()
+
+            await anyio.to_thread.run_sync(connect)
+            await until(lambda: bool(code.refused) and said in code.refused[-1])  # noqa: B023  # it ends before the next
+        for more, said in (
+            ({"Upgrade": "websocket", "Connection": "Upgrade"}, "a WebSocket was refused"),
+            ({"Authorization": "AWS4-HMAC-SHA256 Credential=x"}, "code signs it (AWS, boto3)"),
+        ):
+            assert said in (await code.ask(f"https://{HOST}/", **more))[2]
+        assert not api.requests
+
+
+# ── each rule, with and without it ──
+
+
+def patched(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """Put something in the place of a defence."""
+    owner, _, attribute = name.rpartition(".")
+    target = getattr(sandbox_runner, owner) if owner else sandbox_runner
+    return lambda patch: patch.setattr(target, attribute, value)
+
+
+def by_hand(method: str = "GET", path: str = "/v1/a", more: str = "", host: str = HOST) -> str:
+    """A request that no library would send."""
+    return f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n{more}\r\n"
+
+
+def all_fields(request: Any, *_: Any) -> list[tuple[bytes, bytes]]:
+    """Stands in for `own_fields`, and leaves out only what can't be there twice."""
+    return [(name, value) for name, value in request.headers if name not in (b"host", b"accept-encoding")]
+
+
+NOTHING = re.compile("(?!)")
+READS: dict[str, Any] = {"methods": ("GET", "POST"), "paths": ("/v1/*",)}
+CLEAR = patched("require_clear", lambda *_: None)
+FIELDS = patched("own_fields", all_fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """What one rule holds: a request, and how to see that the host got what it should not."""
+
+    does: str
+    sends: str
+    gets: Callable[[list[Any]], bool]  # of the requests that the host got
+    without: Callable[[pytest.MonkeyPatch], None]
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of the secret
+
+
+def has(name: str, value: str) -> Callable[[list[Any]], bool]:
+    """Whether the host got this field."""
+    return lambda got: any((key.lower(), said) == (name, value) for *_, given in got for key, said in given)
+
+
+def asked(method: str, path: str) -> Callable[[list[Any]], bool]:
+    """Whether the host was asked for this."""
+    return lambda got: any(request[:2] == (method, path) for request in got)
+
+
+def any_request(got: list[Any]) -> bool:
+    """Whether the host was asked for anything."""
+    return bool(got)
+
+
+HOLES = [
+    Hole("a header of the code's own of that name", by_hand(more="aUTHORIZATION: mine\r\nAuthorization: too\r\n"),
+         has("authorization", "mine"), FIELDS),
+    Hole("one with an underscore, which some servers take for it", by_hand(more="X_API_KEY: mine\r\n"),
+         has("x_api_key", "mine"), FIELDS, {"header": "X-Api-Key: ${API_KEY}"}),
+    Hole("an answer that is compressed, in which nothing is masked", by_hand(more="Accept-Encoding: gzip\r\n"),
+         has("accept-encoding", "gzip"), patched("own_fields", lambda request, *_: [*request.headers][1:])),
+    Hole("a method that is not in the list", by_hand("DELETE"), asked("DELETE", "/v1/a"),
+         patched("Credential.why_not", lambda *_: None), READS),
+    Hole("a method in a header", by_hand("POST", more="X-HTTP-Method-Override: DELETE\r\nContent-Length: 0\r\n"),
+         has("x-http-method-override", "DELETE"), FIELDS, READS),
+    Hole("a path that is not in the list", by_hand(path="/v2/a"), asked("GET", "/v2/a"),
+         patched("Credential.why_not", lambda *_: None), READS),
+    Hole("a path in a header", by_hand(more="X-Original-URL: /v2/a\r\n"),
+         has("x-original-url", "/v2/a"), FIELDS, READS),
+    *(
+        Hole(f"{path} as a path", by_hand(path=path), any_request, patched("UNCLEAR", NOTHING), READS)
+        for path in ("/v1/../v2", "/v1/%2e%2e/v2", "/v1/..%2fv2", "/v1/..;/v2", "/v1//v2", "/v1/..\\v2", "/v1/%252e/v2",
+                     "/v1/%2E./v2", "/v1/.")
+    ),
+    Hole("a Host that is not the connection's", by_hand(host="evil.example"), any_request, CLEAR),
+    Hole("TRACE", by_hand("TRACE"), any_request, CLEAR),
+    Hole("a length and chunks",
+         by_hand("POST", more="Content-Length: 5\r\nTransfer-Encoding: chunked\r\n") + "0\r\n\r\n", any_request, CLEAR),
+    Hole("another protocol", by_hand(more="Upgrade: websocket\r\nConnection: Upgrade\r\n"), any_request, CLEAR),
+    Hole("a host that is not public", by_hand(), any_request, patched("is_public", lambda _: True), {"_allowed": ()}),
+    Hole("another user's secret", by_hand(), any_request, patched("SecretConfig.is_for", lambda *_: True),
+         {"users": ("alice",)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.does)
+async def test_each_rule_holds_something_that_nothing_else_holds(
+    api: Upstream, hole: Hole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = dict(hole.more)
+    allowed = more.pop("_allowed", ("127.0.0.1:443",))
+    config = api.config(**more)
+
+    async def attempt() -> bool:
+        api.requests.clear()
+        async with proxied(*allowed, config=config) as both:
+            certificate = await both.proxy.network.credentials.certificate()
+            context = ssl.create_default_context(cadata=certificate)
+
+            def send() -> None:
+                with contextlib.suppress(OSError):
+                    client = http.client.HTTPSConnection("127.0.0.1", both.port, context=context, timeout=3)
+                    client.set_tunnel(HOST, 443)
+                    client.connect()
+                    client.sock.sendall(hole.sends.encode())
+                    client.sock.recv(65536)
+                    client.close()
+
+            await anyio.to_thread.run_sync(send)
+        return bool(hole.gets(api.requests))
+
+    assert not await attempt()
+    hole.without(monkeypatch)
+    assert await attempt()
+
+
+# ── certificates ──
+
+
+def verified(context: ssl.SSLContext, certificate: str, host: str) -> str:
+    """How a client that trusts this certificate, and holds to every rule, takes a server: "" if it accepts it."""
+    client = ssl.create_default_context(cadata=certificate)
+    client.verify_flags |= ssl.VERIFY_X509_STRICT
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(down, up, server_hostname=host), context.wrap_bio(up, down, server_side=True)]
+    for end in ends * 3:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLCertVerificationError as error:
+            return str(error.verify_message)
+    return ""
+
+
+def test_certificates_are_for_the_hosts_that_have_a_secret_and_no_client_takes_others(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "key", [HOST, "second.example.com"])
+    for host in (HOST, "second.example.com"):
+        assert verified(authority.context(host), authority.certificate, host) == ""
+    assert "mismatch" in verified(authority.context(HOST), authority.certificate, "second.example.com")
+    other = "other.example.com"
+    assert verified(authority.context(other), authority.certificate, other) == "permitted subtree violation"
+    without = Authority(tmp_path / "key", [other])
+    assert verified(authority.context(other), without.certificate, other) == "", "nothing else refuses it"
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_sandbox_of_an_earlier_server_trusts_the_next_one(tmp_path: Path) -> None:
+    earlier, later = Authority(tmp_path / "key", [HOST]), Authority(tmp_path / "key", [HOST, "second.example.com"])
+    assert verified(later.context(HOST), earlier.certificate, HOST) == ""
+    assert verified(Authority(tmp_path / "other", [HOST]).context(HOST), earlier.certificate, HOST) != ""
+
+
+def test_certificates_hold_where_a_clock_is_a_day_off_and_are_made_anew_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path / "key", [HOST])
+    certificate = x509.load_pem_x509_certificate(authority.certificate.encode())
+    now = datetime.datetime.now(datetime.UTC)
+    assert certificate.not_valid_before_utc < now - datetime.timedelta(1)
+    first = authority.context(HOST)
+    assert authority.context(HOST) is first
+    later = time.time() + 20 * 86400
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert authority.context(HOST) is not first
+    monkeypatch.undo()
+    monkeypatch.setattr(sandbox_runner, "AUTHORITY_DAYS", -1)
+    expired = Authority(tmp_path / "key", [HOST])
+    assert "expired" in verified(expired.context(HOST), expired.certificate, HOST)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "said"),
+    [
+        (b"nonsense", 0o600, "is none: remove it, and a new one is made."),
+        (b"", 0o600, "is none: remove it, and a new one is made."),
+        (None, 0o644, "is open to others: `chmod 600 "),
+        (b"FOLDER", 0o700, "can't be read: Is a directory."),
+    ],
+)
+def test_a_key_that_can_not_be_used_is_told_in_a_sentence(
+    tmp_path: Path, content: bytes | None, mode: int, said: str
+) -> None:
+    file = tmp_path / "key"
+    if content == b"FOLDER":
+        file.mkdir()
+    elif content is None:
+        Authority(file, [HOST])
+    else:
+        file.write_bytes(content)
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=re.escape(f"The key {file}, by which sandboxes trust this server, {said}")):
+        Authority(file, [HOST])
+
+
+@given(
+    st.lists(st.sampled_from([VALUE.encode(), VALUE[:6].encode(), b"s3", b"-", b"xyz", VALUE[6:].encode()])), st.data()
+)
+def test_the_mask_is_the_same_in_whatever_pieces_an_answer_comes(parts: list[bytes], data: st.DataObject) -> None:
+    text = b"".join(parts)
+    mask, got, left = Mask([VALUE.encode()]), b"", text
+    while left:
+        size = data.draw(st.integers(1, len(left)))
+        piece, left = left[:size], left[size:]
+        got += mask.piece(piece)
+    got += mask.rest()
+    assert got == text.replace(VALUE.encode(), b"*" * len(VALUE))
+
+
+async def test_a_host_whose_certificate_is_not_in_order_gets_nothing(
+    api: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(api.config(), package=PackageConfig(preinstalled=()))  # which lacks its authority
+    async with served(config) as code:
+        status, _, text = await code.ask(f"http://{HOST}/")
+        assert (status, text.strip()) == (502, f"{HOST} can't be reached: unable to get local issuer certificate")
+        assert not api.requests
+        unverified = ssl.create_default_context()
+        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+        monkeypatch.setattr(code.both.proxy.network.credentials, "of_hosts", unverified)
+        assert (await code.ask(f"http://{HOST}/"))[0] == 200, "nothing else refuses it"
+
+
+# ── settings ──
+
+ENTRY = {"host": HOST, "header": "Authorization: Bearer ${API_KEY}"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"host": "*.example.com"}, "host in FILE: '*.example.com' is not the exact name of a host"),
+        ({"host": "127.0.0.1"}, "host in FILE: '127.0.0.1' is not the exact name of a host"),
+        ({"host": "https://x"}, "host in FILE: 'https://x' is not"),
+        ({"header": f"Bearer {VALUE}"}, "header in FILE: it is not like"),
+        ({"header": f"Authorization: Bearer {VALUE}"}, "header in FILE: it does not say where the value goes: write"),
+        ({"header": [VALUE]}, "header in FILE: what is there is not accepted: it must be text"),
+        ({"header": "Host: ${API_KEY}"}, "header in FILE: Host is no header for a credential"),
+        ({"header": "A: ${X} ${Y}", "command": ["x"]}, "header in FILE: it does not say where what the command prints"),
+        ({"header": "A: ${API_KEY}\r\nB: x"}, "header in FILE: it is not like"),
+        ({"methods": ["get"]}, "methods in FILE: 'get' is not a method such as GET"),
+        ({"methods": ["TRACE"]}, "methods in FILE: 'TRACE' is not a method"),
+        ({"paths": ["v1"]}, "paths in FILE: 'v1' is not a path such as /v1/*"),
+        ({"paths": ["/v1/../*"]}, "paths in FILE: '/v1/../*' is not a path"),
+        ({"paths": "/v1"}, "paths in FILE: what is there is not accepted: it must be a list"),
+        ({"env": {"A B": "x"}}, "env in FILE: 'A B' can't be a variable"),
+        ({"users": ["a b"]}, "users in FILE: 'a b' is not a user's name"),
+        ({"hosts": HOST}, "There is no setting secrets.api.hosts (FILE): did you mean secrets.api.host?"),
+        ({"header": None}, "header in FILE: what is there is not accepted"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_can_not_be_used_is_told_and_never_quotes_a_secret(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"secrets": {"api": {**ENTRY, **change}}}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, {})
+    assert said.replace("FILE", str(file)) in str(caught.value)
+    assert VALUE not in str(caught.value)
+
+
+def test_secrets_need_a_network_that_passes_by_this_server(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"secrets": {"api": ENTRY}, "docker": {"network_disabled": False}}))
+    with pytest.raises(ConfigError, match=r"they can't be used while docker\.network_disabled is false"):
+        load_config(file, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "more", "said"),
+    [
+        ("", {}, "secrets.api: the variable API_KEY is not set where this server runs."),
+        ("  ", {}, "secrets.api: the variable API_KEY is not set where this server runs."),
+        ("short", {}, "secrets.api: the variable API_KEY has fewer than 8 characters."),
+        (f"{VALUE}\r\nX: y", {}, "secrets.api: the variable API_KEY has characters that a header can't have."),
+        (f"{VALUE}é", {}, "secrets.api: the variable API_KEY has characters that a header can't have."),
+        (VALUE, {"env": {"KEY": VALUE}}, "secrets.api.env: the secret itself is there, and code would have it."),
+    ],
+)
+@pytest.mark.parametrize("program", ["server", "doctor", "script"])
+def test_a_value_that_can_not_be_used_is_told_at_the_start_by_its_name(
+    tmp_path: Path, value: str, more: dict[str, Any], said: str, program: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"secrets": {"api": {**ENTRY, **more}}}))
+    module, *arguments = {
+        "server": ["python_docker_mcp", "--config", file],
+        "doctor": ["python_docker_mcp", "doctor", "--config", file],
+        "script": ["sandbox_runner", "--config", file, "-c", "1"],
+    }[program]
+    run = [sys.executable, "-m", str(module), *map(str, arguments)]
+    ended = subprocess.run(run, env={**os.environ, "API_KEY": value}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert VALUE not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_model_is_told_where_it_needs_no_credential(api: Upstream) -> None:
+    words = f"no network but HTTP and HTTPS to {HOST} (to {HOST} with a credential that is added outside: give any text"
+    assert words in instructions(api.config())
+    assert api.config().for_user("bob").allowed_hosts == (HOST,)
+    alices = api.config(users=("alice",))
+    assert alices.for_user("alice").allowed_hosts == (HOST,)
+    assert alices.for_user("bob").allowed_hosts == ()
+    assert alices.for_user("bob").secrets == {}

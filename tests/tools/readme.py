@@ -60,7 +60,7 @@ def settings() -> str:
             tables.append(f"**`{item.name}`**: {said[item.name]}\n\n{head}\n" + "\n".join(rows))
         else:
             rest.append(row(item.name, value, said[item.name]))
-    tables.append("**Import rules**\n\n" + "\n".join([head, *rest]))
+    tables.append("**Secrets and import rules**\n\n" + "\n".join([head, *rest]))
     return "\n" + "\n\n".join(tables) + "\n\n"
 
 
