@@ -2971,7 +2971,8 @@ class Connection:
         """Return the next bytes from the code, b"" at their end. What was returned before counts as passed on."""
         owed, self._owed = self._owed, 0
         if owed:
-            await self._pass(credit=owed)
+            with anyio.CancelScope(shield=True):  # or a reader that stops waiting would cost the code its credit
+                await self._pass(credit=owed)
         while not self._inbox and not self._ended:
             await self._news.wait()
         data = bytes(self._inbox)
@@ -3799,7 +3800,7 @@ class CredentialRoute:
         self, request: h11.Request, code: anyio.abc.ByteStream, http: h11.Connection, mask: Mask
     ) -> str:
         """Pass a request on, and its answer back; return the answer's status. Raises RefusedError if there is none."""
-        there, client = self._there, self._client
+        there, client, status = self._there, self._client, ""
         assert there is not None
 
         async def upwards() -> None:
@@ -3821,7 +3822,7 @@ class CredentialRoute:
                 tasks.start_soon(upwards)
                 status = await self._downwards(code, http, mask)
             except (*GONE, OSError, h11.RemoteProtocolError):
-                status = ""
+                pass  # the host has gone, or speaks something else
             tasks.cancel_scope.cancel()
         if not status and http.our_state is h11.SEND_RESPONSE:
             raise RefusedError(502, f"{self._host} did not answer as HTTP/1.1 does")

@@ -317,7 +317,7 @@ async def proxied(*allowed: str, config: Config | None = None) -> AsyncIterator[
                     yield both
                 finally:
                     tasks.cancel_scope.cancel()
-            both.close()
+                    both.close()
             await anyio.sleep(0.02)  # for the event loop to close sockets
 
 

@@ -29,17 +29,35 @@ from conftest import until
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
+from real_engines import host_processes
 from test_network import Both, Call, Server, proxied
+from test_ways import WAYS
 
 import sandbox_runner
 from python_docker_mcp import instructions
-from sandbox_runner import Authority, Config, ConfigError, Mask, PackageConfig, SecretConfig, load_config
+from sandbox_runner import Authority, Config, ConfigError, Mask, PackageConfig, SecretConfig, load_config, open_runner
 
 pytestmark = pytest.mark.anyio
 
 HOST = "api.example.com"
+HOSTS = [
+    *(HOST, "second.example.com", "api.openai.com", "api.anthropic.com", "huggingface.co", "api.stripe.com"),
+    *("s3.amazonaws.com", "grpc.example.com"),
+]
 VALUE = "s3cr3t-Value/of+the=host"
 BIG = 20 << 20  # bytes of /big
+
+
+SAID = {"role": "assistant", "content": "hi"}
+FOR_LIBRARIES = {  # what their answers have to have
+    "object": "list",
+    "data": [],
+    "name": "me",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": SAID}],
+    "type": "user",
+    "content": [{"type": "text", "text": "hi"}],
+    "usage": {"input_tokens": 1, "output_tokens": 1},
+}
 
 
 class Api(http.server.BaseHTTPRequestHandler):
@@ -77,14 +95,15 @@ class Api(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"bare")
         else:
             seen = {"method": self.command, "path": self.path, "headers": list(self.headers.items()), "body": len(body)}
-            self.answer(json.dumps(seen).encode())
+            self.answer(json.dumps({**seen, **FOR_LIBRARIES}).encode())
 
     do_POST = do_PUT = do_DELETE = do_HEAD = do_TRACE = do_GET
 
     def answer(self, body: bytes, status: int = 200, **fields: str) -> None:
         """Send an answer."""
         self.send_response(status)
-        for name, value in {**fields, "Content-Length": str(len(body))}.items():
+        about = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        for name, value in {**about, **fields}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -117,7 +136,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
     bundle = tmp_path_factory.mktemp("tls") / "ca.pem"
     authority.cert_pem.write_to_path(bundle)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(HOST, "second.example.com").configure_cert(context)
+    authority.issue_cert(*HOSTS).configure_cert(context)
     server = Server(("127.0.0.1", 0), Api)
     server.requests = []  # type: ignore[attr-defined]
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
@@ -133,7 +152,7 @@ def api(running: Upstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> U
     look_up, connect = anyio.getaddrinfo, anyio.connect_tcp
 
     async def getaddrinfo(host: str, port: int, **more: Any) -> Any:
-        return await look_up("127.0.0.1" if host.endswith(".example.com") else host, port, **more)
+        return await look_up("127.0.0.1" if host in HOSTS else host, port, **more)
 
     async def connect_tcp(host: str, port: int, **more: Any) -> Any:
         return await connect(host, running.port if (host, port) == ("127.0.0.1", 443) else port, **more)
@@ -631,3 +650,203 @@ def test_a_model_is_told_where_it_needs_no_credential(api: Upstream) -> None:
     assert alices.for_user("alice").allowed_hosts == (HOST,)
     assert alices.for_user("bob").allowed_hosts == ()
     assert alices.for_user("bob").secrets == {}
+
+
+# ── on real engines ──
+
+
+def on_engine(config: Config, api: Upstream, secrets: Mapping[str, SecretConfig] | None = None) -> Config:
+    """Settings for a real engine, by which hosts have a secret."""
+    known = Path("/etc/ssl/certs/ca-certificates.crt")  # of the index of packages
+    bundle = api.bundle.with_name("all.pem")
+    bundle.write_bytes(api.bundle.read_bytes() + (known.read_bytes() if known.exists() else b""))
+    return dataclasses.replace(
+        config,
+        secrets=api.config().secrets if secrets is None else secrets,
+        docker=dataclasses.replace(config.docker, network_allow=("127.0.0.1:443",)),
+        package=dataclasses.replace(config.package, ca_bundle=str(bundle)),
+    )
+
+
+FETCH = f"""
+import json, urllib.request
+given = json.load(urllib.request.urlopen('https://{HOST}/'))['headers']
+[value for name, value in given if name.lower() == 'authorization']
+"""
+MASKED = f"['Bearer {'*' * len(VALUE)}']"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+async def test_code_uses_what_it_does_not_have_however_its_sandbox_came_to_be(
+    config: Config, api: Upstream, way: Any
+) -> None:
+    default = dataclasses.replace(config, package=PackageConfig())
+    async with way(on_engine(default, api)) as execute:
+        for code in (FETCH, FETCH.replace("https:", "http:")):
+            result = await execute(code)
+            assert result.value == MASKED, result
+    assert all(fields({"headers": given}, "authorization") == [f"Bearer {VALUE}"] for *_, given in api.requests)
+
+
+LIBRARIES = ("requests", "httpx", "openai", "anthropic", "huggingface_hub", "stripe", "boto3", "grpcio")
+MESSAGE = "model='m', messages=[{'role': 'user', 'content': 'x'}]"
+BUNDLE = "stripe.ca_bundle_path = os.environ['SSL_CERT_FILE']"
+ROOTS = "grpc.ssl_channel_credentials(open(os.environ['SSL_CERT_FILE'], 'rb').read())"
+AS_IT_IS = {  # code, and its value
+    f"import requests; requests.get('https://{HOST}/').status_code": "200",
+    f"requests.get('http://{HOST}/').status_code": "200",
+    f"import httpx; httpx.get('https://{HOST}/').status_code": "200",
+    f"async with httpx.AsyncClient() as client: print((await client.get('https://{HOST}/')).status_code)": "200",
+    f"import openai; openai.OpenAI().chat.completions.create({MESSAGE}).choices[0].message.content": "'hi'",
+    f"(await openai.AsyncOpenAI().chat.completions.create({MESSAGE})).choices[0].message.content": "'hi'",
+    "openai.OpenAI(base_url='http://api.openai.com/v1').models.list().data": "[]",
+    f"import anthropic; anthropic.Anthropic().messages.create(max_tokens=5, {MESSAGE}).content[0].text": "'hi'",
+    "import huggingface_hub; huggingface_hub.whoami()['name']": "'me'",
+    f"import os, stripe; {BUNDLE}; stripe.api_key = 'x'; stripe.Customer.list().data": "[]",
+}
+NOT_SO = {  # code, and what its call tells
+    "import certifi; stripe.default_http_client = None; stripe.ca_bundle_path = certifi.where()\n"
+    "stripe.Customer.list()": BUNDLE,
+    "import boto3; boto3.client('s3').list_buckets()": "code signs it (AWS, boto3)",
+    f"import grpc; channel = grpc.secure_channel('grpc.example.com:443', {ROOTS})\n"
+    "grpc.channel_ready_future(channel).result(timeout=3)": "not HTTP/2 or gRPC",
+}
+
+
+def everybodys() -> dict[str, SecretConfig]:
+    """Secrets of the services whose libraries are tried."""
+    bearer, keys = "Authorization: Bearer ${%s}", {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    return {
+        "api": SecretConfig(HOST, bearer % "API_KEY"),
+        "openai": SecretConfig("api.openai.com", bearer % "OPENAI_API_KEY"),
+        "anthropic": SecretConfig("api.anthropic.com", "X-Api-Key: ${ANTHROPIC_API_KEY}"),
+        "hub": SecretConfig("huggingface.co", bearer % "HF_TOKEN"),
+        "stripe": SecretConfig("api.stripe.com", bearer % "STRIPE_API_KEY"),
+        "aws": SecretConfig("s3.amazonaws.com", bearer % "API_KEY", env={**keys, "AWS_DEFAULT_REGION": "us-east-1"}),
+        "grpc": SecretConfig("grpc.example.com", bearer % "API_KEY", env={}),
+    }
+
+
+@pytest.mark.engine
+async def test_the_real_libraries_of_services_work_as_they_are_or_are_told_why_not(
+    config: Config, api: Upstream, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "HF_TOKEN", "STRIPE_API_KEY"):
+        monkeypatch.setenv(name, VALUE)
+    config = on_engine(config, api, everybodys())
+    docker = dataclasses.replace(config.docker, memory_limit="512m", disk_limit="128m", cpu_limit=1)
+    package = dataclasses.replace(config.package, preinstalled=LIBRARIES)
+    async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
+        for code, value in AS_IT_IS.items():
+            result = await runner.execute(code, session=session, timeout=60)
+            assert (result.value or result.stdout.strip(), result.refused) == (value, ()), (code, result)
+        given = [pair for *_, fields in api.requests for pair in fields]
+        assert "added-by-the-host" not in str(given)
+        count = len(api.requests)
+        for code, told in NOT_SO.items():
+            result = await runner.execute(code, session=session, timeout=60)
+            assert result.status == "error", (code, result)
+            assert told in str(result.refused), (code, result)
+        assert len(api.requests) == count
+        await runner.close_session(session)
+
+
+LOOK = """
+import glob, os
+VALUE = bytes(byte ^ 1 for byte in MADE)  # so that it is not in the code
+def everywhere():
+    yield repr(dict(os.environ)).encode()
+    for pattern in ('/proc/[0-9]*/environ', '/proc/[0-9]*/cmdline', '/proc/[0-9]*/maps', '/proc/self/mountinfo'):
+        for path in glob.glob(pattern):
+            try:
+                yield open(path, 'rb').read()
+            except OSError:
+                pass
+    for folder in ('/tmp', '/app', '/dev/shm', '/etc', '/run', '/var', '/opt', '/packages', '/root', '/home'):
+        for place, _, names in os.walk(folder):
+            for name in names:
+                try:
+                    if os.path.getsize(f'{place}/{name}') < 5 << 20:
+                        yield open(f'{place}/{name}', 'rb').read()
+                except OSError:
+                    pass
+    memory = open('/proc/self/mem', 'rb', buffering=0)
+    for line in open('/proc/self/maps'):
+        ends, rights = line.split()[:2]
+        if rights.startswith('rw') and '[v' not in line:
+            start, end = (int(one, 16) for one in ends.split('-'))
+            try:
+                memory.seek(start)
+                yield memory.read(end - start).replace(VALUE, b'', 2)  # it is here itself, and where it was made
+            except OSError:
+                pass
+count, found = 0, 0
+for data in everywhere():
+    count, found = count + len(data), found + (VALUE in data)
+count > 1 << 20, found
+"""
+
+
+@pytest.mark.engine
+async def test_the_value_is_nowhere(
+    config: Config, api: Upstream, session: str, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in what code can see, nor the model, nor the log, nor the engine."""
+    caplog.set_level("DEBUG", "python_docker_mcp")
+    config = on_engine(config, api)
+    async with open_runner(config) as runner:
+        told = [await runner.execute(FETCH, session=session)]
+        made = repr([byte ^ 1 for byte in VALUE.encode()])
+        told.append(
+            await runner.execute(f"print(urllib.request.urlopen('http://{HOST}/shown').read())", session=session)
+        )
+        result = await runner.execute(LOOK.replace("MADE", made), session=session, timeout=60)
+        assert result.value == "(True, 0)", result
+        name = await engine.container_of(runner)
+        seen = [await engine(*line.split()) for line in (f"inspect {name}", "images --no-trunc", "ps -a --no-trunc")]
+        seen += [str(line) for _, _, line in host_processes()]
+        seen += [repr(told), repr(config), repr(runner), repr(vars(runner.launcher)), caplog.text]
+        assert "with the secret api" in caplog.text
+        assert not [text for text in seen if VALUE in text]
+        await runner.close_session(session)
+
+
+@pytest.mark.engine
+async def test_a_session_goes_by_the_secrets_of_the_server_that_has_it(
+    config: Config, api: Upstream, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = {"second": SecretConfig("second.example.com", "X-Key: ${API_KEY}")}
+    begun = on_engine(config, api)
+    more = dataclasses.replace(begun, secrets={**begun.secrets, **second})
+    keeps = f"import ssl\nearlier = ssl.create_default_context()\n{FETCH}"
+    again = f"json.load(urllib.request.urlopen('https://{HOST}/', context=earlier))['method']"
+    async with open_runner(begun) as runner:
+        assert (await runner.execute(keeps, session=session)).value == MASKED
+        result = await runner.execute(FETCH.replace(HOST, "second.example.com"), session=session)
+        assert "second.example.com was refused" in str(result.refused)
+    async with open_runner(more) as runner:
+        for code in (FETCH, FETCH.replace(HOST, "second.example.com")):
+            assert (await runner.execute(code, session=session)).status == "ok"
+        assert (await runner.execute(again, session=session)).value == "'GET'", "what it trusted before still does"
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_runner, "AUTHORITY_DAYS", -1)
+        async with open_runner(begun) as runner:
+            result = await runner.execute(FETCH, session=session)
+            assert "certificate has expired" in str(result.exception), result
+    async with open_runner(begun) as runner:
+        assert (await runner.execute(FETCH, session=session)).value == MASKED
+        await runner.close_session(session)
+
+
+@pytest.mark.engine
+async def test_a_secret_is_for_the_code_of_its_users(config: Config, api: Upstream, session: str) -> None:
+    alices = {"api": dataclasses.replace(api.config().secrets["api"], users=("alice",))}
+    async with open_runner(on_engine(config, api, alices)) as runner:
+        for user, value in (("alice", MASKED), ("bob", None)):
+            one = runner.for_user(user, 1)
+            for name in (session, None):
+                assert (await one.execute(FETCH, session=name)).value == value
+            await one.close_session(session)
+        assert (await runner.execute(FETCH)).value is None
+    assert len(api.requests) == 2
