@@ -2811,7 +2811,7 @@ def judge_hosts(patient: Patient, _: Result, seen: Any) -> Judgement:
 def judge_secrets(_: Patient, __: Result, seen: Any) -> Judgement:
     """Whether each host that has a secret answers, and takes the credential for good."""
     told = "; ".join(f"{name}: {host} answers {status or ''} {reason}" for name, host, status, reason in seen)
-    if any(status in (0, 502) for _, _, status, _ in seen):
+    if any(status in (0, 502) or "was refused: " in reason for _, _, status, reason in seen):
         return "warning", told, "See that this host itself can reach it, and that its certificate is in order."
     if any(status in (401, 403) for _, _, status, _ in seen):
         return "warning", told, "The credential was not accepted there, or not for the path that was tried."

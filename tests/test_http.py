@@ -38,10 +38,11 @@ from test_readme import blocks
 
 import python_docker_mcp
 from python_docker_mcp import Tokens, team_of
-from sandbox_runner import Config, ConfigError, FilesConfig, HttpConfig, PoolConfig, open_runner
+from sandbox_runner import Config, ConfigError, FilesConfig, HttpConfig, PoolConfig, SecretConfig, open_runner
 
 ERAS = ("legacy", "auto")
 TEAM = "A server for a team"  # the README's chapter
+SECRET = {"api": SecretConfig("api.example.com", "Authorization: Bearer ${API_KEY}")}
 
 
 class TeamServer:
@@ -485,6 +486,9 @@ async def test_files_and_folders_that_break_while_it_runs_cost_an_answer_only(
         ("127.0.0.1", HttpConfig(), {"users": True, "pool": PoolConfig(reuse=True)}, "pool.reuse"),
         ("10.1.2.3", HttpConfig(public_url="https://x.example"), {"with_tokens": False}, "there is no token"),
         ("127.0.0.1", HttpConfig(public_url="https://x.example"), {"with_tokens": False}, "so it needs tokens"),
+        ("127.0.0.1", HttpConfig(), {"users": True, "secrets": SECRET}, "secrets.api: say whose it is"),
+        ("127.0.0.1", HttpConfig(), {"secrets": SECRET}, "secrets: over HTTP they belong to users who have a token"),
+        ("127.0.0.1", HttpConfig(), {"secrets": SECRET, "with_tokens": False}, "secrets: over HTTP they belong to"),
     ],
 )  # fmt: skip
 async def test_a_server_that_would_let_in_others_does_not_start(
@@ -497,6 +501,22 @@ async def test_a_server_that_would_let_in_others_does_not_start(
     async with open_runner(dataclasses.replace(settings, http=http, **others)) as runner:
         with pytest.raises(ConfigError, match=re.escape(problem)):
             team_of(runner, host, 8700, with_tokens)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("era", ERAS)
+async def test_users_are_told_of_their_own_secrets(
+    settings: Config, serve: Callable[..., TeamServer], monkeypatch: pytest.MonkeyPatch, era: str
+) -> None:
+    monkeypatch.setenv("API_KEY", "a-secret-value")
+    secrets = {"api": dataclasses.replace(SECRET["api"], users=("alice",))}
+    server = serve(dataclasses.replace(settings, secrets=secrets))
+    for user, knows in (("alice", True), ("bob", False)):
+        async with server.client(user, era) as client:
+            described = str([tool.description for tool in (await client.list_tools()).tools])
+            assert ("api.example.com with a credential that is added outside" in described) is knows
+            assert "api.example.com" not in str(client.instructions)
+    assert "a-secret-value" not in server.log.read_text()
 
 
 def test_the_commands_for_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

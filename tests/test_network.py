@@ -282,24 +282,23 @@ class Both:
         (self.flows.dial if fields["op"] == "dial" else self.flows.receive)(fields)
 
     async def run(self) -> None:
-        """Do what a supervisor's loop does for connections."""
-        while True:
-            rests = self.flows.resting(congested=False, attached=True)
-            writers = self.flows.writers()
-            readers = [fd for fd in self.flows.sources if fd not in rests]
-            readable, writable, _ = select.select(readers, list(writers), [], 0)
-            for fd in writable:
-                self.flows.flush(writers[fd])
-            for fd in readable:
-                if fd in self.flows.sources:
-                    self.flows.sources[fd]()
-            await anyio.sleep(0 if readable or writable else 0.001)
-
-    def close(self) -> None:
-        """Close everything."""
-        self.flows.close_all()
-        assert self.flows.listener
-        self.flows.listener.close()
+        """Do what a supervisor's loop does for connections, until it is cancelled."""
+        try:
+            while True:
+                rests = self.flows.resting(congested=False, attached=True)
+                writers = self.flows.writers()
+                readers = [fd for fd in self.flows.sources if fd not in rests]
+                readable, writable, _ = select.select(readers, list(writers), [], 0)
+                for fd in writable:
+                    self.flows.flush(writers[fd])
+                for fd in readable:
+                    if fd in self.flows.sources:
+                        self.flows.sources[fd]()
+                await anyio.sleep(0 if readable or writable else 0.001)
+        finally:
+            self.flows.close_all()
+            assert self.flows.listener
+            self.flows.listener.close()
 
 
 @contextlib.asynccontextmanager
@@ -317,8 +316,7 @@ async def proxied(*allowed: str, config: Config | None = None) -> AsyncIterator[
                     yield both
                 finally:
                     tasks.cancel_scope.cancel()
-                    both.close()
-            await anyio.sleep(0.02)  # for the event loop to close sockets
+        await anyio.sleep(0.02)  # for the event loop to close sockets
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -559,6 +557,13 @@ async def test_a_slow_reader_holds_back_a_fast_sender(servers: Servers) -> None:
         size = 0
         while size < BIG:
             size += len(await stream.receive())
+
+
+async def test_small_pieces_are_not_held_back(servers: Servers) -> None:
+    """Or each that comes soon after another, as in a stream or a handshake, would wait 40 ms for its turn."""
+    async with proxied(*servers.allowed) as both, await anyio.connect_tcp("127.0.0.1", both.port):
+        await until(lambda: bool(both.flows.open))
+        assert both.flows.open[1].connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_a_client_is_told_that_its_connection_is_not_used_again(servers: Servers) -> None:
