@@ -3387,8 +3387,7 @@ class Credential:
         self.config = config
         self.rule = HostRule.parse(config.host)
         self.host, self.port = self.rule.name, self.rule.port or 443
-        field, _, self._form = config.header.partition(":")
-        self.field = field.strip().lower().encode()
+        self.place, self._form = config.place()
         self._printed: str | None = None  # by the command
         self._failed = (-math.inf, "")  # when it failed last, and how
         self._running = anyio.Lock(fast_acquire=True)
@@ -3407,15 +3406,19 @@ class Credential:
                 return f"secrets.{self.name}.paths has {', '.join(self.config.paths)}"
         return None
 
-    async def value(self) -> tuple[bytes, list[bytes]]:
-        """Return the header's value, and the parts of it that are secret. Raises RefusedError without either."""
+    async def value(self) -> tuple[str, list[bytes]]:
+        """Return what goes in the header or query, and the parts of it that are secret. Raises RefusedError."""
         printed = await self._print() if self.config.command else None
         try:
             values = self.values(printed)
         except ValueError as error:
             raise RefusedError(403, f"{error}") from None
-        shown = VARIABLE.sub(lambda found: values[found[1]], self._form).strip()
-        return shown.encode(), [value.encode() for value in values.values()]
+        shown = VARIABLE.sub(lambda found: values[found[1]], self._form)
+        scheme, _, pair = shown.partition(" ")
+        if scheme.lower() == "basic" and ":" in pair:  # a name and a password, as encoded they have none
+            shown = f"{scheme} {base64.b64encode(pair.encode()).decode()}"
+        parts = {*values.values(), *map(urllib.parse.quote_plus, values.values()), shown.rpartition(" ")[2]}
+        return shown, [part.encode() for part in parts]
 
     def values(self, printed: str | None = None) -> dict[str, str]:
         """Return what goes in the header's places. Raises ValueError, without a word of it, for what can't."""
@@ -3770,7 +3773,10 @@ class CredentialRoute:
         hidden: list[bytes] = []
         for one in used:
             value, parts = await one.value()
-            fields.setdefault(one.field, value)
+            if one.config.query:
+                target = with_parameter(target, one.place, value)
+            else:
+                fields.setdefault(one.place.encode(), value.encode())
             hidden += parts
         stands_in = {text.encode() for one in self._credentials for text in one.config.environment.values()}
         headers = [*fields.items(), *own_fields(request, fields, stands_in)]
@@ -3870,6 +3876,14 @@ def require_clear(request: h11.Request, target: str, hosts: Set[str] | None) -> 
         raise RefusedError(400, "that is no request: its Host is not the one of the connection")
     if given.get(b"authorization", b"").startswith(b"AWS4-"):
         raise RefusedError(403, "a request was refused: code signs it (AWS, boto3), for which it would need the secret")
+
+
+def with_parameter(target: str, name: str, value: str) -> str:
+    """Return a request's target with this parameter in its query, in place of the code's own of that name."""
+    path, _, query = target.partition("?")
+    names = {own: urllib.parse.unquote_plus(own.partition("=")[0]) for own in query.split("&") if own}
+    kept = [own for own, said in names.items() if said.partition("[")[0].strip().lower() != name.lower()]
+    return f"{path}?{'&'.join([*kept, f'{name}={urllib.parse.quote_plus(value)}'])}"
 
 
 def own_fields(
@@ -9917,7 +9931,8 @@ class SecretConfig:
     """A credential that this server adds to requests of the code's to one host, without the code having it."""
 
     host: str
-    header: str
+    header: str | None = None
+    query: str | None = None
     command: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
@@ -9932,20 +9947,18 @@ class SecretConfig:
                 raise ValueError
         except ValueError:
             raise ValueError(f"host: {self.host!r} is not the exact name of a host such as api.example.com") from None
-        name, colon, form = self.header.partition(":")
-        names, said = VARIABLE.findall(form), "it is not like 'Authorization: Bearer ${API_KEY}'"
-        if (
-            not colon
-            or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^`|~-]+", name)
-            or not form.isascii()
-            or not form.isprintable()
-        ):
-            raise ValueError(f"header: {said}")
-        if name.lower().encode() in NEVER_SECRET:
+        setting, form = ("query", "appid=${API_KEY}") if self.query else ("header", "Authorization: Bearer ${API_KEY}")
+        if bool(self.header) is bool(self.query):
+            raise ValueError(f"{setting}: there has to be either a header, such as {form!r}, or a query")
+        name, value = self.place()
+        names = VARIABLE.findall(value)
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or not value.isascii() or not value.isprintable() or not value:
+            raise ValueError(f"{setting}: it is not like {form!r}")
+        if self.header and name.encode() in NEVER_SECRET:
             raise ValueError(f"header: {name} is no header for a credential")
         if not names or (self.command and len(set(names)) > 1):
             what = "what the command prints" if self.command else "the value"
-            raise ValueError(f"header: it does not say where {what} goes: write ${{NAME}} there, as in {said[15:]}")
+            raise ValueError(f"{setting}: it does not say where {what} goes: write ${{NAME}} there, as in {form!r}")
         for method in self.methods:
             if not re.fullmatch("[A-Z]+", method) or method in ("TRACE", "CONNECT"):
                 raise ValueError(f"methods: {method!r} is not a method such as GET")
@@ -9959,10 +9972,18 @@ class SecretConfig:
             if not re.fullmatch(USER_NAME, user):
                 raise ValueError(f"users: {user!r} is not a user's name")
 
+    def place(self) -> tuple[str, str]:
+        """Return the name of the header, in small letters, or of the query's parameter; and what goes there."""
+        if self.query:
+            name, _, value = self.query.partition("=")
+            return name, value
+        name, _, value = (self.header or "").partition(":")
+        return name.strip().lower(), value.strip()
+
     @property
     def environment(self) -> Mapping[str, str]:
-        """Variables that code finds, so that client libraries start: by default, those of the header."""
-        names = VARIABLE.findall(self.header)
+        """Variables that code finds, so that client libraries start: by default, those of the header or query."""
+        names = VARIABLE.findall(self.place()[1])
         return dict.fromkeys(names, "added-by-the-host") if self.env is None else self.env
 
     def is_for(self, user: str) -> bool:

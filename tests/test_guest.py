@@ -647,7 +647,8 @@ class Guest:
             "preload": [],
             "packages": "/packages/x",
             "has_proxy": False,
-            "certificates": None,
+            "certificates": ("", False),
+            "authority": "",
             **settings,
         }
         engine = Engine(docker.command, "docker", "20.10.24")

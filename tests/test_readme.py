@@ -391,7 +391,8 @@ def test_every_target_of_make_that_the_readme_names_is_there() -> None:
 
 def test_no_block_of_the_readme_is_left_out() -> None:
     seen = {
-        ("Tools", ""), ("Files", ""), ("Files", "yaml"), ("Network", "yaml"), ("Files", "json"), ("Install", "json"),
+        ("Tools", ""), ("Files", ""), ("Files", "yaml"), ("Network", "yaml"), ("Secrets", "yaml"), ("Files", "json"),
+        ("Install", "json"),
         ("Install", "toml"), ("Install", "sh"), ("From the command line", "sh"), ("From the command line", "console"),
         ("A server for a team", "sh"), ("A server for a team", "json"), ("A server for a team", "ini"),
         ("A server for a team", "nginx"), ("A server for a team", "haproxy"),

@@ -17,10 +17,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import anyio
 import pytest
@@ -31,11 +33,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_engines import host_processes
 from test_network import Both, Call, Server, proxied
+from test_readme import all_blocks
 from test_ways import WAYS
 
 import sandbox_runner
 from python_docker_mcp import instructions
-from sandbox_runner import Authority, Config, ConfigError, Mask, PackageConfig, SecretConfig, load_config, open_runner
+from sandbox_runner import (
+    Authority,
+    Config,
+    ConfigError,
+    Mask,
+    PackageConfig,
+    SecretConfig,
+    load_config,
+    open_runner,
+    require_secrets,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +58,9 @@ HOSTS = [
     *("s3.amazonaws.com", "grpc.example.com"),
 ]
 VALUE = "s3cr3t-Value/of+the=host"
+SENT = VALUE.encode()
 BIG = 20 << 20  # bytes of /big
+MORE = threading.Event()  # set when the first piece of /stream has come
 
 
 SAID = {"role": "assistant", "content": "hi"}
@@ -88,6 +103,14 @@ class Api(http.server.BaseHTTPRequestHandler):
             text = f"<{self.headers['authorization']}><{VALUE[:5]}>".encode()
             for piece in (text[:15], text[15:20], text[20:], b""):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        elif self.path == "/stream":  # the second piece only after the first has come through
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            MORE.clear()
+            self.wfile.write(b"9\r\ndata: 1\n\n\r\n")
+            if MORE.wait(10):
+                self.wfile.write(b"9\r\ndata: 2\n\n\r\n0\r\n\r\n")
         elif self.path == "/bare":  # until the end of the connection
             self.send_response(200)
             self.send_header("Connection", "close")
@@ -251,7 +274,7 @@ async def test_a_request_gets_the_credential_and_the_code_does_not(api: Upstream
 async def test_a_connection_by_tls_carries_many_requests_and_each_is_checked(
     api: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "python_docker_mcp")
+    caplog.set_level("INFO", "python_docker_mcp.network")
     async with served(api.config(methods=("GET",), paths=("/v1/*", "/bare"))) as code:
 
         def ask() -> list[Any]:
@@ -292,6 +315,73 @@ async def test_of_several_secrets_of_a_host_those_are_added_that_a_request_is_fo
         assert (len(fields(seen, "authorization")), len(fields(seen, "x-application"))) == (0, 1)
         assert len(fields(await code.seen("https://second.example.com/"), "x-key")) == 1
         assert not fields(seen, "x-key")
+
+
+@pytest.mark.parametrize(
+    ("more", "sends", "path", "authorization"),
+    [
+        ({"header": "Authorization: Basic me:${API_KEY}"}, "/", "/", [f"Basic {b64encode(b'me:' + SENT).decode()}"]),
+        ({"header": "Authorization: Basic ${API_KEY}"}, "/", "/", [f"Basic {VALUE}"]),
+        ({"header": "Authorization: ${API_KEY}"}, "/", "/", [VALUE]),
+        ({"query": "id=${API_KEY}"}, "/?q=a+b&id=own&ID=too&i%64=x&z", f"/?q=a+b&z&id={quote_plus(VALUE)}", []),
+        ({"query": "key=${API_KEY}"}, "/", f"/?key={quote_plus(VALUE)}", []),
+    ],
+)
+async def test_a_credential_is_where_its_host_wants_it_and_an_echo_of_it_is_masked(
+    api: Upstream, more: dict[str, Any], sends: str, path: str, authorization: list[str]
+) -> None:
+    async with served(api.config(**{"header": None, **more})) as code:
+        _, _, text = await code.ask(f"https://{HOST}{sends}")
+        assert api.requests[-1][1] == path
+        assert fields({"headers": api.requests[-1][2]}, "authorization") == authorization
+        for shown in (VALUE, quote_plus(VALUE), *authorization):
+            assert shown.rpartition(" ")[2] not in text
+        assert "*" * 20 in text
+
+
+async def test_requests_in_forms_that_are_rare_are_answered(api: Upstream) -> None:
+    """Two at once, one that waits for leave to send its body, and one of an old protocol."""
+    async with served(api.config()) as code:
+
+        def send(*pieces: str) -> str:
+            client = http.client.HTTPSConnection("127.0.0.1", code.both.port, context=code.context, timeout=10)
+            client.set_tunnel(HOST, 443)
+            client.connect()
+            answer = ""
+            for piece in pieces:
+                client.sock.sendall(piece.encode())
+                answer += client.sock.recv(100_000).decode()
+            while piece := client.sock.recv(100_000).decode():
+                answer += piece
+            client.close()
+            return answer
+
+        last = "Connection: close\r\n"
+        answer = await anyio.to_thread.run_sync(send, by_hand(path="/1") + by_hand(path="/2", more=last))
+        assert answer.count("HTTP/1.1 200") == 2
+        assert [request[1] for request in api.requests] == ["/1", "/2"]
+        expects = by_hand("POST", more=f"Expect: 100-continue\r\nContent-Length: 5\r\n{last}")
+        answer = await anyio.to_thread.run_sync(send, expects, "12345")
+        assert answer.startswith("HTTP/1.1 100")
+        assert '"body": 5' in answer
+        assert '"path": "/v1/a"' in await anyio.to_thread.run_sync(send, by_hand().replace("1.1", "1.0"))
+
+
+async def test_an_answer_comes_as_it_is_sent(api: Upstream) -> None:
+    async with served(api.config()) as code:
+
+        def follow() -> list[bytes]:
+            client = http.client.HTTPSConnection("127.0.0.1", code.both.port, context=code.context, timeout=10)
+            client.set_tunnel(HOST, 443)
+            client.request("GET", "/stream")
+            answer, seen = client.getresponse(), []
+            while piece := answer.read1(1000):
+                seen.append(piece)
+                MORE.set()
+            client.close()
+            return seen
+
+        assert await anyio.to_thread.run_sync(follow) == [b"data: 1\n\n", b"data: 2\n\n"]
 
 
 async def test_a_command_prints_the_secret_once_and_is_tried_again_if_it_fails(
@@ -538,18 +628,16 @@ def test_a_key_that_can_not_be_used_is_told_in_a_sentence(
         Authority(file, [HOST])
 
 
-@given(
-    st.lists(st.sampled_from([VALUE.encode(), VALUE[:6].encode(), b"s3", b"-", b"xyz", VALUE[6:].encode()])), st.data()
-)
+@given(st.lists(st.sampled_from([SENT, VALUE[:6].encode(), b"s3", b"-", b"xyz", VALUE[6:].encode()])), st.data())
 def test_the_mask_is_the_same_in_whatever_pieces_an_answer_comes(parts: list[bytes], data: st.DataObject) -> None:
     text = b"".join(parts)
-    mask, got, left = Mask([VALUE.encode()]), b"", text
+    mask, got, left = Mask([SENT]), b"", text
     while left:
         size = data.draw(st.integers(1, len(left)))
         piece, left = left[:size], left[size:]
         got += mask.piece(piece)
     got += mask.rest()
-    assert got == text.replace(VALUE.encode(), b"*" * len(VALUE))
+    assert got == text.replace(SENT, b"*" * len(VALUE))
 
 
 async def test_a_host_whose_certificate_is_not_in_order_gets_nothing(
@@ -579,9 +667,11 @@ ENTRY = {"host": HOST, "header": "Authorization: Bearer ${API_KEY}"}
         ({"host": "https://x"}, "host in FILE: 'https://x' is not"),
         ({"header": f"Bearer {VALUE}"}, "header in FILE: it is not like"),
         ({"header": f"Authorization: Bearer {VALUE}"}, "header in FILE: it does not say where the value goes: write"),
+        ({"query": "key=${API_KEY}"}, "query in FILE: there has to be either a header"),
+        ({"header": None, "query": VALUE}, "query in FILE: it is not like 'appid=${API_KEY}'"),
         ({"header": [VALUE]}, "header in FILE: what is there is not accepted: it must be text"),
-        ({"header": "Host: ${API_KEY}"}, "header in FILE: Host is no header for a credential"),
-        ({"header": "A: ${X} ${Y}", "command": ["x"]}, "header in FILE: it does not say where what the command prints"),
+        ({"header": "Host: ${API_KEY}"}, "header in FILE: host is no header for a credential"),
+        ({"header": "A: ${X} ${Y}", "command": ["x"]}, "header in FILE: it does not say where what the command"),
         ({"header": "A: ${API_KEY}\r\nB: x"}, "header in FILE: it is not like"),
         ({"methods": ["get"]}, "methods in FILE: 'get' is not a method such as GET"),
         ({"methods": ["TRACE"]}, "methods in FILE: 'TRACE' is not a method"),
@@ -591,7 +681,7 @@ ENTRY = {"host": HOST, "header": "Authorization: Bearer ${API_KEY}"}
         ({"env": {"A B": "x"}}, "env in FILE: 'A B' can't be a variable"),
         ({"users": ["a b"]}, "users in FILE: 'a b' is not a user's name"),
         ({"hosts": HOST}, "There is no setting secrets.api.hosts (FILE): did you mean secrets.api.host?"),
-        ({"header": None}, "header in FILE: what is there is not accepted"),
+        ({"header": None}, "header in FILE: there has to be either a header"),
     ],
 )  # fmt: skip
 def test_a_setting_that_can_not_be_used_is_told_and_never_quotes_a_secret(
@@ -603,6 +693,20 @@ def test_a_setting_that_can_not_be_used_is_told_and_never_quotes_a_secret(
         load_config(file, {})
     assert said.replace("FILE", str(file)) in str(caught.value)
     assert VALUE not in str(caught.value)
+
+
+def test_the_readme_s_secrets_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [one.text for one in all_blocks() if one.chapter == "Secrets"]
+    file = tmp_path / "config.yaml"
+    file.write_text(block)
+    for name in ("OPENAI_API_KEY", "OPENWEATHER_KEY", "JIRA_TOKEN"):
+        monkeypatch.setenv(name, VALUE)
+    config = load_config(file, {})
+    require_secrets(config)
+    assert {name: secret.place()[0] for name, secret in config.secrets.items()} == {
+        "openai": "authorization", "weather": "appid", "jira": "authorization", "vault": "private-token"
+    }  # fmt: skip
+    assert config.secrets["openai"].environment == {"OPENAI_API_KEY": "added-by-the-host"}
 
 
 def test_secrets_need_a_network_that_passes_by_this_server(tmp_path: Path) -> None:
@@ -794,10 +898,11 @@ async def test_the_value_is_nowhere(
 ) -> None:
     """Not in what code can see, nor the model, nor the log, nor the engine."""
     caplog.set_level("DEBUG", "python_docker_mcp")
+    caplog.set_level("DEBUG", "python_docker_mcp.network")
     config = on_engine(config, api)
     async with open_runner(config) as runner:
         told = [await runner.execute(FETCH, session=session)]
-        made = repr([byte ^ 1 for byte in VALUE.encode()])
+        made = repr([byte ^ 1 for byte in SENT])
         told.append(
             await runner.execute(f"print(urllib.request.urlopen('http://{HOST}/shown').read())", session=session)
         )

@@ -183,7 +183,8 @@ class TamedSupervisor(Supervisor):
             "memory_limit": 192 << 20,
             "restores": False,
             "has_proxy": False,
-            "certificates": None,
+            "certificates": ("", False),
+            "authority": "",
         }
         super().__init__(settings)
         self.told, theirs = os.pipe()
