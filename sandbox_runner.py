@@ -5976,7 +5976,13 @@ def trust_certificates(settings: dict[str, Any]) -> None:
             file.write(f"{bundle}\n{settings['authority']}")
         os.chmod(f"{CERTIFICATES_FILE}~", 0o444)
         os.replace(f"{CERTIFICATES_FILE}~", CERTIFICATES_FILE)
-        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS"):
+        for variable in (
+            "SSL_CERT_FILE",
+            "REQUESTS_CA_BUNDLE",
+            "CURL_CA_BUNDLE",
+            "GIT_SSL_CAINFO",
+            "NODE_EXTRA_CA_CERTS",
+        ):
             os.environ[variable] = CERTIFICATES_FILE
 
 
