@@ -3480,8 +3480,8 @@ class Credentials:
 
     def at(self, host: str, port: int, path: str | None, user: str) -> list[Credential]:
         """Return the credentials that a user's code may use at a host; `path` is None for TLS."""
-        ports = (port,) if path is None or port != 80 else (80, 443)
-        return [one for one in self._all if one.host == host and one.port in ports and one.config.is_for(user)]
+        port = 443 if path is not None and port == 80 else port
+        return [one for one in self._all if (one.host, one.port) == (host, port) and one.config.is_for(user)]
 
     async def run_commands(self) -> None:
         """Run the commands that print secrets ahead of the first request; log what fails."""
@@ -3519,7 +3519,7 @@ class Authority:
     """Makes certificates for the hosts that have a secret; those for others no client would accept.
 
     Of it, only the key is kept. A sandbox that trusts an earlier server's certificate trusts that of this one, too, for
-    the hosts that the earlier one had. (The library is imported here only: it takes 60 ms, and few have secrets.)
+    the hosts that the earlier one had. The library is imported here only, as it takes 60 ms, and few have secrets.
     """
 
     def __init__(self, file: Path, hosts: Sequence[str]) -> None:
@@ -3599,9 +3599,7 @@ def load_key(file: Path) -> ec.EllipticCurvePrivateKey:
             descriptor, aside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # with the mode 0600
             with os.fdopen(descriptor, "w") as new:
                 new.write(key_text(ec.generate_private_key(ec.SECP256R1())))
-            with contextlib.suppress(FileExistsError):  # another server has been quicker
-                os.link(aside, file)
-            os.unlink(aside)
+            os.replace(aside, file)
         if sys.platform != "win32" and file.stat().st_mode & 0o077:
             raise ConfigError(f"{said} is open to others: `chmod 600 {file}`.")
         key = serialization.load_pem_private_key(file.read_bytes(), None)
@@ -3881,8 +3879,8 @@ def require_clear(request: h11.Request, target: str, hosts: Set[str] | None) -> 
 def with_parameter(target: str, name: str, value: str) -> str:
     """Return a request's target with this parameter in its query, in place of the code's own of that name."""
     path, _, query = target.partition("?")
-    names = {own: urllib.parse.unquote_plus(own.partition("=")[0]) for own in query.split("&") if own}
-    kept = [own for own, said in names.items() if said.partition("[")[0].strip().lower() != name.lower()]
+    own = [(part, urllib.parse.unquote_plus(part.partition("=")[0])) for part in query.split("&") if part]
+    kept = [part for part, said in own if said.partition("[")[0].strip().lower() != name.lower()]
     return f"{path}?{'&'.join([*kept, f'{name}={urllib.parse.quote_plus(value)}'])}"
 
 
@@ -3894,7 +3892,7 @@ def own_fields(
     None does that is replaced (some servers take X_API_KEY for X-Api-Key), that misleads servers, or has what only
     stands in for a secret: some libraries send it in two fields.
     """
-    left_out = {*replaced, *MISLEADING}
+    left_out = {name.replace(b"_", b"-") for name in (*replaced, *MISLEADING)}
     return [
         (name, value)
         for name, value in passed_on(request)

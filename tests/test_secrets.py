@@ -323,7 +323,7 @@ async def test_of_several_secrets_of_a_host_those_are_added_that_a_request_is_fo
         ({"header": "Authorization: Basic me:${API_KEY}"}, "/", "/", [f"Basic {b64encode(b'me:' + SENT).decode()}"]),
         ({"header": "Authorization: Basic ${API_KEY}"}, "/", "/", [f"Basic {VALUE}"]),
         ({"header": "Authorization: ${API_KEY}"}, "/", "/", [VALUE]),
-        ({"query": "id=${API_KEY}"}, "/?q=a+b&id=own&ID=too&i%64=x&z", f"/?q=a+b&z&id={quote_plus(VALUE)}", []),
+        ({"query": "id=${API_KEY}"}, "/?q=a+b&id=own&ID=too&i%64=x&z&z", f"/?q=a+b&z&z&id={quote_plus(VALUE)}", []),
         ({"query": "key=${API_KEY}"}, "/", f"/?key={quote_plus(VALUE)}", []),
     ],
 )
@@ -492,6 +492,8 @@ HOLES = [
          has("authorization", "mine"), FIELDS),
     Hole("one with an underscore, which some servers take for it", by_hand(more="X_API_KEY: mine\r\n"),
          has("x_api_key", "mine"), FIELDS, {"header": "X-Api-Key: ${API_KEY}"}),
+    Hole("one with a hyphen, likewise", by_hand(more="X-Api-Key: mine\r\n"),
+         has("x-api-key", "mine"), FIELDS, {"header": "X_API_KEY: ${API_KEY}"}),
     Hole("an answer that is compressed, in which nothing is masked", by_hand(more="Accept-Encoding: gzip\r\n"),
          has("accept-encoding", "gzip"), patched("own_fields", lambda request, *_: [*request.headers][1:])),
     Hole("a method that is not in the list", by_hand("DELETE"), asked("DELETE", "/v1/a"),
