@@ -80,6 +80,7 @@ from sandbox_runner import (
     BASE_LABEL,
     CGROUP_REMEDY,
     CONFIG_HELP,
+    GPU_REMEDY,
     HARMFUL,
     IMAGE_SIDE,
     NOBODY,
@@ -2518,6 +2519,17 @@ def answer_with_secret(name: str, host: str, method: str, path: str) -> tuple[st
         return name, host, getattr(error, "code", 0), str(getattr(error, "reason", error))
 
 
+def gpus() -> tuple[list[str], int | str, int]:
+    """Return the devices of GPUs, CUDA's error (0 if there is none), and how many its driver finds."""
+    devices = sorted(name for name in os.listdir("/dev") if name.startswith("nvidia"))
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+        return devices, error, count.value
+    except (OSError, AttributeError) as problem:
+        return devices, str(problem), 0
+
+
 def open_parts_of_process_1() -> list[str]:
     """Return the parts of process 1 that code can look into; last of all, try to kill it."""
     libc = ctypes.CDLL(None)
@@ -2618,7 +2630,7 @@ PROBE: tuple[Callable[..., Any], ...] = (
     look_at, refused_with, rights, create_in, writable_mounts, network, answers_of_proxy, open_parts_of_process_1,
     open_system_calls,
     inotify_instances,
-    spend_cpu, fork_all, fill, hold_memory, answer_with_secret,
+    spend_cpu, fork_all, fill, hold_memory, answer_with_secret, gpus,
 )  # fmt: skip
 
 
@@ -2808,6 +2820,16 @@ def judge_hosts(patient: Patient, _: Result, seen: Any) -> Judgement:
     return "ok", seen
 
 
+def judge_gpus(patient: Patient, _: Result, seen: Any) -> Judgement:
+    """Whether code can use the GPUs that it may, and no others."""
+    (devices, error, count), asked = seen, patient.config.docker.gpus
+    if not asked:
+        return not devices, f"there are {', '.join(devices)}" if devices else "code may use none (docker.gpus)", REPORT
+    if error == 0 and count:
+        return "ok", f"{count}, by CUDA's driver ({asked})"
+    return "failed", f"none that CUDA's driver can use: {error}; devices: {', '.join(devices) or 'none'}", GPU_REMEDY
+
+
 def judge_secrets(_: Patient, __: Result, seen: Any) -> Judgement:
     """Whether each host that has a secret answers, and takes the credential for good."""
     told = "; ".join(f"{name}: {host} answers {status or ''} {reason}" for name, host, status, reason in seen)
@@ -2910,6 +2932,7 @@ CHECKS = (
     Check("mounts", "look_at({mounts})", judge_mounts),
     Check("network", "network()", judge_network, "--network=none"),
     Check("allowed hosts", "[answers_of_proxy({port}, targets) for targets in {targets}]", judge_hosts),
+    Check("GPUs", "gpus()", judge_gpus, "--gpus, or Podman's --device"),
     Check("secrets", "[answer_with_secret(*one) for one in {asked}]", judge_secrets, timeout=120),
     Check("root", "([*os.getresuid(), *os.getresgid(), *os.getgroups()], rights('self'), rights('1'), "
           "{{'setuid': refused_with(os.setuid, 0), 'chroot': refused_with(os.chroot, '/')}})",

@@ -2053,6 +2053,8 @@ class Sandbox:
                 said = f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}."
                 if re.search("cgroup controller|cgroup is not mounted", said):
                     raise EngineError(f"{said} {CGROUP_REMEDY}")
+                if launcher.config.docker.gpus and re.search("device driver|nvidia|CDI", said):
+                    raise EngineError(f"{said} {GPU_REMEDY}")
                 raise EngineError(
                     f"{said} The image {image.name} needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at "
                     "everything else."
@@ -8602,6 +8604,8 @@ class Engine:
                 **{k: v for one in config.secrets.values() for k, v in one.environment.items()},
                 **environment,
             }
+        if docker.gpus:
+            environment["NVIDIA_DRIVER_CAPABILITIES"] = "compute,utility"  # no graphics, video or display
         if docker.cpu_limit <= 1:  # each of joblib's processes would import everything anew, for no gain
             environment["JOBLIB_MULTIPROCESSING"] = "0"
         tmpfs = f"rw,nosuid,nodev,size={size_in_bytes(docker.disk_limit)},mode=1777"
@@ -8644,10 +8648,16 @@ class Engine:
             *self._mounts(docker),
             *(f"--env={key}={value}" for key, value in {**dict.fromkeys(PROXIES, ""), **environment}.items()),
             *([f"--runtime={docker.runtime}"] if docker.runtime else []),
+            *(self._gpus(docker.gpus) if docker.gpus else []),
             "--",
             image.name,
             *BOOTSTRAP_ARGUMENTS,
         ]
+
+    def _gpus(self, gpus: str) -> list[str]:
+        if self.kind == "docker":
+            return [f'--gpus="{gpus}"']  # in quotes, as it takes commas for those between options
+        return [f"--device=nvidia.com/gpu={one}" for one in gpus.removeprefix("device=").split(",")]
 
     def _mounts(self, docker: DockerConfig) -> list[str]:
         try:
@@ -8839,6 +8849,12 @@ async def _identify(path: str) -> Engine:
 CGROUP_REMEDY = (
     "A rootless engine needs cgroup version 2 for its limits, and the controllers delegated: set `Delegate=cpu cpuset "
     "io memory pids` for user@.service (https://rootlesscontaine.rs/getting-started/common/cgroup2)."
+)
+
+
+GPU_REMEDY = (
+    "This engine has no GPU to give (docker.gpus): install NVIDIA's driver and container toolkit on its host, then run "
+    "`nvidia-ctk runtime configure` for Docker or `nvidia-ctk cdi generate` for Podman; or take the setting out."
 )
 
 
@@ -9779,6 +9795,7 @@ class DockerConfig:
     network_allow: tuple[str, ...] = ()
     read_only: bool = True
     runtime: str | None = None
+    gpus: str | None = None
     mounts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -9803,6 +9820,8 @@ class DockerConfig:
             raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
         if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
+        if self.gpus is not None and not re.fullmatch(r"all|device=[\w-]+(,[\w-]+)*", self.gpus):
+            raise ValueError(f"docker.gpus: {self.gpus!r} is neither all nor a list such as device=0,1")
         for mount in self.mounts:
             split_mount(mount, self.working_dir)
         for host in self.network_allow:
@@ -10458,6 +10477,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--timeout", type=float, metavar="SECONDS", help="how long the code may take")
     where.add_argument("--image", help="the image to use; `host` for one made from this host's Python")
+    where.add_argument("--gpus", metavar="WHICH", help="GPUs that it may use: all, or device=0")
     where.add_argument(
         "--mount",
         action="append",
@@ -10550,7 +10570,10 @@ def _run_config(options: argparse.Namespace) -> Config:
         for mount in options.mount:
             mount_argument(mount, docker.working_dir)
         docker = dataclasses.replace(
-            docker, image=options.image or docker.image, mounts=(*docker.mounts, *options.mount)
+            docker,
+            image=options.image or docker.image,
+            gpus=options.gpus or docker.gpus,
+            mounts=(*docker.mounts, *options.mount),
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from None

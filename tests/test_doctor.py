@@ -56,6 +56,7 @@ WELL: dict[str, Any] = {  # by check, the values of its expression in a sandbox 
     "root": [[65534] * 6, OWN, FIRST, REFUSED],
     "system calls": [OWN, FIRST, []],
     "neighbours": [60706, 32],
+    "GPUs": [[], "libcuda.so.1: cannot open shared object file", 0],
     "secrets": [("api", "api.example.com", 404, "Not Found")],
     "process 1": [],
     "environment": [],
@@ -88,6 +89,15 @@ def test_where_all_is_well_every_check_says_so_and_has_no_remedy(check: str) -> 
 @pytest.mark.parametrize(
     ("check", "expected", "seen", "facts"),
     [
+        (
+            "GPUs",
+            "failed",
+            [["nvidia0"], "libcuda.so.1: cannot open shared object file", 0],
+            {"docker": {"gpus": "all"}},
+        ),
+        ("GPUs", "failed", [["nvidia0"], 100, 0], {"docker": {"gpus": "all"}}),
+        ("GPUs", "failed", [["nvidia0"], 0, 1], {}),
+        ("GPUs", "ok", [["nvidia0"], 0, 1], {"docker": {"gpus": "device=0"}}),
         ("secrets", "warning", [("api", "api.example.com", 401, "Unauthorized")], {}),
         ("secrets", "warning", [("api", "api.example.com", 0, "timed out")], {}),
         ("secrets", "warning", [("api", "api.example.com", 502, "api.example.com can't be reached: …")], {}),

@@ -28,6 +28,7 @@ from sandbox_runner import (
     LABEL,
     Config,
     DockerConfig,
+    EngineError,
     Omitted,
     PackageConfig,
     PoolConfig,
@@ -657,3 +658,12 @@ async def test_a_container_that_never_ran_is_pruned_and_no_other_one(
             assert await runner.launcher.engine.inspect("container", other, "{{.State.Status}}") == "created"
         finally:
             await runner.launcher.engine.run("rm", other)
+
+
+@pytest.mark.engine
+async def test_an_engine_without_gpus_is_told_in_a_sentence_with_the_next_step(config: Config) -> None:
+    for gpus in ("all", "device=0,1"):
+        docker = dataclasses.replace(config.docker, gpus=gpus)
+        async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
+            with pytest.raises(EngineError, match=r"This engine has no GPU to give .*nvidia-ctk"):
+                await runner.execute("1")

@@ -1300,6 +1300,23 @@ def test_runtime_and_mounts_are_passed_on(tmp_path: Path) -> None:
     assert any(option.startswith(f"--mount=type=bind,source={tmp_path},target=/data,r") for option in options)
 
 
+@pytest.mark.parametrize(
+    ("engine", "gpus", "expected"),
+    [
+        ("docker", "all", ['--gpus="all"']),
+        ("docker", "device=0,GPU-1a2b", ['--gpus="device=0,GPU-1a2b"']),
+        ("podman", "all", ["--device=nvidia.com/gpu=all"]),
+        ("podman", "device=0,1", ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]),
+        ("docker", None, []),
+        ("podman", None, []),
+    ],
+)
+def test_gpus_are_asked_for_as_each_engine_wants_it(engine: Any, gpus: str | None, expected: list[str]) -> None:
+    options = arguments(engine, gpus=gpus)
+    assert [option for option in options if option.startswith(("--gpus", "--device"))] == expected
+    assert ("--env=NVIDIA_DRIVER_CAPABILITIES=compute,utility" in options) is bool(gpus)
+
+
 # ── output ──
 
 
