@@ -107,6 +107,7 @@ from sandbox_runner import (
     Rich,
     Runner,
     SandboxError,
+    SandboxInfo,
     SessionConfig,
     SessionId,
     Text,
@@ -128,6 +129,7 @@ from sandbox_runner import (
     runner_until_signal,
     set_up_logging,
     show_status,
+    shown_path,
     size_in_bytes,
     split_key,
     split_mount,
@@ -159,6 +161,7 @@ OUTPUT_KEPT = 16 << 20  # characters of output, per session
 OUTPUT_KEPT_ALL = 64 << 20  # characters of output, over all sessions
 FILES_REMEMBERED = 1000  # files of one session that are listed as resources
 RESOURCES_LISTED = 100  # resources in one answer; more have to be asked for with a cursor
+VARIABLES_SHOWN = 30  # of a session in a list
 RESOURCE_LIMIT = 384 << 10  # bytes, or characters, of a resource in one answer; JSON may double that
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress notifications
@@ -256,6 +259,7 @@ class Tool(pydantic.BaseModel):
     keeps_sessions: ClassVar[bool] = False
     destructive: ClassVar[bool] = False
     idempotent: ClassVar[bool] = False
+    read_only: ClassVar[bool] = False
 
     async def call(self, service: Service, progress: Progress) -> types.CallToolResult:
         """Make the call. Raises SandboxError."""
@@ -437,9 +441,59 @@ class CleanupSession(Tool):
         return answer([words], {"status": "ok", "session_id": self.session_id, "message": words})
 
 
+class ListSessions(Tool):
+    """Lists the sessions that there are."""
+
+    name = "list-sessions"
+    title = "List sessions"
+    description = (
+        "List the sessions that there are, also those of earlier conversations, with their variables and files. Pass "
+        "the session_id of one to execute-persistent to go on in it."
+    )
+    read_only = True
+    idempotent = True
+
+    async def call(self, service: Service, progress: Progress) -> types.CallToolResult:  # noqa: ARG002  # inherited
+        """Ask all sandboxes of the user's."""
+        own = service.runner.launcher.owner
+        sessions = [session_fields(info, own) for info in await service.runner.list_sessions()]
+        count = "There is one session:" if len(sessions) == 1 else f"There are {len(sessions) or 'no'} sessions"
+        words = [f"{count}{':' if len(sessions) > 1 else '.' * (not sessions)}", *map(session_line, sessions)]
+        return answer(["\n".join(words)], {"status": "ok", "sessions": sessions})
+
+
 TOOLS: dict[str, type[Tool]] = {
-    tool.name: tool for tool in (ExecuteTransient, ExecutePersistent, InstallPackage, CleanupSession)
+    tool.name: tool for tool in (ExecuteTransient, ExecutePersistent, InstallPackage, ListSessions, CleanupSession)
 }
+
+
+def session_fields(info: SandboxInfo, own: str) -> dict[str, Any]:
+    """Return what a program is told of a session."""
+    elsewhere = info.attached and info.owner != own
+    return {
+        "session_id": info.session,
+        "state": "used by another program" if elsewhere else "running" if info.busy else "idle",
+        "age": round(info.age),
+        "idle": round(info.idle),
+        "memory": info.memory,
+        "files": info.files[0],
+        "files_size": info.files[1],
+        "variables": {shown_path(name): shown_path(about) for name, about in info.variables.items()},
+    }
+
+
+def session_line(fields: Mapping[str, Any]) -> str:
+    """Say what a model should know of a session."""
+    variables = [f"{name} ({about})" for name, about in fields["variables"].items()]
+    more = f" and {len(variables) - VARIABLES_SHOWN} more" if len(variables) > VARIABLES_SHOWN else ""
+    state = f"idle for {duration(fields['idle'])}" if fields["state"] == "idle" else fields["state"]
+    parts = [
+        f"{state}, begun {duration(fields['age'])} ago",
+        f"{readable_size(fields['memory'])} of memory" if fields["memory"] else "",
+        f"{fields['files']} files ({readable_size(fields['files_size'])})" if fields["files"] else "",
+        f"variables {', '.join(variables[:VARIABLES_SHOWN])}{more}" if variables else "no variables",
+    ]
+    return f"- {fields['session_id']}: {'; '.join(filter(None, parts))}"
 
 
 class ParameterSchema(GenerateJsonSchema):
@@ -470,7 +524,7 @@ def describe(tool: type[Tool], config: Config, given: str = "") -> types.Tool:
         icons=[ICON],
         annotations=types.ToolAnnotations(
             title=tool.title,
-            read_only_hint=False,
+            read_only_hint=tool.read_only,
             destructive_hint=tool.destructive,
             idempotent_hint=tool.idempotent,
             open_world_hint=has_network(config) if tool.runs_code else tool is InstallPackage,
@@ -556,7 +610,8 @@ Runs Python in locked-down containers.
 - One piece of code that needs nothing from before: execute-transient.
 - Work in steps: execute-persistent. Leave session_id out in the first call, and pass the one that it returns in the \
 next: variables, functions, imports and files are still there. A session ends after \
-{config.session.idle_timeout / 60:g} minutes without a call; end it with cleanup-session when you are done.
+{config.session.idle_timeout / 60:g} minutes without a call; end it with cleanup-session when \
+you are done. To find those of earlier conversations: list-sessions.
 - {preinstalled(config)} Anything else: install-package first, then import it.
 - You see what the code prints, and the value of an expression at its end. Matplotlib figures come back as images \
 without savefig() or show(), and display(x) shows other images and rich values.
@@ -1347,25 +1402,29 @@ NO_GRAPHICS = (
     '"opencv-python-headless".'
 )
 NO_COMMAND = (
-    "System packages can't be added from code: do without, use a Python package for it, or have the operator set "
-    "docker.image to an image that has them."
+    "System packages can't be added from code: do without, use a Python package for it, or have the operator name them "
+    "in package.system."
 )
 NO_LOCALE = (
     "This image has only the locales C.UTF-8 and POSIX: format numbers and dates in Python, such as f'{{x:,.2f}}', or "
-    'by the package babel (install-package, package_name "babel").'
+    'by the package babel (install-package, package_name "babel"). The operator can add others (package.system: '
+    "[locales])."
 )
 NO_FONT = (
     "There is no such font here: use ImageFont.load_default(size=20), or Matplotlib's own, by "
     "matplotlib.font_manager.findfont('DejaVu Sans')."
 )
-NO_FFMPEG = "There is no ffmpeg in this image: save the animation as a GIF, by anim.save('name.gif', writer='pillow')."
+NO_FFMPEG = (
+    "There is no ffmpeg in this image: save the animation as a GIF, by anim.save('name.gif', writer='pillow'), or have "
+    "the operator add it (package.system: [ffmpeg])."
+)
 NO_POOL = (
     "The pool's processes could not run the code, or memory ran out: use mp_context=multiprocessing.get_context("
     '"fork"), or threads.'
 )
 NO_GRAPHVIZ = (
-    "Graphviz's own program dot is not in this image: draw the graph with networkx (nx.draw), or have the operator set "
-    "docker.image to an image that has it."
+    "Graphviz's own program dot is not in this image: draw the graph with networkx (nx.draw), or have the operator add "
+    "it (package.system: [graphviz])."
 )
 NO_SCREEN = "There is no screen here: draw with Matplotlib or Pillow, and show it with display(), or save it."
 NO_FILE = "There is no file: the working directory is {docker.working_dir}; use paths relative to it."
@@ -1489,10 +1548,9 @@ def hint_on_optional(found: re.Match[str], _: Failure) -> str:
 def hint_on_library(found: re.Match[str], _: Failure) -> str:
     """Return which system package a library is in, and who can add it."""
     package = next((name for library, name in SYSTEM_PACKAGES.items() if found[1].startswith(library)), None)
-    called = f" (Debian's package {package})" if package else ""
     return (
-        f"The system library {found[1]}{called} is missing, and can't be added from code: have the operator set "
-        "docker.image to an image that has it."
+        f"The system library {found[1]} is missing, and can't be added from code: have the operator add Debian's "
+        f"package for it (package.system: [{package or '…'}])."
     )
 
 

@@ -464,6 +464,18 @@ class Runner:
         Request("", name)
         return await self.sessions[name].close()
 
+    async def list_sessions(self) -> list[SandboxInfo]:
+        """Return the user's sessions on this engine, those of other programs as well, the last used first.
+
+        Raises EngineError if there is no engine to ask.
+        """
+        found = []
+        for info in await self.launcher.list_sandboxes(details=True):
+            user, name = split_key(info.session or "")
+            if name and user == self.sessions.user:
+                found.append(dataclasses.replace(info, session=name))
+        return sorted(found, key=lambda info: info.idle)
+
     async def read_file(self, session: str, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return a file in a session's working directory, or a part of it; also while code runs there.
 
@@ -1873,12 +1885,12 @@ class Launcher:
         finally:
             report("")
 
-    async def list_sandboxes(self) -> list[SandboxInfo]:
-        """Return all sandboxes on this engine as they describe themselves, oldest first."""
+    async def list_sandboxes(self, *, details: bool = False) -> list[SandboxInfo]:
+        """Return all sandboxes on this engine as they describe themselves, if asked in detail, oldest first."""
         engine = await self.find_engine()
         names = await engine.sandboxes()
         known = [name for name, version in names.items() if version == str(PROTOCOL)]
-        answers = await self.ask(engine, known, patience=STATUS_TIMEOUT)
+        answers = await self.ask(engine, known, details=details, patience=STATUS_TIMEOUT)
         infos = [info for info in answers if isinstance(info, SandboxInfo)]
         if silent := set(names) - {info.name for info in infos}:
             there = await engine.sandboxes()
@@ -1886,7 +1898,13 @@ class Launcher:
         return sorted(infos, key=lambda info: -info.age)
 
     async def ask(
-        self, engine: Engine, names: Sequence[str], *, settings: str | None = None, patience: float | None = None
+        self,
+        engine: Engine,
+        names: Sequence[str],
+        *,
+        settings: str | None = None,
+        details: bool = False,
+        patience: float | None = None,
     ) -> list[Sandbox | SandboxInfo]:
         """Ask containers to describe themselves; take over those without a host that have the digest `settings`."""
         answers: list[Sandbox | SandboxInfo] = []
@@ -1895,7 +1913,9 @@ class Launcher:
         async def ask_one(name: str) -> None:
             async with at_once:
                 with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
-                    answer = await Sandbox.plug_in(self, engine, name, settings=settings, patience=patience)
+                    answer = await Sandbox.plug_in(
+                        self, engine, name, settings=settings, details=details, patience=patience
+                    )
                     if answer:
                         answers.append(answer)
 
@@ -1952,6 +1972,8 @@ class SandboxInfo:
     age: float = 0.0  # seconds
     idle: float = 0.0  # seconds since its last call
     memory: int | None = None  # bytes in use
+    variables: Mapping[str, str] = field(default_factory=dict)  # names, with types and sizes
+    files: tuple[int, int] = (0, 0)  # how many there are in the working directory, and their bytes
 
 
 SESSION_CONTAINER = "python-docker-mcp-session-"
@@ -2104,6 +2126,7 @@ class Sandbox:
         session: str | None = None,
         call: Call | None = None,
         settings: str | None = None,
+        details: bool = False,
         patience: float | None = None,
     ) -> Sandbox | SandboxInfo | None:
         """Take over a sandbox without a host, if it holds `session`, or none and was made with the digest `settings`.
@@ -2111,9 +2134,14 @@ class Sandbox:
         If `call` is running in it, that goes on. Returns its description if it can't be taken over, None if it does not
         answer within `patience` seconds.
         """
-        request: PlugRequest = {"session": session, "settings": settings, "owner": launcher.owner, "authority": ""}
-        if session or settings:
-            request["authority"] = await launcher.network.credentials.certificate()
+        may_enter = bool(session or settings)
+        request: PlugRequest = {
+            "session": session,
+            "settings": settings,
+            "owner": launcher.owner,
+            "details": details,
+            "authority": await launcher.network.credentials.certificate() if may_enter else "",
+        }
         sandbox = cls(engine, name, *await engine.spawn(*engine.plug_arguments(name)), launcher.network)
         launcher.tasks.start_soon(sandbox.serve, call)
         try:
@@ -2136,7 +2164,7 @@ class Sandbox:
         said = self.greeting
         return SandboxInfo(
             self.name, True, True, said["session"], said["attached"], said["owner"], said["busy"], said["age"],
-            said["idle"], said["memory"],
+            said["idle"], said["memory"], said.get("variables", {}), said.get("files", (0, 0)),
         )  # fmt: skip
 
     # ── the pipe ──
@@ -4034,6 +4062,7 @@ class PlugRequest(TypedDict):
     session: str | None
     settings: str | None
     owner: str
+    details: bool  # whether the status is to tell of variables and files
     authority: str  # certificate of the authority that its server's hosts with a secret have, "" if there are none
 
 
@@ -4096,6 +4125,7 @@ class Report(EndOfCall):
     """How the code ended."""
 
     status: Literal["ok", "error"]
+    variables: NotRequired[dict[str, str]]  # for the supervisor
 
 
 class Turn(TypedDict):
@@ -4150,6 +4180,8 @@ class Greeting(TypedDict):
     age: Seconds
     idle: Seconds
     memory: Count | None
+    variables: NotRequired[dict[str, str]]  # names, with types and sizes
+    files: NotRequired[tuple[Count, Count]]  # how many there are in the working directory, and their bytes
 
 
 class Notice(TypedDict):
@@ -4672,7 +4704,8 @@ EARLIER_LIMIT = 1 << 16  # bytes kept of the output written while no call is run
 FILES_UNLISTED = 20  # of those that are not: named, with the reason
 LISTING_LIMIT = 1 << 19  # bytes of their names
 PATH_LIMIT = 200  # characters of a file's path
-NAME_SHOWN = 60  # of one that is not listed
+NAME_SHOWN = 60  # of one that is not listed, of a variable's name, and of its type's
+VARIABLES_TOLD = 100  # of a session
 ENTRIES_SEEN = 10_000  # files and folders in the working directory; any more are not looked at
 SHIPPED_CACHE = "/opt/python-docker-mcp/matplotlib"
 PLUG_ADDRESS = "\0python-docker-mcp"  # abstract: in the container's network namespace, not in a file system
@@ -4690,7 +4723,7 @@ WORKER_FIELDS = {  # of each kind of frame from the worker, besides kind and id:
     "state": ({"data", "left_out"}, set()),
     "done": (
         {"status", "cpu"},
-        {"memory", "value", "value_length", "exit_code", "exception", "stale"},
+        {"memory", "value", "value_length", "exit_code", "exception", "stale", "variables"},
     ),
     "turn": (set(), set()),
     "clear": (set(), set()),
@@ -4715,6 +4748,7 @@ class Supervisor:
         self.state: Variables = "preserved"  # fate of the variables in the last call
         self.lost: str | None = None  # why the session's variables were lost while no call was running
         self.packages: str | None = None  # folder of the packages installed for the session
+        self.variables: dict[str, str] = {}  # names, with types and sizes, when the last call that went well had ended
         self.question: str | None = None  # id of the request to use others, until the worker has answered it
         self.started = self.active = time.monotonic()
         self.look_due = math.inf  # when to look at the sandbox's shares next
@@ -4858,7 +4892,14 @@ class Supervisor:
         """
         wanted, ours = ("settings", self.settings["digest"]) if self.session is None else ("session", self.session)
         may_enter = not self.host.channel and request[wanted] == ours
-        return None if may_enter else self._status("status")
+        if may_enter:
+            return None
+        status = self._status("status")
+        if request.get("details"):
+            files, _ = list_files(self.settings["working_dir"])
+            status["variables"] = self.variables
+            status["files"] = len(files), sum(size for _, size in files.values())
+        return status
 
     def _enter(self, channel: Channel, plug: socket.socket, request: PlugRequest) -> None:
         self.host.plug, self.host.owner = plug, request["owner"]
@@ -4934,6 +4975,7 @@ class Supervisor:
             if frame["kind"] != "state":
                 self.output.read_all()  # output written before it goes before it
             if frame["kind"] == "done":
+                self.variables = told_variables(frame.pop("variables", None))
                 self.worker.cpu += frame["cpu"]
                 self._conclude(frame, frame["status"], self.worker.kills.count(self.worker.copy))
                 return
@@ -5181,6 +5223,12 @@ class RunningCall:
             if oldest[dropped:]:
                 self.tail.appendleft((stream, oldest[dropped:]))
         return passes
+
+
+def told_variables(said: Any) -> dict[str, str]:
+    """Return what the worker says of its variables, in bounds, as the code may have forged it."""
+    pairs = itertools.islice(said.items() if type(said) is dict else (), VARIABLES_TOLD)
+    return {clip(name, NAME_SHOWN): clip(about, 2 * NAME_SHOWN) for name, about in pairs if type(about) is str}
 
 
 def check_worker_frame(frame: dict[str, Any]) -> None:
@@ -6508,6 +6556,8 @@ class Worker:
             if error := self.signals.attempt(step):
                 how = "was interrupted" if type(error) is KeyboardInterrupt else f"failed: {failure_of(error)}"
                 self.signals.attempt(self.note, f"{purpose} {how}")
+        if not request["final"]:
+            self.signals.attempt(self._tell_variables, report)
         self.signals.attempt(self.standard.flush)
         self.signals.stop_timers()
         with self.lock:
@@ -6578,6 +6628,9 @@ class Worker:
         yield "showing the pictures", self.pictures.show_saved
         if elsewhere := self.pages.files_elsewhere():
             yield "naming files", functools.partial(self.note, elsewhere)
+
+    def _tell_variables(self, report: Report) -> None:
+        report["variables"] = outline(self.names)
 
     def _send_state(self, limit: int) -> None:
         variables, left_out = collect_state(self.names, limit)
@@ -7877,6 +7930,32 @@ def collect_state(names: dict[str, Any], limit: int = STATE_LIMIT) -> tuple[byte
     return b"{%s}" % b",".join(kept), dict(list(left_out.items())[:100])
 
 
+WITH_SHAPE = [("numpy", "ndarray"), *((lib, kind) for lib in ("pandas", "polars") for kind in ("DataFrame", "Series"))]
+
+
+def outline(names: dict[str, Any]) -> dict[str, str]:
+    """Return what there is besides modules: names, with types and sizes. No code of the values' classes runs."""
+    found: dict[str, str] = {}
+    for given, value in list(names.items()):
+        name = exact(given)
+        if name and name[0] != "_" and not issubclass(type(value), types.ModuleType) and len(found) < VARIABLES_TOLD:
+            size = ""
+            with contextlib.suppress(Exception):  # a library's own code, for its tables
+                size = size_of(value)
+            found[clip(name, NAME_SHOWN)] = f"{clip(class_name(value), NAME_SHOWN)}{size and f', {size}'}"
+    return found
+
+
+def size_of(value: Any) -> str:
+    """Return how large a value is, if it is of a built-in type, or an array or table as the libraries make them."""
+    if type(value) in (str, bytes, bytearray, list, tuple, dict, set, frozenset):
+        return f"{len(value)} {'characters' if type(value) is str else 'items'}"
+    for module, name in WITH_SHAPE:
+        if type(value) is getattr(sys.modules.get(module), name, None):
+            return " x ".join(map(str, value.shape))
+    return ""
+
+
 # ── code as models write it: what it expects of a notebook, and of libraries ──
 
 FENCE = re.compile(r"\s*(```|~~~)")
@@ -9149,17 +9228,17 @@ def _libraries_of(*programs: Path) -> set[Path]:
 
 
 async def derive_image(engine: Engine, config: Config, report: Callable[[str], None]) -> Image:
-    """Find or make the sandboxes' image: the base image plus preinstalled packages, their bytecode and a font list.
+    """Find or make the sandboxes' image: the base image plus packages, their bytecode and a font list.
 
     It is made by committing a helper container, which any engine can do, once per base image and list of packages;
     another program that wants it meanwhile waits. If the packages can't be installed, return the base image, with
-    `problem`.
+    `problem`; if it may be for system packages, with the others all the same.
 
     Raises:
         ImageError: not even the base image could be found, pulled or made.
     """
     docker, package = config.docker, config.package
-    if not package.preinstalled:
+    if not wanted(package):
         return await find_image(engine, docker, report)
     if docker.image != "host" and (made := await _find_derived(engine, docker.image, package)):
         return made
@@ -9171,10 +9250,18 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
         with anyio.fail_after(INSTALL_TIMEOUT):
             identity = await _build(engine, base, name, config, report)
     except (EngineError, TimeoutError) as error:
-        problem = f"{', '.join(package.preinstalled)} could not be preinstalled: {str(error) or 'it took too long'}"
+        problem = f"{', '.join(wanted(package))} could not be preinstalled: {str(error) or 'it took too long'}"
         log.warning("%s", problem)
+        if package.system:
+            without = dataclasses.replace(config, package=dataclasses.replace(package, system=()))
+            base = await derive_image(engine, without, report)
         return dataclasses.replace(base, problem=problem)
     return Image(name, identity, f"derived from {base.name} ({base.origin})")
+
+
+def wanted(package: PackageConfig) -> tuple[str, ...]:
+    """Return all that the image is to have besides what its base image has."""
+    return (*package.system, *package.preinstalled)
 
 
 async def _find_derived(engine: Engine, base: str, package: PackageConfig) -> Image | None:
@@ -9194,7 +9281,8 @@ def derived_name(base: str, package: PackageConfig) -> str:
 
 def ingredients(base: str, package: PackageConfig, recipe: int = 0) -> str:
     """Return a digest of what an image is derived from, by one recipe or by any."""
-    text = "\n".join((str(recipe), base, package.installer, *package.preinstalled))
+    system = ("system", *package.system) if package.system else ()
+    text = "\n".join((str(recipe), base, package.installer, *package.preinstalled, *system))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -9209,7 +9297,7 @@ async def _build(engine: Engine, base: Image, name: str, config: Config, report:
     Two images of one name would be two places for installed packages.
     """
     build = f"build-{name.rpartition(':')[2]}"
-    waiting = f"waiting for another program that is preparing the image with {', '.join(config.package.preinstalled)}"
+    waiting = f"waiting for another program that is preparing the image with {', '.join(wanted(config.package))}"
     async with file_lock(build, lambda: report(waiting)) as has_waited:
         if has_waited and (made := await _image_id(engine, name)):
             return made
@@ -9228,9 +9316,14 @@ async def _build(engine: Engine, base: Image, name: str, config: Config, report:
 async def _build_once(
     engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
 ) -> None:
-    packages = ", ".join(config.package.preinstalled)
+    packages = ", ".join(wanted(config.package))
     report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
-    task = {"task": "build", "requirements": config.package.preinstalled}
+    task = {
+        "task": "build",
+        "requirements": config.package.preinstalled,
+        "system": config.package.system,
+        "system_mirror": config.package.system_mirror,
+    }
     async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
         outcome.require_success(f"{packages} could not be installed")
         report(build_status(BUILD_STEPS, "saving the image"))
@@ -9431,6 +9524,12 @@ PACKAGES = "/packages"  # where the volume with installed packages is mounted, i
 CERTIFICATES = "/dev/shm/certificates.pem"  # in memory, so that the host's certificates never stay in an image
 NOBODY = 65534
 OWN_USERS = range(60706, 61184)  # ids that nobody else has: https://systemd.io/UIDS-GIDS
+APK_REPOSITORIES = "/etc/apk/repositories"
+LOCALES = (  # that the package locales brings as sources
+    "ar_EG", "cs_CZ", "da_DK", "de_AT", "de_CH", "de_DE", "en_GB", "en_IN", "en_US", "es_ES", "es_MX", "fi_FI", "fr_CA",
+    "fr_FR", "he_IL", "hi_IN", "hu_HU", "id_ID", "it_IT", "ja_JP", "ko_KR", "nl_NL", "nb_NO", "pl_PL", "pt_BR", "pt_PT",
+    "ro_RO", "ru_RU", "sv_SE", "th_TH", "tr_TR", "uk_UA", "vi_VN", "zh_CN", "zh_TW",
+)  # fmt: skip
 UNUSED_AFTER = 30 * 86400  # seconds after which a set of packages is pruned if no installation asks for it
 
 
@@ -9497,8 +9596,11 @@ def trust(certificates: str) -> None:
 
 def build_content(task: dict[str, Any]) -> dict[str, Any]:
     """Give the container the content of the derived image; the host then commits it."""
-    command = installer_command(task)
+    if task["system"]:
+        tell("progress", text=f"installing {', '.join(task['system'])}", step=2)
+        add_system_packages(task)
     if task["requirements"]:
+        command = installer_command(task)
         tell("progress", text=f"installing {', '.join(task['requirements'])}", step=2)
         run_tool([*command, "install", *task["options"], *task["requirements"]])
     tell("progress", text="compiling bytecode", step=3)
@@ -9518,6 +9620,50 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
     found = importlib.metadata.distributions(path=[*folders])
     return {"installed": sorted([item.metadata["Name"], item.version] for item in found)}
+
+
+def add_system_packages(task: dict[str, Any]) -> None:
+    """Install packages of Debian's or Alpine's, from a mirror if one is named, which the image does not keep."""
+    folder = tempfile.mkdtemp()
+    os.makedirs(f"{folder}/parts")
+    for place in glob.glob("/etc/apt/sources.list") + glob.glob("/etc/apt/sources.list.d/*") + [APK_REPOSITORIES]:
+        with contextlib.suppress(OSError), open(place) as source:
+            text = source.read()
+            if task["system_mirror"]:
+                mirror = task["system_mirror"].rstrip("/")
+                text = re.sub(
+                    r"https?://(deb\.debian\.org|security\.debian\.org|dl-cdn\.alpinelinux\.org)", mirror, text
+                )
+            with open(f"{folder}/{'parts/' * ('.d/' in place)}{os.path.basename(place)}", "w") as copy:
+                copy.write(text)
+    if shutil.which("apt-get"):
+        options = {
+            "Dir::Etc::SourceList": f"{folder}/sources.list",
+            "Dir::Etc::SourceParts": f"{folder}/parts",
+            "APT::Sandbox::User": "root",
+            "APT::Update::Error-Mode": "any",
+            "Acquire::Retries": "2",
+            **({"Acquire::https::CaInfo": CERTIFICATES} if os.path.exists(CERTIFICATES) else {}),
+        }
+        command = [
+            "apt-get",
+            "--yes",
+            "--no-install-recommends",
+            *(f"--option={key}={options[key]}" for key in options),
+        ]
+        os.environ["DEBIAN_FRONTEND"] = "noninteractive"
+        run_tool([*command, "update"])
+        run_tool([*command, "install", *task["system"]])
+        run_tool([*command, "clean"])
+        shutil.rmtree("/var/lib/apt/lists", ignore_errors=True)
+    elif shutil.which("apk"):
+        os.environ["SSL_CA_CERT_FILE"] = os.environ.get("SSL_CERT_FILE", "")
+        run_tool(["apk", "add", "--no-cache", f"--repositories-file={folder}/repositories", *task["system"]])
+    else:
+        raise InstallError("error: the image has neither apt-get nor apk: name one that has as docker.image")
+    if "locales" in task["system"] and shutil.which("localedef"):
+        for name in LOCALES:
+            subprocess.call(["localedef", "-i", name, "-f", "UTF-8", f"{name}.UTF-8"], stderr=subprocess.DEVNULL)
 
 
 def add_packages(task: dict[str, Any]) -> dict[str, Any]:
@@ -9719,8 +9865,8 @@ GUEST_MODULES = (
     "traceback types unicodedata warnings weakref"
 ).split()
 INSTALLER_MODULES = (
-    "hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys sysconfig threading "
-    "time urllib.parse urllib.request zipfile"
+    "contextlib glob hashlib importlib.metadata importlib.util io json os platform re shutil ssl subprocess sys "
+    "sysconfig tempfile threading time urllib.parse urllib.request zipfile"
 ).split()
 
 
@@ -9864,6 +10010,8 @@ class PackageConfig:
         *("numpy", "pandas", "scipy", "matplotlib", "scikit-learn", "sympy"),
         *("seaborn", "openpyxl", "tabulate", "jinja2", "tqdm"),
     )
+    system: tuple[str, ...] = ()
+    system_mirror: str | None = None
     wheels_only: bool = True
     ca_bundle: str | None = None
     network: str | None = None
@@ -9876,8 +10024,12 @@ class PackageConfig:
                 parse_requirement(requirement)
             except RequestError as error:
                 raise ValueError(f"package.preinstalled: {str(error).rstrip('.')}") from None
-        if self.index_url is not None and not re.fullmatch(r"https?://[^\s]+", self.index_url):
-            raise ValueError(f"package.index_url: {self.index_url!r} is not the address of an index (http or https)")
+        for name in self.system:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9+._-]*(?<!-)(=[\w.+~:-]+)?", name):
+                raise ValueError(f"package.system: {name!r} is not the name of a Debian or Alpine package")
+        for name, value in (("index_url", self.index_url), ("system_mirror", self.system_mirror)):
+            if value is not None and not re.fullmatch(r"https?://[^\s]+", value):
+                raise ValueError(f"package.{name}: {value!r} is not an address (http or https)")
         for host in self.trusted_hosts:
             if not re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?", host):
                 raise ValueError(f"package.trusted_hosts: {host!r} is not a host's name, with or without a port")

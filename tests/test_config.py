@@ -182,7 +182,7 @@ def test_an_empty_variable_is_as_one_that_is_not_set(file: Path) -> None:
         ),
         ("session: {idle_timeout: 0}", "session.idle_timeout in FILE: 0.0 is not a number of seconds above zero."),
         ("package: {installer: conda}", "package.installer in FILE: 'conda' is not accepted: input should be 'uv' or"),
-        ("package: {index_url: pypi}", "package.index_url in FILE: 'pypi' is not the address of an index"),
+        ("package: {index_url: pypi}", "package.index_url in FILE: 'pypi' is not an address (http or https)"),
         ("package: {trusted_hosts: [a b]}", "package.trusted_hosts in FILE: 'a b' is not a host's name"),
         ("package: {preinstalled: [-r x]}", "package.preinstalled in FILE: '-r x' is not a package's name"),
         ("package: {ca_bundle: /nowhere}", "package.ca_bundle in FILE: '/nowhere' is not a file on this host."),

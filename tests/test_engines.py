@@ -36,6 +36,7 @@ from sandbox_runner import (
     Result,
     Rich,
     Runner,
+    SandboxInfo,
     SessionConfig,
     Text,
     open_runner,
@@ -667,3 +668,33 @@ async def test_an_engine_without_gpus_is_told_in_a_sentence_with_the_next_step(c
         async with open_runner(dataclasses.replace(config, docker=docker)) as runner:
             with pytest.raises(EngineError, match=r"This engine has no GPU to give .*nvidia-ctk"):
                 await runner.execute("1")
+
+
+@pytest.mark.engine
+async def test_sessions_are_listed_wherever_they_are(config: Config, session: str) -> None:
+    """Of another program, idle or running, and of none; the listing takes nothing over."""
+    table = "import numpy as np, pandas as pd\ntable = pd.DataFrame({'a': range(3)}); grid = np.zeros((2, 5))"
+    config = dataclasses.replace(config, package=PackageConfig())
+    names = [f"{session}-{n}" for n in range(3)]
+    async with open_runner(config) as runner, open_runner(config) as other:
+
+        async def listed() -> dict[str | None, SandboxInfo]:
+            return {info.session: info for info in await runner.list_sessions() if info.session in names}
+
+        await other.execute(table, session=names[0])
+        (info,) = (await listed()).values()
+        assert dict(info.variables) == {"table": "DataFrame, 3 x 1", "grid": "ndarray, 2 x 5"}
+        assert (info.attached, info.owner == other.launcher.owner, info.busy) == (True, True, False)
+        await other.execute(
+            "open('made', 'w').write('abc')\nimport time; time.sleep(60)", session=names[1], answer_within=0.5
+        )
+        await runner.execute("mine = 1", session=names[2])
+        there = await listed()
+        assert (there[names[1]].busy, there[names[1]].files) == (True, (1, 3))
+        assert there[names[2]].owner == runner.launcher.owner
+        await other.leave()
+        there = await listed()
+        assert [there[name].attached for name in names] == [False, False, True]
+        for name in names:
+            await runner.close_session(name)
+        assert not await listed()

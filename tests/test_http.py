@@ -229,6 +229,12 @@ async def name_it_as_the_engine_does(its: Things) -> None:
             await its.other.read_resource(f"session://{inner}/files/secret.txt")
 
 
+async def list_sessions(its: Things) -> None:
+    assert text_of(await its.other.call_tool("list-sessions", {})) == "There are no sessions."
+    listed = text_of(await its.owner.call_tool("list-sessions", {}))
+    assert ("- study: idle" in listed, "- slow: running" in listed) == (True, True), listed
+
+
 async def list_resources(its: Things) -> None:
     assert [item.uri for item in (await its.other.list_resources()).resources] == []
     listed = {item.uri for item in (await its.owner.list_resources()).resources}
@@ -312,6 +318,7 @@ ATTACKS = (  # and the program with which it succeeds, as the wall against it is
     (stop_code, TOGETHER),
     (end_a_session, TOGETHER),
     (list_resources, TOGETHER),
+    (list_sessions, TOGETHER),
     (read_a_file, TOGETHER),
     (read_an_output, TOGETHER),
     (install_into_a_session, TOGETHER),

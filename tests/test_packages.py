@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -695,3 +698,82 @@ async def test_the_preinstalled_packages_are_there_and_matplotlib_draws_without_
         assert (result.status, result.variables, [file.path for file in result.files]) == ("error", {"y": 5}, ["file"])
         assert result.exception
         assert (result.exception.type, result.exception.line) == ("ZeroDivisionError", 6)
+
+
+# ── system packages ──
+
+NEWEST = "localhost/python-docker-mcp-tests:3.14"  # made by engines.sh, of Debian
+
+
+@pytest.mark.parametrize("name", ["", "-x", "libc6-", "a b", "a;b", "A", "../a", "a=", "a=1;x"])
+def test_what_is_no_system_package_is_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(ValueError, match=r"package\.system: .* is not the name of a Debian or Alpine package"):
+        PackageConfig(system=(name,))
+
+
+def test_names_of_system_packages() -> None:
+    assert PackageConfig(system=("g++", "libgomp1", "libstdc++6", "python3.12", "graphviz=2.42.2-9+b1", "0ad")).system
+    with pytest.raises(ValueError, match=r"package\.system_mirror: 'mirror' is not an address"):
+        PackageConfig(system_mirror="mirror")
+
+
+@pytest.mark.parametrize(
+    ("manager", "expected"),
+    [
+        ("apk", ["apk add --no-cache --repositories-file=REPOSITORIES libgomp"]),
+        ("apt-get", ["update", "install libgomp", "clean"]),
+    ],
+)
+def test_each_manager_is_asked_in_its_own_way_and_the_mirror_is_not_kept(
+    manager: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With what stands for the manager, as no image of Alpine's can be had everywhere."""
+    source = tmp_path / "repositories"
+    source.write_text("https://dl-cdn.alpinelinux.org/alpine/v3.20/main\n")
+    ran: list[str] = []
+    monkeypatch.setattr(shutil, "which", lambda program: program == manager)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(glob, "glob", lambda _: [])
+    monkeypatch.setattr(sandbox_runner, "APK_REPOSITORIES", str(source))
+    monkeypatch.setattr(sandbox_runner, "run_tool", lambda command: ran.append(" ".join(command)))
+    sandbox_runner.add_system_packages({"system": ["libgomp"], "system_mirror": "https://mirror.example/"})
+    for line, part in zip(ran, expected, strict=True):
+        found = re.search(r"--repositories-file=(\S+)", line)
+        if found:
+            assert Path(found[1]).read_text() == "https://mirror.example/alpine/v3.20/main\n"
+            part = part.replace("REPOSITORIES", found[1])
+        assert line.endswith(part)
+    assert "mirror.example" not in source.read_text()
+
+
+SYSTEM = """
+import ctypes, locale, subprocess
+ctypes.CDLL('libgomp.so.1')
+said = subprocess.run(['dot', '-Tsvg'], input='digraph {a -> b}', capture_output=True, text=True)
+locale.setlocale(locale.LC_ALL, 'de_DE.UTF-8')
+'<svg' in said.stdout, locale.format_string('%.1f', 1234.5, grouping=True)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.anyio
+async def test_system_packages_are_there_or_it_is_told_why_not(config: Config, engine_command: str) -> None:
+    docker = dataclasses.replace(config.docker, image=NEWEST)
+    package = dataclasses.replace(config.package, system=("libgomp1", "graphviz", "locales"))
+    async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
+        assert (await runner.execute(SYSTEM)).value == "(True, '1.234,5')"
+        image = runner.launcher.image
+        assert image is not None
+        assert image.problem is None
+        assert (await runner.execute("import os; os.path.exists('/var/lib/apt/lists')")).value == "False"
+    for name, image_name, said in (
+        ("no-such-package", NEWEST, "no-such-package could not be preinstalled: .*Unable to locate package no-such"),
+        ("libgomp1", "host", "libgomp1 could not be preinstalled: .*the image has neither apt-get nor apk"),
+    ):
+        docker = dataclasses.replace(config.docker, image=image_name)
+        package = dataclasses.replace(config.package, system=(name,))
+        async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
+            assert (await runner.execute("6 * 7")).value == "42"
+            assert runner.launcher.image is not None
+            assert re.search(said, runner.launcher.image.problem or "", re.DOTALL)
+    await anyio.run_process([engine_command, "rmi", image.name])

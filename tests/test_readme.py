@@ -392,6 +392,7 @@ def test_every_target_of_make_that_the_readme_names_is_there() -> None:
 def test_no_block_of_the_readme_is_left_out() -> None:
     seen = {
         ("Tools", ""), ("Files", ""), ("Files", "yaml"), ("Network", "yaml"), ("Secrets", "yaml"), ("Files", "json"),
+        ("The first start", "yaml"),
         ("Install", "json"),
         ("Install", "toml"), ("Install", "sh"), ("From the command line", "sh"), ("From the command line", "console"),
         ("A server for a team", "sh"), ("A server for a team", "json"), ("A server for a team", "ini"),

@@ -74,7 +74,7 @@ from sandbox_runner import (
 pytestmark = pytest.mark.anyio
 
 ERAS = ["legacy", "auto"]  # a handshake by `initialize`; `server/discover`, as of 2026-07-28
-TOOLS = ["execute-transient", "execute-persistent", "install-package", "cleanup-session"]
+TOOLS = ["execute-transient", "execute-persistent", "install-package", "list-sessions", "cleanup-session"]
 FACTORIAL = """
 def factorial(n):
     return 1 if n == 0 else n * factorial(n - 1)
@@ -995,6 +995,43 @@ async def test_a_client_of_either_era_runs_code_with_state_and_in_sessions(confi
         again = await client.call_tool("cleanup-session", {"session_id": session})
         assert again.is_error
         assert text_of(again).startswith(f"There is no session '{session}'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("era", ERAS)
+async def test_a_conversation_that_begins_anew_finds_its_sessions(config: Config, era: str) -> None:
+    hostile = """
+class Hostile:
+    def __repr__(self): raise SystemExit
+    __len__ = __sizeof__ = __str__ = __repr__
+    __class__ = property(__repr__)
+    def __getattribute__(self, name): raise SystemExit
+import math
+table, text, number, hostile, _hidden = [1, 2], 'abc', 1.5, Hostile(), 1
+open('made.csv', 'w').write('x' * 2000)
+"""
+    async with connected(config, era) as client:
+        assert text_of(await client.call_tool("list-sessions", {})) == "There are no sessions."
+        await client.call_tool("execute-persistent", {"code": hostile, "session_id": "study"})
+        await client.call_tool("execute-persistent", {"code": "1", "session_id": "empty"})
+        listed = await client.call_tool("list-sessions", {})
+        first, empty, study = text_of(listed).splitlines()
+        assert first == "There are 2 sessions:"
+        assert re.fullmatch(r"- empty: idle for \d+ s, begun \d+ s ago; .*no variables", empty)
+        variables = "Hostile (type), table (list, 2 items), text (str, 3 characters), number (float), hostile (Hostile)"
+        assert re.fullmatch(r"- study: idle for .*; 1 files \(2\.0 kB\); variables " + re.escape(variables), study), (
+            study
+        )
+        known = {one["session_id"]: one for one in listed.structured_content["sessions"]}
+        assert known["study"]["variables"]["table"] == "list, 2 items"
+        assert (known["study"]["state"], known["study"]["files"], known["study"]["files_size"]) == ("idle", 1, 2000)
+    async with connected(config, era) as client:
+        assert "- study: idle for " in text_of(await client.call_tool("list-sessions", {}))
+        assert "Value: [1, 2]" in text_of(
+            await client.call_tool("execute-persistent", {"code": "table", "session_id": "study"})
+        )
+        for name in ("study", "empty"):
+            await client.call_tool("cleanup-session", {"session_id": name})
 
 
 async def test_a_transient_call_tells_its_variables_unasked_as_long_as_they_are_few(config: Config) -> None:
