@@ -1912,7 +1912,7 @@ class Launcher:
 
         async def ask_one(name: str) -> None:
             async with at_once:
-                with contextlib.suppress(EngineError):  # no command can be started now: then this one does not answer
+                with contextlib.suppress(SandboxError):  # no command can be started now: then this one does not answer
                     answer = await Sandbox.plug_in(
                         self, engine, name, settings=settings, details=details, patience=patience
                     )

@@ -758,9 +758,10 @@ async def test_code_whose_sockets_hold_much_of_the_kernels_memory_is_stopped(
     assert (await runner.execute(later, session=session)).status == "ok"
     with anyio.fail_after(PATIENCE):
         while not (result := await runner.execute("1 + 1", session=session)).lost_before:
-            assert result.status == "ok"
+            if result.status != "ok":  # it met a call, though there is hardly time for that
+                break
             await anyio.sleep(1)
-    assert result.lost_before == "the code's sockets held over 64 MB that nobody had read"
+    assert (result.lost_before or result.message) == "the code's sockets held over 64 MB that nobody had read"
 
 
 @pytest.mark.parametrize("kind", FILLINGS)

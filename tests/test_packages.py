@@ -747,11 +747,10 @@ def test_each_manager_is_asked_in_its_own_way_and_the_mirror_is_not_kept(
 
 
 SYSTEM = """
-import ctypes, locale, subprocess
+import ctypes, locale
 ctypes.CDLL('libgomp.so.1')
-said = subprocess.run(['dot', '-Tsvg'], input='digraph {a -> b}', capture_output=True, text=True)
 locale.setlocale(locale.LC_ALL, 'de_DE.UTF-8')
-'<svg' in said.stdout, locale.format_string('%.1f', 1234.5, grouping=True)
+locale.format_string('%.1f', 1234.5, grouping=True)
 """
 
 
@@ -759,9 +758,9 @@ locale.setlocale(locale.LC_ALL, 'de_DE.UTF-8')
 @pytest.mark.anyio
 async def test_system_packages_are_there_or_it_is_told_why_not(config: Config, engine_command: str) -> None:
     docker = dataclasses.replace(config.docker, image=NEWEST)
-    package = dataclasses.replace(config.package, system=("libgomp1", "graphviz", "locales"))
+    package = dataclasses.replace(config.package, system=("libgomp1", "locales"))
     async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
-        assert (await runner.execute(SYSTEM)).value == "(True, '1.234,5')"
+        assert (await runner.execute(SYSTEM)).value == "'1.234,5'"
         image = runner.launcher.image
         assert image is not None
         assert image.problem is None
