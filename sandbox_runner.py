@@ -4815,6 +4815,8 @@ class Supervisor:
         self.host.channel = channel
         self.sources[channel.reader] = self._from_host
         self.host.greet(self._status("ready"))
+        if self.preloading.is_told:
+            self.host.tell({"kind": "prepared"})
 
     def _status(self, kind: Literal["ready", "status"]) -> Greeting:
         now = time.monotonic()
@@ -4953,9 +4955,10 @@ class Supervisor:
         assert control is not None
         try:
             for frame in control.receive():
-                if frame.get("kind") == "prepared" and self.host.channel and not self.preloading.is_told:
+                if frame.get("kind") == "prepared" and not self.preloading.is_told:
                     self.preloading.is_told = True
-                    self.host.tell({"kind": "prepared"})
+                    if self.host.channel:  # another host is told as it comes
+                        self.host.tell({"kind": "prepared"})
                 number = frame.get("id")
                 if type(number) is str and number in (self.question, self.call and self.call.id):
                     check_worker_frame(frame)

@@ -897,6 +897,27 @@ async def test_a_session_whose_host_was_killed_before_its_first_call_does_not_bl
 
 @pytest.mark.slow
 @pytest.mark.anyio
+@pytest.mark.parametrize("waits", [True, False])
+async def test_who_adopts_a_sandbox_learns_that_it_is_prepared(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    settings = dataclasses.replace(settings, pool=PoolConfig(warm=1, size=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "leave", leave_without_a_word)
+        async with open_runner(settings, warm=True) as first:
+            await until(lambda: bool(first.pool.ready))
+            (left,) = first.pool.ready
+            if waits:
+                await left.prepared.wait()
+    async with open_runner(settings, warm=True) as second:
+        await until(lambda: bool(second.pool.ready))
+        (adopted,) = second.pool.ready
+        assert adopted.name == left.name
+        await until(adopted.prepared.is_set)
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
 async def test_looking_for_a_session_that_is_given_up_does_not_keep_it_from_others(
     settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
