@@ -490,7 +490,9 @@ def session_line(fields: Mapping[str, Any]) -> str:
     parts = [
         f"{state}, begun {duration(fields['age'])} ago",
         f"{readable_size(fields['memory'])} of memory" if fields["memory"] else "",
-        f"{fields['files']} files ({readable_size(fields['files_size'])})" if fields["files"] else "",
+        f"{fields['files']} file{'s' * (fields['files'] > 1)} ({readable_size(fields['files_size'])})"
+        if fields["files"]
+        else "",
         f"variables {', '.join(variables[:VARIABLES_SHOWN])}{more}" if variables else "no variables",
     ]
     return f"- {fields['session_id']}: {'; '.join(filter(None, parts))}"

@@ -3684,6 +3684,7 @@ class CredentialRoute:
         self._network = network
         self._credentials = credentials
         self._host, self._port = credentials[0].host, credentials[0].port
+        self._place = self._host if self._port == 443 else f"{self._host}:{self._port}"
         self._path = path  # of the first request; None if the code speaks TLS
         self._who = who  # for the log
         self._tell = tell  # has the running call tell what was refused
@@ -3748,10 +3749,10 @@ class CredentialRoute:
             if self._there is None:
                 self._there, self._client = await self._connect(), h11.Connection(h11.CLIENT)
             status = await self._exchange(sent, code, http, mask)
-            traffic_log.info("network: %s, %s: %s: %s, with the secret %s", self._who, self._host, what, status, names)
+            traffic_log.info("network: %s, %s: %s: %s, with the secret %s", self._who, self._place, what, status, names)
         except RefusedError as error:
             status, sentence = error.args
-            traffic_log.info("network: %s, %s: %s: %s", self._who, self._host, what, sentence)
+            traffic_log.info("network: %s, %s: %s: %s", self._who, self._place, what, sentence)
             if status == 403:
                 self._tell(sentence)
             if http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -3790,14 +3791,13 @@ class CredentialRoute:
         """Return a request as the host gets it, the names of the secrets used, and their mask. Raises RefusedError."""
         method = request.method.decode()
         target = request.target.decode("latin-1") if self._path is None else self._path
-        place = self._host if self._port == 443 else f"{self._host}:{self._port}"
         require_clear(request, target, {self._host, f"{self._host}:{self._port}"} if self._path is None else None)
         reasons = {one: one.why_not(method, target) for one in self._credentials}
         used = [one for one, reason in reasons.items() if not reason]
         if not used:
             why = ", ".join(filter(None, reasons.values()))
-            raise RefusedError(403, f"{method} {target.partition('?')[0]:.200} at {place} was refused: {why}")
-        fields: dict[bytes, bytes] = {b"host": place.encode(), b"accept-encoding": b"identity"}
+            raise RefusedError(403, f"{method} {target.partition('?')[0]:.200} at {self._place} was refused: {why}")
+        fields: dict[bytes, bytes] = {b"host": self._place.encode(), b"accept-encoding": b"identity"}
         hidden: list[bytes] = []
         for one in used:
             value, parts = await one.value()

@@ -1019,7 +1019,7 @@ open('made.csv', 'w').write('x' * 2000)
         assert first == "There are 2 sessions:"
         assert re.fullmatch(r"- empty: idle for \d+ s, begun \d+ s ago; .*no variables", empty)
         variables = "Hostile (type), table (list, 2 items), text (str, 3 characters), number (float), hostile (Hostile)"
-        assert re.fullmatch(r"- study: idle for .*; 1 files \(2\.0 kB\); variables " + re.escape(variables), study), (
+        assert re.fullmatch(r"- study: idle for .*; 1 file \(2\.0 kB\); variables " + re.escape(variables), study), (
             study
         )
         known = {one["session_id"]: one for one in listed.structured_content["sessions"]}
