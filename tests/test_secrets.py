@@ -299,6 +299,18 @@ async def test_a_connection_by_tls_carries_many_requests_and_each_is_checked(
         assert (status, text.strip()) == (403, f"GET /v2/x at {HOST} was refused: secrets.api.paths has /v1/*, /bare")
 
 
+async def test_hosts_without_a_secret_have_their_own_tls_and_no_byte_is_changed(api: Upstream) -> None:
+    """Even where another host has one: the code's TLS ends at the server, so nothing between could change a byte."""
+    async with served(api.config(), "second.example.com") as code:
+        code.context = ssl.create_default_context(cafile=str(api.bundle))  # and nothing of ours
+        reached = await code.seen("https://second.example.com/", authorization="Bearer own", Accept_Encoding="gzip")
+        assert fields(reached, "authorization") == ["Bearer own"]
+        assert fields(reached, "accept-encoding") == ["gzip"]
+        code.context = ssl.create_default_context(cadata=await code.both.proxy.network.credentials.certificate())
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            await code.ask("https://second.example.com/")
+
+
 async def test_of_several_secrets_of_a_host_those_are_added_that_a_request_is_for(api: Upstream) -> None:
     def secret(**more: Any) -> SecretConfig:
         return SecretConfig(**{"host": HOST, "header": "Authorization: Bearer ${API_KEY}", **more})
