@@ -297,7 +297,7 @@ def test_data_that_a_library_loads_by_itself_are_told_with_their_host(code: str,
 
 def test_system_packages_in_shell_lines_have_a_hint_if_there_are_none() -> None:
     said = (Text("stderr", "sh: 1: apt-get: not found"),)
-    assert "docker.image" in (hint_on(Result("ok", output=said), "!apt-get install -y graphviz", Config()) or "")
+    assert "package.system" in (hint_on(Result("ok", output=said), "!apt-get install -y graphviz", Config()) or "")
     assert hint_on(Result("ok", output=said), "print('apt')", Config()) is None
 
 
@@ -315,14 +315,14 @@ VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'test
         (
             "ImportError",
             "libpango-1.0.so.0: cannot open shared object file: No such file or directory",
-            "The system library libpango-1.0 (Debian's package libpango-1.0-0) is missing",
+            "(package.system: [libpango-1.0-0])",
         ),
         (
             "OSError",
             "libgomp.so.1: cannot open shared object file: No such file or directory",
-            "Debian's package libgomp1",
+            "(package.system: [libgomp1])",
         ),
-        ("OSError", 'no library called "libcairo-2" was found', "Debian's package libcairo2"),
+        ("OSError", 'no library called "libcairo-2" was found', "(package.system: [libcairo2])"),
         (
             "FileNotFoundError",
             "[Errno 2] No such file or directory: 'apt-get'",
@@ -912,14 +912,15 @@ KEYWORDS |= {"additionalProperties"}
 def test_each_tool_has_exactly_the_parameters_of_the_contract() -> None:
     schemas = {name: describe(tool, Config()).input_schema for name, tool in python_docker_mcp.TOOLS.items()}
     assert list(schemas) == TOOLS
-    assert [(list(schema["properties"]), schema["required"]) for schema in schemas.values()] == [
+    assert [(list(schema["properties"]), schema.get("required")) for schema in schemas.values()] == [
         (["code", "state", "timeout"], ["code"]),
         (["code", "session_id", "timeout", "interrupt"], ["code"]),
         (["package_name", "session_id"], ["package_name"]),
+        ([], None),
         (["session_id"], ["session_id"]),
     ]
     for schema in schemas.values():
-        assert set(schema) == {"type", "properties", "required", "additionalProperties"}
+        assert set(schema) | {"required"} == {"type", "properties", "required", "additionalProperties"}
         assert schema["additionalProperties"] is False
         for about in schema["properties"].values():
             assert isinstance(about["type"], str)
