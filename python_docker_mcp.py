@@ -101,7 +101,9 @@ from sandbox_runner import (
     ImageError,
     InputFile,
     Installation,
+    NotebookPlace,
     Omitted,
+    OutputFolder,
     RequestError,
     Result,
     Rich,
@@ -2464,7 +2466,7 @@ async def serve_http(config: Config, file: str | None, address: str, with_tokens
     """Serve over HTTP until a signal; a second one ends it at once. Raises ConfigError if it should not be started."""
     door, host, port, stays_open = listen(address)
     allow_open_files()
-    async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
+    async with open_runner(config, warm=True, file=file, notebooks=True) as runner, open_tasks() as tasks:
         team, app = team_of(runner, host, port, with_tokens)
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of proxies that ask for WebSockets
         settings = uvicorn.Config(
@@ -3191,6 +3193,7 @@ examples:
   python-docker-mcp build                         make the image ahead of the first call, and print its name
   python-docker-mcp install 'polars>=1,<2'        install a package for every sandbox; --session NAME for one session
   python-docker-mcp ps                            list the sandboxes on this host
+  python-docker-mcp export work                   save what a session did as the notebook work.ipynb
   python-docker-mcp rm work                       end a session, with all that it keeps
 
 The exit status is 0 if all went well, 1 if a check failed, a package could not be installed or a session was not there,
@@ -3232,6 +3235,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "install":
             one.add_argument("requirement", metavar="PACKAGE", help="such as requests or 'pandas[excel]>=2,<3'")
             one.add_argument("--session", metavar="NAME", help="only for this session")
+        if name == "export":
+            one.add_argument("name", metavar="NAME", help="a session, also one that has ended")
+            one.add_argument("file", nargs="?", metavar="FILE", help="the notebook; by default NAME.ipynb")
         if name == "rm":
             one.add_argument("sessions", nargs="+", metavar="NAME", help="a session; `ps` lists them")
         if name == "serve":
@@ -3384,6 +3390,24 @@ async def _remove(options: argparse.Namespace) -> int:
     return missing
 
 
+async def _export(options: argparse.Namespace) -> int:
+    """Save the notebook of a session; exit status 1 if there is none."""
+    user, session = split_key(options.name)
+    files = load_config(options.config).files
+    place = NotebookPlace.find(files.for_user(user) if user else files, user, session)
+    if not (cells := place.read()):
+        print(f"python-docker-mcp: nothing is kept of a session {options.name!r}", file=sys.stderr)
+        return 1
+    target = Path(options.file or f"{options.name}.ipynb")
+    try:
+        NotebookPlace(OutputFolder(target.parent), target.name).write(cells)
+    except OSError as error:
+        print(f"python-docker-mcp: {target} can't be written: {error.strerror}", file=sys.stderr)
+        return 1
+    print(target)
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Awaitable[int]], str]] = {
     "serve": (_serve_http, "Serve, on standard input and output, or over HTTP."),
     "token": (_token, "Add, list and remove the users of a server over HTTP, each with a token."),
@@ -3391,6 +3415,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Awaitable[int]], str]] 
     "build": (_build, "Make the image ahead of the first call, and print its name."),
     "install": (_install, "Install a package for the sandboxes, or for one session."),
     "ps": (_list, "List the sandboxes on this host."),
+    "export": (_export, "Save what a session did as a notebook."),
     "rm": (_remove, "End sessions, with all that they keep."),
 }
 
@@ -3457,7 +3482,8 @@ async def _serve(config: Config, file: str | None = None) -> None:
         async with stdio_server(inbox) as (reader, writer):
             inbox.outbox = writer
             # A signal cancels `tasks`, not the runner: calls still need the runner to interrupt their code.
-            async with open_runner(config, warm=True, file=file) as runner, open_tasks() as tasks:
+            open_one = open_runner(config, warm=True, file=file, notebooks=True)
+            async with open_one as runner, open_tasks() as tasks:
                 if sys.platform != "win32":  # on Windows, EOF is the only orderly end
                     tasks.start_soon(_watch_signals, tasks.cancel_scope, received)
                 server = make_server(runner)

@@ -314,18 +314,21 @@ async def open_runner(
     warm: bool = False,
     on_status: OnStatus | None = None,
     file: str | os.PathLike[str] | None = None,
+    notebooks: bool = False,
 ) -> AsyncIterator[Runner]:
     """Provide a Runner for an `async with`.
 
     It starts nothing until the first call, unless it is `warm`: then it prepares the image and a pool of sandboxes in
     the background, while calls can already be made. `on_status` is called with what takes long in the background, or
     in a call without an `on_status` of its own, and with "" when that is over. `file` is the configuration's, which no
-    code may see; by default, where `load_config` would look for it.
+    code may see; by default, where `load_config` would look for it. With `notebooks`, what sessions do is written into
+    notebooks (see `files.notebook`).
 
     At the end sessions are left detached: their containers wait `session.idle_timeout` seconds for the next host.
     """
     async with open_tasks() as tasks:
         runner = Runner(config or Config(), tasks, on_status, config_file(file))
+        runner.notebooks = Notebooks() if notebooks else None
         if warm:
             tasks.start_soon(runner._warm_up)
             tasks.start_soon(runner._tidy)
@@ -347,6 +350,7 @@ class Runner:
         self.launcher = Launcher(config, tasks, on_status, file)
         self.pool = Pool(self.launcher.start, config.pool, tasks, config.session.idle_timeout)
         self.sessions = Sessions(self.launcher, self.pool, config)
+        self.notebooks: Notebooks | None = None
         self._tasks = tasks
         self._transient: set[Sandbox] = set()
 
@@ -424,7 +428,11 @@ class Runner:
             return await self._execute_transient(call, on_output, interrupt)
         self.sessions.forget_ended()
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
-        return await self.sessions[session].execute(call, on_output, interrupt, deadline)
+        result = await self.sessions[session].execute(call, on_output, interrupt, deadline)
+        if self.notebooks:
+            self.notebooks.take(NotebookPlace.find(self.config.files, user, session), code, result)
+            self._tasks.start_soon(self.notebooks.write)
+        return result
 
     async def _execute_transient(self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None) -> Result:
         reuse = False
@@ -579,6 +587,8 @@ class Runner:
     async def leave(self) -> None:
         """Say farewell to everything: transient sandboxes end, sessions stay for the next host."""
         self.pool.stop()
+        if self.notebooks:
+            await self.notebooks.write()
         async with anyio.create_task_group() as tasks:
             for sandbox in self.held():
                 tasks.start_soon(sandbox.leave)
@@ -2673,10 +2683,13 @@ def output_folder(call: Call, config: FilesConfig) -> OutputFolder | None:
         return OutputFolder(Path(call.request.output).expanduser())
     if not config.output:
         return None
-    inner = session or f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{call.id[:4]}"
-    if inner.startswith("."):
-        inner = f"session{inner}"  # else it might be hidden, or the folder itself, or the one around it
+    inner = folder_name(session or f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{call.id[:4]}")
     return OutputFolder(Path(config.output).expanduser(), inner)
+
+
+def folder_name(session: str) -> str:
+    """Return a session's name as that of a folder: else it might be hidden, the folder itself, or the one around it."""
+    return f"session{session}" if session.startswith(".") else session
 
 
 async def save_file(sandbox: Sandbox, info: FileInfo, folder: OutputFolder, most: int) -> FileInfo:
@@ -2750,6 +2763,159 @@ async def save_files(sandbox: Sandbox, result: Result, folder: OutputFolder | No
                 contents[info.path] = await sandbox.files.read(info.path, 0, info.size)
                 room -= len(contents[info.path])
     return dataclasses.replace(result, files=tuple(files), files_left_out=left_out, contents=contents)
+
+
+# ── notebook ──
+#
+# What a session did, as a notebook (nbformat 4.5) that a person can read, check and run again. It is written after the
+# result was returned, so that it costs no call, and by whichever program made the call.
+
+NOTEBOOK = "session.ipynb"  # beside the files that a session writes
+NOTEBOOKS_FOLDER = "notebooks"  # beside the configuration, for those that are not
+NOTEBOOK_LIMIT = 8 << 20  # bytes of one; the outputs of its oldest cells are left out first
+NOTEBOOKS_HELD = 4  # in memory, so that they are not read again for each call
+ABOUT_NOTEBOOK = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+LEFT_OUT = {"output_type": "stream", "name": "stderr", "text": "[left out, as the notebook became too large]\n"}
+NEW_SESSION = "*The session began anew: nothing of what is above was there any more.*"
+
+
+@dataclass(frozen=True)
+class NotebookPlace:
+    """The file that a session's notebook is in."""
+
+    folder: OutputFolder
+    name: str
+
+    @classmethod
+    def find(cls, config: FilesConfig, user: str, session: str) -> NotebookPlace:
+        """Return where a session's notebook is: beside its files if files.notebook wants so, or in our own folder."""
+        if config.notebook and config.output:
+            return cls(OutputFolder(Path(config.output).expanduser(), folder_name(session)), NOTEBOOK)
+        own = CONFIG_PATH.with_name(NOTEBOOKS_FOLDER).expanduser()
+        return cls(OutputFolder(own), f"{folder_name(session_key(user, session))}.ipynb")
+
+    def read(self) -> list[str]:
+        """Return the cells, each as JSON; none if there is no notebook, or none of ours."""
+        path = self.folder.full_path(self.name)
+        try:
+            with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), encoding="utf-8") as file:
+                return [json.dumps(cell) for cell in json.loads(file.read(4 * NOTEBOOK_LIMIT))["cells"]]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return []
+
+    def write(self, cells: Sequence[str]) -> None:
+        """Put a notebook in the place of the one that is there. Raises OSError."""
+        self.folder.place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = self.folder.open(self.name)
+        try:
+            begin, end = '{"nbformat": 4, "nbformat_minor": 5, "metadata": ', ', "cells": [\n'
+            file.write(f"{begin}{json.dumps(ABOUT_NOTEBOOK)}{end}{','.join(cells)}\n]}}\n".encode())
+            file.keep()
+        finally:
+            file.close()
+
+
+class Notebooks:
+    """Writes calls of sessions into their notebooks, one after the other."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[NotebookPlace, str, Result]] = []
+        self._held: dict[NotebookPlace, list[str]] = {}
+        self._writing = anyio.Lock(fast_acquire=True)
+
+    def take(self, place: NotebookPlace, code: str, result: Result) -> None:
+        """Have a call written soon."""
+        self._waiting.append((place, code, result))
+
+    async def write(self) -> None:
+        """Write all calls that wait; log what can't be written."""
+        async with self._writing:
+            while self._waiting:
+                waiting, self._waiting = self._waiting, []
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(self._write, waiting)
+
+    def _write(self, waiting: Sequence[tuple[NotebookPlace, str, Result]]) -> None:
+        changed = {}
+        for place, code, result in waiting:
+            cells = self._held.pop(place, None)
+            changed[place] = self._held[place] = extended(place.read() if cells is None else cells, code, result)
+        for place, cells in changed.items():
+            try:
+                place.write(cells)
+            except OSError as error:
+                log.warning("the notebook %s can't be written: %s", place.folder.full_path(place.name), error)
+        while len(self._held) > NOTEBOOKS_HELD:
+            del self._held[next(iter(self._held))]
+
+
+def extended(cells: list[str], code: str, result: Result) -> list[str]:
+    """Return a notebook's cells with a call, and within NOTEBOOK_LIMIT."""
+    outputs = [*(outputs_of(result.unread) if result.unread else []), *outputs_of(result)]
+    if result.is_new and cells:
+        cells = [*cells, new_cell("markdown", NEW_SESSION)]
+    if not code.strip():  # what a call did whose end was waited for
+        last = json.loads(cells[-1]) if cells else {}
+        if not outputs or last.get("cell_type") != "code":
+            return cells
+        cells = [*cells[:-1], json.dumps({**last, "outputs": [*last["outputs"], *outputs]})]
+    else:
+        count = sum('"cell_type": "code"' in cell[:40] for cell in cells) + 1
+        cells = [*cells, new_cell("code", code, execution_count=count, outputs=outputs)]
+    size = sum(map(len, cells))
+    for number, cell in enumerate(cells[:-1]):
+        fields = json.loads(cell) if size > NOTEBOOK_LIMIT else {}
+        if fields.get("outputs"):
+            cells[number] = json.dumps({**fields, "outputs": [LEFT_OUT]})
+            size += len(cells[number]) - len(cell)
+    while size > NOTEBOOK_LIMIT and len(cells) > 1:
+        size -= len(cells.pop(0))
+    return cells
+
+
+def new_cell(kind: Literal["code", "markdown"], source: str, **more: Any) -> str:
+    """Return a cell."""
+    return json.dumps({"cell_type": kind, "id": secrets.token_hex(8), "metadata": {}, "source": source, **more})
+
+
+def outputs_of(result: Result) -> list[dict[str, Any]]:
+    """Return what a call showed, in the forms of a notebook."""
+    outputs: list[dict[str, Any]] = []
+    if result.earlier:
+        outputs.append(stream("stdout", result.earlier))
+    has_value = False
+    for item in result.output:
+        if isinstance(item, Text):
+            outputs.append(stream(item.stream, item.text))
+        elif isinstance(item, Omitted):
+            outputs.append(stream("stderr", f"[{item.bytes} bytes left out]\n"))
+        else:
+            has_value |= item.is_value
+            outputs.append({"output_type": "display_data", "metadata": {}, "data": bundle_of(item.forms)})
+    if result.value is not None and not has_value:
+        value = {"text/plain": result.value}
+        outputs.append({"output_type": "display_data", "metadata": {}, "data": value})
+    if error := result.exception:
+        lines = error.traceback.splitlines()
+        outputs.append({"output_type": "error", "ename": error.type, "evalue": error.message, "traceback": lines})
+    if result.message and result.status not in ("ok", "error"):
+        outputs.append(stream("stderr", f"[{result.message}]\n"))
+    return outputs
+
+
+def stream(name: str, text: str) -> dict[str, Any]:
+    """Return output as text."""
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+def bundle_of(forms: Mapping[str, str]) -> dict[str, Any]:
+    """Return rich output; what is JSON stands there as such."""
+    bundle: dict[str, Any] = dict(forms)
+    for kind, text in forms.items():
+        if kind == "application/json" or kind.endswith("+json"):
+            with contextlib.suppress(ValueError, RecursionError):
+                bundle[kind] = json.loads(text)
+    return bundle
 
 
 # ── network ──
@@ -10048,6 +10214,7 @@ class FilesConfig:
     output: str | None = None
     inputs: tuple[str, ...] = ()
     limit: Size = "100m"
+    notebook: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can be no folder's path, without a look at the file system."""
@@ -10684,7 +10851,7 @@ async def _run_script(options: argparse.Namespace) -> int:
         else:
             scope.cancel()
 
-    async with on_signals(heed), open_runner(config, on_status=show_status) as runner:
+    async with on_signals(heed), open_runner(config, on_status=show_status, notebooks=True) as runner:
         with scope:
             result = await runner.execute(
                 code,
@@ -10744,7 +10911,7 @@ def _run_config(options: argparse.Namespace) -> Config:
 
 
 # commands of the other program, that one may look for here
-OPERATOR_COMMANDS = ("serve", "token", "doctor", "build", "install", "ps", "rm")
+OPERATOR_COMMANDS = ("serve", "token", "doctor", "build", "install", "ps", "export", "rm")
 
 
 def _read_source(file: str) -> tuple[str, str]:
