@@ -328,7 +328,7 @@ async def open_runner(
     """
     async with open_tasks() as tasks:
         runner = Runner(config or Config(), tasks, on_status, config_file(file))
-        runner.notebooks = Notebooks() if notebooks else None
+        runner.notebooks = Notebooks() if notebooks and sys.platform != "win32" else None
         if warm:
             tasks.start_soon(runner._warm_up)
             tasks.start_soon(runner._tidy)
@@ -2773,6 +2773,7 @@ async def save_files(sandbox: Sandbox, result: Result, folder: OutputFolder | No
 NOTEBOOK = "session.ipynb"  # beside the files that a session writes
 NOTEBOOKS_FOLDER = "notebooks"  # beside the configuration, for those that are not
 NOTEBOOK_LIMIT = 8 << 20  # bytes of one; the outputs of its oldest cells are left out first
+NOTEBOOKS_KEPT = 200  # in that folder
 NOTEBOOKS_HELD = 4  # in memory, so that they are not read again for each call
 ABOUT_NOTEBOOK = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 LEFT_OUT = {"output_type": "stream", "name": "stderr", "text": "[left out, as the notebook became too large]\n"}
@@ -2814,6 +2815,14 @@ class NotebookPlace:
         finally:
             file.close()
 
+    def prune(self) -> None:
+        """Remove the oldest notebooks of our own folder, if there are too many."""
+        if self.name == NOTEBOOK:
+            return
+        found = sorted(self.folder.place.glob("*.ipynb"), key=lambda file: file.stat().st_mtime)
+        for file in found[:-NOTEBOOKS_KEPT]:
+            file.unlink(missing_ok=True)
+
 
 class Notebooks:
     """Writes calls of sessions into their notebooks, one after the other."""
@@ -2843,6 +2852,7 @@ class Notebooks:
         for place, cells in changed.items():
             try:
                 place.write(cells)
+                place.prune()
             except OSError as error:
                 log.warning("the notebook %s can't be written: %s", place.folder.full_path(place.name), error)
         while len(self._held) > NOTEBOOKS_HELD:

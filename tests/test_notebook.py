@@ -180,6 +180,20 @@ async def test_a_call_does_not_wait_for_its_notebook(
     assert len(opened(home / "study.ipynb").cells) == 3
 
 
+async def test_the_oldest_are_removed_when_there_are_many(
+    settings: Config, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "NOTEBOOKS_KEPT", 2)
+    async with open_runner(settings, notebooks=True) as runner:
+        for name in ("a", "b", "a", "c"):
+            await runner.execute("1", session=name)
+            await runner.notebooks.write()  # type: ignore[union-attr]
+            await anyio.sleep(0.02)
+        for name in ("a", "b", "c"):
+            await runner.close_session(name)
+    assert sorted(file.name for file in home.iterdir()) == ["a.ipynb", "c.ipynb"]
+
+
 @pytest.mark.usefixtures("home")
 def test_each_user_has_notebooks_of_their_own() -> None:
     config = FilesConfig()
