@@ -2908,7 +2908,7 @@ def outputs_of(result: Result) -> list[dict[str, Any]]:
     if error := result.exception:
         lines = error.traceback.splitlines()
         outputs.append({"output_type": "error", "ename": error.type, "evalue": error.message, "traceback": lines})
-    if result.message and result.status not in ("ok", "error"):
+    if result.message and result.status not in ("ok", "error", "running"):
         outputs.append(stream("stderr", f"[{result.message}]\n"))
     return outputs
 
