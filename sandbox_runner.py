@@ -9594,7 +9594,7 @@ def shorten_installer_output(output: str) -> str:
     telling = [
         line
         for line in lines
-        if re.match(r"(?i)error|hint:|cause:|caused by:|.*(was not found|has no |no matching)", line)
+        if re.match(r"(?i)error|e: |hint:|cause:|caused by:|.*(was not found|has no |no matching)", line)
     ]
     return without_passwords("\n".join(telling[-8:] or lines[-8:]))[:2000]
 
