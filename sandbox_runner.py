@@ -2845,14 +2845,16 @@ class Notebooks:
                     await anyio.to_thread.run_sync(self._write, waiting)
 
     def _write(self, waiting: Sequence[tuple[NotebookPlace, str, Result]]) -> None:
-        changed = {}
+        changed: dict[NotebookPlace, list[str]] = {}
+        unknown = {place for place, _, _ in waiting if place not in self._held}
         for place, code, result in waiting:
             cells = self._held.pop(place, None)
             changed[place] = self._held[place] = extended(place.read() if cells is None else cells, code, result)
         for place, cells in changed.items():
             try:
                 place.write(cells)
-                place.prune()
+                if place in unknown:  # else there is not one more
+                    place.prune()
             except OSError as error:
                 log.warning("the notebook %s can't be written: %s", place.folder.full_path(place.name), error)
         while len(self._held) > NOTEBOOKS_HELD:
@@ -3918,9 +3920,7 @@ class CredentialRoute:
             request = request or await self._next_request(code, http)
             if request is None:
                 return False
-            what = (
-                f"{request.method.decode()} {(self._path or request.target.decode('latin-1')).partition('?')[0]:.200}"
-            )
+            what = self._what(request)
             sent, names, mask = await self._checked(request)
             if self._there is None:
                 self._there, self._client = await self._connect(), h11.Connection(h11.CLIENT)
@@ -3942,6 +3942,13 @@ class CredentialRoute:
             return False
         http.start_next_cycle()
         return True
+
+    def _target(self, request: h11.Request) -> str:
+        return request.target.decode("latin-1") if self._path is None else self._path
+
+    def _what(self, request: h11.Request) -> str:
+        """Return a request in words, without its query."""
+        return f"{request.method.decode()} {self._target(request).partition('?')[0]:.200}"
 
     async def _next_request(self, code: anyio.abc.ByteStream, http: h11.Connection) -> h11.Request | None:
         """Return the next request, None if there is none; hang up if the host does meanwhile. Raises RefusedError."""
@@ -3965,14 +3972,13 @@ class CredentialRoute:
 
     async def _checked(self, request: h11.Request) -> tuple[h11.Request, str, Mask]:
         """Return a request as the host gets it, the names of the secrets used, and their mask. Raises RefusedError."""
-        method = request.method.decode()
-        target = request.target.decode("latin-1") if self._path is None else self._path
+        target = self._target(request)
         require_clear(request, target, {self._host, f"{self._host}:{self._port}"} if self._path is None else None)
-        reasons = {one: one.why_not(method, target) for one in self._credentials}
+        reasons = {one: one.why_not(request.method.decode(), target) for one in self._credentials}
         used = [one for one, reason in reasons.items() if not reason]
         if not used:
             why = ", ".join(filter(None, reasons.values()))
-            raise RefusedError(403, f"{method} {target.partition('?')[0]:.200} at {self._place} was refused: {why}")
+            raise RefusedError(403, f"{self._what(request)} at {self._place} was refused: {why}")
         fields: dict[bytes, bytes] = {b"host": self._place.encode(), b"accept-encoding": b"identity"}
         hidden: list[bytes] = []
         for one in used:

@@ -326,6 +326,17 @@ class Server(http.server.ThreadingHTTPServer):
         """Say nothing."""
 
 
+def encrypt(server: Server, folder: Path, *names: str) -> Path:
+    """Have a server speak TLS, by these names; the bundle that a client has to trust for that."""
+    authority = trustme.CA()
+    bundle = folder / "ca.pem"
+    authority.cert_pem.write_to_path(bundle)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*names).configure_cert(context)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    return bundle
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers with a table, or a large file; or tells how long what it was sent is."""
 
@@ -375,13 +386,8 @@ class Servers:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Servers that run while the tests do."""
-    authority = trustme.CA()
-    bundle = tmp_path_factory.mktemp("tls") / "ca.pem"
-    authority.cert_pem.write_to_path(bundle)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
     running = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
-    running[1].socket = context.wrap_socket(running[1].socket, server_side=True, do_handshake_on_connect=False)
+    bundle = encrypt(running[1], tmp_path_factory.mktemp("tls"), "localhost")
     for server in running:
         threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
     yield Servers(running[0].server_port, running[1].server_port, bundle)

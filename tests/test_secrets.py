@@ -26,13 +26,12 @@ from urllib.parse import quote_plus
 
 import anyio
 import pytest
-import trustme
 from conftest import until
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 from real_engines import host_processes
-from test_network import Both, Call, Server, proxied
+from test_network import Both, Call, Server, encrypt, proxied
 from test_readme import all_blocks
 from test_ways import WAYS
 
@@ -155,14 +154,9 @@ class Upstream:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
     """The host, which runs while the tests do."""
-    authority = trustme.CA()
-    bundle = tmp_path_factory.mktemp("tls") / "ca.pem"
-    authority.cert_pem.write_to_path(bundle)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(*HOSTS).configure_cert(context)
     server = Server(("127.0.0.1", 0), Api)
     server.requests = []  # type: ignore[attr-defined]
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    bundle = encrypt(server, tmp_path_factory.mktemp("tls"), *HOSTS)
     threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
     yield Upstream(server.server_port, bundle, server.requests)  # type: ignore[attr-defined]
     server.shutdown()
