@@ -21,6 +21,7 @@ import gc
 gc.disable()  # during the imports: their objects stay, and looking for garbage among them took 7 % of the start
 
 import argparse
+import asyncio
 import base64
 import binascii
 import contextlib
@@ -2485,8 +2486,10 @@ async def serve_http(config: Config, file: str | None, address: str, with_tokens
         vars(server)["capture_signals"] = contextlib.nullcontext  # signals are heeded here
 
         async def stop() -> None:
-            for listener in server.servers if stays_open else ():
-                listener.close()  # requests from now on wait for the next server
+            for place in server.servers[0].sockets if stays_open else ():
+                # Requests from now on wait for the next server. To close the listener would reset the connections that
+                # asyncio has accepted, but not yet given to it (Server._attach).
+                asyncio.get_running_loop().remove_reader(place)
             await team.drain()
             server.should_exit = True
 

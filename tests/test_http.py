@@ -18,8 +18,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
+import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +60,7 @@ class TeamServer:
         options: tuple[str, ...] = (),
         without: str = "",
     ) -> None:
-        self.without = without  # a piece of code that takes a defence away
+        self.without = without  # a piece of code that takes a defence away, or slows something down
         self.door = door
         self.options = options
         self.users = users
@@ -868,6 +871,49 @@ async def test_two_machines_behind_a_proxy_and_one_is_restarted_under_load(
         for user in users:
             async with client(user) as one:
                 assert "has ended" in text_of(await one.call_tool("cleanup-session", {"session_id": "study"}))
+
+
+# Accepting a connection takes asyncio two steps, here with a pause between them.
+SLOW_TO_ACCEPT = """
+import asyncio
+real = asyncio.SelectorEventLoop._accept_connection2
+async def late(*given, **more):
+    await asyncio.sleep(0.05)
+    await real(*given, **more)
+asyncio.SelectorEventLoop._accept_connection2 = late
+"""
+
+
+@pytest.mark.slow
+def test_no_connection_is_reset_when_a_server_with_a_socket_of_systemds_is_restarted(
+    settings: Config, serve: Callable[..., TeamServer], doors: list[socket.socket]
+) -> None:
+    server = serve(settings, door=doors[0], without=SLOW_TO_ACCEPT)
+    place = doors[0].getsockname()
+    all_ask = threading.Barrier(9)
+    is_over = threading.Event()
+
+    def ask() -> int:
+        """Ask again and again how the server is, each time by a new connection."""
+        all_ask.wait(PATIENCE)
+        count = 0
+        while not is_over.is_set():
+            with socket.create_connection(place, timeout=PATIENCE) as one:
+                one.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+                assert one.recv(100).startswith((b"HTTP/1.1 200", b"HTTP/1.1 503")), "an answer"
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(ask) for _ in range(8)]
+        try:
+            all_ask.wait(PATIENCE)
+            time.sleep(0.2)  # so that they are in the midst of it
+            server.stop()
+            server.start()
+        finally:
+            is_over.set()
+        assert all(one.result() for one in asked)
 
 
 def listens(port: int) -> bool:
