@@ -2050,13 +2050,6 @@ class Sandbox:
     def __repr__(self) -> str:
         return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
 
-    @property
-    def user(self) -> str:
-        """Whose code runs in it, "" where there is one user."""
-        if self.call:
-            return self.call.request.user
-        return split_key(self.greeting["session"])[0] if self.greeting and self.greeting["session"] else ""
-
     @classmethod
     async def start(
         cls,
@@ -3258,6 +3251,13 @@ class Proxy:
         if self._sandbox.call and len(self._sandbox.call.refused) < REFUSALS_TOLD:
             self._sandbox.call.refused[sentence] = None
 
+    def _user(self) -> str:
+        """Return whose code runs in the sandbox, "" where there is one user."""
+        if self._sandbox.call:
+            return self._sandbox.call.request.user
+        greeting = self._sandbox.greeting
+        return split_key(greeting["session"])[0] if greeting and greeting["session"] else ""
+
     def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
         """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
         number = frame["flow"]
@@ -3293,7 +3293,7 @@ class Proxy:
                 request, http = await read_request(connection)
             host, port, path = target_of(request)
             where = f"{host}:{port}"
-            if found := self.network.credentials.at(host, port, path, self._sandbox.user):
+            if found := self.network.credentials.at(host, port, path, self._user()):
                 verdict = await CredentialRoute(self.network, found, path, who, self.tell).serve(
                     connection, request, http
                 )
@@ -5063,11 +5063,8 @@ class Supervisor:
     def _listen(self) -> None:
         self.door.listen(self.sources)
         self.worker.copy.listen()
-        if self.settings["has_proxy"]:
-            try:
-                self.connections.listen()
-            except OSError as error:
-                self.host.note(f"code can't reach the allowed hosts: no proxy ({error})")
+        if self.settings["has_proxy"] and (problem := self.connections.listen()):
+            self.host.note(problem)
 
     def _refusal(self, request: dict[str, Any]) -> Greeting | None:
         """Return the status, unless a plug may come in: there is no host, and the plug is for this sandbox.
@@ -5080,9 +5077,7 @@ class Supervisor:
             return None
         status = self._status("status")
         if request.get("details"):
-            files, _ = list_files(self.settings["working_dir"])
-            status["variables"] = self.variables
-            status["files"] = len(files), sum(size for _, size in files.values())
+            status["variables"], status["files"] = self.variables, self.files.count()
         return status
 
     def _enter(self, channel: Channel, plug: socket.socket, request: PlugRequest) -> None:
@@ -5195,8 +5190,6 @@ class Supervisor:
         for frame in call.rest():
             self.host.tell(frame)
         files, left_out = self.files.changed()
-        if call.stopped_for == "timeout" and call.code_ended and not message:
-            message = "the code ended in time, but not all of its figures and variables could be shown"
         done: Done = {
             **report,
             "status": call.stopped_for or status,
@@ -5205,7 +5198,7 @@ class Supervisor:
             "state": state,
             "lost_before": self.lost,
             "behind": behind,
-            "message": message,
+            "message": message or call.remark(),
             "files": files,
             "files_left_out": left_out,
         }
@@ -5302,33 +5295,24 @@ class Supervisor:
         self.worker.disconnect()
         is_restored = self.worker.restore()
         if self.call:
-            self._conclude_death(self.call, death, is_restored, message, others, behind)
+            state: Variables = "restored" if is_restored else "lost"
+            self._conclude_death(self.call, death, state, message, others, behind if is_restored else 0)
         elif is_restored:
             self.worker.want_copy()
         elif not self.worker.is_used:
             os._exit(71)  # a worker that dies before its first call would do so every time
         else:
-            self.lost = message or (
-                f"killed by signal {-death.code}" if death.code < 0 else f"exit status {death.code}"
-            )
+            self.lost = message or death.manner
 
     def _conclude_death(
-        self, call: RunningCall, death: Death, is_restored: bool, message: str | None, others: int, behind: int
+        self, call: RunningCall, death: Death, state: Variables, message: str | None, others: int, behind: int
     ) -> None:
         """Conclude the call of a worker that has died, which ran in so many processes besides."""
-        report: EndOfCall = {"id": call.id, "kind": "done", "cpu": death.cpu, "exit_code": death.code}
-        report["memory"] = death.memory
         kills = self.worker.kills.count(self.worker.copy)
         if kills and not call.stopped_for:
-            causes = [f"it ran in {others + 1} processes"] if others else []
-            if (held := self.files.held() >> 20) >= 16:
-                causes.append(f"its files, which are held in memory, took {held} MB of that")
-            message = " and ".join(causes) or None
+            message = memory_taken(others, self.files.held() >> 20)
         status: EndStatus = "out_of_memory" if kills else "died"
-        if is_restored:
-            self._conclude(report, status, kills, "restored", message, behind)
-        else:
-            self._conclude(report, status, kills, "lost", message)
+        self._conclude(death.report(call.id), status, kills, state, message, behind)
 
 
 class RunningCall:
@@ -5385,6 +5369,12 @@ class RunningCall:
         for stream, data in self.tail:
             yield {"id": self.id, "kind": stream, "data": data.decode("utf-8", "ignore").encode()}
 
+    def remark(self) -> str | None:
+        """Return what is to be said of an end that was not the code's own."""
+        if self.stopped_for == "timeout" and self.code_ended:
+            return "the code ended in time, but not all of its figures and variables could be shown"
+        return None
+
     def next_due(self) -> float:
         """Return when the supervisor has to act on this call, unless it ends first."""
         return min(self.deadline, self.nudge, self.kill_at)
@@ -5408,6 +5398,14 @@ class RunningCall:
             if oldest[dropped:]:
                 self.tail.appendleft((stream, oldest[dropped:]))
         return passes
+
+
+def memory_taken(others: int, held: int) -> str | None:
+    """Return what took memory besides the code itself: so many other processes, and files of so many megabytes."""
+    causes = [f"it ran in {others + 1} processes"] if others else []
+    if held >= 16:
+        causes.append(f"its files, which are held in memory, took {held} MB of that")
+    return " and ".join(causes) or None
 
 
 def told_variables(said: Any) -> dict[str, str]:
@@ -5584,8 +5582,13 @@ class Death:
 
     def __init__(self, status: int, usage: Any, reported: float) -> None:
         self.code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)  # a signal is negative
+        self.manner = f"killed by signal {-self.code}" if self.code < 0 else f"exit status {self.code}"
         self.cpu = max(0.0, usage.ru_utime + usage.ru_stime - reported)  # seconds, of the last call
         self.memory: int = usage.ru_maxrss * 1024  # bytes, at most
+
+    def report(self, call: str) -> EndOfCall:
+        """Return what is reported of the call that was running."""
+        return {"id": call, "kind": "done", "cpu": self.cpu, "exit_code": self.code, "memory": self.memory}
 
 
 class Copy:
@@ -5901,14 +5904,18 @@ class Flows:
         self.count = 0
         self.listener: socket.socket | None = None
 
-    def listen(self) -> None:
-        """Begin to accept connections."""
+    def listen(self) -> str | None:
+        """Begin to accept connections; return what to note if that is impossible."""
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", PROXY_PORT))
+        try:
+            self.listener.bind(("127.0.0.1", PROXY_PORT))
+        except OSError as error:
+            return f"code can't reach the allowed hosts: no proxy ({error})"
         self.listener.listen(1024)  # a connection for which there is no room tries again only a second later
         self.listener.setblocking(False)
         self.sources[self.listener.fileno()] = self._admit
+        return None
 
     def _admit(self) -> None:
         assert self.listener is not None
@@ -6013,6 +6020,11 @@ class Files:
         self.seen, _ = list_files(home)  # at the last call's end: path to time and size
         self.escaped: dict[str, str] = {}  # paths as the host knows them, of files whose names it could not show
         self.folders = {folder: attributes(folder) for folder in (home, *others)}
+
+    def count(self) -> tuple[int, int]:
+        """Return how many files there are in the working directory, and their bytes."""
+        found, _ = list_files(self.home)
+        return len(found), sum(size for _, size in found.values())
 
     def read(self, request: Read) -> Piece:
         """Return a piece of a file in the working directory."""
@@ -9807,18 +9819,19 @@ def build_content(task: dict[str, Any]) -> dict[str, Any]:
     return {"installed": sorted([item.metadata["Name"], item.version] for item in found)}
 
 
+# Addresses in whose place a mirror is asked: it has the same folders.
+DISTRIBUTORS = r"https?://((deb|security)\.debian\.org|(archive|security|ports)\.ubuntu\.com|dl-cdn\.alpinelinux\.org)"
+
+
 def add_system_packages(task: dict[str, Any]) -> None:
-    """Install packages of Debian's or Alpine's, from a mirror if one is named, which the image does not keep."""
+    """Install packages of the image's distribution, from a mirror if one is named, which the image does not keep."""
     folder = tempfile.mkdtemp()
     os.makedirs(f"{folder}/parts")
     for place in glob.glob("/etc/apt/sources.list") + glob.glob("/etc/apt/sources.list.d/*") + [APK_REPOSITORIES]:
         with contextlib.suppress(OSError), open(place) as source:
             text = source.read()
             if task["system_mirror"]:
-                mirror = task["system_mirror"].rstrip("/")
-                text = re.sub(
-                    r"https?://(deb\.debian\.org|security\.debian\.org|dl-cdn\.alpinelinux\.org)", mirror, text
-                )
+                text = re.sub(DISTRIBUTORS, task["system_mirror"].rstrip("/"), text)
             with open(f"{folder}/{'parts/' * ('.d/' in place)}{os.path.basename(place)}", "w") as copy:
                 copy.write(text)
     if shutil.which("apt-get"):
@@ -10211,7 +10224,7 @@ class PackageConfig:
                 raise ValueError(f"package.preinstalled: {str(error).rstrip('.')}") from None
         for name in self.system:
             if not re.fullmatch(r"[a-z0-9][a-z0-9+._-]*(?<!-)(=[\w.+~:-]+)?", name):
-                raise ValueError(f"package.system: {name!r} is not the name of a Debian or Alpine package")
+                raise ValueError(f"package.system: {name!r} is not the name of a Debian, Ubuntu or Alpine package")
         for name, value in (("index_url", self.index_url), ("system_mirror", self.system_mirror)):
             if value is not None and not re.fullmatch(r"https?://[^\s]+", value):
                 raise ValueError(f"package.{name}: {value!r} is not an address (http or https)")

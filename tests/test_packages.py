@@ -707,7 +707,7 @@ NEWEST = "localhost/python-docker-mcp-tests:3.14"  # made by engines.sh, of Debi
 
 @pytest.mark.parametrize("name", ["", "-x", "libc6-", "a b", "a;b", "A", "../a", "a=", "a=1;x"])
 def test_what_is_no_system_package_is_refused_in_a_sentence(name: str) -> None:
-    with pytest.raises(ValueError, match=r"package\.system: .* is not the name of a Debian or Alpine package"):
+    with pytest.raises(ValueError, match=r"package\.system: .* is not the name of a Debian, Ubuntu or Alpine package"):
         PackageConfig(system=(name,))
 
 
@@ -717,33 +717,46 @@ def test_names_of_system_packages() -> None:
         PackageConfig(system_mirror="mirror")
 
 
+APT = [" update", " install libgomp", " clean"]
+
+
 @pytest.mark.parametrize(
-    ("manager", "expected"),
+    ("manager", "source", "line", "expected"),
     [
-        ("apk", ["apk add --no-cache --repositories-file=REPOSITORIES libgomp"]),
-        ("apt-get", ["update", "install libgomp", "clean"]),
+        ("apk", "repositories", "https://dl-cdn.alpinelinux.org/alpine/v3.20/main", ["add --no-cache"]),
+        ("apt-get", "sources.list", "deb http://security.debian.org/debian-security trixie-security main", APT),
+        ("apt-get", "ubuntu.sources", "URIs: http://archive.ubuntu.com/ubuntu/", APT),
     ],
 )
 def test_each_manager_is_asked_in_its_own_way_and_the_mirror_is_not_kept(
-    manager: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    manager: str,
+    source: str,
+    line: str,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """With what stands for the manager, as no image of Alpine's can be had everywhere."""
-    source = tmp_path / "repositories"
-    source.write_text("https://dl-cdn.alpinelinux.org/alpine/v3.20/main\n")
+    """With what stands for the manager, as no image of Alpine's or Ubuntu's can be had everywhere."""
+    file = tmp_path / source
+    file.write_text(line)
     ran: list[str] = []
+
+    def run(command: list[str]) -> None:
+        """Note the command, and what its sources say."""
+        ran.append(" ".join(command))
+        folder = re.search(r"(?:SourceList|--repositories-file)=(\S+)/", ran[-1])
+        assert folder
+        (copy,) = Path(folder[1]).rglob(source)
+        assert copy.read_text() == re.sub(r"https?://[^/]*", "https://mirror.example", line)
+
     monkeypatch.setattr(shutil, "which", lambda program: program == manager)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    monkeypatch.setattr(glob, "glob", lambda _: [])
-    monkeypatch.setattr(sandbox_runner, "APK_REPOSITORIES", str(source))
-    monkeypatch.setattr(sandbox_runner, "run_tool", lambda command: ran.append(" ".join(command)))
+    monkeypatch.setattr(glob, "glob", lambda pattern: [str(file)] * ("apt" in pattern and pattern.endswith("/*")))
+    monkeypatch.setattr(sandbox_runner, "APK_REPOSITORIES", str(file) if manager == "apk" else "/no/such/file")
+    monkeypatch.setattr(sandbox_runner, "run_tool", run)
     sandbox_runner.add_system_packages({"system": ["libgomp"], "system_mirror": "https://mirror.example/"})
-    for line, part in zip(ran, expected, strict=True):
-        found = re.search(r"--repositories-file=(\S+)", line)
-        if found:
-            assert Path(found[1]).read_text() == "https://mirror.example/alpine/v3.20/main\n"
-            part = part.replace("REPOSITORIES", found[1])
-        assert line.endswith(part)
-    assert "mirror.example" not in source.read_text()
+    assert [part in line for part, line in zip(expected, ran, strict=True)] == [True] * len(expected)
+    assert file.read_text() == line
 
 
 SYSTEM = """
