@@ -5616,7 +5616,11 @@ class Copy:
         self.address.setblocking(False)
 
     def ask(self) -> str:
-        """Await a copy in place of the last one, which ends; return the key that it has to name."""
+        """Await a copy in place of the last one, which is killed; return the key that it has to name."""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                # One that ended by itself could linger, and the kernel would kill the worker for the memory of both.
+                os.kill(self.process, signal.SIGKILL)
         self.end()
         self.due, self.asked, self.behind, self.strays = math.inf, time.monotonic(), 0, 0
         self.key = os.urandom(16).hex()

@@ -232,6 +232,23 @@ async def test_a_copy_costs_no_memory_whatever_a_session_holds_and_its_next_call
     assert not worse, ended
 
 
+async def test_a_copy_that_does_not_end_by_itself_costs_no_memory(config: Config, session: str) -> None:
+    """Its memory was once still taken when the next copy and the code needed theirs."""
+    stop_copies = (
+        "import os, signal, time\ntime.sleep(0.6)\n"
+        "for pid in os.listdir('/proc'):\n"
+        "    if pid.isdigit() and int(pid) not in (1, os.getpid()): os.kill(int(pid), signal.SIGSTOP)"
+    )
+    use = "for at in range(0, len(x), 4096): x[at] ^= 1"
+    async with open_runner(config) as runner:
+        await runner.execute(f"x = bytearray(40 << 20)\n{use}", session=session)
+        for _ in range(2):
+            await runner.execute(stop_copies, session=session)
+            result = await runner.execute(f"{use}\nlen(b'x' * (184 << 20))", session=session)
+            assert (result.status, result.oom_kills, result.state) == ("ok", 0, "preserved")
+        await runner.close_session(session)
+
+
 async def test_a_session_is_restored_after_its_host_was_killed_and_again_right_after_that(
     config: Config, command_line: CommandLine, session: str
 ) -> None:
