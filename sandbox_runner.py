@@ -2866,6 +2866,9 @@ def extended(cells: list[str], code: str, result: Result) -> list[str]:
         cells = [*cells[:-1], json.dumps({**last, "outputs": [*last["outputs"], *outputs]})]
     else:
         count = sum('"cell_type": "code"' in cell[:40] for cell in cells) + 1
+        lines = code.splitlines()
+        if FENCE.match(next(filter(str.strip, lines), "")):
+            code = "\n".join(inside_fences(lines)).strip("\n")  # a notebook would refuse the fences
         cells = [*cells, new_cell("code", code, execution_count=count, outputs=outputs)]
     size = sum(map(len, cells))
     for number, cell in enumerate(cells[:-1]):
@@ -2886,6 +2889,8 @@ def new_cell(kind: Literal["code", "markdown"], source: str, **more: Any) -> str
 def outputs_of(result: Result) -> list[dict[str, Any]]:
     """Return what a call showed, in the forms of a notebook."""
     outputs: list[dict[str, Any]] = []
+    if result.lost_before:
+        outputs.append(stream("stderr", f"[the session's variables had been lost: {result.lost_before}]\n"))
     if result.earlier:
         outputs.append(stream("stdout", result.earlier))
     has_value = False
@@ -2896,7 +2901,9 @@ def outputs_of(result: Result) -> list[dict[str, Any]]:
             outputs.append(stream("stderr", f"[{item.bytes} bytes left out]\n"))
         else:
             has_value |= item.is_value
-            outputs.append({"output_type": "display_data", "metadata": {}, "data": bundle_of(item.forms)})
+            plain = {"text/plain": result.value} if item.is_value and result.value is not None else {}
+            data = {**plain, **bundle_of(item.forms)}
+            outputs.append({"output_type": "display_data", "metadata": {}, "data": data})
     if result.value is not None and not has_value:
         value = {"text/plain": result.value}
         outputs.append({"output_type": "display_data", "metadata": {}, "data": value})
@@ -2905,6 +2912,8 @@ def outputs_of(result: Result) -> list[dict[str, Any]]:
         outputs.append({"output_type": "error", "ename": error.type, "evalue": error.message, "traceback": lines})
     if result.message and result.status not in ("ok", "error", "running"):
         outputs.append(stream("stderr", f"[{result.message}]\n"))
+    if result.state == "lost":
+        outputs.append(stream("stderr", "[the session's variables are lost]\n"))
     return outputs
 
 
@@ -10168,7 +10177,7 @@ class DockerConfig:
             raise ValueError(f"docker.image: {self.image!r} is not the name of an image such as python:3.12.2-slim")
         if self.runtime is not None and not re.fullmatch(r"/?[A-Za-z0-9][A-Za-z0-9._/-]*", self.runtime):
             raise ValueError(f"docker.runtime: {self.runtime!r} is not the name of a runtime such as runsc")
-        if self.gpus is not None and not re.fullmatch(r"all|device=[\w-]+(,[\w-]+)*", self.gpus):
+        if self.gpus is not None and not re.fullmatch(r"all|device=[\w:-]+(,[\w:-]+)*", self.gpus):
             raise ValueError(f"docker.gpus: {self.gpus!r} is neither all nor a list such as device=0,1")
         for mount in self.mounts:
             split_mount(mount, self.working_dir)

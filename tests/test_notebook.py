@@ -78,6 +78,27 @@ def test_all_that_a_call_shows_is_in_its_cell() -> None:
     assert len({cell["id"] for cell in (first, second, third)}) == 3
 
 
+def test_a_value_has_its_text_for_readers_that_show_no_html() -> None:
+    table = Rich({"text/html": "<table>"}, is_value=True)
+    (shown,) = outputs_of(Result("ok", output=(table,), value="   a\n0  1"))
+    assert shown["data"] == {"text/plain": "   a\n0  1", "text/html": "<table>"}
+
+
+@pytest.mark.parametrize("code", ["```python\nx = 1\n```", "\n~~~\nx = 1\n~~~\n", "x = 1"])
+def test_code_stands_there_without_its_fences(code: str) -> None:
+    assert [cell["source"] for cell in valid(extended([], code, Result("ok")))] == ["x = 1"]
+
+
+def test_it_says_where_variables_were_lost() -> None:
+    cells = extended([], "x = 1", Result("died", message="the code ended its own process", state="lost"))
+    cells = extended(cells, "x", Result("error", lost_before="killed by signal 9"))
+    told = [[output["text"] for output in cell["outputs"]] for cell in valid(cells)]
+    assert told == [
+        ["[the code ended its own process]\n", "[the session's variables are lost]\n"],
+        ["[the session's variables had been lost: killed by signal 9]\n"],
+    ]
+
+
 def test_what_is_waited_for_goes_to_the_cell_that_it_is_of() -> None:
     cells = extended([], "slow()", Result("running", output=(Text("stdout", "1"),)))
     cells = extended(cells, "", Result("running"))

@@ -1306,7 +1306,7 @@ def test_runtime_and_mounts_are_passed_on(tmp_path: Path) -> None:
         ("docker", "all", ['--gpus="all"']),
         ("docker", "device=0,GPU-1a2b", ['--gpus="device=0,GPU-1a2b"']),
         ("podman", "all", ["--device=nvidia.com/gpu=all"]),
-        ("podman", "device=0,1", ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]),
+        ("podman", "device=0,1:0", ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1:0"]),
         ("docker", None, []),
         ("podman", None, []),
     ],
