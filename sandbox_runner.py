@@ -429,10 +429,14 @@ class Runner:
         self.sessions.forget_ended()
         deadline = math.inf if answer_within is None else anyio.current_time() + answer_within
         result = await self.sessions[session].execute(call, on_output, interrupt, deadline)
-        if self.notebooks:
-            self.notebooks.take(NotebookPlace.find(self.config.files, user, session), code, result)
-            self._tasks.start_soon(self.notebooks.write)
+        self._keep(session, code, result)
         return result
+
+    def _keep(self, session: str, code: str, result: Result) -> None:
+        """Have what was done in a session written into its notebook, if there are any."""
+        if self.notebooks:
+            self.notebooks.take(NotebookPlace.find(self.config.files, self.sessions.user, session), code, result)
+            self._tasks.start_soon(self.notebooks.write)
 
     async def _execute_transient(self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None) -> Result:
         reuse = False
@@ -547,6 +551,8 @@ class Runner:
             outcome = await self.launcher.install(name, text, sandbox, report)
             if outcome.ok and outcome.folder:
                 stale = await entry.use(outcome.folder, report)
+        if outcome.ok:
+            self._keep(session, f"%pip install {shlex.quote(text)}", Result("ok"))
         return describe_installation(name, outcome, session, stale, time.monotonic() - started)
 
     # ── all sandboxes ──
@@ -2768,7 +2774,15 @@ NOTEBOOKS_FOLDER = "notebooks"  # beside the configuration, for those that are n
 NOTEBOOK_LIMIT = 8 << 20  # bytes of one; the outputs of its oldest cells are left out first
 NOTEBOOKS_KEPT = 200  # in that folder
 NOTEBOOKS_HELD = 4  # in memory, so that they are not read again for each call
-ABOUT_NOTEBOOK = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+ABOUT_NOTEBOOK = {
+    "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+    "language_info": {
+        "name": "python",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "pygments_lexer": "ipython3",
+    },
+}
 LEFT_OUT = {"output_type": "stream", "name": "stderr", "text": "[left out, as the notebook became too large]\n"}
 NEW_SESSION = "*The session began anew: nothing of what is above was there any more.*"
 

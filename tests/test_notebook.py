@@ -46,6 +46,7 @@ def opened(file: Path) -> Any:
     """A notebook, which has to be a valid one."""
     notebook = nbformat.read(file, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
+    assert notebook.metadata.language_info.file_extension == ".py", "else nbconvert makes a .txt of it"
     return notebook
 
 

@@ -415,9 +415,10 @@ async def test_neither_certificates_nor_proxies_stay_in_the_image_or_reach_the_c
 @pytest.mark.anyio
 @pytest.mark.parametrize("installer", ["uv", "pip"])
 async def test_a_session_sees_what_is_installed_at_once_with_its_variables_kept(
-    settings: Config, installer: str
+    settings: Config, installer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async with open_runner(plain(settings, installer=installer)) as runner:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    async with open_runner(plain(settings, installer=installer), notebooks=True) as runner:
         await runner.execute("x = 5", session="s")
         installed = await runner.install("alpha>=1,<2", session="s")
         assert installed.ok
@@ -432,6 +433,8 @@ async def test_a_session_sees_what_is_installed_at_once_with_its_variables_kept(
         assert other.exception.type == "ModuleNotFoundError"
         for name in ("s", "other"):
             await runner.close_session(name)
+    cells = json.loads((tmp_path / ".python-docker-mcp/notebooks/s.ipynb").read_text())["cells"]
+    assert [cell["source"] for cell in cells][:2] == ["x = 5", "%pip install 'alpha>=1,<2'"], "it can be run again"
 
 
 LOCK_ALL = """
