@@ -33,7 +33,11 @@ class Engine:
     async def __call__(self, *arguments: str) -> str:
         """Run a command and return what it prints."""
         with anyio.fail_after(PATIENCE):
-            done = await anyio.run_process([self.command, *arguments])
+            done = await anyio.run_process([self.command, *arguments], check=False)
+        if done.returncode:
+            error = subprocess.CalledProcessError(done.returncode, [self.command, *arguments])
+            error.add_note(done.stderr.decode())
+            raise error
         return done.stdout.decode()
 
     def kill_at_once(self, name: str) -> None:
