@@ -9474,11 +9474,14 @@ async def derive_image(engine: Engine, config: Config, report: Callable[[str], N
         with anyio.fail_after(INSTALL_TIMEOUT):
             identity = await _build(engine, base, name, config, report)
     except (EngineError, TimeoutError) as error:
-        problem = f"{', '.join(wanted(package))} could not be preinstalled: {str(error) or 'it took too long'}"
-        log.warning("%s", problem)
         if package.system:
             without = dataclasses.replace(config, package=dataclasses.replace(package, system=()))
             base = await derive_image(engine, without, report)
+            if base.problem:  # whatever it is, it is not these packages
+                return base
+        missing = ", ".join(package.system or package.preinstalled)
+        problem = f"{missing} could not be preinstalled: {str(error) or 'it took too long'}"
+        log.warning("%s", problem)
         return dataclasses.replace(base, problem=problem)
     return Image(name, identity, f"derived from {base.name} ({base.origin})")
 
@@ -9540,8 +9543,7 @@ async def _build(engine: Engine, base: Image, name: str, config: Config, report:
 async def _build_once(
     engine: Engine, base: Image, name: str, helper: str, config: Config, report: Callable[[str], None]
 ) -> None:
-    packages = ", ".join(wanted(config.package))
-    report(build_status(1, f"fetching {config.package.installer}, for {packages}"))
+    report(build_status(1, f"fetching {config.package.installer}, for {', '.join(wanted(config.package))}"))
     task = {
         "task": "build",
         "requirements": config.package.preinstalled,
@@ -9549,7 +9551,7 @@ async def _build_once(
         "system_mirror": config.package.system_mirror,
     }
     async with helper_container(engine, helper, base.name, config.package, task, report) as outcome:
-        outcome.require_success(f"{packages} could not be installed")
+        outcome.require_success()
         report(build_status(BUILD_STEPS, "saving the image"))
         await engine.run(
             "commit",
@@ -9627,10 +9629,10 @@ class Outcome:
     installed: tuple[tuple[str, str], ...] = ()
     present: str | None = None  # version of the requested package, if the image has it
 
-    def require_success(self, what: str) -> None:
+    def require_success(self) -> None:
         """Raise EngineError, with the relevant part of the installer's output, if the installer failed."""
         if not self.ok:
-            raise EngineError(f"{what}: {shorten_installer_output(self.output)}")
+            raise EngineError(shorten_installer_output(self.output))
 
 
 def shorten_installer_output(output: str) -> str:
@@ -9708,7 +9710,8 @@ async def helper_container(
 def installer_task(package: PackageConfig, task: dict[str, Any]) -> dict[str, Any]:
     """Return the installer's task, which the helper gets on standard input so that no image keeps any of it."""
     certificates, asked_for = host_certificates(package)
-    environment = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    environment = {**{name.lower(): value for name, value in proxies.items()}, **proxies}  # apt knows only the former
     if package.index_url:
         environment |= {"UV_DEFAULT_INDEX": package.index_url, "PIP_INDEX_URL": package.index_url}
     flag = "--allow-insecure-host" if package.installer == "uv" else "--trusted-host"

@@ -762,6 +762,14 @@ def test_each_manager_is_asked_in_its_own_way_and_the_mirror_is_not_kept(
     assert file.read_text() == line
 
 
+def test_proxies_are_named_in_small_letters_too_which_apt_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("HTTP_PROXY", "http://a"), ("HTTPS_PROXY", "http://b"), ("https_proxy", "http://c")):
+        monkeypatch.setenv(name, value)
+    environment = sandbox_runner.installer_task(PackageConfig(), {})["environment"]
+    assert (environment["http_proxy"], environment["HTTP_PROXY"]) == ("http://a", "http://a")
+    assert (environment["https_proxy"], environment["HTTPS_PROXY"]) == ("http://c", "http://b")
+
+
 SYSTEM = """
 import ctypes, locale
 ctypes.CDLL('libgomp.so.1')
@@ -782,13 +790,13 @@ async def test_system_packages_are_there_or_it_is_told_why_not(config: Config, e
         assert image.problem is None
         assert (await runner.execute("import os; os.path.exists('/var/lib/apt/lists')")).value == "False"
     for name, image_name, said in (
-        ("no-such-package", NEWEST, "no-such-package could not be preinstalled: .*Unable to locate package no-such"),
-        ("libgomp1", "host", "libgomp1 could not be preinstalled: .*the image has neither apt-get nor apk"),
+        ("no-such-package", NEWEST, "no-such-package could not be preinstalled: E: Unable to locate package no-such"),
+        ("libgomp1", "host", "libgomp1 could not be preinstalled: error: the image has neither apt-get nor apk"),
     ):
         docker = dataclasses.replace(config.docker, image=image_name)
         package = dataclasses.replace(config.package, system=(name,))
         async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
             assert (await runner.execute("6 * 7")).value == "42"
             assert runner.launcher.image is not None
-            assert re.search(said, runner.launcher.image.problem or "", re.DOTALL)
+            assert (runner.launcher.image.problem or "").startswith(said)
     await anyio.run_process([engine_command, "rmi", image.name])
