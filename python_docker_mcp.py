@@ -1401,6 +1401,17 @@ DATA_HOSTS = {  # of what libraries load by themselves: what asks for it, and wh
     r"yfinance|yf\.": "query1.finance.yahoo.com",
 }
 
+PROGRAMS = {  # the packages of Debian's that they are in
+    "Chrome": "chromium", "chrome": "chromium, chromium-driver", "ffmpeg": "ffmpeg", "ffprobe": "ffmpeg",
+    "gs": "ghostscript", "java": "default-jre-headless", "latex": "texlive-latex-extra, cm-super, dvipng",
+    "node": "nodejs", "pdfinfo": "poppler-utils", "pdftoppm": "poppler-utils", "pdftotext": "poppler-utils",
+    "poppler": "poppler-utils", "soffice": "libreoffice", "tesseract": "tesseract-ocr",
+}  # fmt: skip
+NO_PROGRAM = (  # in the words of the packages that need one
+    r"requires Google (Chrome)|^(tesseract) is not installed|Is (poppler) installed|`(java)` command is not found|"
+    r"No (pandoc) was found|(latex) could not be found|Bad (git) executable|obtain driver for (chrome)"
+)
+
 # Hints that are too long for a row.
 NO_GRAPHICS = (
     "opencv-python needs a graphics library that this image lacks: call install-package with package_name "
@@ -1559,6 +1570,15 @@ def hint_on_library(found: re.Match[str], _: Failure) -> str:
     )
 
 
+def hint_on_program(found: re.Match[str], failure: Failure) -> str | None:
+    """Return which system package a program is in that was to be run, and who can add it."""
+    name = next(filter(None, found.groups()))
+    if name not in PROGRAMS and failure.error.type == "FileNotFoundError" and "subprocess" not in failure.code:
+        return None  # it may be a file's name
+    package = PROGRAMS.get(name, name)
+    return f"{name} is not in this image: have the operator add Debian's package for it (package.system: [{package}])."
+
+
 def hint_on_overwritten(_: re.Match[str], failure: Failure) -> str | None:
     """Return how to have a builtin back whose name the code has given to something else."""
     name = failure.error.missing
@@ -1680,6 +1700,8 @@ HINTS: tuple[tuple[str, str, Words], ...] = (
         hint_on_library,
     ),
     (r"FileNotFoundError", r"directory: '(?:sudo|apt|apt-get|apk|brew|yum|dnf|conda)'", NO_COMMAND),
+    (r".*", NO_PROGRAM, hint_on_program),
+    (r"FileNotFoundError", r"directory: '([a-z][\w+-]*)'$", hint_on_program),
     (r"Error", r"unsupported locale setting", NO_LOCALE),
     (r"OSError", r"^cannot open resource", NO_FONT),
     (r"\w*", r"DISPLAY|[Nn]o display name|cannot connect to (?:X server|display)", NO_SCREEN),

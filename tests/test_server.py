@@ -301,6 +301,12 @@ def test_system_packages_in_shell_lines_have_a_hint_if_there_are_none() -> None:
     assert hint_on(Result("ok", output=said), "print('apt')", Config()) is None
 
 
+def test_a_program_that_code_calls_itself_may_be_any() -> None:
+    error = ExceptionInfo("FileNotFoundError", "[Errno 2] No such file or directory: 'units'", 1, "")
+    for code, told in (("import subprocess; subprocess.run(['units'])", True), ("open('units')", False)):
+        assert ("[units])" in (hint_on(Result("error", exception=error), code, Config()) or "")) == told
+
+
 VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'tests' / 'tools'}:/out:rw")))
 
 
@@ -328,7 +334,16 @@ VISIBLE = Config(DockerConfig(mounts=(f"{ROOT / 'tests'}:/data", f"{ROOT / 'test
             "[Errno 2] No such file or directory: 'apt-get'",
             "System packages can't be added from code",
         ),
-        ("FileNotFoundError", "[Errno 2] No such file or directory: 'ffmpeg'", None),
+        ("FileNotFoundError", "[Errno 2] No such file or directory: 'ffprobe'", "(package.system: [ffmpeg])"),
+        ("FileNotFoundError", "[Errno 2] No such file or directory: 'data'", None),
+        ("RuntimeError", "\n\nKaleido requires Google Chrome to be installed.", "(package.system: [chromium])"),
+        ("TesseractNotFoundError", "tesseract is not installed or it's not in your PATH.", "[tesseract-ocr])"),
+        ("PDFInfoNotInstalledError", "Unable to get page count. Is poppler installed", "[poppler-utils])"),
+        ("JavaNotFoundError", "`java` command is not found from this", "(package.system: [default-jre-headless])"),
+        ("OSError", "No pandoc was found: either install pandoc", "(package.system: [pandoc])"),
+        ("RuntimeError", "Failed to process string with tex because latex could not be found", "cm-super, dvipng])"),
+        ("ImportError", "Failed to initialize: Bad git executable.", "(package.system: [git])"),
+        ("NoSuchDriverException", "Message: Unable to obtain driver for chrome;", "[chromium, chromium-driver])"),
         ("Error", "unsupported locale setting", "format numbers and dates in Python, such as f'{x:,.2f}'"),
         ("OSError", "cannot open resource", "ImageFont.load_default(size=20)"),
         ("KeyError", "'DISPLAY'", "There is no screen here"),
