@@ -976,7 +976,7 @@ class Session:
         self.sandbox = await self._find()  # if it can't be found out, the next call looks again
         if self.sandbox is None and had:
             idle = f"it was not used for {self._launcher.config.session.idle_timeout:g} seconds"
-            self.lost = idle if had.expired else "its container ended"
+            self.lost = idle if had.expired.is_set() else "its container ended"
         elif self.sandbox and self.sandbox.call:
             if self.call is not self.sandbox.call:
                 self.call = self.sandbox.call
@@ -2043,7 +2043,7 @@ class Sandbox:
         self.created = time.monotonic()
         self.prepared = anyio.Event()  # set when a worker is there that has preloaded everything
         self.packages: str | None = None  # folder of the packages installed for its session
-        self.expired = False  # whether its session was not used for too long, and has ended
+        self.expired = anyio.Event()  # set when its session was not used for too long, and ends
         self.greeting: Greeting | None = None
         self.client = process  # the engine's command line
         self._pipe = pipe
@@ -2052,6 +2052,7 @@ class Sandbox:
         self.answers: dict[str, MemoryObjectSendStream[ToQuestion]] = {}  # by the questions' id
         self._heard = anyio.current_time()  # when the last frame was read, and taken
         self.fault: str | None = None  # what was wrong with a frame
+        self._notes = 0  # so many have come
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
@@ -2212,38 +2213,24 @@ class Sandbox:
 
     async def _read_frames(self, call: Call | None, tasks: anyio.abc.TaskGroup) -> None:
         lines = BufferedByteReceiveStream(self._pipe)
-        strays = notes = 0
+        strays = 0
+        of_sandbox: dict[str, Callable[[Any], object]] = {
+            "ready": lambda frame: self._greet(frame, call),
+            "status": lambda frame: self._greet(frame, call),
+            "farewell": lambda _: self._kill_client(),
+            "passed": lambda frame: self.proxy.take(frame, tasks),
+            "expired": lambda _: self.expired.set(),
+            "prepared": lambda _: self.prepared.set(),
+            "note": self._note,
+        }
         try:
             while True:
                 self._heard = anyio.current_time()
-                frame = await receive(lines, FROM_SANDBOX)
-                if frame["kind"] == "ready" or frame["kind"] == "status":
-                    if self.greeting or self.call:  # it is the first thing that a supervisor sends
-                        raise ProtocolError("a second greeting")
-                    self._greet(frame, call)
-                elif frame["kind"] == "farewell":
-                    self._kill_client()
-                    return
-                elif frame["kind"] == "passed":
-                    self.proxy.take(frame, tasks)
-                elif frame["kind"] == "expired":
-                    self.expired = True
-                elif frame["kind"] == "prepared":
-                    self.prepared.set()
-                elif frame["kind"] == "note":
-                    notes += 1
-                    if notes <= NOTES_LOGGED:
-                        log.warning("%s: %s", self.name, last_line(frame["text"]))
-                elif (
-                    frame["kind"] == "pong"
-                    or frame["kind"] == "file"
-                    or frame["kind"] == "written"
-                    or frame["kind"] == "recycled"
-                    or frame["kind"] == "used"
-                    or (frame["kind"] == "unfit" and frame["id"] in self.answers)
-                ):
-                    if answers := self.answers.get(frame["id"]):
-                        answers.send_nowait(frame)
+                frame: Any = await receive(lines, FROM_SANDBOX)
+                if take := of_sandbox.get(frame["kind"]):
+                    take(frame)
+                elif answers := self.answers.get(frame["id"]):
+                    answers.send_nowait(frame)
                 elif self.call and frame["id"] == self.call.id and not self.call.ended.is_set():
                     await self.call.take(frame)
                 else:
@@ -2256,6 +2243,12 @@ class Sandbox:
             self.fault = str(error) or "more answers than questions"
             if self.greeting:  # else it is the engine that speaks: Docker says there why a plug can't be run
                 log.error("the sandbox %s is given up, it sent what no supervisor sends: %s", self.name, error)
+
+    def _note(self, note: Note) -> None:
+        """Log what the supervisor has to say, if that is not too much."""
+        self._notes += 1
+        if self._notes <= NOTES_LOGGED:
+            log.warning("%s: %s", self.name, last_line(note["text"]))
 
     def _greet(self, greeting: Greeting, call: Call | None) -> None:
         """Enter the state that the sandbox is in, with the call whose end no host has been told."""
