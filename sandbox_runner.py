@@ -2057,6 +2057,13 @@ class Sandbox:
     def __repr__(self) -> str:
         return f"<Sandbox {self.name}{' (gone)' * self.gone.is_set()}>"
 
+    @property
+    def user(self) -> str:
+        """Whose code runs in it, "" where there is one user."""
+        if self.call:
+            return self.call.request.user
+        return split_key(self.greeting["session"])[0] if self.greeting and self.greeting["session"] else ""
+
     @classmethod
     async def start(
         cls,
@@ -3267,13 +3274,6 @@ class Proxy:
         if self._sandbox.call and len(self._sandbox.call.refused) < REFUSALS_TOLD:
             self._sandbox.call.refused[sentence] = None
 
-    def _user(self) -> str:
-        """Return whose code runs in the sandbox, "" where there is one user."""
-        if self._sandbox.call:
-            return self._sandbox.call.request.user
-        greeting = self._sandbox.greeting
-        return split_key(greeting["session"])[0] if greeting and greeting["session"] else ""
-
     def take(self, frame: Passed, tasks: anyio.abc.TaskGroup) -> None:
         """Enter a frame; serve a connection that it opens in `tasks`. Raises ProtocolError."""
         number = frame["flow"]
@@ -3309,7 +3309,7 @@ class Proxy:
                 request, http = await read_request(connection)
             host, port, path = target_of(request)
             where = f"{host}:{port}"
-            if found := self.network.credentials.at(host, port, path, self._user()):
+            if found := self.network.credentials.at(host, port, path, self._sandbox.user):
                 verdict = await CredentialRoute(self.network, found, path, who, self.tell).serve(
                     connection, request, http
                 )
