@@ -1799,7 +1799,7 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Service:
-    """What a caller may use; it lives as long as the server runs."""
+    """The runner and the shelf that a caller may use, as long as the server runs."""
 
     runner: Runner
     shelf: Shelf = field(default_factory=Shelf)
@@ -2153,7 +2153,7 @@ class MadeUpToken(Tokens):
 
 @dataclass(frozen=True, kw_only=True)
 class Member(Service):
-    """What one user of a team may use: sessions, outputs, turns and addresses of files of their own."""
+    """The service for one user of a team, with sessions, outputs, turns and addresses of files of their own."""
 
     user: str
     team: Team

@@ -3066,7 +3066,7 @@ def server_name(hello: bytes) -> str | None:
 
 
 class Network:
-    """What docker.network_allow and the secrets let through."""
+    """Rules on the hosts that code may reach: those of docker.network_allow, and those that have a secret."""
 
     def __init__(self, allowed: Sequence[str], credentials: Credentials | None = None) -> None:
         self.allowed = ", ".join(allowed) or "no hosts"
@@ -4255,7 +4255,7 @@ ToSupervisor = Run | Use | GiveState | Read | Write | Order | Parting | Pass | D
 
 
 class PlugRequest(TypedDict):
-    """What a plug asks for: this session, or a sandbox without one that has these settings."""
+    """Request of a plug for this session, or for a sandbox without one that has these settings."""
 
     session: str | None
     settings: str | None
@@ -4334,7 +4334,7 @@ class Turn(TypedDict):
 
 
 class Clear(TypedDict):
-    """What the call has shown so far is gone."""
+    """Notice that nothing counts of what the call has shown so far."""
 
     kind: Literal["clear"]
     id: str
@@ -4483,7 +4483,7 @@ FromSandbox = Greeting | Notice | Note | Passed | ToQuestion | OfCall
 
 
 class InstallerProgress(TypedDict):
-    """What the installer is doing."""
+    """Progress of the installer's work."""
 
     kind: Literal["progress"]
     text: str
@@ -4491,7 +4491,7 @@ class InstallerProgress(TypedDict):
 
 
 class InstallerReport(TypedDict):
-    """What came of the installer's work."""
+    """Outcome of the installer's work."""
 
     kind: Literal["done"]
     ok: bool
@@ -7125,7 +7125,7 @@ class Stream(io.TextIOWrapper):
 
 
 class Buffer(io.BufferedWriter):
-    """What is written to descriptor 1 or 2. It takes its turn before that is done (see `StandardStreams.take_turn`).
+    """Buffer before descriptor 1 or 2. It takes its turn before it writes (see `StandardStreams.take_turn`).
 
     Below it there is no Python code, in which an interruption could keep it from learning what has been written.
     """
@@ -7185,7 +7185,7 @@ def passes_on(stream: Any, real: Stream) -> bool:
 
 
 class Continuity:
-    """What goes on from call to call beside variables: one context, one event loop with its tasks, and no old warnings.
+    """State that lasts from call to call beside variables: one context, one event loop with its tasks, no old warnings.
 
     A task that code starts outside of a coroutine runs when the code has ended; one that is not done by then goes on
     whenever later code awaits something.
@@ -8766,7 +8766,7 @@ def fit_to_share(cpus: int) -> None:
 
 
 class ImportPolicy:
-    """Which modules the user's own code may import. A guard rail against habit, not a wall: see Security in the README.
+    """Rules on what the user's own code may import. A guard rail against habit, not a wall: see Security in the README.
 
     Libraries may import what they need: an import is the user's unless the importing module itself was imported from
     outside the working directory.
@@ -10304,7 +10304,7 @@ class FilesConfig:
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """What a server for a team is called, whom it serves, and how much of it each of them may have."""
+    """Settings of a server for a team: its names, its users, and the limits for each of them."""
 
     public_url: str | None = None
     hosts: tuple[str, ...] = ()

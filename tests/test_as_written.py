@@ -16,7 +16,6 @@ from sandbox_runner import (
     DockerConfig,
     ImageError,
     PackageConfig,
-    PoolConfig,
     Result,
     Rich,
     Runner,
@@ -174,7 +173,7 @@ async def test_a_figure_of_an_earlier_call_can_still_be_saved(runner: Runner, se
 
 async def test_the_newest_python_starts_processes_as_others_do(engine_command: str) -> None:
     docker = DockerConfig(command=engine_command, image=NEWEST)
-    config = Config(docker=docker, package=PackageConfig(preinstalled=()), pool=PoolConfig(preload=()))
+    config = Config(docker=docker, package=PackageConfig(preinstalled=()))
     code = (
         "import multiprocessing, sys\nfrom concurrent.futures import ProcessPoolExecutor\ndef f(x): return x + 2\n"
         "with multiprocessing.Pool(2) as pool: print(pool.map(f, [40]))\n"

@@ -593,7 +593,7 @@ async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_m
         "kept = [path for folder in folders for path in os.listdir(folder) if path != '.matplotlib']\n"
         "(kept, [name for name in os.listdir('/proc') if name.isdigit() and is_ours(int(name))])"
     )
-    pool = PoolConfig(warm=0, preload=(), reuse=True)
+    pool = PoolConfig(warm=0, reuse=True)
     async with open_runner(dataclasses.replace(config, pool=pool)) as runner:
         assert (await runner.execute(dirty)).status == "ok"
         name = await cleaned(runner)
@@ -631,7 +631,7 @@ async def test_no_message_reaches_the_next_caller_of_a_sandbox(config: Config, m
         "ids = [len(open(f'/proc/sysvipc/{kind}').readlines()) for kind in ('shm', 'sem', 'msg')]\n"
         "(names, kept, ids, [oct(about.st_mode) for about in folders], [about.st_mtime > 42 for about in folders])"
     ).replace("WRITABLE", "('/tmp', '/app', '/dev/shm', '/dev/mqueue')")
-    async with open_runner(dataclasses.replace(config, pool=PoolConfig(warm=0, preload=(), reuse=True))) as runner:
+    async with open_runner(dataclasses.replace(config, pool=PoolConfig(warm=0, reuse=True))) as runner:
         fresh = (await runner.execute(look)).value
         await cleaned(runner)
         assert fresh is not None
@@ -640,7 +640,7 @@ async def test_no_message_reaches_the_next_caller_of_a_sandbox(config: Config, m
 
 
 async def test_a_sandbox_is_used_again_however_often_others_look_at_it(config: Config) -> None:
-    pool = PoolConfig(warm=0, preload=(), reuse=True)
+    pool = PoolConfig(warm=0, reuse=True)
     async with (
         open_runner(dataclasses.replace(config, pool=pool)) as runner,
         open_runner(config) as other,

@@ -567,7 +567,7 @@ ATTACKS = [
 
 def fixed(config: Config) -> Config:
     """Settings for a sandbox that is started when it is needed, and whose session does not outlive a test by long."""
-    pool = PoolConfig(warm=0, preload=())
+    pool = PoolConfig(warm=0)
     return dataclasses.replace(
         config, session=SessionConfig(idle_timeout=300), package=PackageConfig(preinstalled=()), pool=pool
     )

@@ -686,7 +686,7 @@ def world(docker: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         docker=DockerConfig(command=docker.command, working_dir=str(tmp_path / "work")),
         session=SessionConfig(idle_timeout=IDLE_TIMEOUT, max=MOST, evict=True),
         package=PackageConfig(preinstalled=()),
-        pool=PoolConfig(size=4, warm=1, preload=()),
+        pool=PoolConfig(size=4, warm=1),
     )
     with start_blocking_portal() as portal:
         yield World(portal, docker, config, clock)
@@ -948,7 +948,7 @@ async def test_a_pool_whose_engine_refuses_says_so_and_fills_itself_again_within
 ) -> None:
     monkeypatch.setattr(sandbox_runner, "POOL_RETRY_LIMIT", 0.2)
     docker.script(run={"exit": 125, "stderr": "write /var/lib/docker: no space left on device\n"})
-    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=()))
+    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1))
     hears = Hears()
     async with open_runner(config, warm=True) as runner, anyio.create_task_group() as tasks:
         await until(lambda: len(docker.log("run")) > 1)
@@ -1028,9 +1028,7 @@ anyio.run(main)
 @pytest.fixture
 def brief(config: Config) -> Config:
     """Settings for a real engine: one sandbox is kept ready, and what is forgotten ends in some minutes."""
-    return dataclasses.replace(
-        config, session=SessionConfig(idle_timeout=300), pool=PoolConfig(size=4, warm=1, preload=())
-    )
+    return dataclasses.replace(config, session=SessionConfig(idle_timeout=300), pool=PoolConfig(size=4, warm=1))
 
 
 @asynccontextmanager

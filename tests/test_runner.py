@@ -1382,7 +1382,7 @@ async def test_if_that_is_allowed_the_longest_idle_session_makes_room_and_its_ne
 @pytest.mark.slow
 async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Config) -> None:
     status: list[str] = []
-    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1, preload=()))
+    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1))
     async with open_runner(config, warm=True, on_status=status.append) as runner, anyio.create_task_group() as tasks:
         values: list[str | None] = []
 
@@ -1419,7 +1419,7 @@ async def test_a_ready_sandbox_whose_host_was_killed_is_adopted_if_it_is_as_the_
 
 
 async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config, docker: FakeEngine) -> None:
-    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=0, preload=(), reuse=True))
+    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=0, reuse=True))
     async with open_runner(config) as runner:
         leave = "import builtins, os, sys; builtins.left = 1; os.environ['LEFT'] = 'x'; sys.path.append('left'); x = 1"
         await runner.execute(f"{leave}; open('left', 'w').close()")
@@ -1437,7 +1437,7 @@ async def test_a_sandbox_used_again_has_nothing_of_its_last_use(settings: Config
 async def test_a_ready_sandbox_that_was_killed_behind_our_back_costs_a_call_nothing(
     settings: Config, docker: FakeEngine, session: str | None
 ) -> None:
-    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=()))
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1))
     async with open_runner(config, warm=True) as runner:
         await until(lambda: bool(runner.pool.ready and not runner.pool.ready[0].answers))
         docker.run("kill", runner.pool.ready[0].name)  # and this loop has no time to notice
@@ -1468,7 +1468,7 @@ async def test_ready_sandboxes_are_renewed_before_they_are_too_old_until_nobody_
 ) -> None:
     config = dataclasses.replace(
         settings,
-        pool=PoolConfig(warm=2, max_age=1, preload=()),
+        pool=PoolConfig(warm=2, max_age=1),
         session=SessionConfig(idle_timeout=1.5),
     )
     async with open_runner(config, warm=True) as runner:
@@ -1498,7 +1498,7 @@ async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_i
     settings: Config, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox_runner, "HEAD_START", 1.0)
-    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=()))
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1))
     async with open_runner(config, warm=True) as runner:
         await until(lambda: bool(runner.pool.ready))
         used = docker.containers()
@@ -1511,7 +1511,7 @@ async def test_the_engine_is_not_busied_with_a_sandboxs_successor_or_end_while_i
 async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_new_one(
     settings: Config, docker: FakeEngine
 ) -> None:
-    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, preload=(), reuse=True))
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, reuse=True))
     async with open_runner(config, warm=True) as runner, anyio.create_task_group() as tasks:
         await runner.execute("0")
         await until(lambda: 0 < runner.pool.count == len(runner.pool.ready))  # none is being made or cleaned
@@ -1532,7 +1532,7 @@ async def test_calls_wait_for_a_sandbox_that_is_being_cleaned_rather_than_for_a_
 
 @pytest.mark.slow
 async def test_who_leaves_starts_no_successors_of_the_sandboxes_that_end_with_that(settings: Config) -> None:
-    config = dataclasses.replace(settings, pool=PoolConfig(warm=4, preload=()))
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=4))
     async with open_runner(config, warm=True) as runner:
         await until(lambda: len(runner.pool.ready) == 4)
         successors: list[Sequence[str]] = []
