@@ -2258,7 +2258,9 @@ class Sandbox:
             log.warning("%s: %s", self.name, last_line(note["text"]))
 
     def _greet(self, greeting: Greeting, call: Call | None) -> None:
-        """Enter the state that the sandbox is in, with the call whose end no host has been told."""
+        """Enter the state that it is in, with the call whose end no host has been told. Raises ProtocolError."""
+        if self.greeting or self.call:
+            raise ProtocolError("a second greeting")
         self.packages = greeting["packages"]
         unread = greeting["unread"]
         if unread and greeting["kind"] == "ready":

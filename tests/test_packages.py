@@ -780,7 +780,7 @@ locale.format_string('%.1f', 1234.5, grouping=True)
 
 @pytest.mark.engine
 @pytest.mark.anyio
-async def test_system_packages_are_there_or_it_is_told_why_not(config: Config, engine_command: str) -> None:
+async def test_system_packages_are_there_or_it_is_told_why_not(config: Config, engine: Engine) -> None:
     docker = dataclasses.replace(config.docker, image=NEWEST)
     package = dataclasses.replace(config.package, system=("libgomp1", "locales"))
     async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
@@ -799,4 +799,4 @@ async def test_system_packages_are_there_or_it_is_told_why_not(config: Config, e
             assert (await runner.execute("6 * 7")).value == "42"
             assert runner.launcher.image is not None
             assert (runner.launcher.image.problem or "").startswith(said)
-    await anyio.run_process([engine_command, "rmi", image.name])
+    await engine.run("rmi", image.name)
