@@ -5636,8 +5636,8 @@ class Copy:
     def ask(self) -> str:
         """Await a copy in place of the last one, which is killed; return the key that it has to name."""
         if self.process:
-            with contextlib.suppress(ProcessLookupError):
-                # One that ended by itself could linger, and the kernel would kill the worker for the memory of both.
+            # One that ended by itself could linger, and the kernel would kill the worker for the memory of both.
+            with contextlib.suppress(OSError):
                 os.kill(self.process, signal.SIGKILL)
         self.end()
         self.due, self.asked, self.behind, self.strays = math.inf, time.monotonic(), 0, 0
