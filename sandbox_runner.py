@@ -436,7 +436,7 @@ class Runner:
         """Have what was done in a session written into its notebook, if there are any."""
         if self.notebooks:
             self.notebooks.take(NotebookPlace.find(self.config.files, self.sessions.user, session), code, result)
-            self._tasks.start_soon(self.notebooks.write)
+            self._tasks.start_soon(self.notebooks.write_soon)
 
     async def _execute_transient(self, call: Call, on_output: OnOutput | None, interrupt: anyio.Event | None) -> Result:
         reuse = False
@@ -2775,6 +2775,7 @@ NOTEBOOK = "session.ipynb"  # beside the files that a session writes
 NOTEBOOKS_FOLDER = "notebooks"  # beside the configuration, for those that are not
 NOTEBOOK_LIMIT = 8 << 20  # bytes of one; the outputs of its oldest cells are left out first
 NOTEBOOKS_KEPT = 200  # in that folder
+NOTEBOOK_DELAY = 0.3  # seconds after a call until it is written
 NOTEBOOKS_HELD = 4  # in memory, so that they are not read again for each call
 ABOUT_NOTEBOOK = {
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
@@ -2844,6 +2845,11 @@ class Notebooks:
     def take(self, place: NotebookPlace, code: str, result: Result) -> None:
         """Have a call written soon."""
         self._waiting.append((place, code, result))
+
+    async def write_soon(self) -> None:
+        """Write all calls that wait after a moment, so that a burst of them is not slowed, and is written once."""
+        await anyio.sleep(NOTEBOOK_DELAY)
+        await self.write()
 
     async def write(self) -> None:
         """Write all calls that wait; log what can't be written."""
