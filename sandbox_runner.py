@@ -9636,14 +9636,17 @@ class Outcome:
             raise EngineError(shorten_installer_output(self.output))
 
 
+# A line of uv's, pip's, apt-get's or apk's that gives the reason for a failure.
+REASON = re.compile(
+    r"(?i)error|e: |hint:|cause:|caused by:|warning: (fetching|updating) |"
+    r".*(was not found|has no |no matching|\(no such package\))"
+)
+
+
 def shorten_installer_output(output: str) -> str:
     """Return the lines of an installer's output that give the reason for its failure, else its last lines."""
     lines = list(dict.fromkeys(line.strip() for line in output.splitlines() if line.strip()))
-    telling = [
-        line
-        for line in lines
-        if re.match(r"(?i)error|e: |hint:|cause:|caused by:|.*(was not found|has no |no matching)", line)
-    ]
+    telling = [line for line in lines if REASON.match(line)]
     return without_passwords("\n".join(telling[-8:] or lines[-8:]))[:2000]
 
 
@@ -9886,7 +9889,6 @@ def add_system_packages(task: dict[str, Any]) -> None:
         run_tool([*command, "clean"])
         shutil.rmtree("/var/lib/apt/lists", ignore_errors=True)
     elif shutil.which("apk"):
-        os.environ["SSL_CA_CERT_FILE"] = os.environ.get("SSL_CERT_FILE", "")
         run_tool(["apk", "add", "--no-cache", f"--repositories-file={folder}/repositories", *task["system"]])
     else:
         raise InstallError("error: the image has neither apt-get nor apk: name one that has as docker.image")

@@ -84,6 +84,16 @@ def test_of_an_installers_output_the_telling_lines_are_kept() -> None:
     assert shorten_installer_output(output) == "ERROR: No matching distribution found for nosuch"
 
 
+def test_all_that_apk_says_of_a_failure_is_told() -> None:
+    reason = (
+        "WARNING: fetching https://mirror.example/main/x86_64/APKINDEX.tar.gz: TLS: server certificate not trusted\n"
+        "ERROR: unable to select packages:\n"
+        "nosuch (no such package):"
+    )
+    output = f"fetch https://mirror.example/main/x86_64/APKINDEX.tar.gz\n{reason}\n    required by: world[nosuch]\n"
+    assert shorten_installer_output(output) == reason
+
+
 @pytest.fixture
 def index() -> Iterator[Index]:
     """An index with a handful of packages."""
