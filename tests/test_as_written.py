@@ -16,6 +16,7 @@ from sandbox_runner import (
     DockerConfig,
     ImageError,
     PackageConfig,
+    PoolConfig,
     Result,
     Rich,
     Runner,
@@ -29,8 +30,12 @@ NEWEST = "localhost/python-docker-mcp-tests:3.14"  # made by engines.sh
 
 @pytest.fixture(scope="module")
 async def runner(engine_command: str) -> AsyncIterator[Runner]:
-    """A runner with the image that users have."""
-    async with open_runner(Config(docker=DockerConfig(command=engine_command, image="host"))) as runner:
+    """A runner with the image that users have.
+
+    It uses a sandbox again, as a new one for each row takes a second; `test_ways.py` shows that code finds the same.
+    """
+    config = Config(docker=DockerConfig(command=engine_command, image="host"), pool=PoolConfig(reuse=True))
+    async with open_runner(config, warm=True) as runner:
         yield runner
 
 

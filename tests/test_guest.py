@@ -2242,6 +2242,7 @@ def test_a_warning_comes_anew_in_each_call_and_once_in_each(guest: Guest) -> Non
         assert guest.run(f"for _ in range(2):\n    {WARN.replace(chr(10), '; ')}").stderr.count("careful\n") == 1
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_or_is_not_done_is_told_of_once(guest: Guest) -> None:
     told = guest.run("import asyncio\nasync def bad(): raise ValueError('boom')\ntask = asyncio.create_task(bad())")
     (note,) = told.shown
@@ -2254,6 +2255,7 @@ def test_a_task_that_fails_or_is_not_done_is_told_of_once(guest: Guest) -> None:
     assert guest.run("event.set(); await task").value == "True"
 
 
+@pytest.mark.slow
 def test_a_script_that_awaits_does_not_wait_for_servers_that_it_leaves_running(guest: Guest) -> None:
     code = (
         "import asyncio\nasync def handle(reader, writer):\n    writer.write(await reader.readline())\n"
@@ -2266,6 +2268,7 @@ def test_a_script_that_awaits_does_not_wait_for_servers_that_it_leaves_running(g
     assert (told.status, told.stdout) == ("ok", "hello\n"), told.exception
 
 
+@pytest.mark.slow
 def test_in_a_script_tasks_run_to_their_end(guest: Guest) -> None:
     code = f"{WORK}async def slow():\n    await work(1.2)\n    print('done')\nasyncio.create_task(slow())"
     assert guest.run(code, session=None, final=True).stdout == "done\n"

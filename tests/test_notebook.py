@@ -224,6 +224,7 @@ def test_each_user_has_notebooks_of_their_own() -> None:
     assert not [name for name in places if name.startswith(".")]
 
 
+@pytest.mark.slow
 async def test_export_saves_it(settings: Config, home: Path, tmp_path: Path) -> None:
     async with open_runner(settings, notebooks=True) as runner:
         await runner.execute("6 * 7", session="study")

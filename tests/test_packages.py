@@ -476,7 +476,7 @@ async def test_two_servers_install_side_by_side_while_code_locks_all_that_it_can
     if not is_defended:
         weak = sandbox_runner.INSTALLER_SOURCE.replace("os.chmod(cache, 0o700)", "os.chmod(cache, 0o755)")
         monkeypatch.setattr(sandbox_runner, "INSTALLER_SOURCE", weak)
-        monkeypatch.setattr(sandbox_runner, "INSTALL_TIMEOUT", 20)
+        monkeypatch.setattr(sandbox_runner, "INSTALL_TIMEOUT", 12)
         await in_volume(engine, volume, mode.format("0o755"))
     outcomes: list[object] = []
 
@@ -497,7 +497,7 @@ async def test_two_servers_install_side_by_side_while_code_locks_all_that_it_can
     if is_defended:
         assert outcomes == [True, True]
     else:
-        assert any("did not end within 20 seconds" in str(outcome) for outcome in outcomes), outcomes
+        assert any("did not end within 12 seconds" in str(outcome) for outcome in outcomes), outcomes
         await in_volume(engine, volume, mode.format("0o700"))
 
 
@@ -626,31 +626,32 @@ async def test_sets_that_nobody_used_for_long_are_pruned(settings: Config, engin
 @pytest.mark.engine
 @pytest.mark.anyio
 async def test_the_version_that_was_installed_is_there_although_another_one_was_imported_beforehand(
-    settings: Config,
+    settings: Config, session: str
 ) -> None:
-    look, session = "import alpha; alpha.__version__", "first"
+    look, old, new = "import alpha; alpha.__version__", f"{session}-old", f"{session}-new"
     config = dataclasses.replace(settings, pool=PoolConfig(warm=2, preload=("alpha",)))
     async with open_runner(config, warm=True) as runner, open_runner(config, warm=True) as other:
         for each in (runner, other):
             await until_prepared(each, 2)
             assert (await each.execute(look)).value == "'1.0'"
             await until_prepared(each, 2)
-        await runner.execute("x = 1", session="old")
+        await runner.execute("x = 1", session=old)
         try:
             assert (await runner.install("alpha==2.0", session=session)).stale == ()
             assert (await runner.execute(look, session=session)).value == "'2.0'"
             assert (await runner.execute(look)).value == "'1.0'"
             assert (await runner.install("alpha==2.0")).ok
             for _ in range(3):
-                assert [(await each.execute(look)).value for each in (runner, other)] == ["'2.0'", "'2.0'"]
+                results = [await each.execute(look) for each in (runner, other)]
+                assert [result.value for result in results] == ["'2.0'", "'2.0'"], results
             await until_prepared(runner, 2)
             warm = await runner.execute("import sys; sys.modules['alpha'].__version__")
             assert warm.value == "'2.0'"
-            assert (await runner.execute(look, session="new")).value == "'2.0'"
-            result = await runner.execute(look, session="old")
+            assert (await runner.execute(look, session=new)).value == "'2.0'"
+            result = await runner.execute(look, session=old)
             assert (result.value, result.stale) == ("'1.0'", ("alpha",))
         finally:
-            for name in ("old", "new", session):
+            for name in (old, new, session):
                 await runner.close_session(name)
 
 
@@ -804,7 +805,7 @@ async def test_system_packages_are_there_or_it_is_told_why_not(config: Config, e
         ("libgomp1", "host", "libgomp1 could not be preinstalled: error: the image has neither apt-get nor apk"),
     ):
         docker = dataclasses.replace(config.docker, image=image_name)
-        package = dataclasses.replace(config.package, system=(name,))
+        package = dataclasses.replace(config.package, system=(name,), preinstalled=())  # which would take its time
         async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
             assert (await runner.execute("6 * 7")).value == "42"
             assert runner.launcher.image is not None

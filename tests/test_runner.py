@@ -1620,6 +1620,7 @@ async def test_an_error_that_ended_an_earlier_call_is_told_as_its_own_and_the_ne
     assert (result.unread.status, result.unread.message) == ("died", "it could not be run: The engine has failed")
 
 
+@pytest.mark.slow
 async def test_of_sessions_that_have_ended_little_is_kept(
     runner: Runner, docker: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1645,6 +1646,7 @@ async def test_interrupting_where_nothing_runs_says_so(runner: Runner) -> None:
     assert (await runner.execute("x", session="s")).value == "1"
 
 
+@pytest.mark.slow
 async def test_an_install_neither_runs_a_call_nor_costs_an_unread_one(
     runner: Runner, settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -8,10 +8,8 @@ import datetime
 import http.client
 import http.server
 import json
-import os
 import re
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -35,6 +33,7 @@ from test_network import Both, Call, Server, encrypt, proxied
 from test_readme import all_blocks
 from test_ways import WAYS
 
+import python_docker_mcp
 import sandbox_runner
 from python_docker_mcp import instructions
 from sandbox_runner import (
@@ -737,21 +736,29 @@ def test_secrets_need_a_network_that_passes_by_this_server(tmp_path: Path) -> No
 )
 @pytest.mark.parametrize("program", ["server", "doctor", "script"])
 def test_a_value_that_can_not_be_used_is_told_at_the_start_by_its_name(
-    tmp_path: Path, value: str, more: dict[str, Any], said: str, program: str
+    tmp_path: Path,
+    value: str,
+    more: dict[str, Any],
+    said: str,
+    program: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps({"secrets": {"api": {**ENTRY, **more}}}))
-    module, *arguments = {
-        "server": ["python_docker_mcp", "--config", file],
-        "doctor": ["python_docker_mcp", "doctor", "--config", file],
-        "script": ["sandbox_runner", "--config", file, "-c", "1"],
+    monkeypatch.setenv("API_KEY", value)
+    main, arguments = {
+        "server": (python_docker_mcp.main, ["--config", str(file)]),
+        "doctor": (python_docker_mcp.main, ["doctor", "--config", str(file)]),
+        "script": (sandbox_runner.main, ["--config", str(file), "-c", "1"]),
     }[program]
-    run = [sys.executable, "-m", str(module), *map(str, arguments)]
-    ended = subprocess.run(run, env={**os.environ, "API_KEY": value}, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert said in ended.stderr
-    assert VALUE not in ended.stderr
-    assert "Traceback" not in ended.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert VALUE not in told
+    assert "Traceback" not in told
 
 
 def test_a_model_is_told_where_it_needs_no_credential(api: Upstream) -> None:
