@@ -3421,7 +3421,8 @@ async def _export(options: argparse.Namespace) -> int:
     files = load_config(options.config).files
     place = NotebookPlace.find(files.for_user(user) if user else files, user, session)
     if not (cells := place.read()):
-        print(f"python-docker-mcp: nothing is kept of a session {options.name!r}", file=sys.stderr)
+        why = ": files.notebook is false" if files.notebook is False else ""
+        print(f"python-docker-mcp: nothing is kept of a session {options.name!r}{why}", file=sys.stderr)
         return 1
     target = Path(options.file or f"{options.name}.ipynb")
     try:

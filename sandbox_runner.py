@@ -328,7 +328,8 @@ async def open_runner(
     """
     async with open_tasks() as tasks:
         runner = Runner(config or Config(), tasks, on_status, config_file(file))
-        runner.notebooks = Notebooks() if notebooks and sys.platform != "win32" else None
+        if notebooks and runner.config.files.notebook is not False and sys.platform != "win32":
+            runner.notebooks = Notebooks()
         if warm:
             tasks.start_soon(runner._warm_up)
             tasks.start_soon(runner._tidy)
@@ -1701,7 +1702,7 @@ class Pool:
     def _missing(self) -> int:
         """Return how many more sandboxes should be ready; if negative, how many fewer."""
         there = self.count if self.config.reuse else len(self.ready) + self._coming  # with reuse, leased ones return
-        return self.config.warm - there
+        return min(self.config.warm, self.config.size) - there
 
     async def _fill_soon(self) -> None:
         """Make missing sandboxes ready HEAD_START later, so that the call that took one has the machine to itself."""
@@ -10276,7 +10277,7 @@ class FilesConfig:
     output: str | None = None
     inputs: tuple[str, ...] = ()
     limit: Size = "100m"
-    notebook: bool = False
+    notebook: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can be no folder's path, without a look at the file system."""
@@ -10415,8 +10416,8 @@ class PoolConfig:
         for name in ("size", "max_age", "max_concurrent_creations"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"pool.{name}: {getattr(self, name)!r} is not a number above zero")
-        if not 0 <= self.warm <= self.size:
-            raise ValueError(f"pool.warm: {self.warm!r} is not a number from 0 to pool.size ({self.size})")
+        if self.warm < 0:
+            raise ValueError(f"pool.warm: {self.warm!r} is below zero")
         for module in self.preload:
             if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module):
                 raise ValueError(f"pool.preload: {module!r} is not the name of a module")

@@ -188,7 +188,7 @@ def test_an_empty_variable_is_as_one_that_is_not_set(file: Path) -> None:
         ("package: {ca_bundle: /nowhere}", "package.ca_bundle in FILE: '/nowhere' is not a file on this host."),
         ("pool: {size: 0}", "pool.size in FILE: 0 is not a number above zero."),
         ("pool: {size: 1.5}", "pool.size in FILE: 1.5 is not accepted: it must be a whole number."),
-        ("pool: {size: 1, warm: 2}", "pool.warm in FILE: 2 is not a number from 0 to pool.size (1)."),
+        ("pool: {warm: -1}", "pool.warm in FILE: -1 is below zero."),
         ("pool: {preload: ['a b']}", "pool.preload in FILE: 'a b' is not the name of a module."),
         ("- a\n- b", "FILE: ['a', 'b'] is not accepted"),
         ("just text", "FILE: 'just text' is not accepted"),

@@ -156,6 +156,25 @@ async def test_calls_in_sessions_are_written_and_go_on_with_the_next_program(set
     assert not (home / "unseen.ipynb").exists()
 
 
+async def test_nothing_is_kept_if_that_is_wanted(settings: Config, home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    settings = dataclasses.replace(settings, files=FilesConfig(output=str(output), notebook=False))
+    async with open_runner(settings, notebooks=True) as runner:
+        await runner.execute("open('made.csv', 'w').write('x')", session="study")
+        await runner.close_session("study")
+    assert not home.exists()
+    assert [file.name for file in (output / "study").iterdir()] == ["made.csv"]
+
+
+def test_export_tells_that_nothing_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("files: {notebook: false}")
+    with pytest.raises(SystemExit) as ended:
+        python_docker_mcp.main(["export", "study", "--config", str(file)])
+    assert ended.value.code == 1
+    assert "nothing is kept of a session 'study': files.notebook is false" in capsys.readouterr().err
+
+
 async def test_it_is_beside_the_files_if_that_is_wanted_and_no_link_is_followed(
     settings: Config, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

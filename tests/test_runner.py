@@ -1382,7 +1382,7 @@ async def test_if_that_is_allowed_the_longest_idle_session_makes_room_and_its_ne
 @pytest.mark.slow
 async def test_a_pool_that_is_full_lets_calls_wait_for_their_turn(settings: Config) -> None:
     status: list[str] = []
-    config = dataclasses.replace(settings, pool=PoolConfig(size=1, warm=1))
+    config = dataclasses.replace(settings, pool=PoolConfig(size=1))
     async with open_runner(config, warm=True, on_status=status.append) as runner, anyio.create_task_group() as tasks:
         values: list[str | None] = []
 
