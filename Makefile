@@ -19,7 +19,7 @@ demo: .venv/.demo ## run an example script in a sandbox; any engine will do
 	$(PY) sandbox_runner.py --mount tests/data:/data tests/examples/weather.py
 
 test: lint ## everything: ruff, mypy, unit tests on every Python that is found, integration tests
-	$(PY) -m pytest -n auto -m "not engine" --every-python
+	$(PY) -m pytest -n 4 --maxschedchunk 1 -m "not engine" --every-python
 	@$(MAKE) --no-print-directory integration
 
 unit: .venv/.dev ## the quick tests, which need no container engine
@@ -27,7 +27,7 @@ unit: .venv/.dev ## the quick tests, which need no container engine
 
 integration: .venv/.dev ## tests on real Docker and real Podman, side by side
 	@sh tests/engines.sh test
-	. ./.engines/env && $(PY) -m pytest -n 2 -m engine --engine docker --engine podman
+	. ./.engines/env && $(PY) -m pytest -n 3 --maxschedchunk 1 -m engine --engine docker --engine podman
 
 lint: .venv/.dev ## ruff and mypy
 	$(PY) -m ruff check

@@ -9894,8 +9894,8 @@ def add_system_packages(task: dict[str, Any]) -> None:
     else:
         raise InstallError("error: the image has neither apt-get nor apk: name one that has as docker.image")
     if "locales" in task["system"] and shutil.which("localedef"):
-        for name in LOCALES:
-            subprocess.call(["localedef", "-i", name, "-f", "UTF-8", f"{name}.UTF-8"], stderr=subprocess.DEVNULL)
+        command = ["xargs", "-P4", "-I@", "localedef", "-i", "@", "-f", "UTF-8", "@.UTF-8"]  # each takes a second
+        subprocess.run(command, input="\n".join(LOCALES).encode(), stderr=subprocess.DEVNULL, check=False)
 
 
 def add_packages(task: dict[str, Any]) -> dict[str, Any]:
