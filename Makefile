@@ -23,7 +23,7 @@ test: lint ## everything: ruff, mypy, unit tests on every Python that is found, 
 	@$(MAKE) --no-print-directory integration
 
 unit: .venv/.dev ## the quick tests, which need no container engine
-	$(PY) -m pytest -n auto -m "not engine and not slow"
+	$(PY) -m pytest -n 4 -m "not engine and not slow"
 
 integration: .venv/.dev ## tests on real Docker and real Podman, side by side
 	@sh tests/engines.sh test

@@ -832,6 +832,7 @@ async def require_rule(
         assert await attempt(*what)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.does)
 async def test_each_rule_holds_something_that_nothing_else_holds(servers: Servers, hole: Hole) -> None:
     async def attempt(allowed: str, sends: Sequence[bytes], gets: bytes) -> bool:

@@ -525,6 +525,7 @@ HOLES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.does)
 async def test_each_rule_holds_something_that_nothing_else_holds(
     api: Upstream, hole: Hole, monkeypatch: pytest.MonkeyPatch
