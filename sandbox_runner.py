@@ -5450,7 +5450,7 @@ def check_worker_frame(frame: dict[str, Any]) -> None:
     needed, possible = WORKER_FIELDS[kind]
     if not needed <= frame.keys() - {"kind", "id"} <= needed | possible:
         raise ValueError(f"a frame {kind} that no worker sends")
-    if kind == "done" and (frame["status"] not in ("ok", "error") or type(frame["cpu"]) not in (int, float)):
+    if kind == "done" and (frame["status"] not in ("ok", "error") or type(frame["cpu"]) is not float):
         raise ValueError("an end that no worker reports")
     for value in frame.values():
         parts = value.values() if type(value) is dict else value if type(value) is list else ()

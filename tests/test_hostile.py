@@ -866,11 +866,12 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         "forge(mine, status='splendid')",
         "forge(mine, status='timeout')",
         "forge(mine, status={})",
-        "forge(mine, cpu=0, exception={'type': []})",
+        "forge(mine, cpu=0.0, exception={'type': []})",
         "forge(mine, message='all is well')",
-        "forge(mine, cpu=0, value=json.loads('[' * 200 + ']' * 200))",
+        "forge(mine, cpu=10 ** 400)",
+        "forge(mine, cpu=0.0, value=json.loads('[' * 200 + ']' * 200))",
         (
-            "text = json.dumps({'id': mine, 'kind': 'done', 'status': 'ok', 'cpu': 0, 'value': 0})[:-2]\n"
+            "text = json.dumps({'id': mine, 'kind': 'done', 'status': 'ok', 'cpu': 0.0, 'value': 0})[:-2]\n"
             "os.write(3, (text + '[' * 987 + ']' * 987 + '}').encode() + bytes([10]))"
         ),
         "forge(mine, kind='display', data=b'x')",
@@ -885,7 +886,7 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         assert await evaluate(runner, "'kept' in globals()", session) == "False"
     for attack in ("memory=1e999", "exception={}", "exit_code=True"):
         await evaluate(runner, "kept = 1; 1", session)
-        code = f"{FORGE}forge(mine, cpu=0, {attack})\nimport time\ntime.sleep(60)"
+        code = f"{FORGE}forge(mine, cpu=0.0, {attack})\nimport time\ntime.sleep(60)"
         result = await runner.execute(code, session=session)
         assert (result.status, result.state) == ("died", "lost"), attack
         assert "what no supervisor sends" in str(result.message)
