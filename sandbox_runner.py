@@ -2241,6 +2241,8 @@ class Sandbox:
                     answers.send_nowait(frame)
                 elif self.call and frame["id"] == self.call.id and not self.call.ended.is_set():
                     await self.call.take(frame)
+                    if frame["kind"] == "unfit":
+                        self.call = None  # this sandbox's end must not cut it from the next one
                 else:
                     strays += 1
                     if strays > 100_000:

@@ -677,6 +677,23 @@ async def test_a_program_that_keeps_to_the_protocol_is_believed(runner: Runner, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("session", [None, "s"])
+async def test_the_end_of_a_sandbox_that_did_not_take_a_call_does_not_end_the_call(
+    settings: Config, docker: FakeEngine, session: str | None
+) -> None:
+    """It once did, if it came while the code ran in the next sandbox: on a busy host, after an install."""
+    config = dataclasses.replace(settings, pool=PoolConfig(warm=1, size=2))
+    docker.script(
+        run={"program": hostile("say({'id': me, 'kind': 'unfit'}); import time; time.sleep(1.5); sys.exit()")}
+    )
+    async with open_runner(config, warm=True) as runner:
+        await until(lambda: bool(runner.pool.ready))
+        docker.script(run={})
+        result = await runner.execute("import time\ntime.sleep(3)\n42", session=session)
+        assert (result.status, result.value) == ("ok", "42"), result
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [
