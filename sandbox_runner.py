@@ -2090,15 +2090,7 @@ class Sandbox:
             with anyio.fail_after(START_TIMEOUT):
                 await sandbox._come_up(shipment(GUEST_SOURCE, "supervise", told))
             if sandbox.greeting is None:
-                said = f"A sandbox could not be started: {sandbox._last_words().rstrip('.')}."
-                if re.search("cgroup controller|cgroup is not mounted", said):
-                    raise EngineError(f"{said} {CGROUP_REMEDY}")
-                if launcher.config.docker.gpus and re.search("device driver|nvidia|CDI", said):
-                    raise EngineError(f"{said} {GPU_REMEDY}")
-                raise EngineError(
-                    f"{said} The image {image.name} needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at "
-                    "everything else."
-                )
+                raise EngineError(why_not_started(sandbox._last_words(), image, launcher.config.docker))
         except HangError:
             raise
         except TimeoutError:
@@ -2427,6 +2419,19 @@ class Sandbox:
         with anyio.CancelScope(shield=True):
             await self.engine.remove(self.name)
             self._kill_client()
+
+
+def why_not_started(last_words: str, image: Image, docker: DockerConfig) -> str:
+    """Return why a sandbox could not be started, in the engine's words, and what to do."""
+    said = f"A sandbox could not be started: {last_words.rstrip('.')}."
+    if re.search("cgroup controller|cgroup is not mounted", said):
+        return f"{said} {CGROUP_REMEDY}"
+    if docker.gpus and re.search("device driver|nvidia|CDI", said):
+        return f"{said} {GPU_REMEDY}"
+    return (
+        f"{said} The image {image.name} needs a python3, 3.8 or later; `python-docker-mcp doctor` looks at everything "
+        "else."
+    )
 
 
 # ── files ──
