@@ -5275,9 +5275,10 @@ class Supervisor:
     def _keep_time(self) -> None:
         now = time.monotonic()
         if now >= self.look_due:
+            before = time.thread_time()
             problem = overdraft()
-            took = time.monotonic() - now
-            self.look_due = now + max(LOOK_INTERVAL[self.call is None], 20 * took)
+            cost = time.thread_time() - before  # of the CPU: on a busy host the look itself may have had to wait
+            self.look_due = now + max(LOOK_INTERVAL[self.call is None], 20 * cost)
             if problem and self.worker.id:
                 self._abandon(problem)
                 return

@@ -723,12 +723,12 @@ held, listener = [], socket.create_server(('127.0.0.1', 0), backlog=1000)
 deadline = time.monotonic() + SECONDS
 while time.monotonic() < deadline and len(held) < 450:
     BODY
-time.sleep(2)
+time.sleep(SECONDS)
 """
 
 
 def filling(kind: str, seconds: int) -> str:
-    """Code that fills sockets for so long at most, and looks on for a while."""
+    """Code that fills sockets for so long at most, and then waits as long: a look may be due some seconds later only."""
     return PRELUDE + FILL.replace("BODY", FILLINGS[kind].replace("\n", "\n    ")).replace("SECONDS", str(seconds))
 
 
