@@ -728,7 +728,7 @@ time.sleep(SECONDS)
 
 
 def filling(kind: str, seconds: int) -> str:
-    """Code that fills sockets for so long at most, and then waits as long: a look may be due some seconds later only."""
+    """Code that fills sockets for so long at most, and then waits as long: the next look may be due in seconds."""
     return PRELUDE + FILL.replace("BODY", FILLINGS[kind].replace("\n", "\n    ")).replace("SECONDS", str(seconds))
 
 
