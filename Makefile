@@ -18,8 +18,8 @@ demo: .venv/.demo ## run an example script in a sandbox; any engine will do
 	@if [ -f .engines/env ]; then . ./.engines/env; fi; \
 	$(PY) sandbox_runner.py --mount tests/data:/data tests/examples/weather.py
 
-test: lint ## everything: ruff, mypy, unit tests on every Python that is found, integration tests
-	$(PY) -m pytest -n 4 --maxschedchunk 1 -m "not engine" --every-python
+test: lint ## everything: ruff, mypy, unit tests, on other Pythons too, integration tests
+	$(PY) -m pytest -n 4 --maxschedchunk 1 -m "not engine" --other-pythons
 	@$(MAKE) --no-print-directory integration
 
 unit: .venv/.dev ## the quick tests, which need no container engine

@@ -7657,7 +7657,7 @@ PICTURE_LIMIT = 32 << 20  # bytes of such a picture that are read
 IN_MPL_FONT = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH")  # names of characters
 CJK_FONT = re.compile("CJK|wqy|SimHei|Nanum|IPAex|SansFallback", re.IGNORECASE)
 PAGES_SAVED = 20  # of a call
-LOOKED_AT = 500  # entries of /tmp
+LOOKED_AT = 500  # entries of the folder for temporary files
 FILE_SUFFIXES = tuple(".csv .docx .html .json .md .mp4 .parquet .pdf .png .pptx .svg .txt .wav .xlsx .zip".split())
 PAGE_LIMIT = 6_000  # characters of HTML and the like, above which they are saved and not shown
 CHART_LIMIT = 48_000  # characters of an interactive figure's data, for programs
@@ -7770,23 +7770,24 @@ class Pages:
     def __init__(self, home: str) -> None:
         self.home = home
         self.left = 0  # pages that the call may still save
-        self.elsewhere: dict[str, int] = {}  # files in /tmp when the call began, with the times of their last change
+        self.temporary = os.environ.get("TMPDIR", "/tmp")
+        self.elsewhere: dict[str, int] = {}  # files there when the call began, with the times of their last change
 
     def begin(self) -> None:
         """Begin a call."""
         self.left, self.elsewhere = PAGES_SAVED, self._files_elsewhere()
 
     def files_elsewhere(self) -> str:
-        """Say which files the call wrote to /tmp, or to the home, which is that: nobody can have them."""
+        """Say which files the call wrote to the folder for temporary ones, where nobody can have them."""
         now = self._files_elsewhere()
         names = sorted(name for name in now if now[name] != self.elsewhere.get(name))
-        if not names or self.home == "/tmp":
+        if not names or self.home == self.temporary:
             return ""
-        return f"{', '.join(names[:3])} in /tmp can't be read from outside: write files to {self.home}"
+        return f"{', '.join(names[:3])} in {self.temporary} can't be read from outside: write files to {self.home}"
 
     def _files_elsewhere(self) -> dict[str, int]:
         with contextlib.suppress(OSError):
-            some = itertools.islice(os.scandir("/tmp"), LOOKED_AT)
+            some = itertools.islice(os.scandir(self.temporary), LOOKED_AT)
             likely = [entry for entry in some if entry.name.endswith(FILE_SUFFIXES)]
             named = [entry for entry in likely if entry.is_file() and not entry.name.startswith((".", "tmp"))]
             return {entry.name: entry.stat().st_mtime_ns for entry in named}

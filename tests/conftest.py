@@ -33,7 +33,6 @@ import real_engines
 from mcp import Client
 from pytest_subprocess import FakeProcess
 from real_engines import CommandLine, Program
-from xdist.scheduler import LoadScopeScheduling
 
 import python_docker_mcp
 import sandbox_runner
@@ -70,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--runtime", help="run the containers of Docker's with this runtime, such as runsc")
     parser.addoption(
-        "--every-python", action="store_true", help="try the guest on every Python found, not just on this one"
+        "--other-pythons", action="store_true", help="try the guest on the oldest and the newest Python found, too"
     )
 
 
@@ -81,25 +80,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("engine_command", list(engines), indirect=True, scope="session")
 
 
-class EachEngineByItself(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Has the tests of one engine run one after the other, beside those of the other engine.
-
-    Engines share neither containers nor images nor volumes, so their tests do not meet. (xdist's own `loadgroup` has no
-    effect with pytest 9.2.)
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        found = re.search(rf"\[({'|'.join(ENGINES)})\b", nodeid)
-        return found[1] if found else nodeid
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EachEngineByItself | None:
-    """With --engine and several processes, one for each engine."""
-    return EachEngineByItself(config, log) if config.getoption("--engine") else None
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have the engines take turns with the tests that are marked so: the first is for one, the second for the other."""
+    engines = list(dict.fromkeys(config.getoption("--engine") or ENGINES))
+    numbers: dict[str, int] = {}
+    left_out = []
+    for item in items:
+        if item.get_closest_marker("in_turns") and isinstance(item, pytest.Function):
+            engine = item.callspec.params["engine_command"]
+            test = item.nodeid.replace(f"[{engine}", "[")
+            if engines[numbers.setdefault(test, len(numbers)) % len(engines)] != engine:
+                left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.hookimpl(optionalhook=True)
 @pytest.fixture(scope="session")
 def engine_command(request: pytest.FixtureRequest) -> str:
     """The command of a real engine that answers."""

@@ -108,8 +108,8 @@ def clients(command: str, *marks: str) -> list[int]:
 async def eventually(condition: Callable[[], Awaitable[T]]) -> T:
     """Poll until the condition holds, and return what it gave."""
     with anyio.fail_after(PATIENCE):
-        while not (value := await condition()):  # what engines and processes do sets no event
-            await anyio.sleep(0.02)
+        while not (value := await condition()):
+            await anyio.sleep(0.1)  # each look may be a command, which takes as long of a processor
     return value
 
 

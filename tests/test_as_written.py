@@ -100,6 +100,7 @@ PICTURES = [  # code, pictures, what its text has, and what not
 ]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(("code", "pictures", "there", "absent"), PICTURES)
 async def test_pictures_and_tables_are_seen_whole_and_once(
     runner: Runner, code: str, pictures: int, there: str, absent: str
@@ -162,6 +163,7 @@ CODE = [  # code, and what its text has
 ]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(("code", "there"), CODE)
 async def test_code_runs_as_models_write_it_or_says_what_to_do(runner: Runner, code: str, there: str) -> None:
     seen = await read(runner, code)

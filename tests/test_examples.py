@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import sandbox_runner
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.in_turns]
 EXAMPLES = ROOT / "tests/examples"
 
 

@@ -28,7 +28,7 @@ from conftest import ROOT
 from mcp import Client, StdioServerParameters
 from real_engines import Engine, eventually
 
-pytestmark = [pytest.mark.engine, pytest.mark.anyio]
+pytestmark = [pytest.mark.engine, pytest.mark.in_turns, pytest.mark.anyio]
 
 MODULE = [sys.executable, "-m", "python_docker_mcp"]
 SCRIPT = [str(Path(sys.executable).with_name("python-docker-mcp"))]

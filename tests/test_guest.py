@@ -1,4 +1,4 @@
-"""The guest: its parts in this process, and the whole of it in a pid namespace on every Python found."""
+"""The guest: its parts in this process, and the whole of it in a pid namespace."""
 
 from __future__ import annotations
 
@@ -748,17 +748,12 @@ MakeGuest = Callable[..., Guest]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test of the guest on this Python or, if asked to, on every one that is found.
-
-    Of tests marked `any_python`, which are about our own processes and not about Python's, the oldest and the newest
-    one are enough.
-    """
+    """Run each test of the guest on this Python and, if asked to, on the oldest and the newest that are found."""
     if "python" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--every-python")
-        chosen = list(PYTHONS) if every else [f"3.{sys.version_info.minor}"]
-        if metafunc.definition.get_closest_marker("any_python"):
-            chosen.sort(key=lambda version: int(version.partition(".")[2]))
-            chosen = list(dict.fromkeys([chosen[0], chosen[-1]]))
+        chosen = [f"3.{sys.version_info.minor}"]
+        if metafunc.config.getoption("--other-pythons"):
+            found = sorted(PYTHONS, key=lambda version: int(version.partition(".")[2]))
+            chosen = list(dict.fromkeys([*chosen, found[0], found[-1]]))
         metafunc.parametrize("python", chosen, indirect=True, scope="module")
 
 
@@ -1164,7 +1159,6 @@ def numbers_in_lines() -> str:
     return "".join(f"{number}\n" for number in range(1_500_000))
 
 
-@pytest.mark.any_python
 @pytest.mark.slow
 def test_output_beyond_the_limit_leaves_head_tail_and_a_count(guest: Guest) -> None:
     written = numbers_in_lines()
@@ -1203,7 +1197,6 @@ def test_state_comes_out_even_if_the_code_fails(guest: Guest) -> None:
     assert (told.status, json.loads(told.frames[-2]["data"])) == ("error", {"y": 1})
 
 
-@pytest.mark.any_python
 def test_state_of_megabytes_goes_both_ways(guest: Guest) -> None:
     rows = [[number, "é"] for number in range(30_000)]
     told = guest.run("y = len(x)", state=json.dumps({"x": rows}))
@@ -1230,7 +1223,6 @@ def test_what_a_call_leaves_is_removed_if_that_is_wanted(guest: Guest) -> None:
     assert guest.prepared <= 1, "to tell that costs a call more than all else that is done after it"
 
 
-@pytest.mark.any_python
 def test_a_sandbox_acknowledges_each_call(make_guest: MakeGuest) -> None:
     guest = make_guest(idle_timeout=50.0)
     calls = [guest.start("1")]
@@ -1301,7 +1293,6 @@ def test_a_time_out_keeps_the_state_of_code_that_can_be_interrupted(make_guest: 
     assert guest.run("x").value == "1"
 
 
-@pytest.mark.any_python
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
@@ -1326,7 +1317,6 @@ def test_an_interruption_that_the_host_asks_for_is_told_as_such(guest: Guest) ->
     assert guest.run("x").value == "1"
 
 
-@pytest.mark.any_python
 def test_an_interruption_of_another_call_does_nothing(guest: Guest) -> None:
     call = guest.start("print('on')\nimport os, time\nwhile not os.path.exists('go'): time.sleep(0.002)")
     assert next(guest.frames)["data"] == b"on\n"
@@ -1354,7 +1344,6 @@ def test_code_that_ends_its_own_process_loses_the_state_and_the_next_call_works(
     assert guest.run("'x' in globals()").value == "False"
 
 
-@pytest.mark.any_python
 def test_why_the_variables_were_lost_between_calls_is_told_once(guest: Guest) -> None:
     guest.run(
         "import os, threading, time\ndef f():\n    while not os.path.exists('go'): time.sleep(0.002)\n    os._exit(5)\n"
@@ -1397,7 +1386,6 @@ def test_what_threads_write_after_a_call_is_told_with_the_next(guest: Guest) -> 
 # ── what the code can not do ──
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize("code", ["open('/proc/1/mem')", "open('/proc/1/environ')", "open('/proc/1/fd/3', 'wb')"])
 def test_the_code_can_not_look_into_the_supervisor(guest: Guest, code: str) -> None:
     assert guest.run(code).exception["type"] == "PermissionError"
@@ -1423,7 +1411,6 @@ def test_a_forged_frame_of_another_call_is_passed_over(guest: Guest) -> None:
     assert (told.status, told.stdout) == ("ok", "real\n")
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize(
     "frame",
     [
@@ -1443,7 +1430,6 @@ def test_code_that_breaks_the_protocol_loses_its_process(guest: Guest, frame: by
     assert guest.run("1").value == "1"
 
 
-@pytest.mark.any_python
 def test_a_forged_kind_of_frame_is_not_passed_on(guest: Guest) -> None:
     code = 'import os\nos.write(3, b\'{"id":"ID","kind":"ready"}\\n\')\nwhile True: pass'
     call = f"call-{next(guest.numbers)}"
@@ -1517,7 +1503,6 @@ def test_allowed_modules_work_although_their_own_imports_are_not_allowed(
 # ── the guest and its host ──
 
 
-@pytest.mark.any_python
 def test_a_guest_without_session_ends_with_its_host(
     make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
 ) -> None:
@@ -1527,7 +1512,6 @@ def test_a_guest_without_session_ends_with_its_host(
     assert guest.process.returncode == 0
 
 
-@pytest.mark.any_python
 @pytest.mark.slow
 def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
     make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
@@ -1544,7 +1528,6 @@ def test_a_guest_that_was_never_used_waits_a_while_for_another_host(
     wait_until(lambda: docker.containers() == [])
 
 
-@pytest.mark.any_python
 def test_a_session_that_nobody_comes_back_to_ends_by_itself(
     make_fake_engine: Callable[[str], FakeEngine], python: str, tmp_path: Path
 ) -> None:
@@ -1856,7 +1839,6 @@ def copy_of(guest: Guest) -> str:
     return guest.worker()[1]
 
 
-@pytest.mark.any_python
 @pytest.mark.slow
 @pytest.mark.parametrize("crash", [name for name in CRASHES if name != "kills all that it can"])
 def test_a_call_that_crashes_costs_its_session_nothing_again_and_again(restoring: Guest, crash: str) -> None:
@@ -1891,7 +1873,6 @@ def test_code_does_not_notice_the_copy(restoring: Guest) -> None:
     wait_until(lambda: held() == ["/dev/null"] * 7 + ["socket"])
 
 
-@pytest.mark.any_python
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
@@ -1925,7 +1906,6 @@ def test_a_session_that_has_used_asyncio_can_do_so_after_it_was_restored(restori
     assert restoring.run("await f(3)").value == "3"
 
 
-@pytest.mark.any_python
 def test_who_kills_the_copy_loses_only_what_it_was_for(restoring: Guest) -> None:
     restoring.run("x = 1")
     os.kill(int(copy_of(restoring)), 9)
@@ -1936,7 +1916,6 @@ def test_who_kills_the_copy_loses_only_what_it_was_for(restoring: Guest) -> None
     assert restoring.run("'x' in globals()").value == "False"
 
 
-@pytest.mark.any_python
 def test_a_worker_that_dies_between_calls_is_restored_without_a_word(restoring: Guest) -> None:
     restoring.run("x = 1")
     copy = copy_of(restoring)
@@ -1946,7 +1925,6 @@ def test_a_worker_that_dies_between_calls_is_restored_without_a_word(restoring: 
     assert (told.value, told.done["lost_before"]) == ("1", None)
 
 
-@pytest.mark.any_python
 def test_what_a_killed_call_left_running_is_gone(restoring: Guest) -> None:
     restoring.run("import os, subprocess")
     copy_of(restoring)
@@ -1959,7 +1937,6 @@ def test_what_a_killed_call_left_running_is_gone(restoring: Guest) -> None:
     assert len(restoring.worker()) == 2
 
 
-@pytest.mark.any_python
 def test_code_can_not_forge_a_copy_with_a_key_that_it_does_not_know(restoring: Guest) -> None:
     told = restoring.run(
         "import array, json, os, socket\n"
@@ -1976,7 +1953,6 @@ def test_code_can_not_forge_a_copy_with_a_key_that_it_does_not_know(restoring: G
     assert restoring.run("1").value == "1"
 
 
-@pytest.mark.any_python
 @pytest.mark.parametrize(
     "change",
     [
@@ -1999,7 +1975,6 @@ def test_whatever_code_does_to_what_copies_need_the_next_call_is_told_truly(rest
     assert after.status != "ok" or (after.value == "True") == (was_there and told.done["state"] != "lost")
 
 
-@pytest.mark.any_python
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["1 << 70", "2.5", "-1", "1", "[]", "None", "os.getpid()"])
 def test_who_steals_the_key_of_a_copy_can_not_end_the_supervisor(restoring: Guest, process: str) -> None:
@@ -2019,7 +1994,6 @@ def test_who_steals_the_key_of_a_copy_can_not_end_the_supervisor(restoring: Gues
     assert restoring.run("6 * 7").value == "42"
 
 
-@pytest.mark.any_python
 def test_a_session_is_not_restored_where_that_is_switched_off(guest: Guest) -> None:
     guest.run("x = 1")
     assert guest.run("import os; os._exit(3)").done["state"] == "lost"
@@ -2107,7 +2081,6 @@ def test_handlers_that_raise_at_any_moment_cost_calls_and_never_the_session(gues
     assert guest.run("kept").value == "1"
 
 
-@pytest.mark.any_python
 def test_what_follows_the_code_is_not_the_codes_time(guest: Guest) -> None:
     told = guest.run("import atexit, time; atexit.register(time.sleep, 0.6)\n1", timeout=0.4, final=True)
     assert (told.status, told.value) == ("ok", "1")
@@ -2142,7 +2115,6 @@ def test_names_of_modules_count_as_installed_where_they_are(guest: Guest) -> Non
     assert guest.run("!pip install json==9").exception["message"] == "code can't install packages: pip install json==9"
 
 
-@pytest.mark.any_python
 def test_in_a_burst_of_calls_a_copy_is_made_now_and_then_and_its_age_is_told(restoring: Guest) -> None:
     restoring.run("n = 0")
     copy_of(restoring)
@@ -2365,13 +2337,10 @@ def test_pages_of_a_loop_are_bounded(guest: Guest) -> None:
 
 
 def test_files_that_nobody_can_have_are_named(guest: Guest) -> None:
-    name = f"of-{os.urandom(8).hex()}.csv"
-    try:
-        (note,) = guest.run(f"open('/tmp/{name}', 'w').write('1')").shown
-        assert note["text/plain"] == f"[{name} in /tmp can't be read from outside: write files to {guest.home}]"
-        assert guest.run("1").shown == []
-    finally:
-        os.remove(f"/tmp/{name}")
+    folder = guest.run("import os; print(os.environ['TMPDIR'], end='')").stdout
+    (note,) = guest.run("open(f'{os.environ[\"TMPDIR\"]}/of-mine.csv', 'w').write('1')").shown
+    assert note["text/plain"] == f"[of-mine.csv in {folder} can't be read from outside: write files to {guest.home}]"
+    assert guest.run("1").shown == []
 
 
 def test_what_needs_a_screen_says_so_at_once(guest: Guest) -> None:

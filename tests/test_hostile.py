@@ -774,6 +774,7 @@ async def test_code_whose_sockets_hold_much_of_the_kernels_memory_is_stopped(
     assert (result.lost_before or result.message) == "the code's sockets held over 64 MB that nobody had read"
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("kind", FILLINGS)
 async def test_without_the_count_of_sockets_memory_such_code_goes_on(
     config: Config, session: str, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -980,6 +981,7 @@ def lie(*_, **__):
 """
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("restore", [False, True])
 async def test_whatever_code_does_to_its_interpreter_what_is_said_of_the_call_is_true(
     config: Config, session: str, restore: bool
@@ -1014,6 +1016,7 @@ async def test_whatever_code_does_to_its_interpreter_what_is_said_of_the_call_is
             await runner.close_session(session)
 
 
+@pytest.mark.in_turns
 async def test_hooks_at_the_end_of_a_script_can_neither_hang_it_nor_change_its_result(runner: Runner) -> None:
     """Otherwise: a transient call would never end, or end as it likes."""
     hooks = "import atexit, threading, time\natexit.register(time.sleep, 60)\n1"
@@ -1036,6 +1039,7 @@ def peak_memory() -> int:
     return int(line.split()[1]) << 10
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(
     "flood",
     [

@@ -365,6 +365,7 @@ async def test_each_wall_between_users_is_what_keeps_them_apart(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_users_are_kept_apart_on_real_engines(
     config: Config, serve: Callable[..., TeamServer], session: str
@@ -688,6 +689,7 @@ async def test_a_restart_loses_nothing(team: TeamServer) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_a_restart_loses_nothing_on_real_engines(
     config: Config, serve: Callable[..., TeamServer], session: str

@@ -268,6 +268,7 @@ PLOT = "import matplotlib.pyplot as plt\nprint('drawn')\nplt.plot([1, 3, 2]);"
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_a_real_session_with_pictures_errors_and_a_crash(engine_command: str, home: Path, session: str) -> None:
     config = Config(docker=DockerConfig(command=engine_command, image="host"))
     async with open_runner(config, warm=True, notebooks=True) as runner:

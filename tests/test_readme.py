@@ -165,6 +165,7 @@ async def an_agent(variables: dict[str, str]) -> AsyncIterator[Agent]:
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_what_an_agent_sees_is_word_for_word_what_the_readme_shows(
     configuration: dict[str, Any], engine_command: str, tmp_path: Path
@@ -181,6 +182,7 @@ async def test_what_an_agent_sees_is_word_for_word_what_the_readme_shows(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_files_go_in_and_out_as_the_readme_shows(configuration: dict[str, Any], tmp_path: Path) -> None:
     home = tmp_path / "home"
@@ -293,6 +295,7 @@ def cells(table: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.slow
 def test_the_command_line_answers_as_the_readme_shows(shell: Shell) -> None:
     console, doctor = blocks("console", "From the command line")
@@ -320,6 +323,7 @@ def test_the_command_line_answers_as_the_readme_shows(shell: Shell) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.slow
 def test_the_program_that_embeds_a_runner_prints_what_its_comments_say(shell: Shell) -> None:
     (snippet,) = blocks("python", "From Python")
@@ -335,6 +339,7 @@ def test_the_program_that_embeds_a_runner_prints_what_its_comments_say(shell: Sh
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.slow
 def test_an_image_is_carried_over_in_a_file(shell: Shell, configuration: dict[str, Any], tmp_path: Path) -> None:
     configuration["package"]["preinstalled"] = []  # the file would be large

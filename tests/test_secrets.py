@@ -797,6 +797,7 @@ MASKED = f"['Bearer {'*' * len(VALUE)}']"
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 async def test_code_uses_what_it_does_not_have_however_its_sandbox_came_to_be(
     config: Config, api: Upstream, way: Any
@@ -849,6 +850,7 @@ def everybodys() -> dict[str, SecretConfig]:
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_the_real_libraries_of_services_work_as_they_are_or_are_told_why_not(
     config: Config, api: Upstream, session: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

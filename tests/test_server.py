@@ -1615,6 +1615,7 @@ def real(engine_command: str) -> Config:
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_a_package_is_installed_for_a_session_that_does_not_exist_yet(
     real: Config, engine_command: str, tmp_path: Path
 ) -> None:
@@ -1641,6 +1642,7 @@ async def test_a_package_is_installed_for_a_session_that_does_not_exist_yet(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_a_plot_comes_back_as_an_image(real: Config, session: str, tmp_path: Path) -> None:
     """With the image that users have, which is made once for each engine."""
     usual = dataclasses.replace(real, package=PackageConfig(), docker=dataclasses.replace(real.docker, timeout=60))
@@ -1666,6 +1668,7 @@ async def test_a_plot_comes_back_as_an_image(real: Config, session: str, tmp_pat
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.parametrize(("how", "status"), LEAVINGS)
 async def test_a_session_outlives_its_server(
     real: Config, session: str, tmp_path: Path, how: signal.Signals | None, status: int
@@ -1674,6 +1677,7 @@ async def test_a_session_outlives_its_server(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_a_cancelled_call_keeps_the_sessions_variables_and_files(
     real: Config, session: str, tmp_path: Path
 ) -> None:
@@ -1693,6 +1697,7 @@ async def test_a_cancelled_call_keeps_the_sessions_variables_and_files(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 def test_the_official_inspector_lists_the_tools_and_calls_one(real: Config, tmp_path: Path) -> None:
     npx = shutil.which("npx")
     if not npx:

@@ -25,7 +25,7 @@ from sandbox_runner import (
     open_runner,
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.anyio]
+pytestmark = [pytest.mark.engine, pytest.mark.in_turns, pytest.mark.anyio]
 
 Execute = Callable[[str], Awaitable[Result]]
 
