@@ -2972,7 +2972,8 @@ CONNECTIONS_AT_ONCE = 32  # of one sandbox; others wait for their turn
 CONNECTIONS_A_SECOND = 100  # after as many as may be open at once; others wait, too
 TURN_TIMEOUT = 60  # seconds that a connection waits until it is refused
 REFUSALS_TOLD = 5  # of one call
-CONNECTION_IDLE = 120  # seconds without a byte after which a connection is closed
+CONNECTION_IDLE = 120  # seconds without a byte after which a connection is closed if another one waits for its place,
+ANSWER_IDLE = 660  # and if none does: language models may think for ten minutes
 CONNECT_TIMEOUT = 15  # seconds to resolve a name, and as many to connect
 HEAD_LIMIT = 16 << 10  # bytes of a request's head, and of a TLS ClientHello
 NOT_PASSED_ON = {
@@ -3178,8 +3179,9 @@ def credentials_for(proxy: str) -> list[str]:
 class Connection:
     """A connection of the code's to the proxy, as the proxy has it."""
 
-    def __init__(self, number: int, write: Callable[[Pass], Awaitable[None]]) -> None:
+    def __init__(self, number: int, write: Callable[[Pass], Awaitable[None]], is_wanted: Callable[[], bool]) -> None:
         self.number = number
+        self.is_wanted = is_wanted  # whether another one waits for its place
         self.waits: anyio.CancelScope | None = anyio.CancelScope()  # as long as it waits for its turn
         self.received = self.sent = 0  # bytes
         self.used = anyio.current_time()
@@ -3302,13 +3304,17 @@ class Proxy:
             if len(self.open) > FLOWS_OPEN + 2 * CONNECTIONS_AT_ONCE:
                 raise ProtocolError("more connections than a supervisor has")
             self.last = number
-            self.open[number] = Connection(number, self._pass)
+            self.open[number] = Connection(number, self._pass, self._is_short)
             tasks.start_soon(self._serve, self.open[number])
         if connection := self.open.get(number):  # else it is over here, and the code does not know yet
             connection.take(frame)
             if frame["ended"] and connection.waits:
                 connection.waits.cancel()
                 del self.open[number]  # as the supervisor has: else those that come now would be too many
+
+    def _is_short(self) -> bool:
+        """Whether a connection waits for a place."""
+        return self._places.statistics().tasks_waiting > 0
 
     async def _pass(self, frame: Pass) -> None:
         await self._sandbox.write(encoded(frame))
@@ -3374,7 +3380,7 @@ class Proxy:
         """Have the supervisor connect to a server of the code's own; return the connection, None if there is none."""
         self._dialed += 1
         number = FIRST_DIALED + self._dialed
-        connection = self.open[number] = Connection(number, self._pass)
+        connection = self.open[number] = Connection(number, self._pass, self._is_short)
         await self._sandbox.write(encoded({"op": "dial", "flow": number, "port": port}))
         with anyio.fail_after(CONNECT_TIMEOUT):
             if await connection.is_open():
@@ -3459,8 +3465,8 @@ async def relay(connection: Connection, route: Route, first: bytes, rest: AsyncI
 
 async def close_when_idle(connection: Connection, scope: anyio.CancelScope) -> None:
     """Cancel what serves a connection over which nothing has passed for long."""
-    while (left := connection.used + CONNECTION_IDLE - anyio.current_time()) > 0:
-        await anyio.sleep(left)
+    while anyio.current_time() < connection.used + (CONNECTION_IDLE if connection.is_wanted() else ANSWER_IDLE):
+        await anyio.sleep(CONNECTION_IDLE / 10)
     scope.cancel()
 
 
@@ -4930,6 +4936,7 @@ COPY_DELAY = 0.05  # seconds after a call's end, in which the processes that rel
 UNTOUCHED_USUAL = 32 << 20  # bytes of memory that a program asks for without a use for all of it
 LOOK_INTERVAL = (0.05, 0.5)  # seconds between two looks at these, while code runs and between calls
 MEMORY_INTERVAL = 0.01  # seconds between two looks at what memory the running code has asked for
+WAKE_PATIENCE = 5.0  # seconds for a copy to wake, on a host that is busy; less than HOST_PATIENCE
 COPY_INTERVAL = 0.5  # seconds of calls without a pause after which one of them waits for a copy
 STRAYS_READ = 64  # messages read while a copy is awaited
 WORKER_FIELDS = {  # of each kind of frame from the worker, besides kind and id: what it has, and what it may have
@@ -5566,7 +5573,7 @@ class WorkerProcess:
             return False
         ends = self._connect()
         try:
-            connection.settimeout(self._settings["grace"])
+            connection.settimeout(WAKE_PATIENCE)
             connection.sendmsg([b"wake"], passed(*ends))
             self.id = process if connection.recv(1) else 0
         except OSError:

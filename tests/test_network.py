@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import http.server
 import ipaddress
 import json
@@ -11,6 +12,7 @@ import select
 import socket
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -132,7 +134,7 @@ def test_only_addresses_of_the_internet_are_public(address: str, expected: bool)
 
 async def parsed(data: bytes) -> tuple[str, int, str | None]:
     """What a request asks for."""
-    connection = Connection(1, nowhere)
+    connection = Connection(1, nowhere, lambda: False)
     connection.take({"kind": "passed", "flow": 1, "data": data, "credit": 0, "ended": True})
     request, _ = await read_request(connection)
     return target_of(request)
@@ -344,6 +346,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
+        if self.path == "/late":
+            time.sleep(1)
         body = bytes(BIG) if self.path == "/big" else b"x,y\n1,2\n"
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -427,6 +431,31 @@ async def test_requests_and_tunnels_reach_their_servers(servers: Servers) -> Non
             chunks = (bytes(size) for size in (1, 300_000, 5))
             assert await fetched(both, servers, url, chunks) == b"300006 None"
         await until(lambda: not both.flows.open and not both.proxy.open)
+
+
+async def test_an_answer_that_comes_late_is_waited_for_unless_its_place_is_wanted(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_runner, "CONNECTION_IDLE", 0.3)
+    monkeypatch.setattr(sandbox_runner, "CONNECTIONS_AT_ONCE", 1)
+    urls = [f"http://localhost:{servers.plain}/late", f"https://localhost:{servers.secure}/late"]
+    cut: list[str] = []
+
+    async def is_cut(url: str) -> None:
+        with pytest.raises(http.client.RemoteDisconnected):
+            await fetched(both, servers, url)
+        cut.append(url)
+
+    async with proxied(*servers.allowed) as both:
+        for url in urls:
+            assert await fetched(both, servers, url) == b"x,y\n1,2\n"
+        for url in urls:
+            await until(lambda: not both.proxy.open)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(is_cut, url)
+                await until(lambda: bool(both.proxy.open))
+                assert await fetched(both, servers, urls[0].replace("late", "a.csv")) == b"x,y\n1,2\n"
+        assert cut == urls
 
 
 async def test_what_is_not_allowed_is_refused_in_a_sentence_and_the_call_tells_it(servers: Servers) -> None:
@@ -669,7 +698,7 @@ async def test_no_number_of_connections_that_are_opened_and_closed_is_a_breach_o
 
 
 async def test_more_than_was_credited_is_a_breach_of_the_protocol() -> None:
-    connection = Connection(1, nowhere)
+    connection = Connection(1, nowhere, lambda: False)
     frame: Any = {"kind": "passed", "flow": 1, "data": bytes(sandbox_runner.SENT_AHEAD), "credit": 0, "ended": False}
     connection.take(frame)
     frame["data"] = b"x"

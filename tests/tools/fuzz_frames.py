@@ -263,7 +263,7 @@ def as_proxy(data: bytes) -> None:
         pass
 
     async def parse() -> None:
-        connection = Connection(1, pass_on)
+        connection = Connection(1, pass_on, lambda: False)
         connection.take({"kind": "passed", "flow": 1, "data": data, "credit": 0, "ended": True})
         with contextlib.suppress(RefusedError, anyio.EndOfStream):
             host, port, _ = target_of((await read_request(connection))[0])
