@@ -218,7 +218,7 @@ async def test_a_copy_costs_no_memory_whatever_a_session_holds_and_its_next_call
         settings = dataclasses.replace(config, session=dataclasses.replace(config.session, restore=restore))
         ended[restore] = {}
         async with open_runner(settings) as runner:
-            for holds in (8, 40, 80):
+            for holds in (8, 80):
                 for needs in range(200 - holds, 256 - holds, 8):
                     name = f"{session}-{restore}-{holds}"
                     await runner.execute(f"x = globals().get('x') or bytearray({holds} << 20)", session=name)
@@ -281,6 +281,7 @@ async def test_nothing_is_left_of_a_cancelled_transient_call(runner: Runner, eng
 # ── sessions ──
 
 
+@pytest.mark.in_turns
 async def test_1000_calls_on_one_session(runner: Runner, session: str) -> None:
     await runner.execute("n = 0", session=session)
     for _ in range(999):
@@ -606,6 +607,7 @@ async def test_a_sandbox_used_again_has_neither_files_nor_processes_nor_shared_m
                 await anyio.sleep(0.01)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(
     "message",
     [

@@ -820,6 +820,7 @@ mine = worker.call
 """
 
 
+@pytest.mark.in_turns
 async def test_forged_frames_of_other_calls_change_nothing(runner: Runner, session: str) -> None:
     """Otherwise: a thread that an earlier call left could answer for every later one."""
     code = FORGE + "for call_id in ('', 'x', None, 5, [], '0' * 16): forge(call_id)\n6 * 7"
@@ -941,6 +942,7 @@ async def said(runner: Runner, session: str) -> bytes:
     return b""
 
 
+@pytest.mark.in_turns
 async def test_nothing_of_a_call_that_was_given_up_survives_it(config: Config, session: str) -> None:
     """Otherwise: what does not stop at its time-out would go on for as long as the session lives."""
     # Without restoring, as the copy for that is a process, too, and looks like one that has survived.

@@ -716,7 +716,7 @@ def test_nothing_is_lost_and_nothing_left_behind(world: World) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("_part", range(2))  # side by side: it is the longest test
 def test_nothing_is_lost_and_nothing_left_behind_in_any_story(world: World, _part: int) -> None:
-    tell(world, 4, 40)
+    tell(world, 3, 40)
 
 
 # ── single things that the stories have found, or meet too seldom ──

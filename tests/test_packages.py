@@ -126,7 +126,7 @@ async def settings(engine: Engine, index: Index, volume: str) -> AsyncIterator[C
     yield Config(docker=DockerConfig(command=engine.command, image="host", timeout=20), package=package)
     for installer in ("uv", "pip"):
         about = dataclasses.replace(package, installer=installer)
-        await quietly(engine, "rmi", sandbox_runner.derived_name(sandbox_runner.host_image_name(), about))
+        await remove_image(engine, sandbox_runner.derived_name(sandbox_runner.host_image_name(), about))
     await in_volume(
         engine, volume, "import glob, shutil; [shutil.rmtree(path) for path in glob.glob('/packages/[!.]*')]"
     )
@@ -140,10 +140,12 @@ async def in_volume(engine: Engine, volume: str, code: str) -> str:
     return (await engine.run("run", "--rm", *limits, mount, "--entrypoint=python3", image, "-c", code)).strip()
 
 
-async def quietly(engine: Engine, *command: str) -> None:
-    """Run a command that may fail."""
-    with contextlib.suppress(sandbox_runner.EngineError):
-        await engine.run(*command)
+async def remove_image(engine: Engine, name: str) -> None:
+    """Remove an image, if it is there, as soon as its last container is gone."""
+    with anyio.fail_after(30):
+        while await engine.inspect("image", name, "{{.Id}}"):
+            with contextlib.suppress(sandbox_runner.EngineError):
+                await engine.run("rmi", name)
 
 
 def derived_name(config: Config) -> str:
@@ -217,7 +219,7 @@ async def test_an_older_image_of_the_same_packages_is_removed_and_no_other_serve
     newer = await derive_image(engine, settings, lambda _: None)
     there = [await engine.inspect("image", image.name, "{{.Id}}") for image in (*older, newer)]
     assert [bool(identity) for identity in there] == [False, True, True]
-    await quietly(engine, "rmi", older[1].name)
+    await remove_image(engine, older[1].name)
 
 
 @pytest.mark.engine
@@ -424,6 +426,7 @@ async def test_neither_certificates_nor_proxies_stay_in_the_image_or_reach_the_c
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 @pytest.mark.parametrize("installer", ["uv", "pip"])
 async def test_a_session_sees_what_is_installed_at_once_with_its_variables_kept(
@@ -505,6 +508,7 @@ async def test_two_servers_install_side_by_side_while_code_locks_all_that_it_can
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_extras_and_versions_count_and_sets_build_on_each_other(settings: Config, session: str) -> None:
     async with open_runner(plain(settings)) as runner:
@@ -518,6 +522,7 @@ async def test_extras_and_versions_count_and_sets_build_on_each_other(settings: 
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_what_the_image_has_is_not_downloaded_again(settings: Config, index: Index, session: str) -> None:
     async with open_runner(settings) as runner:
@@ -534,6 +539,7 @@ async def test_what_the_image_has_is_not_downloaded_again(settings: Config, inde
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_a_second_session_gets_the_same_without_network(settings: Config, index: Index, session: str) -> None:
     async with open_runner(plain(settings)) as runner:
@@ -578,6 +584,7 @@ async def test_a_session_keeps_its_packages_when_its_worker_or_its_host_is_lost(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_a_new_version_of_what_is_imported_already_says_that_a_fresh_session_is_needed(
     settings: Config, session: str
@@ -596,6 +603,7 @@ async def test_a_new_version_of_what_is_imported_already_says_that_a_fresh_sessi
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_a_failure_tells_why_in_the_installers_words_and_what_was_meant(settings: Config, session: str) -> None:
     async with open_runner(plain(settings)) as runner:
@@ -799,9 +807,7 @@ locale.format_string('%.1f', 1234.5, grouping=True)
 
 @pytest.mark.engine
 @pytest.mark.anyio
-async def test_system_packages_are_there_or_it_is_told_why_not(
-    config: Config, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_system_packages_are_there(config: Config, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     docker = dataclasses.replace(config.docker, image=NEWEST)
     is_whole = engine.kind == "docker"  # locales know nothing of engines
     system = ("libgomp1", "locales") if is_whole else ("libgomp1",)
@@ -819,14 +825,23 @@ async def test_system_packages_are_there_or_it_is_told_why_not(
         assert image is not None
         assert image.problem is None
         assert (await runner.execute("import os; os.path.exists('/var/lib/apt/lists')")).value == "False"
-    for name, image_name, said in (
+    await remove_image(engine, image.name)
+
+
+@pytest.mark.engine
+@pytest.mark.in_turns
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("name", "image", "said"),
+    [
         ("no-such-package", NEWEST, "no-such-package could not be preinstalled: E: Unable to locate package no-such"),
         ("libgomp1", "host", "libgomp1 could not be preinstalled: error: the image has neither apt-get nor apk"),
-    ):
-        docker = dataclasses.replace(config.docker, image=image_name)
-        package = dataclasses.replace(config.package, system=(name,), preinstalled=())  # which would take its time
-        async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
-            assert (await runner.execute("6 * 7")).value == "42"
-            assert runner.launcher.image is not None
-            assert (runner.launcher.image.problem or "").startswith(said)
-    await engine.run("rmi", image.name)
+    ],
+)
+async def test_system_packages_that_can_not_be_had_are_named(config: Config, name: str, image: str, said: str) -> None:
+    docker = dataclasses.replace(config.docker, image=image)
+    package = dataclasses.replace(config.package, system=(name,), preinstalled=())  # which would take its time
+    async with open_runner(dataclasses.replace(config, docker=docker, package=package)) as runner:
+        assert (await runner.execute("6 * 7")).value == "42"
+        assert runner.launcher.image is not None
+        assert (runner.launcher.image.problem or "").startswith(said)
