@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.abc
+import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
+import sandbox_runner
 from sandbox_runner import LABEL, Runner
 
 PATIENCE = 60  # seconds; the end of what would otherwise wait for ever, and no measure of anything
@@ -80,6 +82,19 @@ class Engine:
             return False
         marks = [name, f"--name={name}", *([f"--label={LABEL}.owner={runner.launcher.owner}"] if runner else [])]
         return name not in (await self("ps", "-a", "--format={{.Names}}")).split() and not clients(self.command, *marks)
+
+
+def prune_at_once(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Have what never ran pruned without a pause, if it is in the set that is returned; others may just be starting."""
+    names: set[str] = set()
+    complete = sandbox_runner.Engine.leftovers
+
+    async def leftovers(engine: sandbox_runner.Engine) -> dict[str, str]:
+        return {name: version for name, version in (await complete(engine)).items() if name in names}
+
+    monkeypatch.setattr(sandbox_runner, "PRUNE_PAUSE", 0)
+    monkeypatch.setattr(sandbox_runner.Engine, "leftovers", leftovers)
+    return names
 
 
 def remove_volume(command: str, name: str) -> None:

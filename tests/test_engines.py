@@ -21,7 +21,7 @@ import anyio
 import anyio.abc
 import pytest
 from conftest import PATIENCE
-from real_engines import WAIT, CommandLine, Engine, clients, eventually, run
+from real_engines import WAIT, CommandLine, Engine, clients, eventually, prune_at_once, run
 
 import sandbox_runner
 from sandbox_runner import (
@@ -663,12 +663,13 @@ async def test_a_sandbox_is_used_again_however_often_others_look_at_it(config: C
 async def test_a_container_that_never_ran_is_pruned_and_no_other_one(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_runner, "PRUNE_PAUSE", 0)
+    to_be_pruned = prune_at_once(monkeypatch)
     async with open_runner(config) as runner:
         await runner.execute("1")
         assert runner.launcher.engine is not None
         assert runner.launcher.image is not None
         ours, other = (f"python-docker-mcp-{os.urandom(8).hex()}" for _ in range(2))
+        to_be_pruned |= {ours, other}
         labels = [f"--label={LABEL}=1", f"--label={LABEL}.owner=x", f"--label={LABEL}.settings=x"]
         await runner.launcher.engine.run("create", f"--name={ours}", *labels, runner.launcher.image.name, "true")
         await runner.launcher.engine.run("create", f"--name={other}", runner.launcher.image.name, "true")

@@ -31,7 +31,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from conftest import PATIENCE, WAIT_FOR_GO, FakeEngine, Hears, client, go, leave_without_a_word, until
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from real_engines import WAIT, CommandLine, Engine, eventually, host_processes, run
+from real_engines import WAIT, CommandLine, Engine, eventually, host_processes, prune_at_once, run
 
 import sandbox_runner
 from sandbox_runner import (
@@ -1027,8 +1027,12 @@ anyio.run(main)
 
 @pytest.fixture
 def brief(config: Config) -> Config:
-    """Settings for a real engine: one sandbox is kept ready, and what is forgotten ends in some minutes."""
-    return dataclasses.replace(config, session=SessionConfig(idle_timeout=300), pool=PoolConfig(size=4, warm=1))
+    """Settings for a real engine: one sandbox is kept ready, and what is forgotten ends in some minutes.
+
+    They are no other test's, which might adopt sandboxes of this one.
+    """
+    soon = SessionConfig(idle_timeout=300 + int.from_bytes(os.urandom(2)) / 1000)
+    return dataclasses.replace(config, session=soon, pool=PoolConfig(size=4, warm=1))
 
 
 @asynccontextmanager
@@ -1117,7 +1121,7 @@ async def test_the_sessions_of_a_host_that_was_killed_with_output_unread_can_be_
 async def test_containers_that_only_look_like_ours_are_left_alone(
     brief: Config, session: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_runner, "PRUNE_PAUSE", 0)
+    to_be_pruned = prune_at_once(monkeypatch)
     monkeypatch.setattr(sandbox_runner, "ATTACH_TIMEOUT", 1)
     token = os.urandom(8).hex()
     async with open_runner(brief, warm=True) as runner:
@@ -1126,6 +1130,7 @@ async def test_containers_that_only_look_like_ours_are_left_alone(
         labels = [f"--label={LABEL}=1", f"--label={LABEL}.owner={runner.launcher.owner}", f"--label={LABEL}.settings=1"]
         foreign = {session_container(session): [], f"python-docker-mcp-{token}": labels[:1], f"own-{token}": labels}
         never_run = {f"python-docker-mcp-{token[::-1]}": labels[:1], f"never-run-{token}": labels}
+        to_be_pruned |= {*foreign, *never_run}
         program = [
             "--network=none",
             "--entrypoint=python3",
