@@ -69,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--runtime", help="run the containers of Docker's with this runtime, such as runsc")
     parser.addoption(
-        "--other-pythons", action="store_true", help="try the guest on the oldest and the newest Python found, too"
+        "--other-pythons", action="store_true", help="try the guest on the oldest and the newest Python found"
     )
 
 

@@ -735,6 +735,7 @@ def filling(kind: str, seconds: int) -> str:
 COUNTING = Defence("if problem and self.worker.id:", "if False:")
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("is_defended", [True, False])
 async def test_code_that_opens_many_terminals_of_which_all_containers_have_3072_is_stopped(
     config: Config, session: str, is_defended: bool, monkeypatch: pytest.MonkeyPatch
@@ -753,6 +754,7 @@ async def test_code_that_opens_many_terminals_of_which_all_containers_have_3072_
             assert 64 < number <= 80
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("kind", FILLINGS)
 @pytest.mark.parametrize("is_between", [False, True], ids=["in a call", "between two calls"])
 async def test_code_whose_sockets_hold_much_of_the_kernels_memory_is_stopped(

@@ -162,6 +162,7 @@ def plain(config: Config, **changes: Any) -> Config:
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 @pytest.mark.parametrize("installer", ["uv", "pip"])
 async def test_the_derived_image_holds_what_is_preinstalled_compiled(
