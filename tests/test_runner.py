@@ -1370,7 +1370,9 @@ async def test_more_sessions_than_allowed_are_refused_with_the_list_of_those_the
 async def test_a_session_whose_code_is_running_does_not_make_room(settings: Config) -> None:
     config = dataclasses.replace(settings, session=SessionConfig(max=1, evict=True))
     async with open_runner(config) as runner:
-        assert (await runner.execute(WAIT_FOR_GO, session="one", answer_within=0.01)).status == "running"
+        begun = await runner.execute(WAIT_FOR_GO, session="one", answer_within=0.01)
+        while "on" not in begun.stdout:
+            begun = await runner.execute("", session="one", answer_within=0.05)
         with pytest.raises(SessionError, match="1 sessions already"):
             await runner.execute("1", session="two")
         go(settings)
