@@ -141,11 +141,9 @@ async def in_volume(engine: Engine, volume: str, code: str) -> str:
 
 
 async def remove_image(engine: Engine, name: str) -> None:
-    """Remove an image, if it is there, as soon as its last container is gone."""
-    with anyio.fail_after(30):
-        while await engine.inspect("image", name, "{{.Id}}"):
-            with contextlib.suppress(sandbox_runner.EngineError):
-                await engine.run("rmi", name)
+    """Remove an image, if it is there. A sandbox that was just being made ready may use it for a minute."""
+    with contextlib.suppress(sandbox_runner.EngineError):
+        await engine.run("rmi", "--force", name)
 
 
 def derived_name(config: Config) -> str:
