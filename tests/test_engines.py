@@ -100,6 +100,7 @@ async def test_a_call_without_session_gets_a_fresh_container(runner: Runner) -> 
     assert result.value == "(False, False)"
 
 
+@pytest.mark.in_turns
 async def test_10_mb_of_output_are_streamed_whole(runner: Runner) -> None:
     received = bytearray()
 
@@ -181,6 +182,7 @@ async def cancel_once_begun(runner: Runner, code: str, session: str) -> None:
     assert scope.cancelled_caught
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("restore", [True, False])
 async def test_variables_lost_in_a_cancelled_call_are_told_of_by_the_next_one(
     config: Config, session: str, restore: bool
@@ -298,6 +300,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "folder"
 
 
+@pytest.mark.in_turns
 async def test_20_sessions_run_at_the_same_time(config: Config, session: str, folder: Path) -> None:
     mounted = dataclasses.replace(config.docker, mounts=(f"{folder}:/shared",))
     waiting = 0
@@ -398,6 +401,7 @@ async def test_a_session_that_is_not_used_ends_by_itself(config: Config, session
     await eventually(lambda: engine.is_gone(name, runner))  # nor does it need a host to end
 
 
+@pytest.mark.in_turns
 async def test_sessions_are_listed_and_removed_by_the_command_line(
     runner: Runner, session: str, command_line: CommandLine, engine: Engine
 ) -> None:
@@ -420,6 +424,7 @@ async def test_sessions_are_listed_and_removed_by_the_command_line(
 # ── nothing is left ──
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [(signal.SIGINT, 130, "KeyboardInterrupt\n"), (signal.SIGTERM, 143, ""), (signal.SIGKILL, -signal.SIGKILL, "")],
@@ -436,6 +441,7 @@ async def test_a_signal_ends_the_code_or_its_host_and_nothing_is_left(
     await eventually(lambda: engine.is_gone(name))
 
 
+@pytest.mark.in_turns
 async def test_a_runner_that_is_left_leaves_nothing_but_sessions(
     config: Config, session: str, engine: Engine, command_line: CommandLine
 ) -> None:
@@ -691,6 +697,7 @@ async def test_an_engine_without_gpus_is_told_in_a_sentence_with_the_next_step(c
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_sessions_are_listed_wherever_they_are(config: Config, session: str) -> None:
     """Of another program, idle or running, and of none; the listing takes nothing over."""
     table = "import numpy as np, pandas as pd\ntable = pd.DataFrame({'a': range(3)}); grid = np.zeros((2, 5))"

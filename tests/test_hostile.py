@@ -855,6 +855,7 @@ async def test_frames_on_the_standard_streams_are_just_output(runner: Runner) ->
     assert (result.stdout, result.stderr, result.value) == (f"{frame}\n", "{}", "42")
 
 
+@pytest.mark.in_turns
 async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(runner: Runner, session: str) -> None:
     """Otherwise: one such frame would stop the supervisor, fill its memory, or deceive the host."""
     attacks = [
@@ -897,6 +898,7 @@ async def test_a_frame_that_no_worker_sends_ends_the_call_and_not_the_session(ru
         assert (await runner.execute("'kept' in globals()", session=session)).value == "False"
 
 
+@pytest.mark.in_turns
 async def test_a_worker_that_lets_go_of_its_descriptors_is_told_of_and_replaced(runner: Runner, session: str) -> None:
     """Otherwise: nobody would ever answer, neither to this call nor to later ones."""
     await evaluate(runner, "1", session)
@@ -909,6 +911,7 @@ async def test_a_worker_that_lets_go_of_its_descriptors_is_told_of_and_replaced(
 # ── later calls ──
 
 
+@pytest.mark.in_turns
 async def test_what_a_daemon_says_between_two_calls_is_not_told_as_the_next_ones_output(
     runner: Runner, session: str
 ) -> None:

@@ -916,6 +916,7 @@ list(csv.DictReader(open('table.csv')))
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_code_fetches_a_data_set_caches_it_and_reads_it(
     networked: Config, servers: Servers, session: str
 ) -> None:
@@ -951,6 +952,7 @@ answer.status_code, 'six-1.16.0-py2.py3-none-any.whl' in answer.text, requests._
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 async def test_the_real_package_index_by_urllib_and_by_requests_that_comes_from_it(
     config: Config, session: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

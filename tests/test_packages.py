@@ -189,6 +189,7 @@ async def test_the_derived_image_holds_what_is_preinstalled_compiled(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_two_that_start_together_build_it_once(settings: Config, engine: Engine) -> None:
     images = []
@@ -207,6 +208,7 @@ async def test_two_that_start_together_build_it_once(settings: Config, engine: E
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_an_older_image_of_the_same_packages_is_removed_and_no_other_servers(
     settings: Config, engine: Engine, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +224,7 @@ async def test_an_older_image_of_the_same_packages_is_removed_and_no_other_serve
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_a_build_killed_half_way_leaves_nothing_and_is_done_again(settings: Config, engine: Engine) -> None:
     program = (
@@ -253,6 +256,7 @@ async def test_a_build_killed_half_way_leaves_nothing_and_is_done_again(settings
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_a_build_whose_container_is_killed_is_tried_again(settings: Config, engine: Engine) -> None:
     helper = f"python-docker-mcp-build-{derived_name(settings).rpartition(':')[2]}"
@@ -270,6 +274,7 @@ async def test_a_build_whose_container_is_killed_is_tried_again(settings: Config
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_without_an_index_code_still_runs_and_is_told_what_is_missing(settings: Config, index: Index) -> None:
     index.files.clear()
@@ -399,6 +404,7 @@ async def test_behind_an_inspecting_proxy_its_authority_is_trusted_when_told(
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_neither_certificates_nor_proxies_stay_in_the_image_or_reach_the_code(
     settings: Config, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -551,6 +557,7 @@ async def test_a_second_session_gets_the_same_without_network(settings: Config, 
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_without_a_session_it_holds_for_all_later_executions_and_survives_a_restart(
     settings: Config, session: str
@@ -569,6 +576,7 @@ async def test_without_a_session_it_holds_for_all_later_executions_and_survives_
 
 
 @pytest.mark.engine
+@pytest.mark.in_turns
 @pytest.mark.anyio
 async def test_a_session_keeps_its_packages_when_its_worker_or_its_host_is_lost(settings: Config, session: str) -> None:
     async with open_runner(plain(settings)) as runner:
