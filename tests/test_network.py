@@ -433,6 +433,7 @@ async def test_requests_and_tunnels_reach_their_servers(servers: Servers) -> Non
         await until(lambda: not both.flows.open and not both.proxy.open)
 
 
+@pytest.mark.slow
 async def test_an_answer_that_comes_late_is_waited_for_unless_its_place_is_wanted(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
