@@ -735,7 +735,6 @@ def filling(kind: str, seconds: int) -> str:
 COUNTING = Defence("if problem and self.worker.id:", "if False:")
 
 
-@pytest.mark.in_turns
 @pytest.mark.parametrize("is_defended", [True, False])
 async def test_code_that_opens_many_terminals_of_which_all_containers_have_3072_is_stopped(
     config: Config, session: str, is_defended: bool, monkeypatch: pytest.MonkeyPatch

@@ -477,7 +477,6 @@ time.sleep(1)
 
 
 @pytest.mark.engine
-@pytest.mark.in_turns
 @pytest.mark.anyio
 @pytest.mark.parametrize("is_defended", [True, False])
 async def test_two_servers_install_side_by_side_while_code_locks_all_that_it_can_open(
